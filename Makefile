@@ -1,0 +1,60 @@
+# Every command makes its own environment in .venv and needs only Python >= 3.10 and a C++ compiler.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+OLD_TRANSFORMERS ?= 5.14.1
+
+.PHONY: demo test test-old-transformers bench sanitize lint info clean
+
+demo: $(VENV)/.built
+	$(BIN)/writesae demo
+
+test: $(VENV)/.built
+	$(BIN)/python -m pytest -q tests
+
+# The hooks against the last release that kept the recurrence as an attribute of the layer.
+test-old-transformers: .venv-old/.installed $(VENV)/.built
+	PYTHONPATH=. .venv-old/bin/python -m pytest -q tests/test_attach.py tests/test_engine.py
+
+bench: $(VENV)/.built
+	for file in bench/bench_*.py; do $(BIN)/python $$file || exit 1; done
+
+# The kernels' own C++ checks under the address and undefined-behaviour sanitizers; needs cmake.
+sanitize:
+	cmake -S . -B build/sanitize -DWRITESAE_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
+	cmake --build build/sanitize -j2
+	ctest --test-dir build/sanitize --output-on-failure
+
+lint: $(VENV)/.built
+	$(BIN)/ruff check .
+
+info: $(VENV)/.built
+	$(BIN)/writesae info
+
+clean:
+	rm -rf build dist *.egg-info $(VENV) .venv-old writesae/*.so
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "writesae needs Python >= 3.10; $(PYTHON) is older: make PYTHON=/path/to/python3.x"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# torch first: the extension compiles against the installed one, so the build is not isolated from it.
+$(VENV)/.installed: $(VENV)/.created constraints.txt pyproject.toml
+	$(PIP) install -q -c constraints.txt torch
+	$(PIP) install -q -c constraints.txt setuptools wheel ninja
+	$(PIP) install -q -c constraints.txt -r requirements-dev.txt
+	touch $@
+
+$(VENV)/.built: $(VENV)/.installed setup.py $(SOURCES)
+	$(PIP) install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+.venv-old/.installed: constraints.txt
+	$(PYTHON) -m venv .venv-old
+	.venv-old/bin/python -m pip install -q -c constraints.txt torch numpy pyarrow safetensors pytest
+	.venv-old/bin/python -m pip install -q transformers==$(OLD_TRANSFORMERS)
+	touch $@

@@ -1,0 +1,29 @@
+"""Loads the compiled extension and says what is usable, and why not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+_FOLDER = Path(__file__).parent
+
+
+def _load(stem: str) -> str | None:
+    """Loads `writesae/_<stem>*.so`; returns None when loaded, else the reason it is not."""
+    files = sorted(_FOLDER.glob(f"{stem}*.so")) + sorted(_FOLDER.glob(f"{stem}*.dylib")) + sorted(_FOLDER.glob(f"{stem}*.pyd"))
+    if not files:
+        return f"not built: no {stem}*.so in {_FOLDER} (build it with `pip install .`, which needs a C++ compiler)"
+    try:
+        torch.ops.load_library(str(files[0]))
+    except OSError as error:
+        return f"built, but did not load: {error}"
+    return None
+
+
+CPU_ERROR = _load("_C_cpu")
+
+
+def backends() -> dict[str, str | None]:
+    """{backend: None when usable, else why not}."""
+    return {"reference": None, "cpu": CPU_ERROR, "cuda": "not built: the CUDA kernels are not part of this version"}

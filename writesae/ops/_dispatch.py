@@ -1,0 +1,65 @@
+"""Which implementation runs: one predicate that both chooses and explains a refusal. No silent fallback."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from .._library import backends
+
+BACKENDS = ("reference", "cpu", "cuda")
+_said: set[str] = set()
+
+
+def can_run(backend: str, op: str, tensors: dict[str, Tensor | None], raise_error: bool = False) -> bool:
+    """Whether `backend` can run `op` on these tensors. With `raise_error`, says why not instead of returning False."""
+    reason = _refusal(backend, tensors)
+    if reason is not None and raise_error:
+        raise ValueError(f'{op}: backend="{backend}" cannot run this: {reason}')
+    return reason is None
+
+
+def _refusal(backend: str, tensors: dict[str, Tensor | None]) -> str | None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {backend!r}")
+    if backend == "reference":
+        return None
+    missing = backends()[backend]
+    if missing is not None:
+        return missing
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if x.device.type != backend:
+            return f"{name} is on {x.device}, expected a {backend} tensor"
+        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"{name} is {x.dtype}, expected float32, bfloat16 or float16"
+    return None
+
+
+def choose(op: str, backend: str | None, tensors: dict[str, Tensor | None]) -> str:
+    """The backend that runs: the one asked for, or the kernel of the tensors' device, or (saying so once) the reference."""
+    if backend is not None:
+        can_run(backend, op, tensors, raise_error=True)
+        return backend
+    first = next(x for x in tensors.values() if x is not None)
+    native = "cuda" if first.device.type == "cuda" else "cpu"
+    reason = _refusal(native, tensors)
+    if reason is None:
+        return native
+    message = f'{op}: running the slow token-by-token reference, because backend="{native}" cannot run this: {reason}'
+    if message not in _said:
+        _said.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+    return "reference"
+
+
+def refuse_gradient(op: str, tensors: dict[str, Tensor | None], advice: str) -> None:
+    """Raises when a gradient would be asked of an op that has no backward."""
+    if not torch.is_grad_enabled():
+        return
+    asked = [name for name, x in tensors.items() if x is not None and x.requires_grad]
+    if asked:
+        raise RuntimeError(f"{op}: no backward for {', '.join(asked)} in this backend; {advice}")

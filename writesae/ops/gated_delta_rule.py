@@ -1,0 +1,179 @@
+"""The gated delta rule (Gated DeltaNet; DeltaNet is g = 0), with its writes, snapshots and edits in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..edits import ADD, Edits
+from ..writes import Writes
+from . import _dispatch
+from .reference.gated_delta_rule import gated_delta_rule as reference
+
+
+@dataclass(frozen=True)
+class GatedDeltaRuleOutput:
+    """o `[B,T,H,V]` in the input dtype; final_state `[N,H,K,V]` or None; writes or None; snapshots or None."""
+
+    o: Tensor
+    final_state: Tensor | None
+    writes: Writes | None
+    snapshots: Tensor | None
+
+
+def gated_delta_rule(
+    q: Tensor,  # [B, T, Hk, K]
+    k: Tensor,  # [B, T, Hk, K]
+    v: Tensor,  # [B, T, H, V]
+    g: Tensor,  # [B, T, H]
+    beta: Tensor,  # [B, T, H]
+    scale: float | None = None,
+    initial_state: Tensor | None = None,  # [N, H, K, V]
+    output_final_state: bool = False,
+    use_qk_l2norm: bool = False,
+    cu_seqlens: Tensor | None = None,  # [N + 1]
+    edits: Edits | None = None,
+    snapshots: Tensor | Sequence[int] | None = None,  # [P, 2] or P positions
+    return_writes: bool = False,
+    backend: str | None = None,
+) -> GatedDeltaRuleOutput:
+    """Runs `S_t = e^g (I - beta k k^T) S_{t-1} + beta k v^T`, `o_t = scale S_t^T q_t` over whole sequences.
+
+    Args:
+        q, k: queries and keys. Value head h reads key head h // (H / Hk).
+        v: values.
+        g: log-decay, <= 0 in every trained model (0 is DeltaNet).
+        beta: erase and write strength.
+        scale: multiplies q; default K ** -0.5.
+        initial_state: state before the first token, default zero. Computed in float32.
+        output_final_state: also return the state after the last token.
+        use_qk_l2norm: first divide q and k by sqrt(sum x^2 + 1e-6), as Qwen3-Next and Qwen3.5 do.
+        cu_seqlens: offsets of packed sequences, 0 first and T last; needs B = 1. Then N = len - 1, else N = B.
+        edits: changes to the states, addressed by row (of a packed batch: the sequence) and position in that row.
+        snapshots: states to return: `[P, 2]` int tensor of (row, position), or positions taken in every row.
+        return_writes: also return the `Writes`.
+        backend: "reference", "cpu", "cuda", or None for the kernel of the tensors' device.
+
+    Returns:
+        `out.o [B,T,H,V]` in v's dtype; `out.final_state [N,H,K,V]`, `out.writes` and `out.snapshots` (`[P,H,K,V]`, or
+        `[N,P,H,K,V]` for a list of positions) in float32 (float64 for float64 inputs, reference only).
+
+    Raises:
+        ValueError: a wrong shape, dtype or place, naming the argument.
+        RuntimeError: a gradient asked of a kernel, which has no backward; backend="reference" has one.
+
+    Source: Yang et al., *Gated Delta Networks*, arXiv 2412.06464; the writes: Young, arXiv 2605.12770.
+    """
+    _check(q, k, v, g, beta, initial_state, cu_seqlens)
+    B, T, H, V = v.shape
+    K = k.shape[-1]
+    scale = K**-0.5 if scale is None else float(scale)
+    lengths = [T] * B if cu_seqlens is None else (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
+    if edits is not None:
+        edits.check(len(lengths), lengths, H, K, V)
+        edits = edits.expand_rows(len(lengths))
+    places, as_list = _places(snapshots, lengths)
+    tensors = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "initial_state": initial_state}
+    chosen = _dispatch.choose("gated_delta_rule", backend, tensors)
+    if chosen == "reference":
+        o, final, left, right, shots = reference(
+            q, k, v, g, beta, scale, initial_state, use_qk_l2norm, cu_seqlens, edits, places
+        )
+    else:
+        _dispatch.refuse_gradient("gated_delta_rule", tensors, 'use backend="reference", or torch.no_grad()')
+        index = edit_left = edit_right = None
+        if edits is not None and len(edits):
+            index, edit_left, edit_right = pack_edits(edits)
+        o, final, left, right, shots = torch.ops.writesae.gated_delta_rule(
+            q, k, v, g, beta, scale, initial_state, use_qk_l2norm, cu_seqlens, index, edit_left, edit_right, places,
+            return_writes,
+        )  # fmt: skip
+    writes = None
+    if return_writes:
+        start = None if initial_state is None else initial_state.to(right.dtype)
+        decay = g.to(right.dtype)
+        writes = Writes(
+            decay, left[:, :, :, None], right[:, :, :, None], beta=beta.to(right.dtype), initial_state=start,
+            cu_seqlens=cu_seqlens, edits=_additions(edits),
+        )  # fmt: skip
+    if places is not None and as_list:
+        shots = shots.reshape(len(lengths), -1, H, K, V)
+    return GatedDeltaRuleOutput(
+        o, final if output_final_state else None, writes, None if places is None else shots
+    )
+
+
+def pack_edits(edits: Edits) -> tuple[Tensor, Tensor, Tensor]:
+    """`([E, 4] int64 of (row, position, head, kind), left, right in float32)`, sorted by (row, head, position), stable."""
+    order = torch.arange(len(edits))
+    for key in (edits.position, edits.head, edits.row):
+        order = order[torch.argsort(key[order], stable=True)]
+    index = torch.stack([x[order].long() for x in (edits.row, edits.position, edits.head, edits.kind)], 1)
+    return index.contiguous(), edits.left[order].float().contiguous(), edits.right[order].float().contiguous()
+
+
+def _additions(edits: Edits | None) -> Edits | None:
+    """What edits add beyond the (already zeroed) native writes."""
+    if edits is None or not len(edits):
+        return None
+    kept = (edits.kind == ADD) | (edits.left.abs().sum(1) > 0)
+    kept &= edits.kind != 1
+    e = edits[kept]
+    return Edits(e.row, e.position, e.head, e.left, e.right) if len(e) else None
+
+
+def _places(snapshots, lengths: list[int]) -> tuple[Tensor | None, bool]:
+    if snapshots is None:
+        return None, False
+    as_list = not (isinstance(snapshots, Tensor) and snapshots.ndim == 2)
+    if as_list:
+        flat = torch.as_tensor(snapshots, dtype=torch.int64).reshape(-1)
+        rows = torch.arange(len(lengths)).repeat_interleave(len(flat))
+        places = torch.stack([rows, flat.repeat(len(lengths))], 1)
+    else:
+        places = snapshots.to(torch.int64).contiguous()
+        if places.shape[1] != 2:
+            raise ValueError(f"snapshots: expected [P, 2] of (row, position), got shape {tuple(places.shape)}")
+    limit = torch.tensor(lengths)
+    bad = (places[:, 0] < 0) | (places[:, 0] >= len(lengths)) | (places[:, 1] < 0)
+    bad |= places[:, 1] >= limit[places[:, 0].clamp(0, len(lengths) - 1)]
+    if bool(bad.any()):
+        n, t = places[int(bad.nonzero()[0])].tolist()
+        raise ValueError(
+            f"snapshots: expected rows below {len(lengths)} and positions inside their row, got row {n}, position {t}"
+        )
+    return places, as_list
+
+
+def _check(q, k, v, g, beta, initial_state, cu_seqlens) -> None:
+    if v.ndim != 4:
+        raise ValueError(f"v: expected [B, T, H, V], got shape {tuple(v.shape)}")
+    B, T, H, V = v.shape
+    if k.ndim != 4 or k.shape[:2] != (B, T) or k.shape[2] == 0 or H % k.shape[2]:
+        raise ValueError(f"k: expected [B={B}, T={T}, Hk dividing H={H}, K], got shape {tuple(k.shape)}")
+    if q.shape != k.shape:
+        raise ValueError(f"q: expected the shape of k {tuple(k.shape)}, got {tuple(q.shape)}")
+    for name, x in (("g", g), ("beta", beta)):
+        if tuple(x.shape) != (B, T, H):
+            raise ValueError(f"{name}: expected [B={B}, T={T}, H={H}], got shape {tuple(x.shape)}")
+    if T == 0:
+        raise ValueError("v: expected at least one token, got T = 0")
+    for name, x in (("q", q), ("k", k), ("v", v), ("g", g), ("beta", beta)):
+        if not x.is_floating_point():
+            raise ValueError(f"{name}: expected a floating dtype, got {x.dtype}")
+    N = B
+    if cu_seqlens is not None:
+        if B != 1:
+            raise ValueError(f"cu_seqlens: packed sequences need B = 1, got B = {B}")
+        offsets = cu_seqlens.tolist()
+        ordered = all(lo <= hi for lo, hi in zip(offsets[:-1], offsets[1:], strict=True))
+        if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != T or not ordered:
+            raise ValueError(f"cu_seqlens: expected offsets rising from 0 to T={T}, got {offsets[:8]}")
+        N = len(offsets) - 1
+    if initial_state is not None and tuple(initial_state.shape) != (N, H, k.shape[-1], V):
+        raise ValueError(
+            f"initial_state: expected [N={N}, H={H}, K={k.shape[-1]}, V={V}], got shape {tuple(initial_state.shape)}"
+        )
