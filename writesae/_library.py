@@ -11,7 +11,7 @@ _FOLDER = Path(__file__).parent
 
 def _load(stem: str) -> str | None:
     """Loads `writesae/_<stem>*.so`; returns None when loaded, else the reason it is not."""
-    files = sorted(_FOLDER.glob(f"{stem}*.so")) + sorted(_FOLDER.glob(f"{stem}*.dylib")) + sorted(_FOLDER.glob(f"{stem}*.pyd"))
+    files = [f for suffix in ("so", "dylib", "pyd") for f in sorted(_FOLDER.glob(f"{stem}*.{suffix}"))]
     if not files:
         return f"not built: no {stem}*.so in {_FOLDER} (build it with `pip install .`, which needs a C++ compiler)"
     try:
@@ -22,6 +22,13 @@ def _load(stem: str) -> str | None:
 
 
 CPU_ERROR = _load("_C_cpu")
+
+
+def cpu_isa() -> dict[str, str]:
+    """{"kernels": instruction set the CPU kernels use, "supported": all this processor has, best first}; or {}."""
+    if CPU_ERROR is not None:
+        return {}
+    return {"kernels": torch.ops.writesae.cpu_isa(""), "supported": torch.ops.writesae.cpu_isa_list()}
 
 
 def backends() -> dict[str, str | None]:
