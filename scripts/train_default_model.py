@@ -212,7 +212,9 @@ def install_fast_operators(model: Qwen3_5ForCausalLM) -> None:
         modeling_qwen3_5.causal_conv1d_fn = fast_conv
         fast_loss, fast_gradient = loss_and_gradient()
     error = (fast_gradient - gradient).norm() / gradient.norm()
-    print(f"fast operators: loss differs by {abs(fast_loss - loss):.1e}, gradient by {error:.1e} (relative)", flush=True)
+    print(
+        f"fast operators: loss differs by {abs(fast_loss - loss):.1e}, gradient by {error:.1e} (relative)", flush=True
+    )
     if abs(fast_loss - loss) > 1e-4 or error > 1e-4:
         raise RuntimeError("the fast operators disagree with transformers' own")
 
@@ -260,7 +262,9 @@ def build_optimizers(model, muon_lr: float, adam_lr: float) -> list[torch.optim.
     """Muon for the projections, AdamW for embeddings, norms, convolutions, gates and decay parameters."""
     matrices, rest = [], []
     for name, p in model.named_parameters():
-        is_projection = p.ndim == 2 and "embed" not in name and not name.endswith(("in_proj_a.weight", "in_proj_b.weight"))
+        is_projection = (
+            p.ndim == 2 and "embed" not in name and not name.endswith(("in_proj_a.weight", "in_proj_b.weight"))
+        )
         (matrices if is_projection else rest).append(p)
     optimizers = [
         Muon(matrices, lr=muon_lr),
