@@ -7,14 +7,15 @@ products and a decayed running sum, 64 times fewer operations than from states a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ..firings import Firings
+from .._library import CPU_ERROR
 from ..writes import Writes
 from . import _dispatch
+from .gated_delta_rule import pack_edits
 from .reference import encode as reference
 
 
@@ -68,14 +69,324 @@ def encode(
         ValueError: a wrong shape, dtype or size, naming the argument.
         RuntimeError: a gradient asked for the writes, or in threshold mode.
     """
-    v_enc, w_enc, heads, carry = _prepare(writes, v_enc, w_enc, heads, initial_state, carry)
+    writes, v_enc, w_enc, b_enc, heads, carry = _prepare(writes, v_enc, w_enc, b_enc, heads, initial_state, carry)
     Hs, F = v_enc.shape[:2]
-    if b_enc is not None and tuple(b_enc.shape) != (Hs, F):
-        raise ValueError(f"b_enc: expected [Hs={Hs}, F={F}], got shape {tuple(b_enc.shape)}")
+    tensors = _tensors(writes, v_enc, w_enc, b_enc, carry)
     if threshold is not None:
-        threshold = torch.as_tensor(threshold, dtype=torch.float32).expand(Hs, F)
-        if bool((threshold < 0).any()):
-            raise ValueError(f"threshold: expected >= 0, got {float(threshold.min())}")
-    elif not 1 <= k <= F:
-        raise ValueError(f"k: expected 1 <= k <= F={F}, got {k}")
-    raise NotImplementedError
+        threshold = _threshold(threshold, Hs, F)
+        _dispatch.refuse_gradient(
+            "encode", {"v_enc": v_enc, "w_enc": w_enc, "b_enc": b_enc, "carry": carry},
+            "threshold mode has none; use top-k mode, activations(), or torch.no_grad()",
+        )  # fmt: skip
+    elif isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= F:
+        raise ValueError(f"k: expected an integer, 1 <= k <= F={F}, got {k!r}")
+    chosen = _dispatch.choose("encode", backend, tensors)
+    chosen = chosen if hasattr(torch.ops.writesae, "encode_topk") else "reference"
+    with torch.no_grad():
+        if chosen == "reference":
+            if threshold is None:
+                values, indices, last = _reference_topk(writes, v_enc, w_enc, b_enc, heads, carry, k)
+            else:
+                values, indices, counts, last = _reference_threshold(
+                    writes, v_enc, w_enc, b_enc, heads, carry, threshold
+                )
+        elif threshold is None:
+            values, indices, last = torch.ops.writesae.encode_topk(
+                *_arguments(writes, heads, v_enc, w_enc), _float(b_enc), k, *_rest(writes, carry)
+            )
+        else:
+            values, indices, counts, last = torch.ops.writesae.encode_threshold(
+                *_arguments(writes, heads, v_enc, w_enc), _float(b_enc), threshold, *_rest(writes, carry)
+            )
+    if threshold is None:
+        values = _attach_gradient(values, indices, writes, v_enc, w_enc, b_enc, carry, heads, relu=True)
+        return Codes(values, indices, None, last, tuple(heads))
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return Codes(values, indices, offsets, last, tuple(heads))
+
+
+def activations(
+    writes: Writes,
+    v: Tensor,  # [Hs, F, K] or [Hs, F, r, K]
+    w: Tensor,  # [Hs, F, V] or [Hs, F, r, V]
+    indices: Tensor,  # [B, T, Hs, m]
+    b: Tensor | None = None,  # [Hs, F]
+    heads: Sequence[int] | None = None,
+    initial_state: Tensor | None = None,  # [N, H, K, V]
+    carry: Tensor | None = None,  # [N, Hs, F]
+    backend: str | None = None,
+) -> Tensor:
+    """Raw pre-activations `v_i^T S_t w_i + b_i` (no ReLU) of m chosen features at every token, without states.
+
+    With decoder factors and the active set this is `<A_i, S_t>`, the inner product the factored loss needs.
+
+    Args:
+        indices: int64 features, 0 <= index < F, for each token and encoded head; a feature may repeat.
+        writes, v, w, b, heads, initial_state, carry, backend: as in `encode`.
+
+    Returns:
+        `[B, T, Hs, m]` float32 (float64 for float64 inputs, reference only). Differentiable in v, w, b and carry.
+
+    Raises:
+        ValueError: a wrong shape, dtype or index, naming the argument.
+        RuntimeError: a gradient asked for the writes.
+    """
+    return chosen_activations(writes, v, w, indices, b, heads, initial_state, carry, backend, ("v", "w", "b"))
+
+
+def chosen_activations(writes, v, w, indices, b, heads, initial_state, carry, backend, names) -> Tensor:
+    """`activations`, for callers whose own arguments have other names, which messages should use."""
+    writes, v, w, b, heads, carry = _prepare(writes, v, w, b, heads, initial_state, carry, names)
+    (Hs, F), (B, T) = v.shape[:2], writes.shape[:2]
+    if indices.ndim != 4 or indices.shape[:3] != (B, T, Hs) or indices.dtype != torch.int64:
+        raise ValueError(
+            f"indices: expected int64 [B={B}, T={T}, Hs={Hs}, m], got {indices.dtype} of shape {tuple(indices.shape)}"
+        )
+    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < F:
+        raise ValueError(f"indices: expected 0 <= index < F={F}, got {int(indices.min())} to {int(indices.max())}")
+    chosen = _dispatch.choose("activations", backend, _tensors(writes, v, w, b, carry))
+    chosen = chosen if hasattr(torch.ops.writesae, "encode_at") else "reference"
+    with torch.no_grad():
+        if chosen == "reference":
+            v_, w_, a = _reference_inputs(writes, v, w, heads, carry)
+            values = v_.new_empty(indices.shape)
+            for row, lo, hi, pre in reference.blocks(writes, v_, w_, heads, a):
+                values[row, lo:hi] = pre.gather(-1, indices[row, lo:hi])
+        else:
+            values, _ = torch.ops.writesae.encode_at(
+                *_arguments(writes, heads, v, w), indices.contiguous(), *_rest(writes, carry)
+            )
+        if b is not None:
+            values = values + b.to(values)[torch.arange(Hs, device=b.device)[:, None], indices]
+    return _attach_gradient(values, indices, writes, v, w, b, carry, heads, relu=False)
+
+
+# ---- inputs ---------------------------------------------------------------------------------------------------------
+
+
+def _prepare(writes, v_enc, w_enc, b_enc, heads, initial_state, carry, names=("v_enc", "w_enc", "b_enc")):
+    """Validates by name; returns (writes, factors with a rank axis, bias, heads as a list, carry or None)."""
+    B, T, H, K, V = writes.shape
+    if writes.decay.ndim != 3:
+        raise ValueError(
+            f"writes: encode supports the scalar gate (decay [B, T, H]: gated delta rule, DeltaNet, SSD), got a "
+            f"channel or element gate, decay {tuple(writes.decay.shape)}"
+        )
+    if T == 0:
+        raise ValueError("writes: expected at least one token, got T = 0")
+    heads = list(range(H)) if heads is None else [int(h) for h in heads]
+    if not heads or not all(0 <= h < H for h in heads):
+        raise ValueError(f"heads: expected at least one head, each 0 <= head < H={H}, got {heads}")
+    Hs, N = len(heads), writes.num_sequences
+    sides = []
+    for name, side, letter, size in ((names[0], v_enc, "K", K), (names[1], w_enc, "V", V)):
+        if not side.is_floating_point():
+            raise ValueError(f"{name}: expected a floating dtype, got {side.dtype}")
+        fits = side.ndim in (3, 4) and side.shape[0] == Hs and side.shape[-1] == size and side.shape[1] > 0
+        if not fits or (side.ndim == 4 and side.shape[2] == 0):
+            raise ValueError(
+                f"{name}: expected [Hs={Hs}, F, {letter}={size}] or [Hs={Hs}, F, r, {letter}={size}], "
+                f"got shape {tuple(side.shape)}"
+            )
+        sides.append(side[:, :, None] if side.ndim == 3 else side)
+    v_enc, w_enc = sides
+    F, rank = v_enc.shape[1:3]
+    if w_enc.shape[1:3] != (F, rank):
+        raise ValueError(
+            f"{names[1]}: expected the features and rank of {names[0]}, F={F} and r={rank}, got F={w_enc.shape[1]} and "
+            f"r={w_enc.shape[2]}"
+        )
+    if b_enc is not None and (tuple(b_enc.shape) != (Hs, F) or not b_enc.is_floating_point()):
+        raise ValueError(f"{names[2]}: expected floating [Hs={Hs}, F={F}], got {b_enc.dtype} {tuple(b_enc.shape)}")
+    asked = {"decay": writes.decay, "left": writes.left, "right": writes.right, "initial_state": initial_state}
+    _dispatch.refuse_gradient("encode", asked, "only the dictionary has a gradient; detach the writes")
+    if carry is not None:
+        if initial_state is not None:
+            raise ValueError("carry: expected carry or initial_state, got both")
+        if tuple(carry.shape) != (N, Hs, F) or not carry.is_floating_point():
+            raise ValueError(
+                f"carry: expected floating [N={N}, Hs={Hs}, F={F}], got {carry.dtype} {tuple(carry.shape)}"
+            )
+    else:
+        state = writes.initial_state if initial_state is None else initial_state
+        if state is not None:
+            if tuple(state.shape) != (N, H, K, V):
+                raise ValueError(
+                    f"initial_state: expected [N={N}, H={H}, K={K}, V={V}], got shape {tuple(state.shape)}"
+                )
+            compute = _compute_dtype(state, writes.right, v_enc, w_enc)
+            carry = _StateActivations.apply(v_enc.to(compute), w_enc.to(compute), state.detach().to(compute), heads)
+    if writes.edits is not None:
+        if writes.edits.needs_clean_pass:
+            raise ValueError('writes: expected edits of kind "add" only; the recurrence resolves delete and replace')
+        lengths = [stop - start for _, _, start, stop in writes.sequences()]
+        writes.edits.check(N, lengths, H, K, V)
+        writes = replace(writes, edits=writes.edits.expand_rows(N))
+    return writes, v_enc, w_enc, b_enc, heads, carry
+
+
+def _threshold(threshold, Hs: int, F: int) -> Tensor:
+    threshold = torch.as_tensor(threshold, dtype=torch.float32)
+    if tuple(threshold.shape) not in ((), (Hs, F)):
+        raise ValueError(f"threshold: expected a number or [Hs={Hs}, F={F}], got shape {tuple(threshold.shape)}")
+    if not bool((threshold >= 0).all()):
+        raise ValueError(f"threshold: expected >= 0 everywhere, got {float(threshold.min())}")
+    return threshold.detach().expand(Hs, F).contiguous()
+
+
+def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def _tensors(writes, v_enc, w_enc, b_enc, carry) -> dict[str, Tensor | None]:
+    return {
+        "decay": writes.decay, "left": writes.left, "right": writes.right, "v_enc": v_enc, "w_enc": w_enc,
+        "b_enc": b_enc, "carry": carry,
+    }  # fmt: skip
+
+
+def _float(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach().float().contiguous()
+
+
+def _arguments(writes: Writes, heads: list[int], v_enc: Tensor, w_enc: Tensor) -> tuple:
+    """What every kernel takes first: decay, left, right, heads, v_enc, w_enc. Small ones in float32; the kernel
+    converts left, right and the factors as it packs them."""
+    return _float(writes.decay), writes.left, writes.right, torch.tensor(heads), v_enc.detach(), w_enc.detach()
+
+
+def _rest(writes: Writes, carry: Tensor | None) -> tuple:
+    """What every kernel takes last: carry, cu_seqlens, edit_index, edit_left, edit_right."""
+    packed = pack_edits(writes.edits) if writes.edits is not None and len(writes.edits) else (None, None, None)
+    offsets = None if writes.cu_seqlens is None else writes.cu_seqlens.to(torch.int64).contiguous()
+    return _float(carry), offsets, *packed
+
+
+# ---- the reference backend ------------------------------------------------------------------------------------------
+
+
+def _reference_inputs(writes, v_enc, w_enc, heads, carry) -> tuple[Tensor, Tensor, Tensor]:
+    compute = _compute_dtype(*_tensors(writes, v_enc, w_enc, None, carry).values())
+    v, w = v_enc.detach().to(compute), w_enc.detach().to(compute)
+    if carry is None:
+        return v, w, v.new_zeros(writes.num_sequences, len(heads), v.shape[1])
+    return v, w, carry.detach().to(compute).clone()
+
+
+def _reference_topk(writes, v_enc, w_enc, b_enc, heads, carry, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    v, w, a = _reference_inputs(writes, v_enc, w_enc, heads, carry)
+    B, T = writes.shape[:2]
+    values = v.new_empty(B, T, len(heads), k)
+    indices = torch.empty(B, T, len(heads), k, dtype=torch.int64, device=v.device)
+    for b, lo, hi, pre in reference.blocks(writes, v, w, heads, a):
+        biased = pre if b_enc is None else pre + b_enc.to(v)
+        values[b, lo:hi], indices[b, lo:hi] = reference.topk(biased, k)
+    return values, indices, a
+
+
+def _reference_threshold(writes, v_enc, w_enc, b_enc, heads, carry, threshold: Tensor):
+    v, w, a = _reference_inputs(writes, v_enc, w_enc, heads, carry)
+    B, T = writes.shape[:2]
+    counts = torch.zeros(B, T, len(heads), dtype=torch.int64, device=v.device)
+    found = []
+    for b, lo, hi, pre in reference.blocks(writes, v, w, heads, a):
+        biased = pre if b_enc is None else pre + b_enc.to(v)
+        kept = ~(biased <= threshold.to(v))  # keeps a NaN
+        counts[b, lo:hi] = kept.sum(-1)
+        found.append((biased[kept], kept.nonzero()[:, -1]))
+    values, indices = (torch.cat(x) for x in zip(*found, strict=True))
+    return values, indices, counts.flatten(), a
+
+
+# ---- gradients ------------------------------------------------------------------------------------------------------
+
+
+class _StateActivations(torch.autograd.Function):
+    """a_i = v_i^T S w_i of whole states: the carry that an initial state amounts to. One head at a time."""
+
+    @staticmethod
+    def forward(ctx, v, w, state, heads):  # [Hs, F, r, K], [Hs, F, r, V], [N, H, K, V] -> [N, Hs, F]
+        ctx.save_for_backward(v, w, state)
+        ctx.heads = heads
+        out = v.new_empty(len(state), len(heads), v.shape[1])
+        for n in range(len(state)):
+            for i, head in enumerate(heads):
+                out[n, i] = ((v[i] @ state[n, head]) * w[i]).sum((1, 2))
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        v, w, state = ctx.saved_tensors
+        dv, dw = torch.zeros_like(v), torch.zeros_like(w)
+        for n in range(len(state)):
+            for i, head in enumerate(ctx.heads):
+                scaled = grad[n, i][:, None, None]
+                dv[i] += (scaled * w[i]) @ state[n, head].T
+                dw[i] += (scaled * v[i]) @ state[n, head]
+        return dv, dw, None, None
+
+
+class _Gradient(torch.autograd.Function):
+    """Passes `values` through and knows their gradient: which features were taken is constant, as in torch.topk."""
+
+    @staticmethod
+    def forward(ctx, v, w, b, carry, values, indices, writes, heads, relu):
+        ctx.save_for_backward(v, w, indices, values if relu else None)
+        ctx.writes, ctx.heads = writes, heads
+        ctx.bias = None if b is None else b.dtype
+        return values.view_as(values)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        v, w, indices, values = ctx.saved_tensors
+        if values is not None:
+            grad = grad * (values > 0)
+        db = dv = dw = d_carry = None
+        if ctx.needs_input_grad[2]:
+            db = v.new_zeros(v.shape[:2])
+            for i in range(len(db)):
+                db[i].index_add_(0, indices[:, :, i].flatten(), grad[:, :, i].flatten().to(v))
+            db = db.to(ctx.bias)
+        if any(ctx.needs_input_grad[i] for i in (0, 1, 3)):
+            dv, dw, d_carry = reference.backward(ctx.writes, v, w, ctx.heads, indices, grad)
+        return dv, dw, db, d_carry, None, None, None, None, None
+
+
+def _attach_gradient(values, indices, writes, v_enc, w_enc, b_enc, carry, heads, relu: bool) -> Tensor:
+    asked = (x is not None and x.requires_grad for x in (v_enc, w_enc, b_enc, carry))
+    if not torch.is_grad_enabled() or not any(asked):
+        return values
+    compute = values.dtype
+    cast = None if carry is None else carry.to(compute)
+    return _Gradient.apply(
+        v_enc.to(compute), w_enc.to(compute), b_enc, cast, values, indices, writes, heads, relu
+    )
+
+
+# ---- fake implementations -------------------------------------------------------------------------------------------
+
+if CPU_ERROR is None and hasattr(torch.ops.writesae, "encode_topk"):
+
+    @torch.library.register_fake("writesae::encode_topk")
+    def _(decay, left, right, heads, v_enc, w_enc, b_enc, k, carry, cu_seqlens, edit_index, edit_left, edit_right):
+        (B, T), (Hs, F) = decay.shape[:2], v_enc.shape[:2]
+        N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        values = decay.new_empty(B, T, Hs, k, dtype=torch.float32)
+        return values, values.new_empty(B, T, Hs, k, dtype=torch.int64), values.new_empty(N, Hs, F)
+
+    @torch.library.register_fake("writesae::encode_threshold")
+    def _(decay, left, right, heads, v_enc, w_enc, b_enc, threshold, carry, cu_seqlens, *edits):
+        (B, T), (Hs, F) = decay.shape[:2], v_enc.shape[:2]
+        N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        n = torch.library.get_ctx().new_dynamic_size()
+        values = decay.new_empty(n, dtype=torch.float32)
+        counts = values.new_empty(B * T * Hs, dtype=torch.int64)
+        return values, values.new_empty(n, dtype=torch.int64), counts, values.new_empty(N, Hs, F)
+
+    @torch.library.register_fake("writesae::encode_at")
+    def _(decay, left, right, heads, v_enc, w_enc, indices, carry, cu_seqlens, edit_index, edit_left, edit_right):
+        Hs, F = v_enc.shape[:2]
+        N = decay.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        return decay.new_empty(indices.shape, dtype=torch.float32), decay.new_empty(N, Hs, F, dtype=torch.float32)

@@ -1,11 +1,20 @@
-"""Reference for `encode`: the activations a_i(t) = v_i^T S_t w_i from writes by their own recurrence, any dtype."""
+"""Reference for `encode`: a_i(t) = v_i^T S_t w_i from writes by their own recurrence, any float dtype.
+
+`preactivations` is dense and differentiable by autograd: the truth for tests. `blocks` walks the same recurrence token
+by token and hands out one block at a time; `backward` is the exact gradient of any function of the activations, one
+block of tokens at a time. None of the last two ever holds `[T, F]`.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from ...writes import Writes, _additions_by_position
+
+BLOCK = 64  # tokens held at a time, times Hs * F
 
 
 def preactivations(
@@ -41,8 +50,7 @@ def preactivations(
         for t in range(start, stop):
             a = decay[b, t][:, None] * a + increments[b, t]
             for head, p, q in additions.get(t - start, ()):
-                if head in heads:
-                    i = heads.index(head)
+                for i in (i for i, encoded in enumerate(heads) if encoded == head):
                     a = a.clone()
                     a[i] += torch.einsum("fxk,k,v,fxv->f", v_enc[i], p.to(v_enc), q.to(v_enc), w_enc[i])
             if out is None:
@@ -56,6 +64,123 @@ def preactivations(
 
 
 def topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Exact top k of raw pre-activations `[..., F]`, then ReLU; descending, ties to the lowest index."""
+    """Exact top k of raw pre-activations `[..., F]`, then ReLU; descending, ties to the lowest index, NaN first."""
     order = torch.sort(pre, dim=-1, descending=True, stable=True)
     return order.values[..., :k].relu(), order.indices[..., :k]
+
+
+class _Factors:
+    """The writes of the encoded heads, cut into blocks, with additions listed by (sequence, token)."""
+
+    def __init__(self, writes: Writes, heads: list[int], like: Tensor):
+        self.writes, self.like = writes, like
+        group = writes.shape[2] // writes.left.shape[2]
+        self.heads = torch.tensor(heads, device=writes.left.device)
+        self.lefts = self.heads // group
+        self.additions = {}
+        for n in range(writes.num_sequences if writes.edits is not None else 0):
+            for t, found in _additions_by_position(writes.edits, n).items():
+                pairs = [(i, p, q) for head, p, q in found for i, encoded in enumerate(heads) if encoded == head]
+                kept = [(i, p.to(like), q.to(like)) for i, p, q in pairs]
+                if kept:
+                    self.additions[n, t] = kept
+
+    def block(self, b: int, lo: int, hi: int) -> tuple[Tensor, Tensor, Tensor]:
+        """decay `[Hs, t]`, left `[R, Hs, t, K]`, right `[R, Hs, t, V]` of tokens lo..hi-1 of batch row b."""
+        w = self.writes
+        decay = w.decay[b, lo:hi, self.heads].to(self.like).T
+        left = w.left[b, lo:hi, self.lefts].to(self.like).permute(2, 1, 0, 3)
+        right = w.right[b, lo:hi, self.heads].to(self.like).permute(2, 1, 0, 3)
+        return decay, left, right
+
+    def additions_in(self, n: int, first: int, last: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """(offset from `first`, head slot, p, q) of the additions at positions first..last-1 of sequence n."""
+        if self.additions:
+            for t in range(first, last):
+                for i, p, q in self.additions.get((n, t), ()):
+                    yield t - first, i, p, q
+
+
+def blocks(
+    writes: Writes,
+    v_enc: Tensor,  # [Hs, F, r, K]
+    w_enc: Tensor,  # [Hs, F, r, V]
+    heads: list[int],
+    carry: Tensor,  # [N, Hs, F]  before the first token; after the last once exhausted
+    size: int = BLOCK,
+) -> Iterator[tuple[int, int, int, Tensor]]:
+    """Yields (batch row, first token, one past the last, a `[t, Hs, F]` without bias); overwrites `carry`."""
+    factors = _Factors(writes, heads, v_enc)
+    for n, b, start, stop in writes.sequences():
+        for lo in range(start, stop, size):
+            hi = min(lo + size, stop)
+            decay, left, right = factors.block(b, lo, hi)
+            a = v_enc.new_zeros(len(heads), hi - lo, v_enc.shape[1])  # increments first, then activations in place
+            for r in range(left.shape[0]):
+                for x in range(v_enc.shape[2]):
+                    a += (left[r] @ v_enc[:, :, x].mT) * (right[r] @ w_enc[:, :, x].mT)
+            for t, i, p, q in factors.additions_in(n, lo - start, hi - start):
+                a[i, t] += ((v_enc[i] @ p) * (w_enc[i] @ q)).sum(-1)
+            gate = decay.exp()
+            last = carry[n]
+            for t in range(hi - lo):
+                a[:, t] += gate[:, t, None] * last
+                last = a[:, t]
+            carry[n] = last
+            yield b, lo, hi, a.transpose(0, 1)
+
+
+def decay_matrix(decay: Tensor) -> Tensor:
+    """`[..., t, t]` lower triangular from log-decays `[..., t]`: entry (s, u) is exp(decay_{u+1} + ... + decay_s).
+
+    Sums, never differences of cumulative sums: a gate that is closed (log-decay -inf) gives 0, not NaN.
+    """
+    t = decay.shape[-1]
+    keep = torch.ones(t, t, dtype=torch.bool, device=decay.device)
+    terms = decay[..., :, None].expand(*decay.shape, t).masked_fill(~keep.tril(-1), 0)
+    return terms.cumsum(-2).masked_fill(~keep.tril(), -torch.inf).exp()
+
+
+def backward(
+    writes: Writes,
+    v_enc: Tensor,  # [Hs, F, r, K]
+    w_enc: Tensor,  # [Hs, F, r, V]
+    heads: list[int],
+    indices: Tensor,  # [B, T, Hs, m] int64
+    grad: Tensor,  # [B, T, Hs, m]  gradient of the activations at `indices`
+    size: int = 2 * BLOCK,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients (v_enc, w_enc, carry `[N, Hs, F]`) of the activations, by the adjoint of the recurrence.
+
+    lambda_i(s) = da_i(s) + e^{g_{s+1}} lambda_i(s+1) and dv_i = sum_s lambda_i(s) (right_s . w_i) left_s, dw_i alike.
+    Blocks are walked from the last token back; inside one, lambda is a triangular matrix product.
+    """
+    factors = _Factors(writes, heads, v_enc)
+    Hs, F, rank = v_enc.shape[:3]
+    dv, dw = torch.zeros_like(v_enc), torch.zeros_like(w_enc)
+    d_carry = v_enc.new_zeros(writes.num_sequences, Hs, F)
+    for n, b, start, stop in writes.sequences():
+        tail = None  # e^{g} lambda of the token after the block; None while it is zero
+        for lo in reversed(range(start, stop, size)):
+            hi = min(lo + size, stop)
+            da = grad[b, lo:hi].to(v_enc).transpose(0, 1)  # [Hs, t, m]
+            if tail is None and not bool(da.any()):
+                continue
+            decay, left, right = factors.block(b, lo, hi)
+            lam = v_enc.new_zeros(Hs, hi - lo, F).scatter_add_(2, indices[b, lo:hi].transpose(0, 1), da)
+            reach = decay_matrix(decay)
+            lam = reach.mT @ lam
+            if tail is not None:
+                lam += reach[:, -1, :, None] * tail[:, None]
+            for x in range(rank):
+                v, w = v_enc[:, :, x], w_enc[:, :, x]
+                for r in range(left.shape[0]):
+                    dv[:, :, x] += (lam * (right[r] @ w.mT)).mT @ left[r]
+                    dw[:, :, x] += (lam * (left[r] @ v.mT)).mT @ right[r]
+            for t, i, p, q in factors.additions_in(n, lo - start, hi - start):
+                dv[i] += (lam[i, t][:, None] * (w_enc[i] @ q))[..., None] * p
+                dw[i] += (lam[i, t][:, None] * (v_enc[i] @ p))[..., None] * q
+            tail = decay[:, 0].exp()[:, None] * lam[:, 0]
+        if tail is not None:
+            d_carry[n] = tail
+    return dv, dw, d_carry
