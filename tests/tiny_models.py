@@ -1,0 +1,63 @@
+"""Tiny random models of every family on the gated delta rule: K != V, grouped heads, linear and full layers mixed."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+VOCAB = 97
+_LAYERS = ["linear_attention", "linear_attention", "full_attention", "linear_attention"]
+
+
+def _common(layer_types, heads, key_heads, K, V):
+    return dict(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=len(layer_types), layer_types=list(layer_types),
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, intermediate_size=48, linear_num_key_heads=key_heads,
+        linear_num_value_heads=heads, linear_key_head_dim=K, linear_value_head_dim=V, linear_conv_kernel_dim=4,
+        max_position_embeddings=512, pad_token_id=0, eos_token_id=1, bos_token_id=2, tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+_MOE = dict(
+    moe_intermediate_size=16, shared_expert_intermediate_size=16, num_experts=4, num_experts_per_tok=2,
+    decoder_sparse_step=1, mlp_only_layers=[],
+)  # fmt: skip
+
+
+def families() -> list[str]:
+    """Families this transformers has."""
+    known = ["qwen3_5", "qwen3_next", "olmo_hybrid", "qwen3_5_moe"]
+    return [f for f in known if importlib.util.find_spec(f"transformers.models.{f}") is not None]
+
+
+def tiny_model(family="qwen3_5", layer_types=_LAYERS, heads=4, key_heads=2, K=8, V=6, seed=0, dtype=torch.float32):
+    """A random model in eval mode; the gates are spread so that states neither vanish nor saturate."""
+    import transformers
+
+    common = _common(layer_types, heads, key_heads, K, V)
+    if family == "qwen3_5":
+        config, name = transformers.Qwen3_5TextConfig(**common), "Qwen3_5ForCausalLM"
+    elif family == "qwen3_5_moe":
+        config, name = transformers.Qwen3_5MoeTextConfig(**common, **_MOE), "Qwen3_5MoeForCausalLM"
+    elif family == "qwen3_next":
+        config, name = transformers.Qwen3NextConfig(**common, **_MOE), "Qwen3NextForCausalLM"
+    elif family == "olmo_hybrid":
+        common.pop("head_dim")
+        config, name = transformers.OlmoHybridConfig(**common), "OlmoHybridForCausalLM"
+    else:
+        raise ValueError(f"family: unknown {family!r}")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = getattr(transformers, name)(config).eval()
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("A_log"):
+                parameter.data.uniform_(-4.0, -1.0)
+            elif parameter.ndim >= 2:
+                parameter.data.normal_(0.0, 0.25 if "conv" in parameter_name else parameter.shape[-1] ** -0.5)
+    return model.to(dtype)
+
+
+def tokens(rows: int, length: int, seed: int = 0):
+    """`[rows, length]` int64 ordinary tokens (no pad, no end)."""
+    return torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,168 @@
+"""Running the upper part of a model again for many short forks that share their passages' prefixes.
+
+A fork is a few tokens of a passage from position t on. Its full-attention layers read the passage's keys and values
+before t, which all forks of that passage share: they are read in place, never copied a fork.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .hf_gated_delta import layers
+
+_NAME = "writesae_shared_prefix"
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Keys and values of P passages at one full-attention layer, and which fork reads how much of them.
+
+    Attributes:
+        key, value: `[P, Hkv, T, D]`, after rotary embedding.
+        passage: `[n]` int64, rising: the passage of each fork.
+        start: `[n]` int64: a fork sees its passage's columns below `start`, then its own tokens causally.
+    """
+
+    key: Tensor
+    value: Tensor
+    passage: Tensor
+    start: Tensor
+
+
+def shared_prefix_attention(
+    module: nn.Module,
+    query: Tensor,  # [n, Hq, L, D]
+    key: Tensor,  # [n, Hkv, L, D]
+    value: Tensor,  # [n, Hkv, L, D]
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    shared_prefix: Prefix | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """Attention of forks on their passage's prefix and on themselves, in one softmax. Returns `[n, L, Hq, D]`, None."""
+    if shared_prefix is None:  # a call from another thread while the forks run
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if kwargs.get("sliding_window") is not None:
+        raise ValueError("model: full attention expected above the edited layer, got a sliding window")
+    n, Hq, L, D = query.shape
+    Hkv = key.shape[1]
+    scaling = D**-0.5 if scaling is None else scaling
+    grouped = query.reshape(n, Hkv, Hq // Hkv, L, D)  # query heads of one key head side by side
+    later = torch.ones(L, L, dtype=torch.bool, device=query.device).triu(1)
+    own = torch.matmul(grouped.flatten(2, 3), key.transpose(2, 3)).view(n, Hkv, -1, L, L) * scaling
+    own = own.masked_fill(later, float("-inf"))
+    out = torch.empty_like(grouped)
+    passages, counts = torch.unique_consecutive(shared_prefix.passage, return_counts=True)
+    lo = 0
+    for p, count in zip(passages.tolist(), counts.tolist(), strict=True):
+        hi = lo + count
+        start = shared_prefix.start[lo:hi]
+        seen = int(start.max())
+        past_key, past_value = shared_prefix.key[p, :, :seen], shared_prefix.value[p, :, :seen]  # [Hkv, seen, D]
+        q = grouped[lo:hi].transpose(0, 1).reshape(Hkv, -1, D)  # all forks of the passage in one product
+        past = torch.matmul(q, past_key.transpose(1, 2)).view(Hkv, count, -1, L, seen).transpose(0, 1) * scaling
+        hidden = torch.arange(seen, device=query.device) >= start[:, None]  # [count, seen]
+        past = past.masked_fill(hidden[:, None, None, None], float("-inf"))
+        weight = torch.softmax(torch.cat([past, own[lo:hi]], -1), -1, dtype=torch.float32).to(query.dtype)
+        mixed = weight[..., :seen].transpose(0, 1).reshape(Hkv, -1, seen)
+        mixed = torch.matmul(mixed, past_value).view(Hkv, count, -1, L, D).transpose(0, 1)
+        mixed_own = torch.matmul(weight[..., seen:].flatten(2, 3), value[lo:hi]).view_as(mixed)
+        out[lo:hi] = mixed + mixed_own
+        lo = hi
+    return out.view(n, Hq, L, D).transpose(1, 2).contiguous(), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(_NAME, shared_prefix_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+
+class Stack:
+    """The decoder blocks of a causal language model with gated-delta layers, and what follows them.
+
+    Attributes:
+        model: the model.
+        sites: {layer: `LayerSite`} of its gated-delta layers.
+        blocks: its decoder blocks in order.
+        norm, head: final norm and output embedding.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.sites = {site.layer_index: site for site in layers(model)}
+        if not self.sites:
+            raise ValueError(f"model: expected a model with gated-delta layers, got {type(model).__name__}")
+        parts = next(iter(self.sites.values())).path.split(".")
+        at = max(i for i in range(len(parts)) if isinstance(model.get_submodule(".".join(parts[:i])), nn.ModuleList))
+        self.blocks = model.get_submodule(".".join(parts[:at]))
+        base = model.get_submodule(".".join(parts[: at - 1]))
+        self.norm = getattr(base, "norm", None)
+        self.head = model.get_output_embeddings()
+        if self.norm is None or self.head is None:
+            raise ValueError(f"model: expected a final norm and an output embedding, got {type(model).__name__}")
+
+    def attention_configs(self) -> list:
+        """Configurations that the full-attention modules consult for their attention function."""
+        found = {}
+        for i, block in enumerate(self.blocks):
+            if i not in self.sites:
+                for module in block.modules():
+                    if hasattr(module, "layer_idx") and hasattr(module, "config"):
+                        found[id(module.config)] = module.config
+        return list(found.values())
+
+    @contextlib.contextmanager
+    def sharing(self) -> Iterator[None]:
+        """Within, the full-attention blocks take a `shared_prefix`."""
+        before = [(config, config._attn_implementation) for config in self.attention_configs()]
+        try:
+            for config, _ in before:
+                config._attn_implementation_internal = _NAME
+            yield
+        finally:
+            for config, name in before:
+                config._attn_implementation_internal = name
+
+    def run(
+        self,
+        x: Tensor,  # [n, L, hidden]
+        first: int,
+        position_ids: Tensor,  # [n, L]
+        position_embeddings: dict[int, tuple[Tensor, Tensor] | None],  # a block: (cos, sin) [n, L, D]
+        prefixes: dict[int, Prefix],
+    ) -> Tensor:
+        """Blocks `first` and up and the final norm on forks, `[n, L, hidden]`. Within `sharing()`."""
+        for i in range(first, len(self.blocks)):
+            extra = {} if i in self.sites else {"shared_prefix": prefixes[i]}
+            x = self.blocks[i](
+                x, position_embeddings=position_embeddings[i], attention_mask=None, position_ids=position_ids,
+                past_key_values=None, use_cache=False, **extra,
+            )  # fmt: skip
+            x = x[0] if isinstance(x, tuple) else x
+        return self.norm(x)
+
+    @contextlib.contextmanager
+    def watching(self, wanted: Sequence[int], seen: dict[int, dict]) -> Iterator[None]:
+        """Within, `seen[layer]` gets the input and keyword arguments of the wanted blocks' latest call."""
+        handles = []
+
+        def watch(i):
+            def hook(module, args, kwargs):
+                hidden = args[0] if args else kwargs["hidden_states"]
+                seen[i] = {"input": hidden, "position_embeddings": kwargs.get("position_embeddings")}
+
+            return hook
+
+        try:
+            for i in wanted:
+                handles.append(self.blocks[i].register_forward_pre_hook(watch(i), with_kwargs=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
