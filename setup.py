@@ -25,9 +25,11 @@ class Build(BuildExtension):
         compiler = os.environ.get("CXX", self.compiler.compiler_cxx[0] if sys.platform != "win32" else "cl").split()[0]
         if shutil.which(compiler) is None:
             sys.exit(
-                f"writesae needs a C++17 compiler, and {compiler!r} was not found on PATH. Install one (Debian, Ubuntu: "
+                f"writesae needs a C++ compiler, and {compiler!r} was not found on PATH. Install one (Debian, Ubuntu:\n"
                 "apt install g++; macOS: xcode-select --install), or name it in the environment variable CXX."
             )
+        # Editable installs build in a temporary folder; a fixed one recompiles only what changed.
+        self.build_temp = os.path.join("build", "temp")
         super().build_extensions()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...edits import ADD, Edits
+from ...edits import ADD, DELETE, Edits
 
 
 def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -67,6 +67,8 @@ def gated_delta_rule(
                     u[int(edits.head[i])] = 0
             state = state + torch.einsum("hk,hv->hkv", k_t, u)
             for i in here:
+                if edits.kind[i] == DELETE:
+                    continue
                 state = state.clone()
                 state[int(edits.head[i])] += torch.outer(edits.left[i].to(state), edits.right[i].to(state))
             o_rows[b].append(torch.einsum("hkv,hk->hv", state, q_t))

@@ -1,0 +1,239 @@
+// gated_delta_rule on the CPU: scheduling here, arithmetic in gated_delta_rule_kernel.h.
+#include "gated_delta_rule.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+
+namespace writesae::cpu {
+
+#if defined(__x86_64__)
+WRITESAE_TARGET_BEGIN_AVX512
+namespace avx512 {
+#define WRITESAE_LANES 16
+#define WRITESAE_VECTORS 2
+#include "cpu/simd.h"
+
+#include "cpu/gated_delta_rule_kernel.h"
+#undef WRITESAE_LANES
+#undef WRITESAE_VECTORS
+}  // namespace avx512
+WRITESAE_TARGET_END
+
+WRITESAE_TARGET_BEGIN_AVX2
+namespace avx2 {
+#define WRITESAE_LANES 8
+#define WRITESAE_VECTORS 1
+#include "cpu/simd.h"
+
+#include "cpu/gated_delta_rule_kernel.h"
+#undef WRITESAE_LANES
+#undef WRITESAE_VECTORS
+}  // namespace avx2
+WRITESAE_TARGET_END
+#endif
+
+namespace portable {
+#define WRITESAE_LANES 4
+#if defined(__aarch64__)
+#define WRITESAE_VECTORS 2
+#else
+#define WRITESAE_VECTORS 1
+#endif
+#include "cpu/simd.h"
+
+#include "cpu/gated_delta_rule_kernel.h"
+#undef WRITESAE_LANES
+#undef WRITESAE_VECTORS
+}  // namespace portable
+
+namespace {
+
+constexpr int64_t CHUNK = portable::C;  // the same for every instruction set: the scratch layout depends on it
+constexpr int64_t PART = 64;            // tokens an item of preparation takes
+constexpr int64_t SCRATCH_FLOATS = 1 << 20;  // prepared keys and queries kept at once: about the second-level cache
+
+// The kernels of one instruction set.
+struct Kernels {
+  int lanes, vectors;
+  decltype(&portable::prepare) prepare;
+  decltype(&portable::read) read;
+  void (*run_columns)(const GatedDeltaRuleParams&, const portable::Item&, int64_t, int, float*);
+  decltype(&portable::step_head) step_head;
+};
+
+template <class Item>
+Item cast_item(const portable::Item& x) {
+  return {x.n, x.h, x.b, x.origin, x.first, x.last, x.length, x.pair, x.dots, x.gate, x.beta, x.edit, x.edit_end,
+          x.shots, x.shots_end};
+}
+
+Kernels kernels() {
+#if defined(__x86_64__)
+  switch (isa()) {
+    case Isa::avx512:
+      return {16, avx512::VECTORS, avx512::prepare, avx512::read,
+              [](const GatedDeltaRuleParams& p, const portable::Item& item, int64_t column, int vectors, float* memory) {
+                avx512::run_columns(p, cast_item<avx512::Item>(item), column, vectors, memory);
+              },
+              avx512::step_head};
+    case Isa::avx2:
+      return {8, avx2::VECTORS, avx2::prepare, avx2::read,
+              [](const GatedDeltaRuleParams& p, const portable::Item& item, int64_t column, int vectors, float* memory) {
+                avx2::run_columns(p, cast_item<avx2::Item>(item), column, vectors, memory);
+              },
+              avx2::step_head};
+    case Isa::portable:
+      break;
+  }
+#else
+  isa();
+#endif
+  return {portable::LANES, portable::VECTORS, portable::prepare, portable::read, portable::run_columns,
+          portable::step_head};
+}
+
+// Uninitialised floats on a cache line's boundary.
+class Buffer {
+ public:
+  explicit Buffer(int64_t floats)
+      : data_(static_cast<float*>(::operator new(std::max<int64_t>(floats, 1) * sizeof(float), std::align_val_t(64)))) {}
+  ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  float* operator+(int64_t offset) const { return data_ + offset; }
+
+ private:
+  float* data_;
+};
+
+int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+struct Sequence {
+  int64_t b, origin, length;
+};
+
+// First edit at or after (row, head, position).
+int64_t find_edit(const EditList& edits, int64_t row, int64_t head, int64_t position) {
+  int64_t low = 0, high = edits.count;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    const int64_t* e = edits.index + middle * 4;
+    const bool before = e[0] != row ? e[0] < row : e[2] != head ? e[2] < head : e[1] < position;
+    (before ? low : high) = before ? middle + 1 : middle;
+  }
+  return low;
+}
+
+}  // namespace
+
+void gated_delta_rule(const GatedDeltaRuleParams& p, const Parallel& parallel) {
+  const Kernels kernel = kernels();
+  const int64_t K = p.K, V = p.V, group = p.H / p.Hk;
+  std::vector<Sequence> sequences;
+  int64_t longest = 0;
+  for (int64_t n = 0; n < p.N; n++) {
+    if (p.cu_seqlens != nullptr) {
+      sequences.push_back({0, p.cu_seqlens[n], p.cu_seqlens[n + 1] - p.cu_seqlens[n]});
+    } else {
+      sequences.push_back({n, 0, p.T});
+    }
+    longest = std::max(longest, sequences.back().length);
+  }
+  // Snapshot places by sequence, then position.
+  std::vector<int64_t> shots(p.P);
+  for (int64_t i = 0; i < p.P; i++) shots[i] = i;
+  std::sort(shots.begin(), shots.end(), [&](int64_t x, int64_t y) {
+    const int64_t *a = p.places + x * 2, *b = p.places + y * 2;
+    return a[0] != b[0] ? a[0] < b[0] : a[1] < b[1];
+  });
+  const auto find_shot = [&](int64_t n, int64_t position) {
+    return std::partition_point(shots.begin(), shots.end(), [&](int64_t i) {
+             const int64_t* place = p.places + i * 2;
+             return place[0] != n ? place[0] < n : place[1] < position;
+           }) -
+           shots.begin();
+  };
+
+  // A tile: so many tokens, and so many sequences side by side, that what is prepared for them stays near the core.
+  const int64_t per_token = p.Hk * (2 * K + 2 * CHUNK) + p.H * 2;
+  int64_t tile = std::min<int64_t>(std::max<int64_t>(SCRATCH_FLOATS / per_token / PART * PART, PART), 1024);
+  tile = std::min(tile, round_up(std::max<int64_t>(longest, 1), CHUNK));
+  const int64_t together = std::clamp<int64_t>(SCRATCH_FLOATS / (per_token * tile), 1, std::max<int64_t>(p.N, 1));
+  const int64_t chunks = round_up(tile, CHUNK) / CHUNK, parts = (tile + PART - 1) / PART;
+  const int64_t pair_size = chunks * K * 2 * CHUNK, dots_size = chunks * 2 * CHUNK * CHUNK;
+  const Buffer pair(together * p.Hk * pair_size), dots(together * p.Hk * dots_size);
+  const Buffer gate(together * p.H * tile), beta(together * p.H * tile);
+  // Blocks of two vectors, unless that would leave threads without work.
+  int vectors = kernel.vectors;
+  const auto blocks_of = [&](int count) { return (V + count * kernel.lanes - 1) / (count * kernel.lanes); };
+  if (together * p.H * blocks_of(vectors) < parallel.threads) vectors = 1;
+  const int64_t width = vectors * kernel.lanes, blocks = blocks_of(vectors);
+  const int64_t memory_size = round_up((K + 2 * CHUNK + 1) * width + K * 2 * CHUNK, 16);
+  const int64_t rows_size = 2 * CHUNK * round_up(K, 16);
+  const int64_t worker_size = std::max(memory_size, rows_size);
+  const Buffer memory(worker_size * parallel.threads);
+
+  for (int64_t n0 = 0; n0 < p.N; n0 += together) {
+    const int64_t members = std::min(together, p.N - n0);
+    int64_t longest_here = 1;  // an empty sequence still copies its initial state
+    for (int64_t n = n0; n < n0 + members; n++) longest_here = std::max(longest_here, sequences[n].length);
+    for (int64_t first = 0; first < longest_here; first += tile) {
+      for_each(parallel, members * p.Hk * parts, [&](int64_t i, int64_t worker) {
+        const int64_t m = i / (p.Hk * parts), hk = i / parts % p.Hk, part = i % parts;
+        const Sequence& s = sequences[n0 + m];
+        const int64_t from = first + part * PART, to = std::min({from + PART, first + tile, s.length});
+        if (from >= to) return;
+        const int64_t chunk = (m * p.Hk + hk) * chunks + part * PART / CHUNK;
+        kernel.prepare(p, s.b, s.origin, from, to, hk, memory + worker * worker_size, pair + chunk * K * 2 * CHUNK,
+                       dots + chunk * 2 * CHUNK * CHUNK);
+        for (int64_t h = hk * group; h < (hk + 1) * group; h++)
+          for (int64_t t = from; t < to; t++) {
+            const int64_t at = (m * p.H + h) * tile + t - first;
+            *(gate + at) = std::exp(kernel.read(p.g, s.b, s.origin + t, h));
+            *(beta + at) = kernel.read(p.beta, s.b, s.origin + t, h);
+          }
+      });
+      for_each(parallel, members * p.H * blocks, [&](int64_t i, int64_t worker) {
+        const int64_t m = i / (p.H * blocks), h = i / blocks % p.H, n = n0 + m, hk = h / group;
+        const Sequence& s = sequences[n];
+        if (first > 0 && first >= s.length) return;
+        portable::Item item;
+        item.n = n, item.h = h, item.b = s.b, item.origin = s.origin, item.length = s.length;
+        item.first = first, item.last = std::min(first + tile, s.length);
+        item.pair = pair + (m * p.Hk + hk) * pair_size;
+        item.dots = dots + (m * p.Hk + hk) * dots_size;
+        item.gate = gate + (m * p.H + h) * tile;
+        item.beta = beta + (m * p.H + h) * tile;
+        item.edit = find_edit(p.edits, n, h, first), item.edit_end = find_edit(p.edits, n, h, s.length);
+        item.shots = shots.data() + find_shot(n, first), item.shots_end = shots.data() + find_shot(n, s.length);
+        kernel.run_columns(p, item, i % blocks * width, vectors, memory + worker * worker_size);
+      });
+    }
+  }
+}
+
+void gated_delta_rule_step(const GatedDeltaRuleStepParams& p, const Parallel& parallel) {
+  const Kernels kernel = kernels();
+  const int64_t worker_size = 2 * round_up(p.K, 16) + (p.K + 1) * kernel.lanes * kernel.vectors;
+  const Buffer memory(worker_size * parallel.threads);
+  for_each(parallel, p.B * p.H, [&](int64_t i, int64_t worker) {
+    const int64_t b = i / p.H, h = i % p.H;
+    int64_t first = 0, last = 0;
+    if (p.edits.count > 0) {
+      // Positions play no part here: all edits of (row, head) act.
+      while (first < p.edits.count && (p.edits.index[first * 4] != b || p.edits.index[first * 4 + 2] != h)) first++;
+      last = first;
+      while (last < p.edits.count && p.edits.index[last * 4] == b && p.edits.index[last * 4 + 2] == h) last++;
+    }
+    kernel.step_head(p, b, h, first, last, memory + worker * worker_size);
+  });
+}
+
+}  // namespace writesae::cpu

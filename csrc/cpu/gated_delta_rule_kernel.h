@@ -1,0 +1,312 @@
+// The kernel, written once and compiled for each instruction set by gated_delta_rule.cpp (no include guard on purpose).
+//
+// Given k, q, beta and g, the value columns of a head do not meet: a column block of the state, [K, W] with W = 32 floats on
+// AVX-512 (16 KB at K = 128, inside the first-level cache), runs through all tokens by itself. So an item of work is
+// (sequence, head, column block), and one head alone already feeds several threads.
+//
+// Tokens go in micro-chunks of C = 4, so that the block is read and written once for four tokens. With S the state before
+// the chunk, a_j the gates, G_j = a_0 ... a_j and D_ji = a_{i+1} ... a_j (products of gates, never a quotient):
+//     u_j = beta_j (v_j - G_j S^T k_j - sum_{i<j}  D_ji (k_i . k_j) u_i)
+//     o_j =               G_j S^T q_j + sum_{i<=j} D_ji (k_i . q_j) u_i
+//     S  <- G_3 S + sum_i D_3i k_i u_i^T
+// The last line of one chunk and the products S^T k, S^T q of the next are a single pass over the rows of S (`advance`):
+// 3 multiply-adds a state element and token and one load and one store for four tokens, 98 kFLOP a token and head at
+// 128 x 128 where the chunked form with C = 64 takes 164. Everything of K alone (normalising, the dot products) is done
+// once per key head and tile of tokens by `prepare`.
+//
+// A micro-chunk that holds an edit or a snapshot goes token by token (`token`); the others pay nothing for it.
+
+constexpr int C = 4;
+// r, o and u of four tokens take 12 registers a vector of columns: two vectors fit 32 registers, one fits 16.
+constexpr int VECTORS = WRITESAE_VECTORS;
+
+// ---- once per key head and tile ------------------------------------------------------------------------------------
+
+// Reads one key or query row into `row` (padded with zeros to `padded`), normalised when asked, times `scale`.
+inline void read_row(const View& x, int64_t a, int64_t b, int64_t c, int64_t K, int64_t padded, bool normalise,
+                     float scale, float* row) {
+  convert_in(x.type, x.at(a, b, c), row, K);
+  for (int64_t i = K; i < padded; i++) row[i] = 0;
+  if (normalise) scale *= 1.0f / std::sqrt(dot(row, row, padded) + 1e-6f);
+  if (normalise || scale != 1.0f)
+    for (int64_t i = 0; i < K; i++) row[i] *= scale;
+}
+
+// Tokens [first, last) of key head hk; first is a multiple of C within the sequence that starts at row b, token `origin`.
+//   pair [chunk][K][2C]: element i of k_0..k_3, q_0..q_3 (zero past the end);  dots [chunk][2][C][C]: k_i.k_j and k_i.q_j
+inline void prepare(const GatedDeltaRuleParams& p, int64_t b, int64_t origin, int64_t first, int64_t last, int64_t hk,
+                    float* rows, float* pair, float* dots) {
+  const int64_t K = p.K, padded = (K + 15) / 16 * 16;
+  for (int64_t start = first; start < last; start += C, pair += K * 2 * C, dots += 2 * C * C) {
+    for (int j = 0; j < C; j++) {
+      float* k = rows + j * padded;
+      float* q = rows + (C + j) * padded;
+      if (start + j >= last) {
+        for (int64_t i = 0; i < padded; i++) k[i] = q[i] = 0;
+        continue;
+      }
+      const int64_t t = origin + start + j;
+      read_row(p.k, b, t, hk, K, padded, p.use_qk_l2norm, 1.0f, k);
+      read_row(p.q, b, t, hk, K, padded, p.use_qk_l2norm, p.scale, q);
+      if (p.left != nullptr) std::memcpy(p.left + ((b * p.T + t) * p.Hk + hk) * K, k, K * sizeof(float));
+    }
+    for (int j = 0; j < C; j++)
+      for (int i = 0; i <= j; i++) {
+        dots[j * C + i] = i < j ? dot(rows + i * padded, rows + j * padded, padded) : 0.0f;
+        dots[C * C + j * C + i] = dot(rows + i * padded, rows + (C + j) * padded, padded);
+      }
+    for (int64_t i = 0; i < K; i++)
+      for (int j = 0; j < 2 * C; j++) pair[i * 2 * C + j] = rows[j * padded + i];
+  }
+}
+
+// ---- one column block ----------------------------------------------------------------------------------------------
+
+// What of the last micro-chunk has not been put into the state yet.
+template <int NV>
+struct Pending {
+  float gate;         // G_3
+  const float* pair;  // its keys
+  Vec u[C][NV];       // D_3i u_i
+};
+
+// S <- gate S + sum_i k_i u_i^T for the pending chunk, and r_j = S^T k_j, o_j = S^T q_j for the next, in one pass.
+template <int NV>
+inline void advance(float* state, int64_t K, const Pending<NV>& pending, const float* next, Vec (&r)[C][NV],
+                    Vec (&o)[C][NV]) {
+  Vec u[C][NV], rk[C][NV], oq[C][NV];
+  for (int j = 0; j < C; j++)
+    for (int n = 0; n < NV; n++) {
+      u[j][n] = pending.u[j][n];
+      rk[j][n] = oq[j][n] = Vec{};
+    }
+  const float gate = pending.gate;
+  const float* past = pending.pair;
+  for (int64_t i = 0; i < K; i++, state += NV * LANES, past += 2 * C, next += 2 * C) {
+    Vec s[NV];
+    for (int n = 0; n < NV; n++) s[n] = load(state + n * LANES) * gate;
+    for (int j = 0; j < C; j++)
+      for (int n = 0; n < NV; n++) s[n] += past[j] * u[j][n];
+    for (int n = 0; n < NV; n++) store(state + n * LANES, s[n]);
+    for (int j = 0; j < C; j++)
+      for (int n = 0; n < NV; n++) {
+        rk[j][n] += next[j] * s[n];
+        oq[j][n] += next[C + j] * s[n];
+      }
+  }
+  for (int j = 0; j < C; j++)
+    for (int n = 0; n < NV; n++) {
+      r[j][n] = rk[j][n];
+      o[j][n] = oq[j][n];
+    }
+}
+
+template <int NV>
+inline void flush(float* state, int64_t K, Pending<NV>& pending, const float* zeros) {
+  const float* past = pending.pair;
+  for (int64_t i = 0; i < K; i++, past += 2 * C)
+    for (int n = 0; n < NV; n++) {
+      Vec s = load(state + (i * NV + n) * LANES) * pending.gate;
+      for (int j = 0; j < C; j++) s += past[j] * pending.u[j][n];
+      store(state + (i * NV + n) * LANES, s);
+    }
+  pending = {1.0f, zeros, {}};
+}
+
+// One token on a block of the state: rows `row` floats apart, key and query elements `step` floats apart. Edits
+// [first, last) act on it. Returns the increment in u and the reading in o. `side` holds NV * LANES floats.
+template <int NV>
+inline void token(float* state, int64_t row, int64_t K, int64_t V, const float* k, const float* q, int64_t step,
+                  float gate, float beta, const Vec* v, const EditList& edits, int64_t first, int64_t last, int64_t column,
+                  int64_t width, float* side, Vec* u, Vec* o) {
+  Vec rk[NV] = {}, oq[NV] = {};
+  float kq = 0;
+  for (int64_t i = 0; i < K; i++) {
+    for (int n = 0; n < NV; n++) {
+      const Vec s = load(state + i * row + n * LANES);
+      rk[n] += k[i * step] * s;
+      oq[n] += q[i * step] * s;
+    }
+    kq += k[i * step] * q[i * step];
+  }
+  bool native = true;
+  for (int64_t e = first; e < last; e++) native = native && edits.index[e * 4 + 3] == 0;
+  for (int n = 0; n < NV; n++) {
+    u[n] = native ? beta * (v[n] - gate * rk[n]) : Vec{};
+    o[n] = gate * oq[n] + kq * u[n];
+  }
+  for (int64_t i = 0; i < K; i++)
+    for (int n = 0; n < NV; n++) {
+      float* at = state + i * row + n * LANES;
+      store(at, load(at) * gate + k[i * step] * u[n]);
+    }
+  for (int64_t e = first; e < last; e++) {
+    if (edits.index[e * 4 + 3] == 1) continue;
+    const float* left = edits.left + e * K;
+    for (int64_t c = 0; c < NV * LANES; c++) side[c] = c < width ? edits.right[e * V + column + c] : 0.0f;
+    float pq = 0;
+    for (int64_t i = 0; i < K; i++) {
+      pq += left[i] * q[i * step];
+      for (int n = 0; n < NV; n++) {
+        float* at = state + i * row + n * LANES;
+        store(at, load(at) + left[i] * load(side + n * LANES));
+      }
+    }
+    for (int n = 0; n < NV; n++) o[n] += pq * load(side + n * LANES);
+  }
+}
+
+// The work common to the column blocks of one (sequence, value head) in one tile.
+struct Item {
+  int64_t n, h, b, origin;      // sequence, value head, its batch row and first token
+  int64_t first, last, length;  // positions of the tile inside the sequence, and its whole length
+  const float* pair;            // [chunk][K][2C]
+  const float* dots;            // [chunk][2][C][C]
+  const float* gate;            // [tile]  e^g
+  const float* beta;            // [tile]
+  int64_t edit, edit_end;       // edits of (sequence, head) from this tile on
+  const int64_t* shots;         // places of this sequence from this tile on, rising position
+  const int64_t* shots_end;
+};
+
+template <int NV>
+inline void copy_block(float* block, float* state, int64_t K, int64_t V, int64_t width, bool out) {
+  for (int64_t i = 0; i < K; i++, block += NV * LANES, state += V) {
+    if (out) {
+      std::memcpy(state, block, width * sizeof(float));
+    } else {
+      std::memcpy(block, state, width * sizeof(float));
+      for (int64_t c = width; c < NV * LANES; c++) block[c] = 0;
+    }
+  }
+}
+
+// memory: [K * W state | K * 2C zeros | 2 * C * W values and results | W edit side], 64-byte aligned
+template <int NV>
+inline void run_block(const GatedDeltaRuleParams& p, Item item, int64_t column, float* memory) {
+  constexpr int W = NV * LANES;
+  const int64_t K = p.K, V = p.V, width = V - column < W ? V - column : W;
+  float* state = memory;
+  float* zeros = state + K * W;
+  float* values = zeros + K * 2 * C;
+  float* results = values + C * W;
+  float* side = results + C * W;
+  float* carried = p.final_state + (item.n * p.H + item.h) * K * V + column;
+  for (int64_t i = 0; i < K * 2 * C; i++) zeros[i] = 0;
+  if (item.first > 0) {
+    copy_block<NV>(state, carried, K, V, width, false);
+  } else if (p.initial_state != nullptr) {
+    const float* start = p.initial_state + (item.n * p.H + item.h) * K * V + column;
+    copy_block<NV>(state, const_cast<float*>(start), K, V, width, false);
+  } else {
+    for (int64_t i = 0; i < K * W; i++) state[i] = 0;
+  }
+  Pending<NV> pending = {1.0f, zeros, {}};
+  const float* pair = item.pair;
+  const float* dots = item.dots;
+  for (int64_t start = item.first; start < item.last; start += C, pair += K * 2 * C, dots += 2 * C * C) {
+    const int count = item.last - start < C ? static_cast<int>(item.last - start) : C;
+    const float* gate = item.gate + (start - item.first);
+    const float* beta = item.beta + (start - item.first);
+    Vec v[C][NV];
+    for (int j = 0; j < C; j++) {
+      float* row = values + j * W;
+      for (int64_t c = j < count ? width : 0; c < W; c++) row[c] = 0;
+      if (j < count) convert_in(p.v.type, p.v.at(item.b, item.origin + start + j, item.h, column), row, width);
+      for (int n = 0; n < NV; n++) v[j][n] = load(row + n * LANES);
+    }
+    Vec u[C][NV], o[C][NV];
+    const bool edited = item.edit < item.edit_end && p.edits.index[item.edit * 4 + 1] < start + count;
+    const bool wanted = item.shots < item.shots_end && p.places[*item.shots * 2 + 1] < start + count;
+    if (edited || wanted) {
+      flush<NV>(state, K, pending, zeros);
+      for (int j = 0; j < count; j++) {
+        int64_t edit = item.edit;
+        while (edit < item.edit_end && p.edits.index[edit * 4 + 1] == start + j) edit++;
+        token<NV>(state, W, K, V, pair + j, pair + C + j, 2 * C, gate[j], beta[j], v[j], p.edits, item.edit, edit, column,
+                  width, side, u[j], o[j]);
+        item.edit = edit;
+        for (; item.shots < item.shots_end && p.places[*item.shots * 2 + 1] == start + j; item.shots++)
+          copy_block<NV>(state, p.snapshots + (*item.shots * p.H + item.h) * K * V + column, K, V, width, true);
+      }
+    } else {
+      Vec r[C][NV];
+      advance<NV>(state, K, pending, pair, r, o);
+      float since[C];  // D_ji for the present j; a gate past the end counts as 1, a beta as 0
+      float total = 1;
+      for (int j = 0; j < C; j++) {
+        const float a = j < count ? gate[j] : 1.0f;
+        const float b = j < count ? beta[j] : 0.0f;
+        total *= a;
+        for (int i = 0; i < j; i++) since[i] *= a;
+        since[j] = 1;
+        for (int n = 0; n < NV; n++) {
+          Vec rest = v[j][n] - total * r[j][n];
+          Vec out = total * o[j][n];
+          for (int i = 0; i < j; i++) {
+            rest -= (since[i] * dots[j * C + i]) * u[i][n];
+            out += (since[i] * dots[C * C + j * C + i]) * u[i][n];
+          }
+          u[j][n] = b * rest;
+          o[j][n] = out + dots[C * C + j * C + j] * u[j][n];
+        }
+      }
+      pending.gate = total;
+      pending.pair = pair;
+      for (int i = 0; i < C; i++)
+        for (int n = 0; n < NV; n++) pending.u[i][n] = since[i] * u[i][n];
+    }
+    for (int j = 0; j < count; j++) {
+      const int64_t at = ((item.b * p.T + item.origin + start + j) * p.H + item.h) * V + column;
+      for (int n = 0; n < NV; n++) store(results + n * LANES, o[j][n]);
+      convert_out(p.o_type, results, static_cast<char*>(p.o) + at * element_size(p.o_type), width);
+      if (p.right == nullptr) continue;
+      for (int n = 0; n < NV; n++) store(results + n * LANES, u[j][n]);
+      std::memcpy(p.right + at, results, width * sizeof(float));
+    }
+  }
+  flush<NV>(state, K, pending, zeros);
+  copy_block<NV>(state, carried, K, V, width, true);
+}
+
+inline void run_columns(const GatedDeltaRuleParams& p, const Item& item, int64_t column, int vectors, float* memory) {
+  // A narrow last block takes single vectors.
+  if (VECTORS == 2 && vectors == 2 && p.V - column > LANES) return run_block<VECTORS>(p, item, column, memory);
+  run_block<1>(p, item, column, memory);
+}
+
+// ---- one token -----------------------------------------------------------------------------------------------------
+
+// All columns of (row b, value head h). memory: 2 padded rows of K, W edit side, and a [K, W] block for a ragged end.
+inline void step_head(const GatedDeltaRuleStepParams& p, int64_t b, int64_t h, int64_t first, int64_t last, float* memory) {
+  constexpr int W = VECTORS * LANES;
+  const int64_t K = p.K, V = p.V, padded = (K + 15) / 16 * 16, hk = h / (p.H / p.Hk);
+  float* k = memory;
+  float* q = k + padded;
+  float* side = q + padded;
+  float* block = side + W;
+  read_row(p.k, b, hk, 0, K, padded, p.use_qk_l2norm, 1.0f, k);
+  read_row(p.q, b, hk, 0, K, padded, p.use_qk_l2norm, p.scale, q);
+  if (p.left != nullptr && h % (p.H / p.Hk) == 0) std::memcpy(p.left + (b * p.Hk + hk) * K, k, K * sizeof(float));
+  const float gate = std::exp(read(p.g, b, h, 0)), beta = read(p.beta, b, h, 0);
+  for (int64_t column = 0; column < V; column += W) {
+    const int64_t width = V - column < W ? V - column : W, at = (b * p.H + h) * V + column;
+    float* state = p.state + (b * p.H + h) * K * V + column;
+    alignas(64) float line[W] = {};
+    convert_in(p.v.type, p.v.at(b, h, column), line, width);
+    Vec v[VECTORS], u[VECTORS], o[VECTORS];
+    for (int n = 0; n < VECTORS; n++) v[n] = load(line + n * LANES);
+    if (width == W) {
+      token<VECTORS>(state, V, K, V, k, q, 1, gate, beta, v, p.edits, first, last, column, width, side, u, o);
+    } else {
+      copy_block<VECTORS>(block, state, K, V, width, false);
+      token<VECTORS>(block, W, K, V, k, q, 1, gate, beta, v, p.edits, first, last, column, width, side, u, o);
+      copy_block<VECTORS>(block, state, K, V, width, true);
+    }
+    for (int n = 0; n < VECTORS; n++) store(line + n * LANES, o[n]);
+    convert_out(p.o_type, line, static_cast<char*>(p.o) + at * element_size(p.o_type), width);
+    if (p.right == nullptr) continue;
+    for (int n = 0; n < VECTORS; n++) store(line + n * LANES, u[n]);
+    std::memcpy(p.right + at, line, width * sizeof(float));
+  }
+}

@@ -1,0 +1,60 @@
+// gated_delta_rule: S_t = e^g (I - beta k k^T) S_{t-1} + beta k v^T, o_t = scale S_t^T q_t, with its writes, snapshots and
+// edits. Letters as everywhere: B row, T position, Hk key heads, H value heads, K key size, V value size, N sequences.
+#pragma once
+
+#include "cpu/parallel.h"
+#include "element.h"
+
+namespace writesae {
+
+// Edits of one call, sorted by (row, head, position), stable. kind: 0 add, 1 delete, 2 replace.
+struct EditList {
+  int64_t count = 0;
+  const int64_t* index = nullptr;  // [E, 4]  (row, position, head, kind)
+  const float* left = nullptr;     // [E, K]
+  const float* right = nullptr;    // [E, V]
+};
+
+struct GatedDeltaRuleParams {
+  int64_t B, T, Hk, H, K, V, N;
+  View q, k;     // [B, T, Hk, K]  last stride 1
+  View v;        // [B, T, H, V]   last stride 1
+  View g, beta;  // [B, T, H]
+  float scale;
+  bool use_qk_l2norm;
+  const float* initial_state;  // [N, H, K, V] or null (zero)
+  const int64_t* cu_seqlens;   // [N + 1] or null; then B = 1
+  EditList edits;
+  int64_t P;
+  const int64_t* places;  // [P, 2]  (row, position)
+  void* o;                // [B, T, H, V] of o_type
+  Element o_type;
+  float* final_state;  // [N, H, K, V]
+  float* left;         // [B, T, Hk, K] or null
+  float* right;        // [B, T, H, V] or null
+  float* snapshots;    // [P, H, K, V]
+};
+
+// One token of every row, the state updated in place.
+struct GatedDeltaRuleStepParams {
+  int64_t B, Hk, H, K, V;
+  View q, k;     // [B, Hk, K]  last stride 1
+  View v;        // [B, H, V]   last stride 1
+  View g, beta;  // [B, H]
+  float scale;
+  bool use_qk_l2norm;
+  float* state;     // [B, H, K, V]  read and written
+  EditList edits;   // position ignored
+  void* o;          // [B, H, V] of o_type
+  Element o_type;
+  float* left;   // [B, Hk, K] or null
+  float* right;  // [B, H, V] or null
+};
+
+namespace cpu {
+
+void gated_delta_rule(const GatedDeltaRuleParams& p, const Parallel& parallel);
+void gated_delta_rule_step(const GatedDeltaRuleStepParams& p, const Parallel& parallel);
+
+}  // namespace cpu
+}  // namespace writesae
