@@ -1,5 +1,8 @@
-"""Hooks into transformers models: `attach` (record, encode, edit), `load`, and the seam under them, `hf_gated_delta`."""
+"""Hooks into transformers models: `attach` (record, encode, edit) and `load`; the seam under them is `hf_gated_delta`."""
 
 from . import hf_gated_delta
+from .attach import attach
+from .load import load
+from .tap import Tap
 
-__all__ = ["hf_gated_delta"]
+__all__ = ["Tap", "attach", "hf_gated_delta", "load"]

@@ -1,0 +1,284 @@
+"""`attach`: runs a transformers model's gated-delta layers on `ops.gated_delta_rule`, to record, encode and edit."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..edits import Edits
+from ..ops import gated_delta_rule
+from ..writes import Writes
+from . import hf_gated_delta
+from .hf_gated_delta import Frame, LayerSite
+from .tap import DENSE_KINDS, Tap
+
+# Largest |hooked - plain| logit over the largest plain logit that the self-test lets pass, by parameter dtype. Measured
+# on tiny random models of every family: 2e-5 in float32, 3e-2 in bfloat16, 4e-3 in float16, where the layers' outputs are
+# rounded; the margin is for depth.
+TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.03}
+
+
+@contextlib.contextmanager
+def attach(
+    model: nn.Module,
+    sites: Mapping[tuple[int, int], object],
+    edits: Mapping[int, Edits] | None = None,
+    accelerate: bool = False,
+    *,
+    self_test: bool = True,
+    check_finite: bool = True,
+    record_writes: bool = True,
+    backend: str | None = None,
+) -> Iterator[Tap]:
+    """Within the context, hooked layers run on our op: their writes are recorded, encoded and edited as the model runs.
+
+        with writesae.attach(model, {(9, 4): sae}) as tap:
+            model(**batch)                      # or model.generate(...), any number of times
+        tap.firings, tap.writes[9], tap.calls
+
+    Prefill, cached decoding, chunked continuation and `generate` (greedy, sampling, beams) work as without; so do padded
+    batches, where nothing fires on a pad or on the pads that `generate` feeds to a finished row. Packed batches (one row,
+    use_cache=False, no attention_mask, position_ids that restart, with or without cu_seq_lens_q) are kept apart in every
+    gated-delta layer of the model, hooked or not. Several attaches may be nested: each records, and the edits of all
+    apply, outer ones first. The attach belongs to the model, so calls from every thread are seen.
+
+    Args:
+        model: a transformers model (or inner text model) that runs the gated delta rule.
+        sites: `{(layer, head): dictionary}`; head is a value head. None in place of a dictionary: writes only. May be
+            empty with `edits` or `accelerate`.
+        edits: `{layer: Edits}`; row is the row of the batch (with beams: of batch x beams; of a packed batch: the
+            sequence), position the column in that row as fed, cached columns counted.
+        accelerate: run all the model's gated-delta layers on our op, not only the hooked ones.
+        self_test: first run a few tokens plain and hooked (without edits) and compare the logits. Leaves the random
+            state, caches and `tap.calls` alone. Costs four short forward passes.
+        check_finite: raise at the first NaN or infinity written into a state of a hooked layer.
+        record_writes: keep the `Writes` of the latest call of every hooked layer.
+        backend: of `ops.gated_delta_rule` and `ops.encode`; None is the kernel of the model's device.
+
+    Yields:
+        `Tap`, good after the context too.
+
+    Raises:
+        ValueError: before anything runs, for a model without such layers, a layer or head it does not have, a
+            full-attention layer, a dictionary or edit of other sizes than the head; while running, for a NaN in a state
+            or an edit of a row that the batch does not have; at the end, for a site that never ran or an edit whose
+            position never came.
+        RuntimeError: the self-test failed; the model is compiled; it is in training mode with gradients on. In eval mode
+            with gradients on the forward works, and asking a gradient through a hooked layer raises.
+
+    Source: Young, *WriteSAE*, arXiv 2605.12770.
+    """
+    found = _refuse_unsupported(model)
+    by_layer, edits = _check_sites(model, found, sites), _check_edits(model, found, edits)
+    if not by_layer and not edits and not accelerate:
+        raise ValueError("sites: expected at least one (layer, head), or edits, or accelerate=True; got none")
+    tap = Tap(by_layer, edits, {"record_writes": record_writes, "backend": backend})
+    tap.prepare(found)
+    hooked = {*by_layer, *edits}
+    if self_test:
+        _self_test(model, [s for i, s in found.items() if accelerate or i in hooked], backend)
+    handlers = {i: _Handler(tap, i in hooked, accelerate, check_finite, backend) for i in found}
+    with hf_gated_delta.intercept(model, handlers):
+        yield tap
+    tap.require_everything_ran()
+
+
+# ---- the stand-in for one layer's recurrence ------------------------------------------------------------------
+
+
+class _Handler:
+    """One attach's stand-in for one layer. The latest attach's runs, on behalf of every attach on that layer."""
+
+    def __init__(self, tap: Tap, records: bool, accelerate: bool, check_finite: bool, backend: str | None):
+        self.tap, self.records, self.accelerate = tap, records, accelerate
+        self.check_finite, self.backend = check_finite, backend
+
+    def __call__(self, q, k, v, g, beta, initial_state, output_final_state, use_qk_l2norm, cu_seqlens):
+        frame = hf_gated_delta.running()
+        every = [h for h in frame.rules if isinstance(h, _Handler)]
+        recording = [h for h in every if h.records]
+        if not recording and cu_seqlens is None and not any(h.accelerate for h in every):
+            return NotImplemented
+        inputs = (q, k, v, g, beta)
+        gradient = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+        if gradient and frame.site.module.training:
+            raise RuntimeError(
+                f"attach: layer {frame.site.layer_index} is in training mode with gradients on, and the hooked "
+                "recurrence has no backward; use model.eval() and torch.no_grad(), or train without attach"
+            )
+        layer = frame.site.layer_index
+        edits = None
+        if recording:
+            B, T = v.shape[:2]
+            lengths = [T] * B if cu_seqlens is None else cu_seqlens.diff().tolist()
+            planned = [h.tap.edits_of_call(layer, frame.start, lengths) for h in reversed(recording)]
+            planned = [e for e in planned if e is not None]
+            edits = Edits.cat(planned) if planned else None
+        with torch.no_grad():
+            out = gated_delta_rule(
+                q, k, v, g, beta, initial_state=initial_state, output_final_state=output_final_state,
+                use_qk_l2norm=use_qk_l2norm, cu_seqlens=cu_seqlens, edits=edits, return_writes=bool(recording),
+                backend=self.backend,
+            )  # fmt: skip
+            if any(h.check_finite for h in recording):
+                _require_finite(out.writes, frame)
+            for handler in recording:
+                handler.tap.record(frame, out.writes, initial_state, out.final_state)
+        o = _NoBackward.apply(out.o, *inputs) if gradient else out.o
+        return o, out.final_state
+
+
+class _NoBackward(torch.autograd.Function):
+    """Lets a forward with gradients on pass, and refuses the gradient itself."""
+
+    @staticmethod
+    def forward(ctx, o, *inputs):
+        return o.view_as(o)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            "attach: a gradient was asked through a hooked layer, which has no backward; run it under torch.no_grad(), "
+            "or without attach"
+        )
+
+
+def _require_finite(writes: Writes, frame: Frame) -> None:
+    right = writes.right
+    if bool(torch.isfinite(right.sum())):  # a sum of finite terms may overflow; then the full look decides
+        return
+    bad = (~torch.isfinite(right)).any(-1).any(-1)  # [B, T, H]
+    if not bool(bad.any()):
+        return
+    b, t, head = bad.nonzero()[0].tolist()
+    row, position = b, t + frame.start
+    if writes.cu_seqlens is not None:
+        row = int(torch.searchsorted(writes.cu_seqlens, torch.tensor(t), right=True)) - 1
+        position = t - int(writes.cu_seqlens[row])
+    raise ValueError(
+        f"model: NaN or infinity in the state of layer {frame.site.layer_index}, first at row {row}, position "
+        f"{position}, head {head}"
+    )
+
+
+# ---- checks before any work -----------------------------------------------------------------------------------
+
+
+def _refuse_unsupported(model: nn.Module) -> dict[int, LayerSite]:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected a torch module, got {type(model).__name__}")
+    compiled = (m for m in model.modules() if getattr(m, "_compiled_call_impl", None) is not None)
+    if hasattr(model, "_orig_mod") or next(compiled, None) is not None:
+        raise RuntimeError(
+            "model: a model compiled with torch.compile cannot be attached to, because its trace bypasses the hooks; "
+            "attach to the uncompiled model"
+        )
+    found = {site.layer_index: site for site in hf_gated_delta.layers(model)}
+    if not found:
+        hf_gated_delta.require_layer(model, found, -1)
+    return found
+
+
+def _check_sites(model, found: dict[int, LayerSite], sites) -> dict[int, dict[int, object]]:
+    if not isinstance(sites, Mapping):
+        raise ValueError(f"sites: expected {{(layer, head): dictionary or None}}, got {type(sites).__name__}")
+    by_layer: dict[int, dict[int, object]] = {}
+    for key, sae in sites.items():
+        if not isinstance(key, tuple) or len(key) != 2 or not all(type(x) is int for x in key):
+            raise ValueError(f"sites: expected keys (layer, head) of two integers, got {key!r}")
+        layer, head = key
+        site = hf_gated_delta.require_layer(model, found, layer)
+        if not 0 <= head < site.num_v_heads:
+            raise ValueError(f"head: expected 0 <= head < {site.num_v_heads} (value heads of layer {layer}), got {head}")
+        by_layer.setdefault(layer, {})[head] = sae
+        if sae is not None:
+            _check_dictionary(sae, site, head)
+    return by_layer
+
+
+def _check_dictionary(sae, site: LayerSite, head: int) -> None:
+    where = f"sites[({site.layer_index}, {head})]"
+    wanted = ("kind", "K", "V", "k", "encode" if getattr(sae, "kind", None) in DENSE_KINDS else "encoder")
+    missing = [name for name in wanted if not hasattr(sae, name)]
+    if missing:
+        raise ValueError(f"{where}: expected a dictionary (writesae.SAE) or None, got {type(sae).__name__}")
+    if (sae.K, sae.V) != (site.K, site.V):
+        raise ValueError(
+            f"{where}: expected a dictionary for states of K={site.K}, V={site.V}, got one for K={sae.K}, V={sae.V}"
+        )
+
+
+def _check_edits(model, found: dict[int, LayerSite], edits) -> dict[int, Edits]:
+    if edits is None:
+        return {}
+    if not isinstance(edits, Mapping):
+        raise ValueError(f"edits: expected {{layer: Edits}}, got {type(edits).__name__}")
+    kept = {}
+    for layer, planned in edits.items():
+        if not isinstance(planned, Edits):
+            raise ValueError(f"edits[{layer}]: expected Edits, got {type(planned).__name__}")
+        site = hf_gated_delta.require_layer(model, found, layer)
+        if not len(planned):
+            continue
+        anywhere = max(int(planned.row.max()), 0) + 1, max(int(planned.position.max()), 0) + 1
+        try:
+            planned.check(anywhere[0], [anywhere[1]] * anywhere[0], site.num_v_heads, site.K, site.V)
+        except ValueError as error:
+            raise ValueError(f"edits[{layer}]: {error}") from None
+        kept[layer] = planned
+    return kept
+
+
+# ---- self-test ------------------------------------------------------------------------------------------------
+
+
+def _self_test(model: nn.Module, tested: list[LayerSite], backend: str | None) -> None:
+    """Compares logits of a few random tokens, prefill and one cached step, plain and on our op."""
+
+    def rule(q, k, v, g, beta, initial_state, output_final_state, use_qk_l2norm, cu_seqlens):
+        out = gated_delta_rule(
+            q, k, v, g, beta, initial_state=initial_state, output_final_state=output_final_state,
+            use_qk_l2norm=use_qk_l2norm, cu_seqlens=cu_seqlens, backend=backend,
+        )  # fmt: skip
+        return out.o, out.final_state
+
+    embedding = model.get_input_embeddings()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, embedding.weight.shape[0], (2, 7), generator=generator).to(embedding.weight.device)
+    training = [m for m in model.modules() if m.training]
+    try:
+        for module in training:
+            module.training = False
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            with hf_gated_delta.alone({}):
+                plain = _logits(model, ids)
+            with (
+                hf_gated_delta.intercept(model, {s.layer_index: rule for s in tested}),
+                hf_gated_delta.alone({s.module: rule for s in tested}),
+            ):
+                hooked = _logits(model, ids)
+    finally:
+        for module in training:
+            module.training = True
+    size = float(plain.abs().max())
+    if not torch.isfinite(plain).all():
+        return  # the model itself is broken; check_finite says where, on the first real call
+    off = float((plain - hooked).abs().max()) / max(size, 1e-30)
+    dtype = tested[0].out_proj.weight.dtype if tested else torch.float32
+    limit = TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16])
+    if not off <= limit:
+        raise RuntimeError(
+            f"attach: self-test failed: logits on our op differ from the plain model's by {off:.1e} of the largest "
+            f"(allowed for {dtype}: {limit:.0e}); layers {[s.layer_index for s in tested]}"
+        )
+
+
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """`[2, 7, *]` float32: logits (of an inner model: hidden states) of a prefill and of one step with its cache."""
+    prefill = model(input_ids=ids[:, :-1], use_cache=True)
+    step = model(input_ids=ids[:, -1:], past_key_values=prefill.past_key_values, use_cache=True)
+    name = "logits" if "logits" in prefill else "last_hidden_state"
+    return torch.cat([prefill[name], step[name]], 1).float()

@@ -1,0 +1,273 @@
+"""`Tap`: what one `attach` saw. Turns each call's `Writes` into `Firings` with the dictionaries it was given."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..edits import Edits
+from ..firings import Firings
+from ..writes import Writes
+from .hf_gated_delta import Frame, LayerSite
+
+DENSE_KINDS = ("matrix", "flat")  # their encoder reads whole states
+_DENSE_BLOCK = 64  # states held at a time on that path
+
+
+@dataclass(eq=False)
+class _Group:
+    """Heads of one layer whose dictionaries have one shape, so that one `ops.encode` call serves them all."""
+
+    heads: list[int]
+    v_enc: Tensor  # [Hs, F, r, K]
+    w_enc: Tensor  # [Hs, F, r, V]
+    b_enc: Tensor  # [Hs, F]
+    k: int
+    threshold: Tensor | None  # [Hs, F]
+
+
+class Tap:
+    """What an `attach` context yields.
+
+    Attributes:
+        writes: `{layer: Writes}` of the latest call of each hooked layer (`record_writes=True` only). Rows and columns
+            are those of that call: while decoding with a cache, one column.
+        starts: `{layer: column}` at which that call's first token stands in its row.
+        calls: `{layer: number of calls}` since attaching; not reset by `clear`.
+    """
+
+    def __init__(self, sites: Mapping[int, Mapping[int, object]], edits: Mapping[int, Edits], options: dict):
+        self.writes: dict[int, Writes] = {}
+        self.starts: dict[int, int] = {}
+        self.calls: dict[int, int] = {layer: 0 for layer in sorted({*sites, *edits})}
+        self._sites, self._edits = sites, edits
+        self._edits_ran = {layer: torch.zeros(len(e), dtype=torch.bool) for layer, e in edits.items()}
+        self._record_writes, self._backend = options["record_writes"], options["backend"]
+        self._lock = threading.Lock()
+        self._parts: list[Firings] = []
+        self._groups: dict[int, list[_Group]] = {}
+        self._dense: dict[int, dict[int, object]] = {}
+        self._carries: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # cache -> {(layer, group): ...}
+
+    # ---- public -----------------------------------------------------------------------------------------------
+
+    @property
+    def firings(self) -> Firings:
+        """Every firing since the last `clear`, call by call. Row: batch row as the model was fed (with beam search,
+        batch x beams rows), or sequence of a packed batch. Position: column in that row, cached ones counted."""
+        with self._lock:
+            if len(self._parts) > 1:
+                self._parts = [Firings.cat(self._parts)]
+            return self._parts[0] if self._parts else Firings.empty()
+
+    def clear(self) -> None:
+        """Forgets the firings and writes seen so far. `calls` counts on; a cached generation goes on unharmed."""
+        with self._lock:
+            self._parts, self.writes, self.starts = [], {}, {}
+
+    # ---- set up -----------------------------------------------------------------------------------------------
+
+    def prepare(self, sites: Mapping[int, LayerSite]) -> None:
+        """Stacks the dictionaries' factors, once."""
+        for layer, heads in self._sites.items():
+            parameter = next(sites[layer].module.parameters())
+            alike: dict[tuple, list[tuple[int, object, tuple]]] = {}
+            for head, sae in heads.items():
+                if sae is None:
+                    continue
+                if sae.kind in DENSE_KINDS:
+                    self._dense.setdefault(layer, {})[head] = sae
+                    continue
+                factors = tuple(x.detach().to(parameter.device, torch.float32) for x in sae.encoder())
+                key = (*factors[0].shape, int(sae.k), sae.threshold is None)
+                alike.setdefault(key, []).append((head, sae, factors))
+            for (F, _, _, k, top), members in alike.items():
+                stacked = [torch.stack([m[2][i] for m in members]).contiguous() for i in range(3)]
+                threshold = None
+                if not top:
+                    threshold = torch.stack(
+                        [torch.as_tensor(m[1].threshold, dtype=torch.float32).detach().expand(F) for m in members]
+                    )
+                self._groups.setdefault(layer, []).append(_Group([m[0] for m in members], *stacked, k, threshold))
+        if self._dense:
+            where = ", ".join(f"layer {layer} head {head}" for layer, by in self._dense.items() for head in by)
+            warnings.warn(
+                f"attach: slow path for {where}: a dense encoder reads whole states, which have to be rebuilt token "
+                'by token; dictionaries of kind "bilinear" do without',
+                RuntimeWarning,
+                stacklevel=5,
+            )
+
+    # ---- edits ------------------------------------------------------------------------------------------------
+
+    def edits_of_call(self, layer: int, start: int, lengths: list[int]) -> Edits | None:
+        """The planned edits that fall into columns `start ..` of this call, positions counted from `start`."""
+        planned = self._edits.get(layer)
+        if planned is None:
+            return None
+        rows = len(lengths)
+        beyond = (planned.row >= rows).nonzero().flatten()
+        if len(beyond):
+            i = int(beyond[0])
+            raise ValueError(
+                f"edits.row: expected row < {rows} (the rows of this call of layer {layer}), got {int(planned.row[i])} "
+                f"in edit {i}"
+            )
+        which = torch.arange(len(planned))
+        every = planned.row < 0
+        row = torch.where(every, torch.zeros_like(planned.row), planned.row)
+        if bool(every.any()):
+            repeats = torch.where(every, rows, 1)
+            which = which.repeat_interleave(repeats)
+            nth = torch.arange(len(which)) - (repeats.cumsum(0) - repeats)[which]
+            row = torch.where(every[which], nth, planned.row[which])
+        position = planned.position[which] - start
+        inside = (position >= 0) & (position < torch.tensor(lengths)[row])
+        which, row, position = which[inside], row[inside], position[inside]
+        with self._lock:
+            self._edits_ran[layer][which] = True
+        if not len(which):
+            return None
+        return Edits(row, position, planned.head[which], planned.left[which], planned.right[which], planned.kind[which])
+
+    def require_everything_ran(self) -> None:
+        """Raises ValueError when a site was never called, or an edit's position never came."""
+        for layer, count in self.calls.items():
+            if not count:
+                what = f"site(s) {[(layer, h) for h in self._sites[layer]]}" if layer in self._sites else "edits"
+                raise ValueError(f"sites: layer {layer} never ran while attached, so its {what} saw nothing")
+        for layer, ran in self._edits_ran.items():
+            missed = (~ran).nonzero().flatten()
+            if len(missed):
+                i, e = int(missed[0]), self._edits[layer]
+                raise ValueError(
+                    f"edits: {len(missed)} of {len(ran)} edits of layer {layer} never applied, because their position "
+                    f"never ran while attached; the first is edit {i}: row {int(e.row[i])}, position "
+                    f"{int(e.position[i])}, head {int(e.head[i])}"
+                )
+
+    # ---- recording --------------------------------------------------------------------------------------------
+
+    def record(self, frame: Frame, writes: Writes, initial_state: Tensor | None, final_state: Tensor | None) -> None:
+        """Takes in one call of one hooked layer. Thread-safe."""
+        layer = frame.site.layer_index
+        parts = []
+        if layer in self._groups or layer in self._dense:
+            columns = _Columns.of(writes, frame)
+            for i, group in enumerate(self._groups.get(layer, ())):
+                codes = self._encode(group, (layer, i), frame.cache, writes, initial_state, final_state)
+                parts.append(_firings(codes, group.heads, columns, layer))
+            for head, sae in self._dense.get(layer, {}).items():
+                parts.extend(_dense_firings(sae, writes, head, columns, layer))
+        if self._record_writes and initial_state is not None:
+            # The cache updates its state in place, and these writes outlive the call.
+            writes = replace(writes, initial_state=writes.initial_state.clone())
+        with self._lock:
+            self._parts.extend(p for p in parts if len(p))
+            self.calls[layer] += 1
+            if self._record_writes:
+                self.writes[layer], self.starts[layer] = writes, frame.start
+
+    def _encode(self, group: _Group, key, cache, writes, initial_state, final_state):
+        """Codes of one group, carrying pre-activations on from the last call where the cache's state is still that."""
+        carry = None
+        if cache is not None and initial_state is not None:
+            with self._lock:
+                state, kept = self._carries.get(cache, {}).get(key, (None, None))
+            now = initial_state[:, group.heads]
+            if state is not None and state.dtype == now.dtype and torch.equal(state, now):
+                carry = kept
+        codes = ops.encode(
+            writes, group.v_enc, group.w_enc, group.b_enc, k=group.k, threshold=group.threshold, heads=group.heads,
+            carry=carry, backend=self._backend,
+        )  # fmt: skip
+        if cache is not None and final_state is not None:
+            state = final_state[:, group.heads]  # indexing by a list copies
+            with self._lock:
+                self._carries.setdefault(cache, {})[key] = (state, codes.carry)
+        return codes
+
+
+@dataclass(eq=False)
+class _Columns:
+    """Row and position of every token of a call, and which are real."""
+
+    row: Tensor  # [B, T]
+    position: Tensor  # [B, T]
+    real: Tensor | None  # [B, T] bool
+
+    @classmethod
+    def of(cls, writes: Writes, frame: Frame) -> _Columns:
+        B, T = writes.right.shape[:2]
+        device = writes.right.device
+        at = torch.arange(T, device=device)
+        if writes.cu_seqlens is None:
+            row, position = torch.arange(B, device=device)[:, None], (at + frame.start)[None]
+        else:
+            cu = writes.cu_seqlens.to(device)
+            row = (torch.searchsorted(cu, at, right=True) - 1)[None]
+            position = at[None] - cu[row]
+        return cls(row.expand(B, T), position.expand(B, T), None if frame.mask is None else frame.mask.to(device))
+
+
+def _firings(codes, heads: list[int], columns: _Columns, layer: int) -> Firings:
+    """Codes of every token to the firings among them, without a loop over tokens."""
+    head_of = torch.tensor(heads, device=columns.row.device)
+    if codes.offsets is None:
+        fires = codes.values > 0  # [B, T, Hs, k]
+        if columns.real is not None:
+            fires &= columns.real[:, :, None, None]
+        b, t, h, _ = fires.nonzero(as_tuple=True)
+        value, feature = codes.values[fires], codes.indices[fires]
+    else:
+        B, T = columns.row.shape
+        token = torch.arange(B * T * len(heads), device=columns.row.device).repeat_interleave(codes.offsets.diff())
+        b, t, h = token // (T * len(heads)), token // len(heads) % T, token % len(heads)
+        fires = codes.values > 0
+        if columns.real is not None:
+            fires &= columns.real[b, t]
+        b, t, h, value, feature = b[fires], t[fires], h[fires], codes.values[fires], codes.indices[fires]
+    return _columns_to_firings(columns.row[b, t], columns.position[b, t], layer, head_of[h], feature, value)
+
+
+def _columns_to_firings(row, position, layer: int, head, feature, value) -> Firings:
+    row, position, head, feature = (x.to("cpu", torch.int32) for x in (row, position, head, feature))
+    return Firings(row, position, torch.full_like(row, layer), head, feature, value.detach().to("cpu", torch.float32))
+
+
+def _dense_firings(sae, writes: Writes, head: int, columns: _Columns, layer: int) -> Iterator[Firings]:
+    """Firings of a dictionary with a dense encoder, from states rebuilt a block at a time."""
+    group = writes.right.shape[2] // writes.left.shape[2]
+    planned = writes.edits
+    for n, b, start, stop in writes.sequences():
+        state = None if writes.initial_state is None else writes.initial_state[n : n + 1, head : head + 1]
+        for lo in range(start, stop, _DENSE_BLOCK):
+            hi = min(lo + _DENSE_BLOCK, stop)
+            edits = None
+            if planned is not None:
+                at = planned.position + start
+                e = planned[((planned.row == n) | (planned.row < 0)) & (planned.head == head) & (at >= lo) & (at < hi)]
+                edits = Edits(e.row * 0, e.position + start - lo, e.head * 0, e.left, e.right, e.kind)
+            block = Writes(
+                writes.decay[b : b + 1, lo:hi, head : head + 1],
+                writes.left[b : b + 1, lo:hi, head // group : head // group + 1],
+                writes.right[b : b + 1, lo:hi, head : head + 1], initial_state=state, edits=edits,
+            )  # fmt: skip
+            states = block.states(range(hi - lo))[0, :, 0]  # [t, K, V]
+            state = states[-1:, None]
+            codes = sae.encode(states)
+            fires = codes.values > 0
+            if columns.real is not None:
+                fires &= columns.real[b, lo:hi, None]
+            t = fires.nonzero()[:, 0]
+            row, position = columns.row[b, lo:hi][t], columns.position[b, lo:hi][t]
+            yield _columns_to_firings(
+                row, position, layer, torch.full_like(row, head), codes.indices[fires], codes.values[fires]
+            )
