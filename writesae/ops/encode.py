@@ -351,7 +351,7 @@ class _Gradient(torch.autograd.Function):
             db = db.to(ctx.bias)
         if any(ctx.needs_input_grad[i] for i in (0, 1, 3)):
             dv, dw, d_carry = reference.backward(ctx.writes, v, w, ctx.heads, indices, grad)
-        return dv, dw, db, d_carry, None, None, None, None, None
+        return dv, dw, db, d_carry if ctx.needs_input_grad[3] else None, None, None, None, None, None
 
 
 def _attach_gradient(values, indices, writes, v_enc, w_enc, b_enc, carry, heads, relu: bool) -> Tensor:
