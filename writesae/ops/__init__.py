@@ -1,7 +1,29 @@
 """The operators: write rules with their writes, snapshots and edits, and the encoder of writes."""
 
+from .dplr import dplr
 from .encode import Codes, activations, encode
-from .gated_delta_rule import GatedDeltaRuleOutput, gated_delta_rule
+from .gated_delta_rule import (
+    GatedDeltaRuleOutput,
+    GatedDeltaRuleStepOutput,
+    first_nonfinite,
+    gated_delta_rule,
+    gated_delta_rule_step,
+)
 from .loss import factored_loss
+from .selective_scan import selective_scan
+from .ssd import ssd
 
-__all__ = ["Codes", "GatedDeltaRuleOutput", "activations", "encode", "factored_loss", "gated_delta_rule"]
+__all__ = [
+    "Codes",
+    "GatedDeltaRuleOutput",
+    "GatedDeltaRuleStepOutput",
+    "activations",
+    "dplr",
+    "encode",
+    "factored_loss",
+    "first_nonfinite",
+    "gated_delta_rule",
+    "gated_delta_rule_step",
+    "selective_scan",
+    "ssd",
+]

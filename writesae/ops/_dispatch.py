@@ -49,11 +49,41 @@ def choose(op: str, backend: str | None, tensors: dict[str, Tensor | None]) -> s
     reason = _refusal(native, tensors)
     if reason is None:
         return native
-    message = f'{op}: running the slow token-by-token reference, because backend="{native}" cannot run this: {reason}'
+    _say_once(f'{op}: running the slow token-by-token reference, because backend="{native}" cannot run this: {reason}')
+    return "reference"
+
+
+def reference_only(op: str, backend: str | None) -> None:
+    """For ops that have no kernel: accepts "reference", says once that None means it, refuses the rest."""
+    if backend not in (None, *BACKENDS):
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {backend!r}")
+    if backend in ("cpu", "cuda"):
+        raise ValueError(f'{op}: backend="{backend}" cannot run this: {op} has no {backend} kernel in this version')
+    if backend is None:
+        _say_once(f"{op}: running the slow token-by-token reference, because {op} has no kernel in this version")
+
+
+def _say_once(message: str) -> None:
     if message not in _said:
         _said.add(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=3)
-    return "reference"
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def guard_autograd(op: str, advice: str) -> None:
+    """Makes `torch.ops.writesae.<op>` itself raise when a gradient would be asked of it, instead of returning none."""
+    packet = getattr(torch.ops.writesae, op)
+
+    def forward(*args):
+        asked = any(isinstance(x, Tensor) and x.requires_grad for x in args)
+        if asked and torch.is_grad_enabled():
+            raise RuntimeError(f"writesae::{op}: no backward in this backend; {advice}")
+        with torch._C._AutoDispatchBelowAutograd():
+            return packet.default(*args)
+
+    _guards.impl(op, forward, "Autograd")
+
+
+_guards = torch.library.Library("writesae", "IMPL")
 
 
 def refuse_gradient(op: str, tensors: dict[str, Tensor | None], advice: str) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._library import CPU_ERROR
 from ..edits import ADD, Edits
 from ..writes import Writes
 from . import _dispatch
@@ -106,6 +107,89 @@ def gated_delta_rule(
     )
 
 
+@dataclass(frozen=True)
+class GatedDeltaRuleStepOutput:
+    """o `[B,H,V]` in v's dtype; left `[B,Hk,K]` and right `[B,H,V]` float32, or None without `return_writes`."""
+
+    o: Tensor
+    left: Tensor | None
+    right: Tensor | None
+
+
+def gated_delta_rule_step(
+    q: Tensor,  # [B, Hk, K]
+    k: Tensor,  # [B, Hk, K]
+    v: Tensor,  # [B, H, V]
+    g: Tensor,  # [B, H]
+    beta: Tensor,  # [B, H]
+    state: Tensor,  # [B, H, K, V]  float32, contiguous; updated in place
+    scale: float | None = None,
+    use_qk_l2norm: bool = False,
+    edits: Edits | None = None,
+    return_writes: bool = False,
+    backend: str | None = None,
+) -> GatedDeltaRuleStepOutput:
+    """One token of `gated_delta_rule` for every row, `state` updated in place: the step of decoding.
+
+    Args:
+        q, k, v, g, beta, scale, use_qk_l2norm, return_writes, backend: as in `gated_delta_rule`, without the time axis.
+        state: the state before the token on entry, after its write and edits on return.
+        edits: changes made at this token; their positions are not looked at.
+
+    Raises:
+        ValueError: a wrong shape, dtype or place, naming the argument.
+        RuntimeError: a gradient asked for; the state is overwritten, so no backend has one.
+    """
+    if v.ndim != 3:
+        raise ValueError(f"v: expected [B, H, V], got shape {tuple(v.shape)}")
+    tensors = {"q": q, "k": k, "v": v, "g": g, "beta": beta}
+    _check(*(x[:, None] if x.ndim else x for x in tensors.values()), None, None)
+    B, H, V = v.shape
+    K = k.shape[-1]
+    if tuple(state.shape) != (B, H, K, V):
+        raise ValueError(f"state: expected [B={B}, H={H}, K={K}, V={V}], got shape {tuple(state.shape)}")
+    wanted = torch.float64 if v.dtype == torch.float64 else torch.float32
+    if state.dtype != wanted or not state.is_contiguous():
+        layout = "contiguous" if state.is_contiguous() else "non-contiguous"
+        raise ValueError(f"state: expected contiguous {wanted}, got {layout} {state.dtype}")
+    scale = K**-0.5 if scale is None else float(scale)
+    if edits is not None:
+        at = torch.zeros_like(edits.position)
+        edits = Edits(edits.row, at, edits.head, edits.left, edits.right, edits.kind)
+        edits.check(B, [1] * B, H, K, V)
+        edits = edits.expand_rows(B)
+    tensors["state"] = state
+    chosen = _dispatch.choose("gated_delta_rule_step", backend, tensors)
+    _dispatch.refuse_gradient("gated_delta_rule_step", tensors, "use torch.no_grad()")
+    if chosen == "reference":
+        o, final, left, right, _ = reference(
+            *(x[:, None] for x in (q, k, v, g, beta)), scale, state, use_qk_l2norm, None, edits, None
+        )
+        state.copy_(final)
+        o, left, right = o[:, 0], left[:, 0], right[:, 0]
+    else:
+        packed = pack_edits(edits) if edits is not None and len(edits) else (None, None, None)
+        o, left, right = torch.ops.writesae.gated_delta_rule_step(
+            q, k, v, g, beta, state, scale, use_qk_l2norm, *packed, return_writes
+        )
+    return GatedDeltaRuleStepOutput(o, left if return_writes else None, right if return_writes else None)
+
+
+def first_nonfinite(right: Tensor) -> tuple[int, int, int] | None:
+    """(row, position, head) of the first NaN or infinity in increments `[B, T, H, V]`, or None.
+
+    A state is finite as long as its increments are, so this is where one broke. One pass over `right` when nothing is
+    wrong.
+    """
+    if right.ndim != 4:
+        raise ValueError(f"right: expected [B, T, H, V], got shape {tuple(right.shape)}")
+    # The sum of finite numbers can overflow, so it only clears; what it does not clear is looked at in full.
+    if bool(torch.isfinite(right.sum(dtype=torch.float32))):
+        return None
+    bad = (~torch.isfinite(right)).any(-1).nonzero()
+    return tuple(bad[0].tolist()) if len(bad) else None
+
+
 def pack_edits(edits: Edits) -> tuple[Tensor, Tensor, Tensor]:
     """`([E, 4] int64 of (row, position, head, kind), left, right in float32)`, sorted by (row, head, position), stable."""
     order = torch.arange(len(edits))
@@ -166,6 +250,10 @@ def _check(q, k, v, g, beta, initial_state, cu_seqlens) -> None:
             raise ValueError(f"{name}: expected a floating dtype, got {x.dtype}")
     N = B
     if cu_seqlens is not None:
+        if cu_seqlens.ndim != 1 or cu_seqlens.is_floating_point():
+            raise ValueError(
+                f"cu_seqlens: expected [N + 1] integers, got {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
+            )
         if B != 1:
             raise ValueError(f"cu_seqlens: packed sequences need B = 1, got B = {B}")
         offsets = cu_seqlens.tolist()
@@ -177,3 +265,31 @@ def _check(q, k, v, g, beta, initial_state, cu_seqlens) -> None:
         raise ValueError(
             f"initial_state: expected [N={N}, H={H}, K={k.shape[-1]}, V={V}], got shape {tuple(initial_state.shape)}"
         )
+
+
+def _fake(
+    q, k, v, g, beta, scale, initial_state, use_qk_l2norm, cu_seqlens, edit_index, edit_left, edit_right, snapshots,
+    return_writes,
+):  # fmt: skip
+    B, T, H, V = v.shape
+    Hk, K = k.shape[2:]
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    P = 0 if snapshots is None else snapshots.shape[0]
+    full = {"dtype": torch.float32}
+    left = v.new_empty((B, T, Hk, K) if return_writes else (0,), **full)
+    right = v.new_empty((B, T, H, V) if return_writes else (0,), **full)
+    return v.new_empty(v.shape), v.new_empty((N, H, K, V), **full), left, right, v.new_empty((P, H, K, V), **full)
+
+
+def _fake_step(
+    q, k, v, g, beta, state, scale, use_qk_l2norm, edit_index, edit_left, edit_right, return_writes
+):  # fmt: skip
+    left = v.new_empty(k.shape if return_writes else (0,), dtype=torch.float32)
+    return v.new_empty(v.shape), left, v.new_empty(v.shape if return_writes else (0,), dtype=torch.float32)
+
+
+if CPU_ERROR is None:
+    torch.library.register_fake("writesae::gated_delta_rule", _fake)
+    torch.library.register_fake("writesae::gated_delta_rule_step", _fake_step)
+    _dispatch.guard_autograd("gated_delta_rule", 'use backend="reference", or torch.no_grad()')
+    _dispatch.guard_autograd("gated_delta_rule_step", "use torch.no_grad()")

@@ -1,0 +1,110 @@
+"""Inputs and comparisons that tests and benchmarks share."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Relative RMS error allowed against the float64 reference on the same (rounded) inputs, by the dtype of the compared
+# tensor. Measured over every case of tests/test_gated_delta_rule.py on AVX-512, AVX2 and portable code (AMD EPYC,
+# g++ 12): float32 at most 1.1e-6, worst element 4.6e-6 of the tensor's largest magnitude; bfloat16 outputs 1.7e-3 and
+# float16 outputs 2.2e-4, which is the rounding of the output itself (2^-9 and 2^-12 relative, uniform).
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """rms: error RMS over reference RMS. worst: largest error over the reference's largest magnitude."""
+
+    rms: float
+    worst: float
+
+
+def difference(got: Tensor, expected: Tensor) -> Difference:
+    """How far `got` is from `expected`, in float64. NaN or infinity in `got` counts as infinitely far."""
+    if got.shape != expected.shape:
+        raise ValueError(f"got: expected shape {tuple(expected.shape)}, got {tuple(got.shape)}")
+    if not expected.numel():
+        return Difference(0.0, 0.0)
+    got, expected = got.detach().double(), expected.detach().double()
+    error = got - expected
+    if not bool(torch.isfinite(error).all()):
+        return Difference(float("inf"), float("inf"))
+    tiny = 1e-30  # an all-zero reference allows no error, and divides by something
+    rms = error.square().mean().sqrt() / expected.square().mean().sqrt().clamp_min(tiny)
+    return Difference(float(rms), float(error.abs().max() / expected.abs().max().clamp_min(tiny)))
+
+
+def check_close(name: str, got: Tensor, expected: Tensor, tolerance: float | None = None) -> Difference:
+    """Raises AssertionError when the relative RMS error exceeds the tolerance of `got`'s dtype; returns the difference.
+
+    The worst element may be 20 times the tolerance away, relative to the largest magnitude.
+    """
+    tolerance = TOLERANCE[got.dtype] if tolerance is None else tolerance
+    found = difference(got, expected)
+    if not (found.rms <= tolerance and found.worst <= 20 * tolerance):
+        raise AssertionError(
+            f"{name}: relative RMS error {found.rms:.2e}, worst element {found.worst:.2e}, allowed {tolerance:.0e}"
+        )
+    return found
+
+
+def gated_delta_rule_inputs(
+    B: int = 1,
+    T: int = 64,
+    Hk: int = 1,
+    H: int = 1,
+    K: int = 32,
+    V: int = 64,
+    dtype: torch.dtype = torch.float32,
+    decay: str = "usual",
+    correlated: bool = False,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """{q, k, v, g, beta} for `gated_delta_rule`.
+
+    decay: "usual" (a trained model's spread), "none" (g = 0), "weak" (-1e-3) or "strong" (-20).
+    correlated: keys share a large common part, so that a missing delta correction shows; with independent keys and
+        strong decay it moves the output by a few per cent only.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    k = normal(B, T, Hk, K)
+    if correlated:
+        k = 0.3 * k + normal(1, 1, Hk, K)
+    if decay == "usual":
+        g = -torch.nn.functional.softplus(normal(B, T, H)) * torch.rand(H, generator=generator)
+    else:
+        g = torch.full((B, T, H), {"none": 0.0, "weak": -1e-3, "strong": -20.0}[decay])
+    out = {"q": normal(B, T, Hk, K), "k": k, "v": normal(B, T, H, V), "g": g, "beta": torch.sigmoid(normal(B, T, H))}
+    return {name: x.to(dtype) for name, x in out.items()}
+
+
+@contextmanager
+def cpu_isa(name: str):
+    """Runs CPU kernels with one instruction set ("avx512", "avx2" or "portable") inside the block."""
+    before = torch.ops.writesae.cpu_isa("")
+    torch.ops.writesae.cpu_isa(name)
+    try:
+        yield
+    finally:
+        torch.ops.writesae.cpu_isa(before)
+
+
+@contextmanager
+def poisoned_memory():
+    """Fresh tensors are filled with NaN inside the block, so that an element nobody wrote shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
