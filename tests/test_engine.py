@@ -1,0 +1,161 @@
+"""The fork engine against the plain way: a whole forward pass with the edit made inside the recurrence."""
+
+import pytest
+import torch
+from tiny_models import families, tiny_model, tokens
+
+import writesae
+from writesae.edits import Edits
+from writesae.experiments.divergence import kl_pair
+from writesae.experiments.engine import ForkEngine, Places, read, read_matrix
+
+LINEAR, FULL = "linear_attention", "full_attention"
+
+
+def fork_changes(engine, clean, seed=0):
+    """Deletion, a random replacement, the native write put back, and nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    n = len(clean.places)
+    left = torch.randn(n, clean.left.shape[1], generator=generator).to(clean.left)
+    right = torch.randn(n, clean.right.shape[1], generator=generator).to(clean.left)
+    native = read(clean, clean.left, clean.right)
+    deltas = {
+        "baseline": None,
+        "delete": -native,
+        "replace": read(clean, left, right) - native,
+        "native": read(clean, clean.left, clean.right) - native,
+    }
+    return deltas, left, right
+
+
+def plain(model, layer, passage, edits):
+    """`[E, T, vocabulary]`: logits of a passage `[T]` under each of E edits (row i is edit i), by whole forward passes."""
+    with torch.no_grad(), writesae.attach(model, {(layer, 0): None}, edits={layer: edits}):
+        return model(passage.expand(len(edits), -1)).logits
+
+
+def run_engine(model, layer, lengths, places, horizon, seed=0):
+    engine = ForkEngine(model, layer, horizon)
+    ids = tokens(len(lengths), max(lengths), seed=seed)
+    row, position, head = (torch.tensor(x) for x in zip(*places, strict=True))
+    clean = engine.clean(ids, torch.tensor(lengths), lambda writes: Places(row, position, head))
+    deltas, left, right = fork_changes(engine, clean)
+    return engine, clean, ids, engine.run(clean, deltas), left, right
+
+
+CASES = [
+    ("qwen3_5", [LINEAR, LINEAR, FULL, LINEAR], 0),
+    ("qwen3_5", [LINEAR, LINEAR, FULL, LINEAR], 3),  # nothing above it
+    ("qwen3_5", [LINEAR, FULL], 0),  # the last layer reads only keys and values
+    ("qwen3_next", [LINEAR, LINEAR, FULL], 1),
+    ("qwen3_5_moe", [LINEAR, FULL, LINEAR], 0),
+    ("olmo_hybrid", [LINEAR, FULL, LINEAR], 0),
+]
+
+
+@pytest.mark.parametrize("family, layer_types, layer", CASES, ids=lambda x: x if isinstance(x, str) else None)
+def test_forks_equal_whole_forward_passes(family, layer_types, layer):
+    if family not in families():
+        pytest.skip(f"this transformers has no {family}")
+    model = tiny_model(family, layer_types)
+    # First and last position, an end that cuts the horizon short, two heads of one key head, two places in a row.
+    lengths, places, horizon = [23, 17], [(0, 0, 0), (0, 9, 3), (0, 10, 2), (0, 22, 1), (1, 3, 1), (1, 14, 0)], 4
+    engine, clean, ids, hidden, left, right = run_engine(model, layer, lengths, places, horizon)
+    logits = {name: engine.logits(x) for name, x in hidden.items()}
+    # A model of random weights passes rounding errors on enlarged: 2.3e-5 is the worst seen.
+    close = dict(atol=1e-4, rtol=1e-4)
+    for row, length in enumerate(lengths):
+        mine = [i for i, place in enumerate(places) if place[0] == row]
+        passage = ids[row, :length]
+        clean_logits = model(passage[None]).logits[0]
+        rows, at, heads = range(len(mine)), [places[i][1] for i in mine], [places[i][2] for i in mine]
+        deleted = plain(model, layer, passage, Edits.delete(rows, at, heads, 8, 6))
+        replaced = plain(model, layer, passage, Edits(rows, at, heads, left[mine], right[mine], "replace"))
+        for j, i in enumerate(mine):
+            t, stop = at[j], min(at[j] + horizon + 1, length)
+            assert clean.valid[i].sum() == stop - t
+            for name, expected in (("baseline", clean_logits), ("delete", deleted[j]), ("replace", replaced[j])):
+                torch.testing.assert_close(logits[name][i, : stop - t], expected[t:stop], **close)
+            assert (replaced[j][t:stop] - clean_logits[t:stop]).abs().max() > 1e-2  # the edit does something
+    assert torch.equal(logits["native"], logits["baseline"])  # bit for bit
+
+
+def test_divergences_are_those_of_the_logits():
+    model = tiny_model()
+    engine, clean, _, hidden, _, _ = run_engine(model, 1, [19], [(0, 2, 0), (0, 16, 1)], 5)
+    found = engine.divergences(clean, hidden, "baseline", memory=1)  # a token a slice
+    log_p = torch.log_softmax(engine.logits(hidden["baseline"]).double(), -1)
+    log_q = torch.log_softmax(engine.logits(hidden["delete"]).double(), -1)
+    forward, reverse = found["delete"]
+    torch.testing.assert_close(forward[0], (log_p.exp() * (log_p - log_q)).sum(-1)[0])
+    torch.testing.assert_close(reverse[0], (log_q.exp() * (log_q - log_p)).sum(-1)[0])
+    assert forward[1, 3:].isnan().all() and forward[1, :3].isfinite().all()
+    assert (found["native"][0][clean.valid] == 0).all() and (found["native"][1][clean.valid] == 0).all()
+
+
+@pytest.mark.filterwarnings("ignore:gated_delta_rule. running the slow")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_precisions(dtype):
+    model = tiny_model(dtype=dtype)
+    engine, clean, ids, hidden, left, right = run_engine(model, 0, [21], [(0, 5, 2), (0, 12, 0)], 3)
+    assert torch.equal(hidden["native"], hidden["baseline"])
+    edits = Edits([0, 1], [5, 12], [2, 0], left, right, "replace")
+    expected = plain(model, 0, ids[0], edits)
+    for i, t in enumerate((5, 12)):
+        error = (engine.logits(hidden["replace"])[i] - expected[i, t : t + 4]).abs().max()
+        assert error <= {torch.bfloat16: 0.15, torch.float64: 1e-5}[dtype], error
+
+
+def test_a_matrix_reads_like_its_pieces():
+    engine, clean, *_ = run_engine(tiny_model(), 0, [20], [(0, 3, 1), (0, 11, 2)], 6)
+    left, right = torch.randn(2, 2, 8), torch.randn(2, 2, 6)
+    pieces = sum(read(clean, left[:, r], right[:, r]) for r in range(2))
+    torch.testing.assert_close(read_matrix(clean, torch.einsum("nrk,nrv->nkv", left, right)), pieces)
+    # The same numbers by the forward propagator of identity 3.
+    edit = Edits([0, 0], [3, 11], [1, 2], left[:, 0], right[:, 0])
+    p = clean.writes.propagate(edit, engine.length)
+    q = clean.reader[:, 0]  # at the token itself the reader is its query
+    torch.testing.assert_close((p[:, 0] * q).sum(-1, keepdim=True) * right[:, 0], read(clean, left[:, 0], right[:, 0])[:, 0])
+
+
+def test_kl_pair():
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(7, 33, generator=generator, dtype=torch.float64) * 3
+    for scale in (1e-3, 1.0, 40.0, 3000.0):
+        other = base + scale * torch.randn(7, 33, generator=generator, dtype=torch.float64)
+        log_p, log_q = torch.log_softmax(base, -1), torch.log_softmax(other, -1)
+        forward, reverse = kl_pair(base, {"x": other})["x"]
+        torch.testing.assert_close(forward, (log_p.exp() * (log_p - log_q)).sum(-1), rtol=1e-7, atol=1e-15)
+        torch.testing.assert_close(reverse, (log_q.exp() * (log_q - log_p)).sum(-1), rtol=1e-7, atol=1e-15)
+    assert all((x == 0).all() for x in kl_pair(base, {"x": base.clone()})["x"])
+    # Tiny shifts keep their digits: KL is then half the variance of the shift under p.
+    shift = 1e-7 * torch.randn(7, 33, generator=generator, dtype=torch.float64)
+    p = torch.softmax(base, -1)
+    variance = (p * shift**2).sum(-1) - (p * shift).sum(-1) ** 2
+    torch.testing.assert_close(kl_pair(base, {"x": base + shift})["x"][0], variance / 2, rtol=1e-2, atol=0)
+
+
+def test_bad_input():
+    model = tiny_model()
+    with pytest.raises(ValueError, match="full-attention"):
+        ForkEngine(model, 2)
+    with pytest.raises(ValueError, match="horizon"):
+        ForkEngine(model, 0, -1)
+    with pytest.raises(ValueError, match="position"):
+        run_engine(model, 0, [9, 5], [(1, 5, 0)], 2)
+    with pytest.raises(ValueError, match="head"):
+        run_engine(model, 0, [9], [(0, 5, 4)], 2)
+    with pytest.raises(ValueError, match="sorted"):
+        run_engine(model, 0, [9, 9], [(1, 5, 0), (0, 2, 0)], 2)
+    model.train()
+    with pytest.raises(ValueError, match="evaluation mode"):
+        ForkEngine(model, 0)
+
+
+def test_the_model_is_left_as_it_was():
+    model = tiny_model()
+    before = model.config._attn_implementation
+    expected = model(tokens(1, 12)).logits
+    run_engine(model, 0, [12], [(0, 3, 0)], 2)
+    assert model.config._attn_implementation == before
+    assert torch.equal(model(tokens(1, 12)).logits, expected)

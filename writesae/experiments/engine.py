@@ -1,0 +1,329 @@
+"""The fork engine: many one-place edits of a model's memory, each followed for a few tokens, for little more than the price
+of those tokens.
+
+A fork is (passage, position t, head, edit). Under teacher forcing the edited layer's own later q, k, v, gates do not
+depend on its output, so what an edit E of its state changes there is known exactly from the clean pass:
+
+    delta o_s = E^T r_s,    r_s = (prod_{t < j <= s} alpha_j (I - beta_j k_j k_j^T)) q_s        (key side only)
+
+`r_s` is how token s reads the memory of token t; it serves every edit of that place. The layer's own module then turns
+o + delta o into its output, and only the blocks above it run, on positions t..t+H, from the clean pass's states,
+convolution inputs, keys and values before t. Prefixes are shared by the forks of a passage, and all of it by all edits of
+a place. Every edit, and the baseline without one, is run in a batch of the same layout, so equal inputs give equal bits.
+
+Method: J. Young, *WriteSAE: Sparse Autoencoders for Recurrent State*, arXiv 2605.12770.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..models.hf_gated_delta import causal_conv, intercept
+from ..models.shared_prefix import Prefix, Stack
+from ..ops import gated_delta_rule
+from ..writes import Writes
+from .divergence import kl_pair
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where forks begin: n places, sorted by passage. `row [n]`, `position [n]`, `head [n]`, all int64."""
+
+    row: Tensor
+    position: Tensor
+    head: Tensor
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+
+@dataclass(frozen=True)
+class Clean:
+    """What the forks of a batch of passages need of its clean pass. n forks, L = horizon + 1 tokens each.
+
+    Attributes:
+        places: the forks' places.
+        valid: `[n, L]` bool, False past the end of the passage.
+        layer_input: `[n, L, hidden]` input of the edited block.
+        o: `[n, L, H, V]` clean output of its recurrence, float32 (float64 for a float64 model).
+        reader: `[n, L, K]` r_s of each fork's head.
+        left, right: `[n, K]`, `[n, V]`: the native write, k_t and u_t.
+        outer_right: `[n, V]` beta_t v_t, so that k_t outer_right^T is the write without its erase.
+        writes: the edited layer's whole trace.
+    """
+
+    places: Places
+    valid: Tensor
+    layer_input: Tensor
+    o: Tensor
+    reader: Tensor
+    left: Tensor
+    right: Tensor
+    outer_right: Tensor
+    writes: Writes
+    position_ids: Tensor
+    position_embeddings: dict[int, tuple[Tensor, Tensor] | None]
+    states: dict[int, Tensor]
+    conv_left: dict[int, Tensor]
+    prefixes: dict[int, Prefix]
+
+
+class ForkEngine:
+    """Forks of one layer of a model.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        layer: the gated-delta layer whose state is edited.
+        horizon: tokens followed after the edited one.
+    """
+
+    def __init__(self, model, layer: int, horizon: int = 8):
+        if horizon < 0:
+            raise ValueError(f"horizon: expected 0 or more tokens, got {horizon}")
+        if model.training:
+            raise ValueError("model: expected evaluation mode (model.eval()), got training mode")
+        self.stack = Stack(model)
+        with intercept(model, rules={layer: _leave}):
+            pass  # raises, saying what the layer is, when it is not a gated-delta layer
+        self.model, self.layer, self.length = model, layer, horizon + 1
+        self.site = self.stack.sites[layer]
+        self.above = [i for i in range(layer + 1, len(self.stack.blocks))]
+        self.linear = [i for i in self.above if i in self.stack.sites]
+        self.full = [i for i in self.above if i not in self.stack.sites]
+
+    def bytes_a_fork(self, tokens: int) -> int:
+        """Rough memory of one fork in a batch of passages of `tokens` tokens."""
+        sites, L = self.stack.sites, self.length
+        state = sum(sites[i].num_v_heads * sites[i].K * sites[i].V for i in self.linear)
+        config = self.model.config.get_text_config()
+        scores = config.num_attention_heads * L * (tokens + L) if self.full else 0
+        wide = 16 * L * max(config.hidden_size, getattr(config, "intermediate_size", 0) or 0)
+        return 4 * (2 * state + 3 * scores + wide + 4 * L * self.site.num_v_heads * self.site.V)
+
+    # ---- clean pass -------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def clean(
+        self,
+        input_ids: Tensor,  # [P, T]
+        lengths: Tensor,  # [P]
+        choose: Callable[[Writes], Places],
+    ) -> Clean:
+        """Runs passages once, right-padded to T, and keeps what forks at the chosen places need.
+
+        Args:
+            input_ids: tokens; columns from `lengths` on are padding of any value.
+            lengths: real tokens of each passage.
+            choose: called in the middle of the pass with the edited layer's `Writes`; returns the places.
+        """
+        keep: dict = {"x": {i: [] for i in self.linear}, "states": {}}
+
+        def site_rule(q, k, v, g, beta, initial_state, output_final_state, l2norm, cu_seqlens):
+            wide = torch.float64 if v.dtype == torch.float64 else torch.float32
+            out = gated_delta_rule(
+                *(x.to(wide) for x in (q, k, v, g, beta)), initial_state=initial_state,
+                output_final_state=output_final_state, use_qk_l2norm=l2norm, return_writes=True,
+            )  # fmt: skip
+            q = q.to(wide)
+            q = q * torch.rsqrt((q * q).sum(-1, keepdim=True) + 1e-6) if l2norm else q
+            places = choose(out.writes)
+            self._check(places, lengths)
+            keep.update(o=out.o, writes=out.writes, q=q * q.shape[-1] ** -0.5, v=v.to(wide), places=places)
+            before = torch.stack([places.row, places.position - 1], 1)
+            keep["before"], keep["of"] = torch.unique(before.clamp_min(0), dim=0, return_inverse=True)
+            return out.o.to(v.dtype), out.final_state
+
+        def rule(i):
+            def handler(q, k, v, g, beta, initial_state, output_final_state, l2norm, cu_seqlens):
+                out = gated_delta_rule(
+                    q, k, v, g, beta, initial_state=initial_state, output_final_state=output_final_state,
+                    use_qk_l2norm=l2norm, snapshots=keep["before"] if i in keep["x"] else None,
+                )  # fmt: skip
+                if i in keep["x"]:
+                    keep["states"][i] = out.snapshots
+                return out.o, out.final_state
+
+            return handler
+
+        def conv(i):
+            def handler(x, weight, bias, activation, *, cu_seqlens, channels):
+                keep["x"][i].append(x)
+                return NotImplemented  # the model convolves for itself
+
+            return handler
+
+        rules = {i: rule(i) for i in self.stack.sites if i != self.layer} | {self.layer: site_rule}
+        seen: dict[int, dict] = {}
+        with (
+            intercept(self.model, rules, {i: conv(i) for i in self.linear}),
+            self.stack.watching([self.layer, *self.above], seen),
+        ):
+            cache = self.model(input_ids=input_ids, use_cache=True, logits_to_keep=1).past_key_values
+        return self._gather(keep, seen, cache, lengths, input_ids.shape[1])
+
+    def _check(self, places: Places, lengths: Tensor) -> None:
+        for name, column, limit in (
+            ("row", places.row, len(lengths)),
+            ("position", places.position, lengths[places.row.clamp(0, len(lengths) - 1)]),
+            ("head", places.head, self.site.num_v_heads),
+        ):
+            bad = ((column < 0) | (column >= limit)).nonzero().flatten()
+            if len(bad):
+                limit = int(limit[bad[0]]) if isinstance(limit, Tensor) else limit
+                raise ValueError(f"places.{name}: expected 0 <= {name} < {limit}, got {int(column[bad[0]])}")
+        if bool((places.row.diff() < 0).any()):
+            raise ValueError("places.row: expected places sorted by passage")
+
+    def _gather(self, keep: dict, seen: dict, cache, lengths: Tensor, T: int) -> Clean:
+        places, writes = keep["places"], keep["writes"]
+        row, head = places.row, places.head
+        at = places.position[:, None] + torch.arange(self.length)  # [n, L]
+        valid = at < lengths[row][:, None]
+        at = at.clamp_max(T - 1)
+        rows = row[:, None]
+        key_head = head // (self.site.num_v_heads // self.site.num_k_heads)
+        start = places.position > 0
+
+        def rotary(pair):
+            if pair is None:
+                return None
+            return tuple(x[rows if len(x) > 1 else 0, at] for x in pair)
+
+        states, conv_left = {}, {}
+        for i in self.linear:
+            state = keep["states"][i][keep["of"]]
+            states[i] = state * start[:, None, None, None]
+            width = self.stack.sites[i].conv_kernel_size - 1
+            x = torch.nn.functional.pad(torch.cat(keep["x"][i], 1)[..., -T:], (width, 0))  # column j is token j - width
+            columns = places.position[:, None] + torch.arange(width)
+            conv_left[i] = x.transpose(1, 2)[rows, columns].transpose(1, 2)
+        prefixes = {
+            i: Prefix(cache.layers[i].keys, cache.layers[i].values, row, places.position) for i in self.full
+        }
+        t = places.position
+        k = writes.left[row, t, key_head, 0]
+        return Clean(
+            places, valid, seen[self.layer]["input"][rows, at], keep["o"][rows, at],
+            reader(
+                keep["q"][rows, at, key_head[:, None]], writes.left[rows, at, key_head[:, None], 0],
+                writes.decay[rows, at, head[:, None]], writes.beta[rows, at, head[:, None]],
+            ),
+            k, writes.right[row, t, head, 0], writes.beta[row, t, head][:, None] * keep["v"][row, t, head], writes,
+            at, {i: rotary(seen[i]["position_embeddings"]) for i in seen}, states, conv_left, prefixes,
+        )  # fmt: skip
+
+    # ---- forks ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def run(self, clean: Clean, deltas: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        """Final hidden states of every fork under every change of the edited head's output.
+
+        Args:
+            clean: the clean pass.
+            deltas: {name: `[n, L, V]` change of the head's output, or None for no change}.
+        Returns:
+            {name: `[n, L, hidden]`}, after the final norm.
+        """
+        forks = torch.arange(len(clean.places))
+        changed = {}
+
+        def site_rule(q, k, v, g, beta, initial_state, output_final_state, l2norm, cu_seqlens):
+            return changed["o"].to(v.dtype), None
+
+        def rule(i):
+            def handler(q, k, v, g, beta, initial_state, output_final_state, l2norm, cu_seqlens):
+                return gated_delta_rule(q, k, v, g, beta, initial_state=clean.states[i], use_qk_l2norm=l2norm).o, None
+
+            return handler
+
+        def conv(i):
+            def handler(x, weight, bias, activation, *, cu_seqlens, channels):
+                return causal_conv(x, weight, bias, activation, left=clean.conv_left[i][:, channels])
+
+            return handler
+
+        out = {}
+        with (
+            intercept(
+                self.model, {i: rule(i) for i in self.linear} | {self.layer: site_rule}, {i: conv(i) for i in self.linear}
+            ),
+            self.stack.sharing(),
+        ):
+            for name, delta in deltas.items():
+                o = clean.o
+                if delta is not None:
+                    o = o.clone()
+                    o[forks, :, clean.places.head] += delta
+                changed["o"] = o
+                out[name] = self.stack.run(
+                    clean.layer_input, self.layer, clean.position_ids, clean.position_embeddings, clean.prefixes
+                )
+        return out
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[..., vocabulary]` logits of final hidden states."""
+        return self.stack.head(hidden)
+
+    @torch.no_grad()
+    def divergences(
+        self, clean: Clean, hidden: Mapping[str, Tensor], baseline: str, memory: int = 2**28
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """KL against the baseline in both directions, `{name: (forward [n, L], reverse [n, L])}`, NaN past the end.
+
+        Logits are made a slice of tokens at a time, so that about `memory` bytes of them exist at once.
+        """
+        names = [name for name in hidden if name != baseline]
+        n, L = clean.valid.shape
+        flat = {name: x.reshape(n * L, -1) for name, x in hidden.items()}
+        # One product a condition and slice: the same shapes for all, so equal rows give equal logits.
+        step = max(1, memory // (self.stack.head.weight.shape[0] * 8 * 5))
+        out = {name: torch.full((2, n * L), float("nan"), dtype=torch.float64) for name in names}
+        for lo in range(0, n * L, step):
+            base = self.logits(flat[baseline][lo : lo + step])
+            for name in names:
+                pair = kl_pair(base, {name: self.logits(flat[name][lo : lo + step])})[name]
+                out[name][:, lo : lo + step] = torch.stack(pair)
+        missing = ~clean.valid
+        return {
+            name: tuple(x.view(n, L).masked_fill(missing, float("nan")) for x in pair) for name, pair in out.items()
+        }
+
+
+def _leave(*args):
+    return NotImplemented
+
+
+def reader(
+    q: Tensor,  # [n, L, K]
+    k: Tensor,  # [n, L, K]
+    decay: Tensor,  # [n, L]
+    beta: Tensor,  # [n, L]
+) -> Tensor:
+    """`[n, L, K]`: how token t + s reads an addition made to the state after token t (the transposed propagator on q).
+
+    q scaled and normalised as used; column 0 is token t itself, whose own gates act before the addition.
+    """
+    out = q.clone()
+    for j in range(q.shape[1] - 1, 0, -1):
+        tail = out[:, j:]  # every later token's reading passes back through the gates of token j
+        erased = tail - beta[:, j, None, None] * (tail @ k[:, j, :, None]) * k[:, j, None]
+        out[:, j:] = decay[:, j, None, None].exp() * erased
+    return out
+
+
+def read(clean: Clean, left: Tensor, right: Tensor) -> Tensor:
+    """`[n, L, V]`: change of the head's output when `left [n, K] right [n, V]^T` is added to each fork's state at t.
+
+    Elementwise products and row sums only: equal factors give equal bits, so a write taken out and put back cancels.
+    """
+    return (clean.reader * left[:, None]).sum(-1, keepdim=True) * right[:, None]
+
+
+def read_matrix(clean: Clean, matrix: Tensor) -> Tensor:
+    """`[n, L, V]`: `read` for a full `[n, K, V]` addition."""
+    return clean.reader @ matrix
