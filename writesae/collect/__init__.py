@@ -1,0 +1,27 @@
+"""Collection: text to firings on disk, and the store that answers questions about them.
+
+The store needs nothing but pyarrow, so that reading firings works where no model can run; the collecting side loads on
+first use.
+"""
+
+from importlib import import_module
+
+from .store import Context, Store
+
+_LATER = {
+    "collect": "run",
+    "Corpus": "corpus",
+    "ModelSource": "source",
+    "Site": "source",
+    "build_index": "finish",
+}
+
+__all__ = ["Context", "Store", *_LATER]
+
+
+def __getattr__(name: str):
+    if name not in _LATER:
+        raise AttributeError(f"module 'writesae.collect' has no attribute {name!r}")
+    value = getattr(import_module(f"writesae.collect.{_LATER[name]}"), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,239 @@
+"""One shard: a fixed slice of the corpus and everything that fired in it, written by a thread beside the model.
+
+Layout of a collection's folder:
+
+    manifest.json                 what was asked of which model, dictionaries and corpus
+    firings/part-000000.parquet   sorted by (layer, head, feature, document, row, position)
+    tokens/part-000000.parquet    every token fed, in order
+    documents/part-000000.parquet documents that ended in the shard
+    counts/part-000000.parquet    count, sum and max a feature (removed when features.parquet holds their totals)
+    done/part-000000.json         completion marker, written last: sizes, and where the next shard starts
+    index/layer-0-head-0.parquet  kept firings of one site by (feature, -activation)
+    features.parquet              totals of every feature
+    summary.json                  completion marker of the whole
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..firings import Firings
+from . import files
+from .modes import Columns, Features, Selection, Totals, count
+from .passages import Cursor, DocumentEnd, Passage
+
+PARTS = ("firings", "tokens", "documents", "counts")
+
+
+def part_name(number: int, ending: str = "parquet") -> str:
+    return f"part-{number:06d}.{ending}"
+
+
+@dataclass
+class Shard:
+    """Passages of one slice, and the firings found in them (with the batch's rows as indices into `passages`)."""
+
+    number: int
+    passages: list[Passage] = field(default_factory=list)
+    ends: list[DocumentEnd] = field(default_factory=list)
+    found: list[tuple[np.ndarray, Firings]] = field(default_factory=list)
+    last: bool = False
+
+    def columns(self, features: Features) -> Columns:
+        """The firings, sorted by (feature number, place).
+
+        Raises:
+            ValueError: an activation that is not a positive number, naming its place.
+        """
+        if not self.found or not sum(len(firings) for _, firings in self.found):
+            return Columns.empty()
+        passage = np.concatenate([rows[f.row.numpy()] for rows, f in self.found])
+        parts = {
+            name: np.concatenate([getattr(f, name).numpy() for _, f in self.found])
+            for name in ("position", "layer", "head", "feature", "activation")
+        }
+        bad = np.flatnonzero(~((parts["activation"] > 0) & (parts["activation"] < np.inf)))
+        if len(bad):
+            at = {name: values[bad[0]] for name, values in parts.items()}
+            place = self.passages[passage[bad[0]]]
+            raise ValueError(
+                f"activation: expected positive finite numbers, got {at['activation']} at layer {at['layer']} head "
+                f"{at['head']} feature {at['feature']}, document {place.document} row {place.row} position "
+                f"{at['position']}"
+            )
+        key = features.key(parts["layer"], parts["head"], parts["feature"])
+        length = int(parts["position"].max()) + 1
+        order = np.argsort((key * len(self.passages) + passage) * length + parts["position"], kind="stable")
+        passage = passage[order]
+        document = np.array([p.document for p in self.passages], np.int32)
+        row = np.array([p.row for p in self.passages], np.int32)
+        return Columns(
+            key[order], document[passage], row[passage], parts["position"][order], parts["activation"][order]
+        )  # fmt: skip
+
+    def tokens(self) -> pa.Table:
+        lengths = [len(p.tokens) for p in self.passages]
+        columns = [
+            np.repeat(np.array([p.document for p in self.passages], np.int32), lengths),
+            np.repeat(np.array([p.row for p in self.passages], np.int32), lengths),
+            np.concatenate([np.arange(n, dtype=np.int32) for n in lengths] or [np.empty(0, np.int32)]),
+            np.concatenate([p.tokens for p in self.passages] or [np.empty(0, np.int32)]),
+        ]
+        return pa.table(columns, schema=files.TOKENS)
+
+
+def firings_table(columns: Columns, features: Features) -> pa.Table:
+    """Kept firings as the table that is stored."""
+    layer, head, feature = features.split(columns.key)
+    return pa.table(
+        [columns.document, columns.row, columns.position, layer, head, feature, columns.activation],
+        schema=files.FIRINGS,
+    )
+
+
+def read_columns(path: Path, features: Features) -> Columns:
+    """Stored firings back as columns."""
+    table = pq.read_table(path)
+    c = {name: table[name].to_numpy() for name in table.column_names}
+    key = features.key(c["layer"], c["head"], c["feature"]) if len(table) else np.empty(0, np.int64)
+    return Columns(key, c["document"], c["row"], c["position"], c["activation"])
+
+
+class Progress:
+    """What the finished shards add up to: the selection (modes top and reservoir), the totals, and the next cursor."""
+
+    def __init__(self, out: Path, features: Features, selection: Selection | None):
+        self.out, self.features, self.selection = out, features, selection
+        self.totals = Totals(features.total)
+        self.shards = self.tokens = self.firings = self.documents = 0
+        self.cursor: Cursor | None = None
+        self.last = False
+
+    def load(self) -> None:
+        """Takes up every finished shard, and removes what an ended run left unfinished.
+
+        Raises:
+            ValueError: a finished shard's file is missing or has another size.
+        """
+        while (marker := self.out / "done" / part_name(self.shards, "json")).exists():
+            self._take(marker)
+        kept = {Path(part_name(i)).stem for i in range(self.shards)}
+        for folder in (*PARTS, "index", "done", "."):
+            for path in (self.out / folder).glob("*.tmp"):
+                path.unlink()
+        for folder in (*PARTS, "done"):
+            for path in (self.out / folder).glob("part-*"):
+                if path.stem not in kept:
+                    path.unlink()
+
+    def _take(self, marker: Path) -> None:
+        done = files.read_json(marker)
+        finished = (self.out / "summary.json").exists()
+        for name, size in done["files"].items():
+            path = self.out / name
+            if not path.exists() or path.stat().st_size != size:
+                if finished and name.split("/")[0] in ("counts", "firings"):
+                    continue  # both may be gone once the index and features.parquet stand
+                got = f"{path.stat().st_size} bytes" if path.exists() else "no such file"
+                raise ValueError(f"out: {path} is damaged: expected {size} bytes, got {got}; use another folder")
+        if not finished:
+            table = pq.read_table(self.out / "counts" / part_name(self.shards))
+            c = {name: table[name].to_numpy() for name in table.column_names}
+            if len(table):
+                self.totals.add(
+                    self.features.key(c["layer"], c["head"], c["feature"]), c["count"], c["sum"], c["max"]
+                )  # fmt: skip
+            if self.selection is not None:
+                self.selection.add(read_columns(self.out / "firings" / part_name(self.shards), self.features))
+        self._count(done)
+
+    def _count(self, done: dict) -> None:
+        self.shards += 1
+        self.tokens += done["tokens"]
+        self.firings += done["firings"]
+        self.documents += done["documents"]
+        self.cursor = Cursor.from_json(done["next"])
+        self.last = done["last"]
+
+    def write(self, shard: Shard) -> None:
+        """Writes a shard's files, each whole or not at all, then its completion marker."""
+        columns = shard.columns(self.features)
+        key, number, total, largest = count(columns)
+        fired = len(columns)
+        if self.selection is not None:
+            columns = columns.take(self.selection.add(columns))
+        layer, head, feature = self.features.split(key)
+        tables = {
+            "firings": firings_table(columns, self.features),
+            "tokens": shard.tokens(),
+            "documents": pa.Table.from_pylist([vars(end) for end in shard.ends], schema=files.DOCUMENTS),
+            "counts": pa.table([layer, head, feature, number, total, largest], schema=files.FEATURES),
+        }
+        name = part_name(shard.number)
+        for folder, table in tables.items():
+            files.write_table(self.out / folder / name, table)
+        after = shard.passages[-1].after if shard.passages else self.cursor
+        done = {
+            "shard": shard.number, "passages": len(shard.passages), "tokens": tables["tokens"].num_rows,
+            "documents": len(shard.ends), "firings": fired, "kept": len(columns), "last": shard.last,
+            "files": {f"{folder}/{name}": (self.out / folder / name).stat().st_size for folder in tables},
+            "next": after.to_json(),
+        }  # fmt: skip
+        files.write_json(self.out / "done" / part_name(shard.number, "json"), done)
+        self.totals.add(key, number, total, largest)
+        self._count(done)
+
+
+class Writer:
+    """Writes shards in a thread, at most one waiting. An error there surfaces at the next call here."""
+
+    def __init__(self, progress: Progress):
+        self.progress = progress
+        self.seconds = 0.0  # spent writing
+        self.waited = 0.0  # the model's side stood still for it
+        self._error: BaseException | None = None
+        self._queue: queue.Queue[Shard | None] = queue.Queue(1)
+        self._thread = threading.Thread(target=self._run, name="writesae-writer", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while (shard := self._queue.get()) is not None:
+            if self._error is None:
+                began = time.perf_counter()
+                try:
+                    self.progress.write(shard)
+                except BaseException as error:
+                    self._error = error
+                self.seconds += time.perf_counter() - began
+
+    def check(self) -> None:
+        """Raises what the thread raised."""
+        if self._error is not None:
+            raise self._error
+
+    def submit(self, shard: Shard) -> None:
+        self.check()
+        began = time.perf_counter()
+        self._queue.put(shard)
+        self.waited += time.perf_counter() - began
+
+    def close(self) -> None:
+        """Waits until everything submitted is written."""
+        began = time.perf_counter()
+        self._queue.put(None)
+        self._thread.join()
+        self.waited += time.perf_counter() - began
+        self.check()
+
+    def abandon(self) -> None:
+        """Ends the thread after the shards already submitted, and keeps quiet about its errors."""
+        self._queue.put(None)
+        self._thread.join()

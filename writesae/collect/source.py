@@ -1,0 +1,98 @@
+"""Where firings come from: a model with dictionaries attached. Anything with the same three members will do."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..firings import Firings
+
+
+@dataclass(frozen=True)
+class Site:
+    """A layer and head, its dictionary's features, and the most that fire a token (None: no fixed number)."""
+
+    layer: int
+    head: int
+    features: int
+    k: int | None
+
+
+class Source(Protocol):
+    """What `collect` asks of a model. Used as a context manager around the whole run."""
+
+    sites: list[Site]
+    fingerprint: dict
+
+    def __enter__(self): ...
+    def __exit__(self, *error): ...
+    def firings(self, tokens: Tensor, mask: Tensor) -> Firings:
+        """Firings of one batch: tokens, mask `[B, T]` int64, padded right; `row` of a firing is the batch row."""
+
+
+class ModelSource:
+    """A Hugging Face model with one dictionary a site.
+
+    Args:
+        model: any model `writesae.attach` knows, in eval mode.
+        dictionaries: {(layer, head): SAE}.
+        accelerate: run the model's recurrences on this package's own op.
+    """
+
+    def __init__(self, model, dictionaries: Mapping[tuple[int, int], object], accelerate: bool = False):
+        if not dictionaries:
+            raise ValueError("sae: expected at least one dictionary, got none")
+        self.model = model
+        self.dictionaries = dict(sorted(dictionaries.items()))
+        self.accelerate = accelerate
+        self.sites = [Site(layer, head, sae.F, sae.k) for (layer, head), sae in self.dictionaries.items()]
+        self.fingerprint = {
+            "model": weights_fingerprint(model),
+            **{
+                f"dictionary {layer}:{head}": weights_fingerprint(sae)
+                for (layer, head), sae in self.dictionaries.items()
+            },
+            "accelerate": accelerate,
+        }
+        self._stack = ExitStack()
+        self._tap = None
+
+    def __enter__(self):
+        from ..models import attach
+
+        self.model.eval()
+        self._stack.enter_context(torch.inference_mode())
+        hooks = attach(self.model, self.dictionaries, accelerate=self.accelerate, record_writes=False)
+        self._tap = self._stack.enter_context(hooks)
+        return self
+
+    def __exit__(self, *error):
+        self._tap = None
+        return self._stack.__exit__(*error)
+
+    def firings(self, tokens: Tensor, mask: Tensor) -> Firings:
+        """See `Source`."""
+        # The trunk alone: logits are not needed, and a large vocabulary makes them the dearest part.
+        trunk = getattr(self.model, "base_model", self.model)
+        device = next(self.model.parameters()).device
+        trunk(input_ids=tokens.to(device), attention_mask=mask.to(device), use_cache=False)
+        found = self._tap.firings
+        self._tap.clear()
+        return found
+
+
+def weights_fingerprint(module: torch.nn.Module) -> str:
+    """Digest of every tensor's name, shape, dtype and up to 4,096 of its values, evenly spread."""
+    digest = hashlib.sha256()
+    for name, x in sorted(module.state_dict().items()):
+        flat = x.detach().reshape(-1)
+        part = flat[:: max(1, len(flat) // 4096)][:4096]
+        digest.update(f"{name} {tuple(x.shape)} {x.dtype}".encode())
+        digest.update(part.cpu().double().numpy().tobytes())
+    return digest.hexdigest()
