@@ -32,6 +32,18 @@ STABLE_TORCH_LIBRARY(writesae, m) {
       "gated_delta_rule_step(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor(a!) state, float scale, "
       "bool use_qk_l2norm, Tensor? edit_index, Tensor? edit_left, Tensor? edit_right, bool return_writes) "
       "-> (Tensor o, Tensor left, Tensor right)");
+  m.def(
+      "encode_topk(Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc, Tensor w_enc, Tensor? b_enc, "
+      "int k, Tensor? carry, Tensor? cu_seqlens, Tensor? edit_index, Tensor? edit_left, Tensor? edit_right) "
+      "-> (Tensor values, Tensor indices, Tensor carry)");
+  m.def(
+      "encode_threshold(Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc, Tensor w_enc, "
+      "Tensor? b_enc, Tensor threshold, Tensor? carry, Tensor? cu_seqlens, Tensor? edit_index, Tensor? edit_left, "
+      "Tensor? edit_right) -> (Tensor values, Tensor indices, Tensor counts, Tensor carry)");
+  m.def(
+      "encode_at(Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc, Tensor w_enc, Tensor indices, "
+      "Tensor? carry, Tensor? cu_seqlens, Tensor? edit_index, Tensor? edit_left, Tensor? edit_right) "
+      "-> (Tensor values, Tensor carry)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(writesae, CompositeExplicitAutograd, m) {
@@ -42,4 +54,7 @@ STABLE_TORCH_LIBRARY_IMPL(writesae, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(writesae, CPU, m) {
   m.impl("gated_delta_rule", TORCH_BOX(&writesae::gated_delta_rule));
   m.impl("gated_delta_rule_step", TORCH_BOX(&writesae::gated_delta_rule_step));
+  m.impl("encode_topk", TORCH_BOX(&writesae::encode_topk));
+  m.impl("encode_threshold", TORCH_BOX(&writesae::encode_threshold));
+  m.impl("encode_at", TORCH_BOX(&writesae::encode_at));
 }

@@ -81,7 +81,6 @@ def encode(
     elif isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= F:
         raise ValueError(f"k: expected an integer, 1 <= k <= F={F}, got {k!r}")
     chosen = _dispatch.choose("encode", backend, tensors)
-    chosen = chosen if hasattr(torch.ops.writesae, "encode_topk") else "reference"
     with torch.no_grad():
         if chosen == "reference":
             if threshold is None:
@@ -145,7 +144,6 @@ def chosen_activations(writes, v, w, indices, b, heads, initial_state, carry, ba
     if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < F:
         raise ValueError(f"indices: expected 0 <= index < F={F}, got {int(indices.min())} to {int(indices.max())}")
     chosen = _dispatch.choose("activations", backend, _tensors(writes, v, w, b, carry))
-    chosen = chosen if hasattr(torch.ops.writesae, "encode_at") else "reference"
     with torch.no_grad():
         if chosen == "reference":
             v_, w_, a = _reference_inputs(writes, v, w, heads, carry)
@@ -367,7 +365,7 @@ def _attach_gradient(values, indices, writes, v_enc, w_enc, b_enc, carry, heads,
 
 # ---- fake implementations -------------------------------------------------------------------------------------------
 
-if CPU_ERROR is None and hasattr(torch.ops.writesae, "encode_topk"):
+if CPU_ERROR is None:
 
     @torch.library.register_fake("writesae::encode_topk")
     def _(decay, left, right, heads, v_enc, w_enc, b_enc, k, carry, cu_seqlens, edit_index, edit_left, edit_right):

@@ -1,0 +1,397 @@
+// encode on the CPU: scheduling here, arithmetic in encode_kernel.h.
+#include "encode.h"
+
+#include <algorithm>
+#include <climits>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+
+namespace writesae::cpu {
+namespace {
+
+constexpr int64_t SMALL = 8;        // rows a call may have and still leave the dictionary unpacked
+constexpr int64_t BLOCK_ROWS = 96;  // rows a head goes on by at once; a multiple of every MT
+constexpr int64_t PART = 4;         // tokens an item of selection takes
+constexpr int64_t OWN_BYTES = int64_t{48} << 20;  // scratch up to which every thread takes a head of its own
+
+// One rank-1 addition to a head's state.
+struct Row {
+  const void *left, *right;
+  Element left_type, right_type;
+  float gate;     // what the running sum is multiplied by first: e^g, or 1 for the second and later rows of a token
+  int32_t slot;   // the token's place in the block when this is its last row, else -1
+  int64_t begin;  // the sequence whose first row this is, else -1
+  int64_t end;    // the sequence whose last row this is, else -1
+};
+
+struct Block {
+  std::vector<Row> rows;
+  std::vector<int64_t> tokens;  // b * T + t of each slot
+};
+
+}  // namespace
+
+#if defined(__x86_64__)
+WRITESAE_TARGET_BEGIN_AVX512
+namespace avx512 {
+#define WRITESAE_LANES 16
+#include "cpu/simd.h"
+
+#include "cpu/encode_kernel.h"
+#undef WRITESAE_LANES
+}  // namespace avx512
+WRITESAE_TARGET_END
+
+WRITESAE_TARGET_BEGIN_AVX2
+namespace avx2 {
+#define WRITESAE_LANES 8
+#include "cpu/simd.h"
+
+#include "cpu/encode_kernel.h"
+#undef WRITESAE_LANES
+}  // namespace avx2
+WRITESAE_TARGET_END
+#endif
+
+namespace portable {
+#define WRITESAE_LANES 4
+#include "cpu/simd.h"
+
+#include "cpu/encode_kernel.h"
+#undef WRITESAE_LANES
+}  // namespace portable
+
+namespace {
+
+// The kernels of one instruction set.
+struct Kernels {
+  int64_t tile;  // rows of a register tile
+  decltype(&portable::pack_panel) pack_panel;
+  decltype(&portable::pack_rows) pack_rows;
+  decltype(&portable::run_panel) run_panel;
+  decltype(&portable::run_panel_unpacked) run_panel_unpacked;
+  decltype(&portable::select_largest) select_largest;
+  decltype(&portable::select_above) select_above;
+  decltype(&portable::pick) pick;
+  decltype(&portable::to_key_scalar) to_key;
+};
+
+#define WRITESAE_KERNELS(name)                                                                                  \
+  {name::MT, name::pack_panel, name::pack_rows, name::run_panel, name::run_panel_unpacked, name::select_largest, \
+   name::select_above, name::pick, name::to_key_scalar}
+
+Kernels kernels() {
+#if defined(__x86_64__)
+  switch (isa()) {
+    case Isa::avx512:
+      return WRITESAE_KERNELS(avx512);
+    case Isa::avx2:
+      return WRITESAE_KERNELS(avx2);
+    case Isa::portable:
+      break;
+  }
+#else
+  isa();
+#endif
+  return WRITESAE_KERNELS(portable);
+}
+
+int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+struct Delete {
+  void operator()(char* data) const { ::operator delete(data, std::align_val_t(64)); }
+};
+
+// Uninitialised memory on a cache line's boundary, handed out piece by piece.
+class Arena {
+ public:
+  explicit Arena(int64_t bytes)
+      : data_(static_cast<char*>(::operator new(std::max<int64_t>(bytes, 64), std::align_val_t(64)))) {}
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = reinterpret_cast<T*>(data_.get() + used_);
+    used_ += round_up(count * sizeof(T), 64);
+    return piece;
+  }
+  void clear() { used_ = 0; }
+
+ private:
+  std::unique_ptr<char, Delete> data_;
+  int64_t used_ = 0;
+};
+
+// All rows of one head, sequence after sequence.
+class Stream {
+ public:
+  Stream(const EncodeParams& p, int64_t head) : p_(p), head_(head), left_(head / (p.H / p.Hl)) {}
+
+  // Up to `limit` more rows; false when there are none.
+  bool next(Block& block, int64_t limit) {
+    block.rows.clear();
+    block.tokens.clear();
+    while (n_ < p_.N && static_cast<int64_t>(block.rows.size()) < limit) {
+      const int64_t origin = p_.cu_seqlens != nullptr ? p_.cu_seqlens[n_] : 0;
+      const int64_t length = p_.cu_seqlens != nullptr ? p_.cu_seqlens[n_ + 1] - origin : p_.T;
+      if (length == 0) {
+        n_++;
+        continue;
+      }
+      if (t_ == 0 && sub_ == 0) edit_ = first_edit();
+      const int64_t b = p_.cu_seqlens != nullptr ? 0 : n_, t = origin + t_, edit = edit_ + sub_ - p_.R;
+      Row row;
+      if (sub_ < p_.R) {
+        row.left = p_.left.at(b, t, left_, sub_), row.left_type = p_.left.type;
+        row.right = p_.right.at(b, t, head_, sub_), row.right_type = p_.right.type;
+      } else {
+        row.left = p_.edits.left + edit * p_.K, row.right = p_.edits.right + edit * p_.V;
+        row.left_type = row.right_type = Element::f32;
+      }
+      row.gate = sub_ == 0 ? std::exp(p_.decay[(b * p_.T + t) * p_.H + head_]) : 1.0f;
+      row.begin = t_ == 0 && sub_ == 0 ? n_ : -1;
+      sub_++;
+      const bool last = sub_ >= p_.R && !edit_here(edit_ + sub_ - p_.R);
+      row.slot = last ? static_cast<int32_t>(block.tokens.size()) : -1;
+      row.end = last && t_ == length - 1 ? n_ : -1;
+      block.rows.push_back(row);
+      if (!last) continue;
+      block.tokens.push_back(b * p_.T + t);
+      edit_ += sub_ - p_.R;
+      sub_ = 0;
+      if (++t_ == length) t_ = 0, n_++;
+    }
+    return !block.rows.empty();
+  }
+
+ private:
+  bool edit_here(int64_t e) const {
+    const int64_t* x = p_.edits.index + 4 * e;
+    return e < p_.edits.count && x[0] == n_ && x[1] == t_ && x[2] == head_;
+  }
+
+  // The first edit of (sequence, head) or after; they are sorted by (row, head, position).
+  int64_t first_edit() const {
+    int64_t low = 0, high = p_.edits.count;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      const int64_t* x = p_.edits.index + 4 * middle;
+      const bool before = x[0] != n_ ? x[0] < n_ : x[2] < head_;
+      (before ? low : high) = before ? middle + 1 : middle;
+    }
+    return low;
+  }
+
+  const EncodeParams& p_;
+  int64_t head_, left_;
+  int64_t n_ = 0, t_ = 0, sub_ = 0, edit_ = 0;
+};
+
+// What is the same for all heads.
+struct Plan {
+  const EncodeParams& p;
+  EncodeFound* found;
+  Kernels kernel;
+  int64_t panels, depth, stride, select_bytes;
+
+  Plan(const EncodeParams& params, EncodeFound* f) : p(params), found(f), kernel(kernels()) {
+    panels = (p.F + 15) / 16;
+    depth = 1;
+    if (p.k > 0)
+      while (depth < 64 && p.F / (2 * depth) >= 4 * p.k) depth *= 2;
+    stride = round_up(p.F, 16 * depth);
+    select_bytes = round_up((stride + 16) * 8 + stride * 4 + (stride + 16) * 4, 64);
+  }
+
+  int64_t v_size() const { return p.rank * p.K * 16; }
+  int64_t w_size() const { return p.rank * p.V * 16; }
+  int64_t tile_size() const { return (p.K + p.V) * kernel.tile; }
+  // Bytes run_head needs beyond selection, which needs select_bytes a thread.
+  int64_t head_bytes() const {
+    const int64_t floats = panels * (v_size() + w_size() + 16) + 2 * (BLOCK_ROWS / kernel.tile) * tile_size() +
+                           (BLOCK_ROWS + 2) * stride;
+    return floats * 4 + 64 * 16;
+  }
+  int64_t worker_bytes() const { return round_up(std::max(select_bytes, 17 * std::max(p.K, p.V) * 4), 64); }
+
+  void fill_limits(int64_t h, float* bias, int32_t* limits) const {
+    for (int64_t f = 0; f < stride; f++) {
+      const bool exists = f < p.F;
+      bias[f] = exists && p.b_enc != nullptr ? p.b_enc[h * p.F + f] + 0.0f : 0.0f;  // + 0: no -0
+      limits[f] = exists && p.threshold != nullptr ? kernel.to_key(p.threshold[h * p.F + f]) : INT_MAX;
+    }
+  }
+
+  // Selects from the keys of one token. `values`, `indices` and the return value (their number) are for a threshold.
+  int64_t select(int64_t h, int64_t token, int32_t* keys, const int32_t* limits, int32_t& hint, char* memory,
+                 std::vector<float>& values, std::vector<int32_t>& indices) const {
+    const int64_t place = token * p.Hs + h;
+    for (int64_t f = p.F; f < stride; f++) keys[f] = INT_MIN;  // after the fact: 0 times infinity may be there
+    if (p.k > 0) {
+      kernel.select_largest(keys, stride, depth, p.k, hint, memory, p.values + place * p.k, p.indices + place * p.k);
+    } else if (p.threshold != nullptr) {
+      return found->counts[place] = kernel.select_above(keys, limits, stride, values, indices);
+    } else {
+      kernel.pick(keys, p.at + place * p.m, p.m, p.values + place * p.m);
+    }
+    return 0;
+  }
+
+  void append(int64_t h, const std::vector<float>& values, const std::vector<int32_t>& indices) const {
+    found->values[h].insert(found->values[h].end(), values.begin(), values.end());
+    found->indices[h].insert(found->indices[h].end(), indices.begin(), indices.end());
+  }
+};
+
+// One head from its first row to its last. Two parallel regions a block: panels; then selection, beside the packing of
+// the next block's rows. A barrier between them, and never a split along time, keeps the running sum the same whatever
+// the number of threads.
+void run_head(const Plan& plan, int64_t h, const Parallel& parallel, Arena& arena, char* worker_memory) {
+  const EncodeParams& p = plan.p;
+  const Kernels& kernel = plan.kernel;
+  const int64_t v_size = plan.v_size(), w_size = plan.w_size(), tile_size = plan.tile_size();
+  const int64_t tiles = BLOCK_ROWS / kernel.tile, worker_bytes = plan.worker_bytes();
+  arena.clear();
+  float* v = arena.take<float>(plan.panels * v_size);
+  float* w = arena.take<float>(plan.panels * w_size);
+  float* carry = arena.take<float>(plan.panels * 16);
+  float* packed[2] = {arena.take<float>(tiles * tile_size), arena.take<float>(tiles * tile_size)};
+  float* bias = arena.take<float>(plan.stride);
+  int32_t* limits = arena.take<int32_t>(plan.stride);
+  int32_t* keys = arena.take<int32_t>(BLOCK_ROWS * plan.stride);
+  plan.fill_limits(h, bias, limits);
+  const auto scratch = [&](int64_t worker) { return worker_memory + worker * worker_bytes; };
+  const auto left_of = [&](int which) { return packed[which]; };
+  const auto right_of = [&](int which) { return packed[which] + tiles * p.K * kernel.tile; };
+
+  Block blocks[2];
+  Stream stream(p, p.heads[h]);
+  std::vector<int32_t> hints(parallel.threads, 0);
+  std::vector<std::vector<float>> values((BLOCK_ROWS + PART - 1) / PART);
+  std::vector<std::vector<int32_t>> indices(values.size());
+  const auto pack_rows = [&](int which, int64_t tile, int64_t worker) {
+    kernel.pack_rows(p, blocks[which], tile, reinterpret_cast<float*>(scratch(worker)),
+                     left_of(which) + tile * p.K * kernel.tile, right_of(which) + tile * p.V * kernel.tile);
+  };
+  const auto tiles_of = [&](int which) {
+    return (static_cast<int64_t>(blocks[which].rows.size()) + kernel.tile - 1) / kernel.tile;
+  };
+
+  int now = 0;
+  bool more = stream.next(blocks[now], BLOCK_ROWS);
+  for_each(parallel, plan.panels + tiles_of(now), [&](int64_t i, int64_t worker) {
+    float* rows = reinterpret_cast<float*>(scratch(worker));
+    if (i >= plan.panels) {
+      pack_rows(now, i - plan.panels, worker);
+      return;
+    }
+    kernel.pack_panel(p.v_enc, h, i, p.F, p.rank, p.K, rows, v + i * v_size);
+    kernel.pack_panel(p.w_enc, h, i, p.F, p.rank, p.V, rows, w + i * w_size);
+  });
+  while (more) {
+    const Block& block = blocks[now];
+    for_each(parallel, plan.panels, [&](int64_t i, int64_t) {
+      kernel.run_panel(p, block, h, i, v + i * v_size, w + i * w_size, left_of(now), right_of(now), bias + i * 16,
+                       carry + i * 16, keys, plan.stride);
+    });
+    more = stream.next(blocks[1 - now], BLOCK_ROWS);
+    const int64_t slots = block.tokens.size(), parts = (slots + PART - 1) / PART;
+    for_each(parallel, parts + tiles_of(1 - now), [&](int64_t i, int64_t worker) {
+      if (i >= parts) {
+        pack_rows(1 - now, i - parts, worker);
+        return;
+      }
+      values[i].clear();
+      indices[i].clear();
+      for (int64_t s = i * PART; s < std::min((i + 1) * PART, slots); s++)
+        plan.select(h, block.tokens[s], keys + s * plan.stride, limits, hints[worker], scratch(worker), values[i],
+                    indices[i]);
+    });
+    if (p.threshold != nullptr)
+      for (int64_t i = 0; i < parts; i++) plan.append(h, values[i], indices[i]);
+    now = 1 - now;
+  }
+}
+
+// All heads of a call so short that reading the dictionary once is the whole work: decoding.
+void run_small(const Plan& plan, const Parallel& parallel) {
+  const EncodeParams& p = plan.p;
+  const int64_t stride = plan.stride;
+  const int64_t together = std::clamp<int64_t>((int64_t{4} << 20) / (SMALL * stride), 1, p.Hs);
+  Arena arena(together * ((SMALL * (p.K + p.V) + (SMALL + 2) * stride) * 4 + 64 * 5));
+  Arena memory(plan.worker_bytes() * parallel.threads);
+  char* worker_memory = memory.take<char>(0);
+  for (int64_t h0 = 0; h0 < p.Hs; h0 += together) {
+    const int64_t members = std::min(together, p.Hs - h0);
+    arena.clear();
+    std::vector<Block> blocks(members);
+    std::vector<float*> left(members), right(members), bias(members);
+    std::vector<int32_t*> keys(members), limits(members);
+    for (int64_t i = 0; i < members; i++) {
+      left[i] = arena.take<float>(SMALL * p.K), right[i] = arena.take<float>(SMALL * p.V);
+      bias[i] = arena.take<float>(stride);
+      keys[i] = arena.take<int32_t>(SMALL * stride), limits[i] = arena.take<int32_t>(stride);
+      plan.fill_limits(h0 + i, bias[i], limits[i]);
+      Stream(p, p.heads[h0 + i]).next(blocks[i], SMALL);
+      for (size_t r = 0; r < blocks[i].rows.size(); r++) {
+        const Row& row = blocks[i].rows[r];
+        portable::convert_in(row.left_type, row.left, left[i] + r * p.K, p.K);
+        portable::convert_in(row.right_type, row.right, right[i] + r * p.V, p.V);
+      }
+    }
+    for_each(parallel, members * plan.panels, [&](int64_t item, int64_t worker) {
+      const int64_t i = item / plan.panels, panel = item % plan.panels;
+      plan.kernel.run_panel_unpacked(p, blocks[i], h0 + i, panel, left[i], right[i], bias[i] + panel * 16,
+                                     reinterpret_cast<float*>(worker_memory + worker * plan.worker_bytes()), keys[i],
+                                     stride);
+    });
+    std::vector<std::vector<float>> values(members);
+    std::vector<std::vector<int32_t>> indices(members);
+    for_each(parallel, members, [&](int64_t i, int64_t worker) {
+      int32_t hint = 0;
+      for (size_t s = 0; s < blocks[i].tokens.size(); s++)
+        plan.select(h0 + i, blocks[i].tokens[s], keys[i] + s * stride, limits[i], hint,
+                    worker_memory + worker * plan.worker_bytes(), values[i], indices[i]);
+    });
+    if (p.threshold != nullptr)
+      for (int64_t i = 0; i < members; i++) plan.append(h0 + i, values[i], indices[i]);
+  }
+}
+
+}  // namespace
+
+void encode(const EncodeParams& p, EncodeFound* found, const Parallel& parallel) {
+  const Plan plan(p, found);
+  for (int64_t n = 0; n < p.N && p.cu_seqlens != nullptr; n++)
+    if (p.cu_seqlens[n] == p.cu_seqlens[n + 1])
+      for (int64_t i = n * p.Hs * p.F; i < (n + 1) * p.Hs * p.F; i++)
+        p.carry_out[i] = p.carry_in != nullptr ? p.carry_in[i] : 0.0f;
+  if (p.B * p.T * p.R + p.edits.count <= SMALL) {
+    run_small(plan, parallel);
+    return;
+  }
+  // A head to every thread where that leaves none idle; else all threads on one head at a time.
+  const int64_t threads = std::max(1, parallel.threads);
+  const bool even = p.Hs % threads == 0 || p.Hs >= 4 * threads;
+  const bool own = threads == 1 || (even && threads * (plan.head_bytes() + plan.worker_bytes()) <= OWN_BYTES);
+  Arena memory(plan.worker_bytes() * threads);
+  char* worker_memory = memory.take<char>(0);
+  if (!own) {
+    Arena arena(plan.head_bytes());
+    for (int64_t h = 0; h < p.Hs; h++) run_head(plan, h, parallel, arena, worker_memory);
+    return;
+  }
+  std::vector<Arena> arenas;
+  for (int64_t i = 0; i < std::min(threads, p.Hs); i++) arenas.emplace_back(plan.head_bytes());
+  for_each(parallel, p.Hs, [&](int64_t h, int64_t worker) {
+    run_head(plan, h, Parallel{1, nullptr}, arenas[worker], worker_memory + worker * plan.worker_bytes());
+  });
+}
+
+}  // namespace writesae::cpu

@@ -1,0 +1,277 @@
+// The arithmetic, written once and compiled for each instruction set by encode.cpp (no include guard on purpose).
+//
+// A head's tokens become a stream of rows, one for each rank-1 addition to its state: R writes a token, then its edits.
+// `run_panel` takes a block of rows through a panel of 16 atoms: products of MT rows at a time in registers (12
+// accumulators, each step of K one load of atoms and MT broadcasts), then the decayed running sum over those rows, so
+// that the carry never leaves registers inside a block. It stores not floats but sortable integers (`to_key`), which
+// makes selection a matter of integers: NaN is the largest key, -0 cannot occur.
+//
+// Arithmetic a token and head at K = V = 128, F = 2048, k = 32: 1.05 MFLOP, 32.8 k AVX-512 multiply-adds, one a cycle
+// here (Zen 4). Selection reads the 8 KB of keys twice. Measured figures: bench/results/encode.json.
+
+constexpr int PANEL = 16;
+constexpr int NV = PANEL / LANES;
+constexpr int MT = 12 / NV;  // rows of a register tile
+typedef int32_t IntVec __attribute__((vector_size(WRITESAE_LANES * 4)));
+typedef int32_t UnalignedIntVec __attribute__((vector_size(WRITESAE_LANES * 4), aligned(4), may_alias));
+typedef int64_t LongVec __attribute__((vector_size(WRITESAE_LANES * 4)));
+typedef int64_t UnalignedLongVec __attribute__((vector_size(WRITESAE_LANES * 4), aligned(8), may_alias));
+
+inline IntVec load_int(const int32_t* p) { return *reinterpret_cast<const UnalignedIntVec*>(p); }
+inline void store_int(int32_t* p, IntVec x) { *reinterpret_cast<UnalignedIntVec*>(p) = x; }
+
+// ---- keys ------------------------------------------------------------------------------------------------------------
+
+inline IntVec to_key(Vec x) {
+  const IntVec bits = (IntVec)x;
+  const IntVec key = bits ^ ((bits >> 31) & 0x7fffffff);
+  return x == x ? key : IntVec{} + 0x7fffffff;
+}
+
+inline float from_key(int32_t key) { return bits_to_float(static_cast<uint32_t>(key ^ ((key >> 31) & 0x7fffffff))); }
+
+inline int32_t to_key_scalar(float x) {
+  const int32_t bits = static_cast<int32_t>(float_to_bits(x + 0.0f));  // + 0: no -0
+  return x == x ? bits ^ ((bits >> 31) & 0x7fffffff) : 0x7fffffff;
+}
+
+// ---- packing ---------------------------------------------------------------------------------------------------------
+
+// Atoms 16 panel .. 16 panel + 15 of head slot h of x [Hs, F, r, size] to [r][size][16], zeros past F.
+// `rows` holds 16 * size floats.
+inline void pack_panel(const View& x, int64_t h, int64_t panel, int64_t F, int64_t rank, int64_t size, float* rows,
+                       float* to) {
+  for (int64_t r = 0; r < rank; r++, to += size * PANEL) {
+    for (int f = 0; f < PANEL; f++) {
+      const int64_t feature = panel * PANEL + f;
+      if (feature < F) {
+        convert_in(x.type, x.at(h, feature, r), rows + f * size, size);
+      } else {
+        std::memset(rows + f * size, 0, size * sizeof(float));
+      }
+    }
+    for (int64_t i = 0; i < size; i++)
+      for (int f = 0; f < PANEL; f++) to[i * PANEL + f] = rows[f * size + i];
+  }
+}
+
+// Rows [tile * MT, tile * MT + MT) of a block to [K][MT] and [V][MT], zeros past its end. `row` holds max(K, V) floats.
+inline void pack_rows(const EncodeParams& p, const Block& block, int64_t tile, float* row, float* left, float* right) {
+  for (int i = 0; i < MT; i++) {
+    const int64_t at = tile * MT + i;
+    if (at >= static_cast<int64_t>(block.rows.size())) {
+      for (int64_t j = 0; j < p.K; j++) left[j * MT + i] = 0;
+      for (int64_t j = 0; j < p.V; j++) right[j * MT + i] = 0;
+      continue;
+    }
+    const Row& x = block.rows[at];
+    convert_in(x.left_type, x.left, row, p.K);
+    for (int64_t j = 0; j < p.K; j++) left[j * MT + i] = row[j];
+    convert_in(x.right_type, x.right, row, p.V);
+    for (int64_t j = 0; j < p.V; j++) right[j * MT + i] = row[j];
+  }
+}
+
+// ---- products and running sums ---------------------------------------------------------------------------------------
+
+// acc_i = sum_j rows[j][i] atoms[j][:]
+inline void multiply(const float* atoms, const float* rows, int64_t size, Vec (&acc)[MT][NV]) {
+  Vec sum[MT][NV];
+  for (int i = 0; i < MT; i++)
+    for (int n = 0; n < NV; n++) sum[i][n] = Vec{};
+  for (int64_t j = 0; j < size; j++, atoms += PANEL, rows += MT) {
+    Vec atom[NV];
+    for (int n = 0; n < NV; n++) atom[n] = load(atoms + n * LANES);
+    for (int i = 0; i < MT; i++)
+      for (int n = 0; n < NV; n++) sum[i][n] += rows[i] * atom[n];
+  }
+  for (int i = 0; i < MT; i++)
+    for (int n = 0; n < NV; n++) acc[i][n] = sum[i][n];
+}
+
+// The running sum of one row: `a` is carried, `product` is the row's increment. `width` <= 16 atoms exist.
+inline void accumulate(const EncodeParams& p, const Row& row, int64_t h, int64_t first, int64_t width,
+                       const float* product, const float* bias, float* a, int32_t* keys, int64_t stride) {
+  if (row.begin >= 0) {
+    std::memset(a, 0, PANEL * sizeof(float));
+    if (p.carry_in != nullptr)
+      std::memcpy(a, p.carry_in + (row.begin * p.Hs + h) * p.F + first, width * sizeof(float));
+  }
+  for (int n = 0; n < NV; n++) {
+    const Vec x = load(a + n * LANES) * row.gate + load(product + n * LANES);
+    store(a + n * LANES, x);
+    if (row.slot >= 0) store_int(keys + row.slot * stride + first + n * LANES, to_key(x + load(bias + n * LANES)));
+  }
+  if (row.end >= 0) std::memcpy(p.carry_out + (row.end * p.Hs + h) * p.F + first, a, width * sizeof(float));
+}
+
+// A block through one panel. v [r][K][16], w [r][V][16]; left, right as pack_rows leaves them; a [16] carried between
+// blocks; bias [16]; keys [slots][stride].
+inline void run_panel(const EncodeParams& p, const Block& block, int64_t h, int64_t panel, const float* v,
+                      const float* w, const float* left, const float* right, const float* bias, float* a,
+                      int32_t* keys, int64_t stride) {
+  const int64_t count = block.rows.size(), first = panel * PANEL;
+  const int64_t width = p.F - first < PANEL ? p.F - first : PANEL;
+  for (int64_t start = 0; start < count; start += MT, left += p.K * MT, right += p.V * MT) {
+    alignas(64) float product[MT][PANEL];
+    for (int64_t r = 0; r < p.rank; r++) {
+      Vec on_left[MT][NV], on_right[MT][NV];
+      multiply(v + r * p.K * PANEL, left, p.K, on_left);
+      multiply(w + r * p.V * PANEL, right, p.V, on_right);
+      for (int i = 0; i < MT; i++)
+        for (int n = 0; n < NV; n++) {
+          Vec x = on_left[i][n] * on_right[i][n];
+          if (r > 0) x += load(product[i] + n * LANES);
+          store(product[i] + n * LANES, x);
+        }
+    }
+    for (int64_t i = start; i < start + MT && i < count; i++)
+      accumulate(p, block.rows[i], h, first, width, product[i - start], bias, a, keys, stride);
+  }
+}
+
+inline float dot_any(const float* a, const float* b, int64_t n) {
+  const int64_t whole = n / LANES * LANES;
+  float total = dot(a, b, whole);
+  for (int64_t i = whole; i < n; i++) total += a[i] * b[i];
+  return total;
+}
+
+// The same for a few rows, reading atoms where they lie: a handful of tokens would not pay for packing them. left, right
+// [rows][K], [rows][V]; `row` holds max(K, V) floats.
+inline void run_panel_unpacked(const EncodeParams& p, const Block& block, int64_t h, int64_t panel, const float* left,
+                               const float* right, const float* bias, float* row, int32_t* keys, int64_t stride) {
+  const int64_t count = block.rows.size(), first = panel * PANEL;
+  const int64_t width = p.F - first < PANEL ? p.F - first : PANEL;
+  alignas(64) float product[SMALL][PANEL] = {}, a[PANEL] = {};
+  for (int64_t f = 0; f < width; f++)
+    for (int64_t r = 0; r < p.rank; r++) {
+      float on_left[SMALL];
+      const float* atom = static_cast<const float*>(p.v_enc.at(h, first + f, r));
+      if (p.v_enc.type != Element::f32) {
+        convert_in(p.v_enc.type, p.v_enc.at(h, first + f, r), row, p.K);
+        atom = row;
+      }
+      for (int64_t i = 0; i < count; i++) on_left[i] = dot_any(atom, left + i * p.K, p.K);
+      atom = static_cast<const float*>(p.w_enc.at(h, first + f, r));
+      if (p.w_enc.type != Element::f32) {
+        convert_in(p.w_enc.type, p.w_enc.at(h, first + f, r), row, p.V);
+        atom = row;
+      }
+      for (int64_t i = 0; i < count; i++) product[i][f] += on_left[i] * dot_any(atom, right + i * p.V, p.V);
+    }
+  for (int64_t i = 0; i < count; i++)
+    accumulate(p, block.rows[i], h, first, width, product[i], bias, a, keys, stride);
+}
+
+// ---- selection -------------------------------------------------------------------------------------------------------
+
+inline int64_t count_at_least(const int32_t* x, int64_t n, int32_t bound) {  // n a multiple of 16
+  IntVec total = {};
+  for (int64_t i = 0; i < n; i += LANES) total -= load_int(x + i) >= bound;
+  int64_t count = 0;
+  for (int i = 0; i < LANES; i++) count += total[i];
+  return count;
+}
+
+// The k largest of keys [stride], which holds INT_MIN past F, in descending order, ties to the lowest index.
+// `depth` keys, 16 apart, form a group, stride / depth >= k groups. The k-th largest of the groups' maxima bounds the k-th
+// largest key from below, and with many more groups than k hardly more than k keys reach it. Only a good bound is
+// sought, from `hint` (the last token's); any bound gives the same result. memory: see SELECT_BYTES.
+inline void select_largest(const int32_t* keys, int64_t stride, int64_t depth, int64_t k, int32_t& hint, char* memory,
+                           float* values, int64_t* indices) {
+  int64_t* const found = reinterpret_cast<int64_t*>(memory);
+  int32_t* const maxima = reinterpret_cast<int32_t*>(found + stride + 16);
+  int32_t* const groups = maxima + stride;
+  const int64_t n_groups = stride / depth;
+  IntVec top = IntVec{} + INT32_MIN, bottom = IntVec{} + INT32_MAX;
+  for (int64_t c = 0; c < n_groups / 16; c++)
+    for (int n = 0; n < NV; n++) {
+      const int32_t* from = keys + c * 16 * depth + n * LANES;
+      IntVec most = load_int(from);
+      for (int64_t j = 1; j < depth; j++) {
+        const IntVec x = load_int(from + j * 16);
+        most = x > most ? x : most;
+      }
+      store_int(maxima + c * 16 + n * LANES, most);
+      top = most > top ? most : top;
+      bottom = most < bottom ? most : bottom;
+    }
+  int64_t low = bottom[0], high = top[0];  // at least k groups reach low; fewer than k reach high + 1
+  for (int i = 1; i < LANES; i++) {
+    low = bottom[i] < low ? bottom[i] : low;
+    high = top[i] > high ? top[i] : high;
+  }
+  high++;
+  const int64_t enough = k + k / 4 + 4;
+  const int64_t probes[2] = {static_cast<int64_t>(hint) - (1 << 18), static_cast<int64_t>(hint) + (1 << 18)};
+  for (int step = 0; high - low > 1; step++) {
+    int64_t middle = low + (high - low) / 2;
+    if (step < 2) {
+      if (probes[step] <= low || probes[step] >= high) continue;
+      middle = probes[step];
+    }
+    const int64_t count = count_at_least(maxima, n_groups, static_cast<int32_t>(middle));
+    (count >= k ? low : high) = middle;
+    if (count >= k && count <= enough) break;
+  }
+  const int32_t bound = hint = static_cast<int32_t>(low);
+  int64_t n_kept = 0, n = 0;
+  for (int64_t g = 0; g < n_groups; g++) {
+    groups[n_kept] = static_cast<int32_t>(g);
+    n_kept += maxima[g] >= bound;
+  }
+  for (int64_t i = 0; i < n_kept; i++) {
+    const int64_t first = groups[i] / 16 * 16 * depth + groups[i] % 16;
+    for (int64_t j = first; j < first + 16 * depth; j += 16) {
+      found[n] = static_cast<int64_t>(keys[j]) * (int64_t{1} << 32) | (0xffffffff - j);  // ties: lowest index largest
+      n += keys[j] >= bound;
+    }
+  }
+  const auto put = [&](int64_t rank, int64_t entry) {
+    const float value = from_key(static_cast<int32_t>(entry >> 32));
+    values[rank] = value < 0 ? 0 : value;  // a NaN stays
+    indices[rank] = 0xffffffff - (entry & 0xffffffff);
+  };
+  if (n <= 256) {
+    // Few: the rank of each is the number of larger ones, no branches.
+    constexpr int L = LANES / 2;
+    const int64_t padded = (n + L - 1) / L * L;
+    for (int64_t i = n; i < padded; i++) found[i] = INT64_MIN;
+    for (int64_t i = 0; i < n; i++) {
+      LongVec larger = {};
+      for (int64_t j = 0; j < padded; j += L)
+        larger -= *reinterpret_cast<const UnalignedLongVec*>(found + j) > found[i];
+      int64_t rank = 0;
+      for (int l = 0; l < L; l++) rank += larger[l];
+      if (rank < k) put(rank, found[i]);
+    }
+    return;
+  }
+  std::nth_element(found, found + (k - 1), found + n, std::greater<int64_t>());
+  std::sort(found, found + k, std::greater<int64_t>());
+  for (int64_t i = 0; i < k; i++) put(i, found[i]);
+}
+
+// Appends every key above its own threshold, rising index; returns how many. limits [stride], INT_MAX past F.
+inline int64_t select_above(const int32_t* keys, const int32_t* limits, int64_t stride, std::vector<float>& values,
+                            std::vector<int32_t>& indices) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < stride; i += LANES) {
+    const IntVec above = load_int(keys + i) > load_int(limits + i);
+    int32_t any = 0;
+    for (int l = 0; l < LANES; l++) any |= above[l];
+    if (any == 0) continue;
+    for (int l = 0; l < LANES; l++)
+      if (above[l] != 0) {
+        values.push_back(from_key(keys[i + l]));
+        indices.push_back(static_cast<int32_t>(i + l));
+        count++;
+      }
+  }
+  return count;
+}
+
+inline void pick(const int32_t* keys, const int64_t* at, int64_t m, float* values) {
+  for (int64_t i = 0; i < m; i++) values[i] = from_key(keys[at[i]]);
+}

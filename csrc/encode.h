@@ -1,0 +1,51 @@
+// encode: a_i(t) = e^g a_i(t-1) + sum_r sum_x (v_ix . left_r)(right_r . w_ix) for every atom i of every encoded head, and of
+// each token the k largest of a + b, or those above a threshold, or those at given features. Letters: B row, T position,
+// Hl left heads, H value heads, Hs encoded heads, R writes a token, K key size, V value size, F features, r rank of an
+// atom, N sequences.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/parallel.h"
+#include "element.h"
+#include "gated_delta_rule.h"
+
+namespace writesae {
+
+struct EncodeParams {
+  int64_t B, T, Hl, H, Hs, R, K, V, F, rank, N;
+  const float* decay;         // [B, T, H]
+  View left;                  // [B, T, Hl, R, K]  four strides; the last axis has stride 1
+  View right;                 // [B, T, H, R, V]   likewise
+  const int64_t* heads;       // [Hs]
+  View v_enc;                 // [Hs, F, r, K]  last stride 1
+  View w_enc;                 // [Hs, F, r, V]  last stride 1
+  const float* b_enc;         // [Hs, F] or null (zero)
+  const float* carry_in;      // [N, Hs, F] or null (zero)
+  const int64_t* cu_seqlens;  // [N + 1] or null; then B = 1
+  EditList edits;             // all of kind add
+  float* carry_out;           // [N, Hs, F]
+
+  // Exactly one of the three: k > 0, threshold, or at.
+  int64_t k;
+  float* values;             // [B, T, Hs, k], or [B, T, Hs, m] with `at`
+  int64_t* indices;          // [B, T, Hs, k]
+  const float* threshold;    // [Hs, F]
+  const int64_t* at;         // [B, T, Hs, m]
+  int64_t m;
+};
+
+// What threshold mode finds: for each encoded head, runs in token order.
+struct EncodeFound {
+  std::vector<std::vector<float>> values;     // [Hs]
+  std::vector<std::vector<int32_t>> indices;  // [Hs]
+  int64_t* counts;                            // [B * T * Hs]
+};
+
+namespace cpu {
+
+void encode(const EncodeParams& p, EncodeFound* found, const Parallel& parallel);
+
+}  // namespace cpu
+}  // namespace writesae
