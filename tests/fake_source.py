@@ -42,6 +42,7 @@ class FakeSource:
                 # One residue a j, so that no feature fires twice on a token.
                 feature = (seen % (site.features // site.k)) * site.k + j
                 activation = ((seen * 2654435761) % 4096 + 1) / 64.0
-                columns = (rows, positions, np.full(len(rows), site.layer), np.full(len(rows), site.head), feature, activation)
+                layer, head = np.full(len(rows), site.layer), np.full(len(rows), site.head)
+                columns = (rows, positions, layer, head, feature, activation)
                 parts.append(Firings(*(torch.from_numpy(np.ascontiguousarray(c)) for c in columns)))
         return Firings.cat(parts)

@@ -141,7 +141,9 @@ class Corpus:
                     )
                 kind_of = schema.field(at).type
                 if not (pa.types.is_string(kind_of) or pa.types.is_large_string(kind_of)):
-                    raise ValueError(f"field: expected a column of text, got {self.text_field!r} of {kind_of} in {name}")
+                    raise ValueError(
+                        f"field: expected a column of text, got {self.text_field!r} of {kind_of} in {name}"
+                    )
         if all(path.stat().st_size == 0 for path, _, _ in self.files):
             raise ValueError(f"corpus: expected text, got {len(self.files)} empty files")
         return self
@@ -179,7 +181,7 @@ class Corpus:
                 yield document
 
     def sample(self, files: int = 8, records: int = 16, block: int = _SNIFF) -> tuple[list[bytes], int | None]:
-        """(some texts from all over the corpus, an estimate of the whole's text bytes; None when it cannot be known)."""
+        """(some texts from all over the corpus, an estimate of the whole's text bytes, or None for a dataset)."""
         if self.dataset is not None:
             texts = []
             for document in self.documents():
@@ -234,7 +236,9 @@ class Corpus:
                         raise ValueError(f"corpus: {where} is not JSON: {error}") from error
                     if not isinstance(record, dict) or not isinstance(record.get(self.text_field), str):
                         got = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-                        raise ValueError(f"field: expected text in {self.text_field!r} at {where}, got {got or 'nothing'}")
+                        raise ValueError(
+                            f"field: expected text in {self.text_field!r} at {where}, got {got or 'nothing'}"
+                        )
                     yield self._record(number, where, (f, offset, index), record[self.text_field])
                     number += 1
                 offset, index = offset + len(line), index + 1

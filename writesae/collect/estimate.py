@@ -62,7 +62,8 @@ def batches(passages: list[Passage], batch: int):
     for at in range(0, len(order), batch):
         rows = order[at : at + batch]
         length = len(passages[rows[0]].tokens)
-        tokens, mask = torch.zeros(len(rows), length, dtype=torch.int64), torch.zeros(len(rows), length, dtype=torch.int64)
+        tokens = torch.zeros(len(rows), length, dtype=torch.int64)
+        mask = torch.zeros_like(tokens)
         for r, i in enumerate(rows):
             n = len(passages[i].tokens)
             tokens[r, :n] = torch.from_numpy(passages[i].tokens.astype(np.int64))

@@ -112,4 +112,3 @@ def read_features(path: Path, features: Features, site: Site, low: int, high: in
     a, b = np.searchsorted(key, (first + low, first + high))
     names = ("document", "row", "position", "activation")
     return Columns(key[a:b], *(c[name][a:b] for name in names))
-

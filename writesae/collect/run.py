@@ -131,8 +131,8 @@ class _Session:
         if state.last:
             return
         bar = tqdm(
-            total=expected or self.max_tokens, initial=state.tokens, unit="tok", unit_scale=True, disable=not self.progress,
-            desc="collecting",
+            total=expected or self.max_tokens, initial=state.tokens, unit="tok", unit_scale=True,
+            disable=not self.progress, desc="collecting",
         )  # fmt: skip
         writer = Writer(state)
         entered = False

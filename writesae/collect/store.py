@@ -64,7 +64,9 @@ class Store:
             if self.manifest.get("format") != "writesae-firings":
                 raise ValueError("another format")
         except (OSError, ValueError, AttributeError) as error:
-            raise ValueError(f"path: expected a folder made by `writesae collect`, got {self.path} ({error})") from error
+            raise ValueError(
+                f"path: expected a folder made by `writesae collect`, got {self.path} ({error})"
+            ) from error
         self.mode = self.manifest["mode"]
         self.context = self.manifest["context"]
         self.sites = [tuple(site[:2]) for site in self.manifest["sites"]]
@@ -109,7 +111,9 @@ class Store:
         """
         self._check(layer, head, feature)
         if self.mode == "reservoir":
-            raise ValueError('top: a reservoir is a random sample, its largest are not the largest: use mode "all" or "top"')
+            raise ValueError(
+                'top: a reservoir is a random sample, its largest are not the largest: use mode "all" or "top"'
+            )
         indexed = self.manifest["n"]
         if n > indexed and self.mode == "top":
             raise ValueError(f"n: expected at most {indexed}, the firings kept a feature, got {n}")
@@ -119,7 +123,9 @@ class Store:
             if n <= indexed or len(found) < indexed:
                 return found.slice(0, n)
         found = self._log(layer, head, feature)
-        order = pc.sort_indices(found, sort_keys=[("activation", "descending"), *((name, "ascending") for name in _PLACE)])
+        order = pc.sort_indices(
+            found, sort_keys=[("activation", "descending"), *((name, "ascending") for name in _PLACE)]
+        )
         return found.take(order[:n])
 
     def at(self, document: int, position: int, row: int | None = None) -> pa.Table:
