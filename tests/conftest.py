@@ -10,7 +10,7 @@ def _seed():
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Prints the errors that tests recorded with `record_property("relative_rms" | "worst_element", value)`, by test file."""
+    """Prints, by test file, the largest of the errors that tests recorded with `record_property(name, value)`."""
     worst: dict[str, dict[str, tuple[float, str]]] = {}
     for report in terminalreporter.getreports("passed"):
         for name, value in report.user_properties:

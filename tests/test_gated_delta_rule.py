@@ -243,8 +243,9 @@ def test_steps_equal_sequence(K, V, isa):
                   ["add", "delete", "replace", "add"])  # fmt: skip
     wide = {name: value.double() for name, value in x.items()}
     expected = ops.gated_delta_rule(
-        **wide, use_qk_l2norm=True, initial_state=state.double(), edits=edits, return_writes=True, snapshots=range(T)
-    )
+        **wide, use_qk_l2norm=True, initial_state=state.double(), edits=edits, return_writes=True, snapshots=range(T),
+        backend="reference",
+    )  # fmt: skip
     with forced_isa(isa):
         for t in range(T):
             now = {name: value[:, t] for name, value in x.items()}
@@ -263,7 +264,8 @@ def test_step_backends_agree():
     x = {name: value[:, 0] for name, value in gated_delta_rule_inputs(2, 1, 1, 2, 16, 24).items()}
     start = torch.randn(2, 2, 16, 24)
     states = [start.clone(), start.clone()]
-    outs = [ops.gated_delta_rule_step(**x, state=s, backend=b) for s, b in zip(states, ("cpu", "reference"), strict=True)]
+    pairs = zip(states, ("cpu", "reference"), strict=True)
+    outs = [ops.gated_delta_rule_step(**x, state=state, backend=backend) for state, backend in pairs]
     check_close("o", outs[0].o, outs[1].o)
     check_close("state", states[0], states[1])
     assert outs[0].left is None and outs[0].right is None

@@ -40,7 +40,7 @@ def _refusal(backend: str, tensors: dict[str, Tensor | None]) -> str | None:
 
 
 def choose(op: str, backend: str | None, tensors: dict[str, Tensor | None]) -> str:
-    """The backend that runs: the one asked for, or the kernel of the tensors' device, or (saying so once) the reference."""
+    """The backend asked for, or the kernel of the tensors' device, or (saying so once) the reference."""
     if backend is not None:
         can_run(backend, op, tensors, raise_error=True)
         return backend

@@ -32,7 +32,7 @@ def dplr(
         backend: "reference" or None: there is no kernel for this rule yet, and None says so once.
 
     Returns:
-        (o `[B,T,H,V]`, final_state `[B,H,K,V]`, `Writes`), in the inputs' dtype; two writes a token (R = 2) with an erase.
+        (o `[B,T,H,V]`, final_state `[B,H,K,V]`, `Writes`), in the inputs' dtype; with an erase, two writes a token.
 
     Raises:
         ValueError: a wrong shape, naming the argument; a backend that has no kernel.

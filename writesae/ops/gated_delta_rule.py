@@ -191,7 +191,7 @@ def first_nonfinite(right: Tensor) -> tuple[int, int, int] | None:
 
 
 def pack_edits(edits: Edits) -> tuple[Tensor, Tensor, Tensor]:
-    """`([E, 4] int64 of (row, position, head, kind), left, right in float32)`, sorted by (row, head, position), stable."""
+    """(`[E, 4]` int64 of row, position, head, kind; left; right, float32), sorted by (row, head, position), stable."""
     order = torch.arange(len(edits))
     for key in (edits.position, edits.head, edits.row):
         order = order[torch.argsort(key[order], stable=True)]

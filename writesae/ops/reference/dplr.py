@@ -19,7 +19,8 @@ def dplr(
 ) -> tuple[Tensor, Tensor, Writes]:
     """`S_t = Diag(e^g) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T`, `o_t = S_t^T q_t`.
 
-    RWKV-7 is a = kappa, b = -(a (.) kappa); KDA is a = e^g (.) k, b = -beta k with k v^T scaled by beta; GLA has no a, b.
+    RWKV-7 is a = kappa, b = -(a (.) kappa); KDA is a = e^g (.) k, b = -beta k with k v^T scaled by beta; GLA has no a
+    and b.
     Two writes a token (R = 2) when there is an erase: `b (S^T a)^T` and `k v^T`.
 
     Returns (o [B,T,H,V], final_state [B,H,K,V], writes).

@@ -1,4 +1,4 @@
-"""Reference for `gated_delta_rule`: token by token, any float dtype, differentiable. The truth the kernels answer to."""
+"""Reference for `gated_delta_rule`: token by token, any float dtype, differentiable. Kernels answer to it."""
 
 from __future__ import annotations
 
