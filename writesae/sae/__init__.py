@@ -1,0 +1,20 @@
+"""Dictionaries of a head's state: the SAE itself, its training from streamed writes, its evaluation, its files."""
+
+from .checkpoint import load_published
+from .evaluate import evaluate, fvu
+from .sae import KINDS, SAE, SparseCodes
+from .stream import ModelStream, Passages
+from .train import TrainConfig, Trainer
+
+__all__ = [
+    "KINDS",
+    "SAE",
+    "ModelStream",
+    "Passages",
+    "SparseCodes",
+    "TrainConfig",
+    "Trainer",
+    "evaluate",
+    "fvu",
+    "load_published",
+]

@@ -1,0 +1,108 @@
+"""`Block`: the writes of many passages at one head, from which any state is rebuilt on demand.
+
+Training wants states of unrelated tokens in a batch, a model gives whole passages. A block keeps a few hundred
+passages as writes (K + V + 1 numbers a token, not K V), with the state before every 32nd token, and forms the states of
+a batch when they are asked for. No trajectory of states is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ..writes import Writes
+
+CHUNK = 32
+
+
+class Block:
+    """Writes of one head over N passages of T tokens, float32 (or the writes' own wider dtype).
+
+    Args:
+        writes: batches of passages of one length, unpacked, scalar gate, no edits; concatenated in order.
+        head: value head.
+
+    Raises:
+        ValueError: writes that cannot be rebuilt this way, or that carry a NaN or infinity.
+    """
+
+    def __init__(self, writes: Iterable[Writes], head: int):
+        decay, left, right, first = [], [], [], []
+        for part in writes:
+            if part.decay.ndim != 3:
+                raise ValueError(
+                    f"writes: training needs a scalar gate (decay [B, T, H]), got decay {tuple(part.decay.shape)}"
+                )
+            if part.cu_seqlens is not None or (part.edits is not None and len(part.edits)):
+                raise ValueError("writes: training needs plain passages, got a packed batch or edits")
+            _, _, H, K, V = part.shape
+            if not 0 <= head < H:
+                raise ValueError(f"head: expected 0 <= head < H={H}, got {head}")
+            group = H // part.left.shape[2]
+            dtype = torch.promote_types(part.right.dtype, torch.float32)
+            decay.append(part.decay[:, :, head].to(dtype))
+            left.append(part.left[:, :, head // group].to(dtype))
+            right.append(part.right[:, :, head].to(dtype))
+            state = part.initial_state
+            zero = right[-1].new_zeros(len(right[-1]), K, V)
+            first.append(zero if state is None else state[:, head].to(dtype))
+        self.decay, self.left, self.right = torch.cat(decay), torch.cat(left), torch.cat(right)  # [N,T] [N,T,R,*]
+        for name in ("decay", "left", "right"):
+            bad = ~torch.isfinite(getattr(self, name)).flatten(2 if name != "decay" else 1)
+            if bool(bad.any()):
+                row, position = (bad if name == "decay" else bad.any(2)).nonzero()[0].tolist()
+                raise ValueError(f"writes: NaN or infinity in {name}: passage {row}, position {position}, head {head}")
+        self.first = torch.cat(first)
+        N, T, R, K = self.left.shape
+        self.shape = (N, T, K, self.right.shape[-1])
+        pad = -T % CHUNK
+        pads = [torch.nn.functional.pad(x, (0, 0) * (x.ndim - 2) + (0, pad)) for x in self._columns()]
+        self._decay, self._left, self._right = (x.unflatten(1, (-1, CHUNK)) for x in pads)
+        self._left, self._right = self._left.flatten(2, 3), self._right.flatten(2, 3)  # [N, chunks, CHUNK * R, *]
+        self._total = self._decay.cumsum(2)  # [N, chunks, CHUNK]
+        state, before = self.first, []
+        for c in range(self._decay.shape[1]):
+            before.append(state)
+            total = self._total[:, c]
+            weight = (total[:, -1:] - total).exp().repeat_interleave(R, 1)
+            state = total[:, -1].exp()[:, None, None] * state
+            state = state + (self._left[:, c] * weight[..., None]).transpose(1, 2) @ self._right[:, c]
+        self._before = torch.stack(before, 1)  # [N, chunks, K, V]
+
+    def _columns(self):
+        return self.decay, self.left, self.right
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: the writes and one state in `CHUNK`."""
+        return sum(x.numel() * x.element_size() for x in (*self._columns(), self._before))
+
+    def states(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """States after the writes at (row, position): two `[P]` int64 tensors to `[P, K, V]`."""
+        chunk, offset = positions // CHUNK, positions % CHUNK
+        total = self._total[rows, chunk]  # [P, CHUNK]
+        here = total.gather(1, offset[:, None])
+        past = torch.arange(CHUNK) <= offset[:, None]
+        # The exponent is masked before exp: a later token's would be large, and inf * 0 is NaN.
+        weight = (here - total).masked_fill(~past, float("-inf")).exp()
+        weight = weight.repeat_interleave(self.left.shape[2], 1)
+        left, right = self._left[rows, chunk], self._right[rows, chunk]
+        written = (left * weight[..., None]).transpose(1, 2) @ right
+        return written + here.exp()[..., None] * self._before[rows, chunk]
+
+    def natives(self, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The writes themselves at (row, position): left `[P, R, K]` and right `[P, R, V]`."""
+        return self.left[rows, positions], self.right[rows, positions]
+
+    def write_norms(self) -> Tensor:
+        """`[N, T]` Frobenius norm of every token's write (for R = 2, the root of the sum of squares)."""
+        return (self.left.norm(dim=-1) * self.right.norm(dim=-1)).square().sum(-1).sqrt()
+
+    def writes(self, rows: Tensor, scale: float = 1.0) -> Writes:
+        """Those passages as `Writes` of one head, with the states multiplied by `scale`."""
+        return Writes(
+            self.decay[rows][:, :, None], self.left[rows][:, :, None], self.right[rows][:, :, None] * scale,
+            initial_state=self.first[rows][:, None] * scale if bool(self.first.any()) else None,
+        )  # fmt: skip

@@ -1,0 +1,259 @@
+"""`SAE`: a dictionary of one head's state, whose atoms can stand in for what the model writes.
+
+Source: J. Young, *WriteSAE: Sparse Autoencoders for Recurrent State*, arXiv 2605.12770. Letters: F atoms, k active, r
+rank of an atom, K key size, V value size of the head.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .sparse import Decode, exact_topk
+
+KINDS = ("bilinear", "bilinear_tied", "bilinear_flat", "matrix", "flat")
+BILINEAR = ("bilinear", "bilinear_tied", "bilinear_flat")
+RANK_ONE = ("bilinear", "bilinear_tied", "matrix")
+SPARSITIES = ("topk", "threshold")
+
+
+class SparseCodes(NamedTuple):
+    """Codes of states: `values [..., j]` (>= 0, 0 where nothing fired) and int64 `indices [..., j]`.
+
+    Top-k dictionaries have j = k, descending. Threshold dictionaries have j = the most that fired in any one state of
+    the call, rising index, padded with value 0.
+    """
+
+    values: Tensor
+    indices: Tensor
+
+
+class SAE(nn.Module):
+    """A sparse dictionary of states X `[K, V]` of one head.
+
+    | kind | pre-activation of X - mean | atoms |
+    |---|---|---|
+    | `bilinear` | `sum_r v_enc^T X w_enc + b_enc` | `sum_r v_dec w_dec^T` |
+    | `bilinear_tied` | the decoder's factors | same |
+    | `bilinear_flat` | as bilinear | dense `[K, V]` |
+    | `matrix` | `W_enc vec(X) + b_enc` | as bilinear |
+    | `flat` | `W_enc vec(X) + b_enc` | dense `[K, V]` |
+
+    The reconstruction is `mean + bias + sum_i a_i A_i`. Codes are the top k pre-activations, then ReLU
+    (`sparsity="topk"`), or those above a fixed threshold (`sparsity="threshold"`: BatchTopK after training, JumpReLU).
+
+    Args:
+        K, V: key and value size of the head.
+        F: atoms (`d_sae`).
+        k: atoms active at once; for threshold dictionaries the number aimed at in training.
+        kind: one of `KINDS`.
+        r: rank of an atom and of its encoder.
+        sparsity: "topk" or "threshold".
+        layer, head, model: where the states come from, or None.
+        centred: whether `mean` is in use (it is zero otherwise).
+        training, metrics: plain dictionaries kept in the saved configuration.
+
+    Attributes (parameters and buffers, float32):
+        v_enc `[F, r, K]`, w_enc `[F, r, V]`, or W_enc `[F, K*V]` (row-major: index k V + v); b_enc `[F]`
+        v_dec `[F, r, K]`, w_dec `[F, r, V]`, or W_dec `[F, K*V]`; bias `[K, V]`; mean `[K, V]`; threshold `[F]` or None
+
+    Raises:
+        ValueError: a size or name out of range, naming the argument.
+    """
+
+    def __init__(
+        self,
+        K: int,
+        V: int,
+        F: int,
+        k: int = 32,
+        kind: str = "bilinear",
+        r: int = 1,
+        sparsity: str = "topk",
+        layer: int | None = None,
+        head: int | None = None,
+        model: str | None = None,
+        centred: bool = True,
+        training: dict | None = None,
+        metrics: dict | None = None,
+    ):
+        super().__init__()
+        for name, value in (("K", K), ("V", V), ("F", F), ("k", k), ("r", r)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+        if kind not in KINDS:
+            raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+        if sparsity not in SPARSITIES:
+            raise ValueError(f"sparsity: expected one of {', '.join(SPARSITIES)}, got {sparsity!r}")
+        if k > F:
+            raise ValueError(f"k: expected k <= F={F}, got {k}")
+        if r > min(K, V):
+            raise ValueError(f"r: expected a rank <= min(K, V) = {min(K, V)}, got {r}")
+        if kind == "flat" and r != 1:
+            raise ValueError(f"r: kind flat has neither factored encoder nor atoms, expected r = 1, got {r}")
+        self.K, self.V, self.F, self.k, self.kind, self.r, self.sparsity = K, V, F, k, kind, r, sparsity
+        self.layer, self.head, self.model, self.centred = layer, head, model, centred
+        self.training_record, self.metrics = dict(training or {}), dict(metrics or {})
+        unit = nn.functional.normalize
+        if self.rank_one_atoms:
+            self.v_dec = nn.Parameter(unit(torch.randn(F, r, K), dim=-1))
+            self.w_dec = nn.Parameter(unit(torch.randn(F, r, V), dim=-1))
+        else:
+            self.W_dec = nn.Parameter(unit(torch.randn(F, K * V), dim=-1))
+        if kind in ("bilinear", "bilinear_flat"):
+            self.v_enc = nn.Parameter(unit(torch.randn(F, r, K), dim=-1))
+            self.w_enc = nn.Parameter(unit(torch.randn(F, r, V), dim=-1))
+        elif kind != "bilinear_tied":
+            self.W_enc = nn.Parameter(unit(torch.randn(F, K * V), dim=-1))
+        self.b_enc = nn.Parameter(torch.zeros(F))
+        self.bias = nn.Parameter(torch.zeros(K, V))
+        self.register_buffer("mean", torch.zeros(K, V))
+        self.register_buffer("threshold", torch.zeros(F) if sparsity == "threshold" else None)
+
+    # ---- what it is -------------------------------------------------------------------------------------------
+
+    @property
+    def d_sae(self) -> int:
+        """F, under the name other libraries use."""
+        return self.F
+
+    @property
+    def bilinear_encoder(self) -> bool:
+        """Whether the encoder is factored, so that it runs on writes without states."""
+        return self.kind in BILINEAR
+
+    @property
+    def rank_one_atoms(self) -> bool:
+        """Whether atoms are factored, so that one can be written in a write's stead."""
+        return self.kind in RANK_ONE
+
+    def extra_repr(self) -> str:
+        sizes = f"K={self.K}, V={self.V}, F={self.F}, k={self.k}, r={self.r}"
+        return f"{self.kind}, {sizes}, site=({self.layer}, {self.head})"
+
+    def encoder(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`(v_enc [F, r, K], w_enc [F, r, V], b [F])` acting on raw states or writes: b has the centring folded in.
+
+        `ops.encode(writes, v_enc[None], w_enc[None], b[None], k=sae.k, threshold=sae.threshold, heads=[head])`.
+
+        Raises:
+            ValueError: a kind with a dense encoder, which cannot run on writes.
+        """
+        if not self.bilinear_encoder:
+            raise ValueError(
+                f"kind {self.kind} has a dense encoder, which needs states: use encode(states); the kinds that "
+                f"encode from writes are {', '.join(BILINEAR)}"
+            )
+        v, w = (self.v_dec, self.w_dec) if self.kind == "bilinear_tied" else (self.v_enc, self.w_enc)
+        return v, w, self.b_enc - torch.einsum("frk,kv,frv->f", v, self.mean, w)
+
+    def atoms(self) -> tuple[Tensor, Tensor]:
+        """`(v_dec [F, r, K], w_dec [F, r, V])`.
+
+        Raises:
+            ValueError: a kind whose atoms are dense.
+        """
+        if not self.rank_one_atoms:
+            raise ValueError(
+                f"kind {self.kind} has dense atoms; the kinds whose atoms are outer products are {', '.join(RANK_ONE)}"
+            )
+        return self.v_dec, self.w_dec
+
+    # ---- encode, decode ---------------------------------------------------------------------------------------
+
+    def encoder_matrix(self) -> Tensor:
+        """`[F, K*V]`: the encoder as one dense matrix on row-major states."""
+        if not self.bilinear_encoder:
+            return self.W_enc
+        v, w = (self.v_dec, self.w_dec) if self.kind == "bilinear_tied" else (self.v_enc, self.w_enc)
+        return torch.einsum("frk,frv->fkv", v, w).flatten(1)
+
+    def atom_matrix(self) -> Tensor:
+        """`[F, K*V]`: the atoms, dense and row-major."""
+        if not self.rank_one_atoms:
+            return self.W_dec
+        return torch.einsum("frk,frv->fkv", self.v_dec, self.w_dec).flatten(1)
+
+    def preactivations(self, X: Tensor) -> Tensor:
+        """Raw pre-activations, bias included: `[..., K, V]` to `[..., F]`."""
+        centred = self._check(X) - self.mean
+        return centred.flatten(-2) @ self.encoder_matrix().T + self.b_enc
+
+    def encode(self, X: Tensor) -> SparseCodes:
+        """Codes of states.
+
+        Args:
+            X: `[..., K, V]` floating states (cast to the dictionary's dtype).
+        Raises:
+            ValueError: a wrong shape or dtype.
+        """
+        pre = self.preactivations(X)
+        if self.sparsity == "topk":
+            return SparseCodes(*exact_topk(pre, self.k))
+        fires = pre > self.threshold
+        most = max(int(fires.sum(-1).max()) if fires.numel() else 0, 1)
+        # Firing atoms first, in rising order: a stable sort of the mask.
+        indices = (~fires).to(torch.uint8).sort(dim=-1, stable=True).indices[..., :most]
+        return SparseCodes((pre * fires).gather(-1, indices), indices)
+
+    def decode(self, codes: SparseCodes) -> Tensor:
+        """States from codes: `[..., j]` values and indices to `[..., K, V]`, mean and bias included."""
+        values, indices = codes.values, codes.indices
+        shape = indices.shape[:-1]
+        values, indices = values.reshape(-1, values.shape[-1]), indices.reshape(-1, indices.shape[-1])
+        if self.rank_one_atoms:
+            sum_ = Decode.apply(values, indices, self.v_dec, self.w_dec)
+        else:
+            dense = values.new_zeros(len(values), self.F).scatter_add(1, indices, values)
+            sum_ = (dense @ self.W_dec).view(-1, self.K, self.V)
+        return (sum_ + self.bias + self.mean).view(*shape, self.K, self.V)
+
+    def forward(self, X: Tensor) -> Tensor:
+        """Reconstruction of states `[..., K, V]`."""
+        return self.decode(self.encode(X))
+
+    def _check(self, X: Tensor) -> Tensor:
+        if X.ndim < 2 or tuple(X.shape[-2:]) != (self.K, self.V):
+            raise ValueError(f"X: expected states [..., K={self.K}, V={self.V}], got shape {tuple(X.shape)}")
+        if not X.is_floating_point():
+            raise ValueError(f"X: expected a floating dtype, got {X.dtype}")
+        return X.to(self.b_enc.dtype)
+
+    @torch.no_grad()
+    def normalize_(self) -> SAE:
+        """Scales decoder factors to unit norm, in place. The trained function uses their directions only, so a
+        dictionary in training is unchanged by it; one whose atom norms carry meaning (a published one) is not."""
+        for name in ("v_dec", "w_dec", "W_dec"):
+            if hasattr(self, name):
+                p = getattr(self, name)
+                p.copy_(nn.functional.normalize(p, dim=-1))
+        return self
+
+    # ---- files ------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes `cfg.json` and `sae.safetensors` into a folder, made if need be."""
+        from .checkpoint import save
+
+        save(self, folder)
+
+    @classmethod
+    def from_pretrained(
+        cls, path_or_repo: str | Path, subfolder: str | None = None, revision: str | None = None
+    ) -> SAE:
+        """Loads a folder written by `save_pretrained`, a published `.pt` checkpoint, or a Hugging Face repository.
+
+        Args:
+            path_or_repo: a folder, a `.pt` file, or a repository id such as "someone/dictionaries".
+            subfolder: folder inside it (one folder a site).
+            revision: branch, tag or commit of a repository.
+        Raises:
+            FileNotFoundError: nothing there.
+            ValueError: a file of another format, version, kind or size, or one that needs unpickling.
+        """
+        from .checkpoint import load
+
+        return load(path_or_repo, subfolder, revision)

@@ -1,0 +1,384 @@
+"""Training one dictionary at one site: its losses by both paths, its optimiser, dead atoms, and export.
+
+Inside training a dictionary acts on s (X - M), with E ||s (X - M)||^2 = 1, so that one learning rate suits states of
+any norm and the loss is a fraction of variance. Atoms enter by their directions alone. `export` gives the same function
+on raw states: activations, biases and the error scale by 1/s, and which atoms fire does not change.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from ..ops import encode, factored_loss
+from .block import Block
+from .sae import BILINEAR, KINDS, RANK_ONE, SAE
+from .sparse import BilinearAt, Decode, exact_topk
+
+INITS = ("writes", "states", "random")
+PATHS = ("auto", "dense", "factored")
+_DENSE_UP_TO = 4096  # K * V: below it, states of sampled tokens cost less than activations of all tokens
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. The defaults are the paper's (arXiv 2605.12770) but for batch, steps and initialisation.
+
+    Attributes:
+        kind, F, k, r: of the dictionary, see `SAE`.
+        steps: optimiser steps.
+        states: states in a step's loss.
+        passages: passages those states come from; 0 for all of the block (dense path), or as few as hold them
+            (factored path, whose cost goes with whole passages).
+        block: passages held as writes at a time.
+        uses: times a block's tokens are drawn from, on average, before the next block (dense path).
+        lr, lr_end, warmup: Adam's learning rate, cosine from lr to lr_end, linear warm-up steps.
+        aux, k_aux: weight of the auxiliary loss, and dead atoms it uses.
+        dead_after: steps without firing after which an atom is dead.
+        resample_every, resample_until: dead atoms are replaced every so many steps, up to that fraction of the run.
+        normalize_every: decoder factors to unit norm every so many steps.
+        centred: subtract the mean training state.
+        init: atoms start from native "writes", from singular vectors of "states", or "random".
+        path: "dense" forms the sampled states, "factored" forms none, "auto" chooses by the size of the head.
+        prepare: passages of the initial pass that estimates mean, scale and initial atoms.
+        seed: of everything.
+
+    Raises:
+        ValueError: a value out of range, naming it.
+    """
+
+    kind: str = "bilinear"
+    F: int = 2048
+    k: int = 32
+    r: int = 1
+    steps: int = 10000
+    states: int = 256
+    passages: int = 0
+    block: int = 256
+    uses: float = 1.0
+    lr: float = 3e-4
+    lr_end: float = 3e-5
+    warmup: int = 50
+    aux: float = 1e-2
+    k_aux: int = 256
+    dead_after: int = 100
+    resample_every: int = 250
+    resample_until: float = 0.8
+    normalize_every: int = 100
+    centred: bool = True
+    init: str = "writes"
+    path: str = "auto"
+    prepare: int = 256
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, allowed in (("kind", KINDS), ("init", INITS), ("path", PATHS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name in ("F", "k", "r", "steps", "states", "block", "k_aux", "dead_after", "resample_every",
+                     "normalize_every", "prepare"):  # fmt: skip
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected an integer >= 1, got {getattr(self, name)!r}")
+        for name in ("lr", "lr_end", "uses"):
+            if not getattr(self, name) > 0 or not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}: expected a finite number > 0, got {getattr(self, name)!r}")
+        for name in ("aux", "warmup", "passages", "resample_until", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: expected >= 0, got {getattr(self, name)!r}")
+        if self.k > self.F:
+            raise ValueError(f"k: expected k <= F={self.F}, got {self.k}")
+        if self.passages > self.block:
+            raise ValueError(f"passages: expected at most block={self.block}, got {self.passages}")
+        factored = self.kind in BILINEAR and self.kind in RANK_ONE
+        if self.path == "factored" and not factored:
+            raise ValueError(f"path: kind {self.kind} has a dense encoder or dense atoms: it trains by path dense only")
+
+    def resolved_path(self, K: int, V: int) -> str:
+        """ "dense" or "factored" for a head of this size."""
+        if self.path != "auto":
+            return self.path
+        factored = self.kind in BILINEAR and self.kind in RANK_ONE
+        return "factored" if factored and K * V > _DENSE_UP_TO else "dense"
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(self.steps - self.warmup, 1)
+        return self.lr_end + (self.lr - self.lr_end) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+    def record(self) -> dict:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """States of one step: the block they live in, and `[P]` int64 passage and position of each."""
+
+    block: Block
+    rows: Tensor
+    positions: Tensor
+
+
+@dataclass(frozen=True)
+class Losses:
+    """`main` and `aux` scalars with gradients, `errors [P]` (each state's share of main), `fired [F]` bool."""
+
+    main: Tensor
+    aux: Tensor
+    errors: Tensor
+    fired: Tensor
+
+
+def generator(*keys) -> torch.Generator:
+    """A generator whose stream depends on the keys alone: data order never depends on where a run was interrupted."""
+    digest = hashlib.blake2b(repr(keys).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def _unit(x: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(x, dim=-1)
+
+
+class SiteTrainer:
+    """One dictionary in training. Made from a block of preparation data; deterministic by `config.seed` and site."""
+
+    def __init__(self, layer: int, head: int, config: TrainConfig, block: Block):
+        self.layer, self.head, self.config = layer, head, config
+        N, T, K, V = block.shape
+        self.path = config.resolved_path(K, V)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(generator(config.seed, "init", layer, head).initial_seed())
+            c = config
+            self.sae = SAE(K, V, c.F, c.k, c.kind, c.r, layer=layer, head=head, centred=c.centred)
+        self.sae.to(block.right.dtype)
+        self.scale = 1.0  # s
+        self.silent = torch.zeros(config.F, dtype=torch.int64)  # steps since each atom fired
+        self.resampled = 0
+        self._prepare(block)
+        self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=config.lr)
+
+    # ---- start ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _prepare(self, block: Block) -> None:
+        """Mean and scale of the states, and initial atoms."""
+        N, T, K, V = block.shape
+        c = self.config
+        draw = generator(c.seed, "prepare", self.layer, self.head)
+        picks = torch.randperm(N * T, generator=draw)[:16384].split(1024)
+        total = torch.zeros(K, V, dtype=torch.float64)
+        for part in picks:
+            total += block.states(part // T, part % T).double().sum(0)
+        count = sum(map(len, picks))
+        if c.centred:
+            self.sae.mean.copy_(total / count)
+        square = 0.0
+        for part in picks:
+            square += float((block.states(part // T, part % T) - self.sae.mean).double().square().sum())
+        if not square > 0:
+            raise ValueError(f"site ({self.layer}, {self.head}): every training state is the same, nothing to learn")
+        self.scale = (count / square) ** 0.5
+        if c.init == "random":
+            v, w = _unit(torch.randn(c.F, c.r, K, generator=draw)), _unit(torch.randn(c.F, c.r, V, generator=draw))
+        else:
+            # Tokens that write much are worth more atoms: draw by the norm of the write.
+            norms = block.write_norms().flatten()
+            writing, wanted = int((norms > 0).sum()), c.F * c.r
+            if not writing:
+                raise ValueError(f"site ({self.layer}, {self.head}): no token writes anything")
+            pick = torch.multinomial(norms.float(), wanted, replacement=wanted > writing, generator=draw)
+            rows, positions = pick // T, pick % T
+            if c.init == "writes":
+                left, right = block.natives(rows, positions)
+                v, w = left[:, -1].view(c.F, c.r, K), right[:, -1].view(c.F, c.r, V)
+            else:
+                v, w = _top_pairs(block.states(rows[: c.F], positions[: c.F]) - self.sae.mean, c.r)
+        self._set_atoms(torch.arange(c.F), _unit(v.to(self.sae.mean)), _unit(w.to(self.sae.mean)), 1.0)
+
+    @torch.no_grad()
+    def _set_atoms(self, at: Tensor, v: Tensor, w: Tensor, gain: float, dense: Tensor | None = None) -> None:
+        """Atoms `at [n]` from v `[n, r, K]`, w `[n, r, V]` (dense ones from `[n, K*V]`); encoders `gain` times that."""
+        sae = self.sae
+        flat = _unit(torch.einsum("frk,frv->fkv", v, w).flatten(1)) if dense is None else dense
+        for name, value in (
+            ("v_dec", v), ("w_dec", w), ("W_dec", flat), ("v_enc", gain**0.5 * v), ("w_enc", gain**0.5 * w),
+            ("W_enc", gain * flat), ("b_enc", torch.zeros(len(at))),
+        ):  # fmt: skip
+            if hasattr(sae, name):
+                getattr(sae, name)[at] = value.to(sae.mean)
+
+    # ---- losses -----------------------------------------------------------------------------------------------
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        sae = self.sae
+        return (_unit(sae.v_dec), _unit(sae.w_dec)) if sae.kind == "bilinear_tied" else (sae.v_enc, sae.w_enc)
+
+    def dead(self) -> Tensor:
+        """`[F]` bool: silent for `dead_after` steps."""
+        return self.silent >= self.config.dead_after
+
+    def losses(self, batch: Batch) -> Losses:
+        """Reconstruction and auxiliary loss of a batch, by the path in use. Both paths give the same numbers."""
+        return self._factored(batch) if self.path == "factored" else self._dense(batch)
+
+    def _dense(self, batch: Batch) -> Losses:
+        sae, c = self.sae, self.config
+        X = (batch.block.states(batch.rows, batch.positions) - sae.mean) * self.scale  # [P, K, V]
+        dead = self.dead().nonzero().flatten()
+        if sae.bilinear_encoder:
+            v, w = self._factors()
+            with torch.no_grad():
+                pre = X.flatten(1) @ torch.einsum("frk,frv->fkv", v, w).flatten(1).T
+        else:
+            v = w = None
+            pre = X.flatten(1) @ sae.W_enc.T
+
+        def codes(among: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+            bias = sae.b_enc if among is None else sae.b_enc.index_select(0, among)
+            here = pre if among is None else pre.index_select(1, among)
+            with torch.no_grad():
+                indices = exact_topk(here + bias, k)[1]
+            values = here.gather(1, indices)
+            if v is not None:
+                parts = (v, w) if among is None else (v.index_select(0, among), w.index_select(0, among))
+                values = BilinearAt.apply(values, indices, X, *parts)
+            values = (values + bias.gather(0, indices.flatten()).view_as(values)).relu()
+            return values, indices if among is None else among[indices]
+
+        values, indices = codes(None, c.k)
+        made = self._decode(values, indices) + sae.bias
+        errors = (made - X).square().sum((1, 2))
+        aux = errors.new_zeros(())
+        if len(dead) and c.aux > 0:
+            residual = (X - made).detach()
+            aux = (self._decode(*codes(dead, min(c.k_aux, len(dead)))) - residual).square().sum((1, 2)).mean()
+        return Losses(errors.mean(), aux, errors.detach(), self._fired(values, indices))
+
+    def _decode(self, values: Tensor, indices: Tensor) -> Tensor:
+        sae = self.sae
+        if sae.rank_one_atoms:
+            return Decode.apply(values, indices, _unit(sae.v_dec), _unit(sae.w_dec))
+        dense = values.new_zeros(len(values), sae.F).scatter_add(1, indices, values)
+        return (dense @ _unit(sae.W_dec)).view(-1, sae.K, sae.V)
+
+    def _factored(self, batch: Batch) -> Losses:
+        sae, c = self.sae, self.config
+        rows, inverse = batch.rows.unique(return_inverse=True)
+        writes = batch.block.writes(rows, self.scale)
+        mask = torch.zeros(len(rows), batch.block.shape[1], dtype=torch.bool)
+        mask[inverse, batch.positions] = True
+        mean = sae.mean * self.scale
+        v, w = self._factors()
+        bias = sae.b_enc - torch.einsum("frk,kv,frv->f", v, mean, w)
+        codes = encode(writes, v[None], w[None], bias[None], k=c.k, heads=[0])
+        v_dec, w_dec, offset = _unit(sae.v_dec), _unit(sae.w_dec), mean + sae.bias
+        errors = factored_loss(
+            writes, codes.values, codes.indices, v_dec[None], w_dec[None], offset[None], heads=[0], mask=mask
+        )[inverse, batch.positions, 0]
+        aux = errors.new_zeros(())
+        dead = self.dead().nonzero().flatten()
+        if len(dead) and c.aux > 0:
+            some = [x.index_select(0, dead)[None] for x in (v, w, bias)]
+            extra = encode(writes, *some, k=min(c.k_aux, len(dead)), heads=[0])
+            # The residual is what the detached dictionary leaves; the dead atoms stand behind it as atoms F, F + 1, ...
+            behind = [torch.cat([x.detach(), x.index_select(0, dead)])[None] for x in (v_dec, w_dec)]
+            values = torch.cat([codes.values.detach(), extra.values], -1)
+            indices = torch.cat([codes.indices, extra.indices + sae.F], -1)
+            left = factored_loss(writes, values, indices, *behind, offset.detach()[None], heads=[0], mask=mask)
+            aux = left[inverse, batch.positions, 0].mean()
+        values, indices = (x[inverse, batch.positions, 0] for x in (codes.values, codes.indices))
+        return Losses(errors.mean(), aux, errors.detach(), self._fired(values, indices))
+
+    def _fired(self, values: Tensor, indices: Tensor) -> Tensor:
+        fired = torch.zeros(self.sae.F, dtype=torch.bool)
+        fired[indices[values > 0]] = True
+        return fired
+
+    # ---- steps ------------------------------------------------------------------------------------------------
+
+    def step(self, step: int, batch: Batch) -> dict[str, float]:
+        """One optimiser step and the chores that fall on it. Returns main loss (an FVU), aux loss, and counts."""
+        c = self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = c.rate(step)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = self.losses(batch)
+        loss = losses.main + c.aux * losses.aux
+        if not bool(torch.isfinite(loss)):
+            raise ValueError(f"site ({self.layer}, {self.head}): the loss is {float(loss)} at step {step}; lower lr")
+        loss.backward()
+        self.optimizer.step()
+        self.silent = torch.where(losses.fired, 0, self.silent + 1)
+        dead = int(self.dead().sum())
+        if (step + 1) % c.normalize_every == 0:
+            self.sae.normalize_()
+        if (step + 1) % c.resample_every == 0 and step + 1 <= c.resample_until * c.steps:
+            self.resample(batch, losses.errors, generator(c.seed, "resample", self.layer, self.head, step))
+        loss, aux = (float(x.detach()) for x in (losses.main, losses.aux))
+        return {"loss": loss, "aux": aux, "dead": dead, "rate": c.rate(step)}
+
+    @torch.no_grad()
+    def resample(self, batch: Batch, errors: Tensor, draw: torch.Generator) -> Tensor:
+        """Gives dead atoms to the examples with most error, and clears their moments. Returns the atoms replaced."""
+        dead = self.dead().nonzero().flatten()
+        dead = dead[: int((errors > 0).sum())]
+        if not len(dead):
+            return dead
+        pick = torch.multinomial(errors, len(dead), generator=draw)
+        X = batch.block.states(batch.rows[pick], batch.positions[pick]) - self.sae.mean
+        v, w = _top_pairs(X, self.sae.r)
+        self._set_atoms(dead, v, w, 0.2 * self._alive_gain(), _unit(X.flatten(1)))
+        for name, p in self.sae.named_parameters():
+            if name != "bias" and p in self.optimizer.state:
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    self.optimizer.state[p][moment][dead] = 0
+        self.silent[dead] = 0
+        self.resampled += len(dead)
+        return dead
+
+    def _alive_gain(self) -> float:
+        """Mean norm of the encoders of atoms that are not dead."""
+        sae, alive = self.sae, ~self.dead()
+        if not bool(alive.any()):
+            return 1.0
+        if sae.bilinear_encoder:
+            v, w = self._factors()
+            return float((v[alive].norm(dim=-1) * w[alive].norm(dim=-1)).sum(1).mean())
+        return float(sae.W_enc[alive].norm(dim=1).mean())
+
+    # ---- out and in -------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def export(self) -> SAE:
+        """The dictionary on raw states, unit atoms; a copy."""
+        sae, c = self.sae, self.config
+        out = SAE(sae.K, sae.V, sae.F, sae.k, sae.kind, sae.r, layer=self.layer, head=self.head, centred=sae.centred)
+        out.to(sae.mean.dtype).load_state_dict(sae.state_dict())
+        out.normalize_()
+        for name in ("b_enc", "bias"):
+            getattr(out, name).div_(self.scale)
+        out.training_record = {**c.record(), "path": self.path, "scale": self.scale, "resampled": self.resampled}
+        return out.eval().requires_grad_(False)
+
+    def state(self) -> dict:
+        """Everything a resumed run needs, as plain tensors and numbers."""
+        return {
+            "sae": self.sae.state_dict(), "optimizer": self.optimizer.state_dict(), "silent": self.silent,
+            "scale": self.scale, "resampled": self.resampled,
+        }  # fmt: skip
+
+    def restore(self, state: dict) -> None:
+        self.sae.load_state_dict(state["sae"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.silent, self.scale, self.resampled = state["silent"], state["scale"], state["resampled"]
+
+
+def _top_pairs(X: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """Top r singular pairs of states `[n, K, V]`: unit `[n, r, K]` and `[n, r, V]`, signed so that they add up to X."""
+    U, _, Vt = torch.linalg.svd(X, full_matrices=False)
+    return U[..., :r].transpose(1, 2).contiguous(), Vt[:, :r].contiguous()

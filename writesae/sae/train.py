@@ -1,0 +1,234 @@
+"""Training dictionaries from writes streamed out of a model: what data each step sees, checkpoints, resuming.
+
+Step s draws from block s // (steps a block), the block's passages come from a permutation of the corpus, and both are
+functions of the seed and s alone. A resumed run makes its current block again and goes on bit for bit as it would have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .block import Block
+from .sae import SAE
+from .site import Batch, SiteTrainer, TrainConfig, generator
+
+CHECKPOINT, HISTORY = "checkpoint.pt", "training.json"
+
+__all__ = ["TrainConfig", "Trainer"]
+
+
+class Trainer:
+    """Trains one dictionary a site, all from the same passes of the model.
+
+    Args:
+        stream: a `ModelStream` (entered), or anything like it: `len(stream)` passages, `stream.length` tokens each,
+            `stream.writes(rows)` yielding batches of `{layer: Writes}` in order.
+        sites: (layer, head) pairs.
+        config: one for all sites.
+        folder: where checkpoints go, or None for none.
+        resume: go on from the checkpoint in `folder`.
+        model_name: stored with the dictionaries.
+        progress: show a bar.
+
+    Raises:
+        ValueError: no sites, a site twice, a checkpoint of other sites, settings or data.
+        FileNotFoundError: resume without a checkpoint.
+    """
+
+    def __init__(
+        self,
+        stream,
+        sites: Sequence[tuple[int, int]],
+        config: TrainConfig,
+        folder: str | Path | None = None,
+        resume: bool = False,
+        model_name: str | None = None,
+        progress: bool = True,
+    ):
+        self.stream, self.config, self.model_name, self.progress = stream, config, model_name, progress
+        self.sites = [(int(layer), int(head)) for layer, head in sites]
+        if not self.sites or len(set(self.sites)) != len(self.sites):
+            raise ValueError(f"sites: expected at least one (layer, head), each once, got {self.sites}")
+        self.folder = None if folder is None else Path(folder)
+        self.rows = min(config.block, len(stream))
+        self._block: tuple[int, dict[tuple[int, int], Block]] | None = None
+        saved = self._read_checkpoint() if resume else None
+        prepared = self._make_block(self._passages(config.prepare, "prepare"), "preparation")
+        self.trainers = {site: SiteTrainer(*site, config, prepared[site]) for site in self.sites}
+        self.done, self.history = 0, []
+        if saved is not None:
+            for site, state in zip(self.sites, saved["trainers"], strict=True):
+                self.trainers[site].restore(state)
+            self.done, self.history = saved["done"], saved["history"]
+        paths = {t.path for t in self.trainers.values()}
+        if len(paths) > 1:
+            raise ValueError("path: the sites' heads differ in size and would take different paths; name one path")
+        self._plan(paths.pop())
+
+    # ---- data -------------------------------------------------------------------------------------------------
+
+    def _plan(self, path: str) -> None:
+        c, T = self.config, self.stream.length
+        self.states = min(c.states, self.rows * T)
+        few = -(-self.states // T)  # passages that hold the states of a step
+        self.passages = min(self.rows, max(c.passages, few) if c.passages or path == "factored" else self.rows)
+        if self.passages < self.rows:
+            self.steps_a_block = max(1, round(self.rows // self.passages * c.uses))
+        else:
+            self.steps_a_block = max(1, round(self.rows * T * c.uses / self.states))
+
+    def _passages(self, count: int, *keys) -> Tensor:
+        return torch.randperm(len(self.stream), generator=generator(self.config.seed, *keys))[:count]
+
+    def _rows_of_block(self, index: int) -> Tensor:
+        """Passages of block `index`: the corpus in a fresh order each epoch, whole blocks only."""
+        blocks = len(self.stream) // self.rows
+        epoch, at = divmod(index, blocks)
+        return self._passages(len(self.stream), "epoch", epoch)[at * self.rows : (at + 1) * self.rows]
+
+    def _make_block(self, rows: Tensor, what: str) -> dict[tuple[int, int], Block]:
+        parts: dict[int, list] = {}
+        bar = tqdm(total=len(rows), desc=what, unit=" passages", disable=not self.progress, leave=False)
+        for writes in self.stream.writes(rows):
+            for layer, part in writes.items():
+                parts.setdefault(layer, []).append(part)
+            bar.update(len(next(iter(writes.values())).decay))
+        bar.close()
+        return {(layer, head): Block(parts[layer], head) for layer, head in self.sites}
+
+    def batch(self, step: int) -> dict[tuple[int, int], Batch]:
+        """What a step sees, the same tokens at every site."""
+        index, at = divmod(step, self.steps_a_block)
+        if self._block is None or self._block[0] != index:
+            self._block = None  # let go of the old one first
+            self._block = (index, self._make_block(self._rows_of_block(index), "writes"))
+        c, T = self.config, self.stream.length
+        if self.passages < self.rows:
+            turn, group = divmod(at, self.rows // self.passages)
+            order = torch.randperm(self.rows, generator=generator(c.seed, "group", index, turn))
+            rows = order[group * self.passages : (group + 1) * self.passages]
+            pick = torch.randperm(len(rows) * T, generator=generator(c.seed, "pick", step))[: self.states]
+            rows, positions = rows[pick // T], pick % T
+        else:
+            turns = self.rows * T // self.states
+            turn, group = divmod(at, turns)
+            order = torch.randperm(self.rows * T, generator=generator(c.seed, "order", index, turn))
+            pick = order[group * self.states : (group + 1) * self.states]
+            rows, positions = pick // T, pick % T
+        return {site: Batch(block, rows, positions) for site, block in self._block[1].items()}
+
+    # ---- the loop ---------------------------------------------------------------------------------------------
+
+    def run(self, until: int | None = None, checkpoint_every: int = 1000) -> dict[tuple[int, int], SAE]:
+        """Trains up to step `until` (default all) and returns the dictionaries as they then are.
+
+        Writes a checkpoint every `checkpoint_every` steps, at the end, and when interrupted (SIGINT, SIGTERM), which
+        then raises KeyboardInterrupt after the step in hand.
+        """
+        until = self.config.steps if until is None else min(until, self.config.steps)
+        bar = tqdm(total=until, initial=self.done, desc="training", unit=" steps", disable=not self.progress)
+        began = time.monotonic()
+        smooth: dict[tuple[int, int], float] = {}
+        with bar, _interrupt_between_steps() as interrupted:
+            while self.done < until and not interrupted:
+                step = self.done
+                batches = self.batch(step)
+                for site, trainer in self.trainers.items():
+                    got = trainer.step(step, batches[site])
+                    smooth[site] = 0.98 * smooth.get(site, got["loss"]) + 0.02 * got["loss"]
+                    if step % 50 == 0 or step + 1 == self.config.steps:
+                        self.history.append({"step": step, "layer": site[0], "head": site[1], **got})
+                self.done += 1
+                bar.update()
+                if step % 10 == 0:
+                    bar.set_postfix(fvu=f"{sum(smooth.values()) / len(smooth):.4f}", dead=got["dead"])
+                if self.done % checkpoint_every == 0:
+                    self.checkpoint()
+        self.seconds = time.monotonic() - began
+        self.checkpoint()
+        if interrupted:
+            raise KeyboardInterrupt
+        return self.export()
+
+    def export(self) -> dict[tuple[int, int], SAE]:
+        """The dictionaries as they are now, on raw states."""
+        out = {}
+        for site, trainer in self.trainers.items():
+            sae = trainer.export()
+            sae.model = self.model_name
+            corpus = {"length": self.stream.length, "passages_in_corpus": len(self.stream)}
+            sae.training_record |= {"done": self.done, **corpus}
+            out[site] = sae
+        return out
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------
+
+    def _identity(self) -> dict:
+        return {
+            "config": self.config.record(), "sites": [list(s) for s in self.sites], "model": self.model_name,
+            "passages": len(self.stream), "length": self.stream.length,
+        }  # fmt: skip
+
+    def checkpoint(self) -> None:
+        """Writes the whole state of the run, atomically; plain tensors and numbers only."""
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        content = {
+            "identity": self._identity(), "done": self.done, "history": self.history,
+            "trainers": [self.trainers[s].state() for s in self.sites],
+        }  # fmt: skip
+        partial = self.folder / (CHECKPOINT + ".partial")
+        torch.save(content, partial)
+        partial.replace(self.folder / CHECKPOINT)
+        partial = self.folder / (HISTORY + ".partial")
+        partial.write_text(json.dumps(self.history) + "\n")
+        partial.replace(self.folder / HISTORY)
+
+    def _read_checkpoint(self) -> dict:
+        path = None if self.folder is None else self.folder / CHECKPOINT
+        if path is None or not path.is_file():
+            raise FileNotFoundError(f"{path}: no checkpoint to resume from")
+        try:
+            saved = torch.load(path, weights_only=True)
+        except Exception as error:  # a torn, foreign or code-carrying file, whatever torch makes of it
+            raise ValueError(f"{path}: not a training checkpoint: {str(error).splitlines()[0]}") from error
+        mine, theirs = self._identity(), saved.get("identity", {}) if isinstance(saved, dict) else {}
+        if mine != theirs:
+            differs = [n for n in mine if mine[n] != theirs.get(n)]
+            was, now = theirs.get("config", {}), mine["config"]
+            detail = [f"{n} was {was.get(n)!r} and is {now[n]!r}" for n in now if now[n] != was.get(n)]
+            raise ValueError(f"{path}: the checkpoint is of another run: {', '.join(detail or differs)} differs")
+        return saved
+
+
+@contextlib.contextmanager
+def _interrupt_between_steps() -> Iterator[list[int]]:
+    """Yields a list that a SIGINT or SIGTERM is noted in: a checkpoint taken inside a step would be torn. A second
+    signal acts at once. Off the main thread, where Python takes no signals, nothing is changed."""
+    noted: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+
+    def note(number, frame):
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
