@@ -4,8 +4,8 @@ Every supported write rule is, per head,
 
     S_t = decay_t o S_{t-1} + sum_r left_{t,r} right_{t,r}^T          S_t in R^{K x V}
 
-so (decay, left, right) carry the whole trajectory at 1/64 of its size (K = V = 128). Method: J. Young, *WriteSAE: Sparse
-Autoencoders for Recurrent State*, arXiv 2605.12770.
+so (decay, left, right) carry the whole trajectory at 1/64 of its size (K = V = 128). Method: J. Young, *WriteSAE:
+Sparse Autoencoders for Recurrent State*, arXiv 2605.12770.
 
 Letters: B row, T position, H value head, Hl key (left) head, R writes a token, K key size, V value size, N sequences
 (N = B, or the number of packed sequences when `cu_seqlens` is given, where B = 1).
@@ -119,6 +119,11 @@ class Writes:
 
     # ---- helpers on one sequence ------------------------------------------------------------------------------
 
+    def _start(self, n: int) -> Tensor:
+        """`[H, K, V]`: state of sequence n before its first token."""
+        _, _, H, K, V = self.shape
+        return self.right.new_zeros(H, K, V) if self.initial_state is None else self.initial_state[n].to(self.right)
+
     def _left_of_heads(self, b: int, start: int, stop: int) -> Tensor:
         """`[t, H, R, K]`: left factors repeated to value heads."""
         group = self.right.shape[2] // self.left.shape[2]
@@ -164,11 +169,11 @@ class Writes:
         for i, (n, t) in enumerate(pairs):
             wanted.setdefault(n, {}).setdefault(t, []).append(i)
         found: list[Tensor | None] = [None] * len(pairs)
-        for n, b, start, stop in self.sequences():
+        for n, b, start, _ in self.sequences():
             if n not in wanted:
                 continue
             additions = _additions_by_position(self.edits, n)
-            state = self.right.new_zeros(H, K, V) if self.initial_state is None else self.initial_state[n].to(self.right)
+            state = self._start(n)
             stops = sorted(set(wanted[n]) | set(additions))
             at = start
             for t in stops:
@@ -196,9 +201,11 @@ class Writes:
                 continue
             total = decay.sum(0)
             # exp of (sum of what follows), never a quotient of products: strong decay underflows to 0, not 0/0.
-            after = decay.flip(0).cumsum(0).flip(0) - decay
+            # Summed over later tokens only, not subtracted: a closed gate (-inf) must not become NaN.
+            after = torch.cat((decay[1:], torch.zeros_like(decay[:1]))).flip(0).cumsum(0).flip(0)
             weight = after.exp()[..., None] if decay.ndim == 2 else after.exp()  # [t, H, 1 or K]
-            state = self._element_decay(total) * state + torch.einsum("thrk,thrv->hkv", left * weight[:, :, None], right)
+            written = torch.einsum("thrk,thrv->hkv", left * weight[:, :, None], right)
+            state = self._element_decay(total) * state + written
         return state
 
     def norms(self) -> Tensor:
@@ -214,16 +221,20 @@ class Writes:
         out = self.right.new_zeros(B, T, H)
         chunk = 64
         for n, b, start, stop in self.sequences():
-            state = self.right.new_zeros(H, K, V) if self.initial_state is None else self.initial_state[n].to(self.right)
+            state = self._start(n)
             square = state.square().sum((1, 2))
             for lo in range(start, stop, chunk):
                 hi = min(lo + chunk, stop)
                 left = self._left_of_heads(b, lo, hi).permute(1, 0, 2, 3)  # [H, t, R, K]
                 right = self.right[b, lo:hi].permute(1, 0, 2, 3)  # [H, t, R, V]
-                cum = self.decay[b, lo:hi].T.cumsum(1)  # [H, t]
+                decay = self.decay[b, lo:hi]
+                cum = decay.T.cumsum(1)  # [H, t]
+                past = torch.ones(hi - lo, hi - lo, dtype=torch.bool, device=cum.device).tril(-1)
                 gram = torch.einsum("htrk,hsqk->htsrq", left, left) * torch.einsum("htrv,hsqv->htsrq", right, right)
                 gram = gram.sum((3, 4))  # <N_t, N_s>
-                pair = (cum[:, :, None] - cum[:, None, :]).tril(-1).exp().tril(-1)
+                # Between s and t the sum over s+1..t, again never a difference of cumulative sums.
+                spans = decay.T[:, :, None].expand(-1, -1, hi - lo).tril(-1).cumsum(1)
+                pair = spans.masked_fill(~past, -torch.inf).exp()
                 cross = (gram * pair).sum(2) + cum.exp() * torch.einsum("htrk,hkv,htrv->ht", left, state, right)
                 own = gram.diagonal(dim1=1, dim2=2)
                 for t in range(hi - lo):
@@ -244,7 +255,8 @@ class Writes:
         v, w = atom
         _, _, H, K, V = self.shape
         if v.shape[-1] != K or w.shape[-1] != V:
-            raise ValueError(f"atom: expected v [..., K={K}] and w [..., V={V}], got {tuple(v.shape)}, {tuple(w.shape)}")
+            got = f"{tuple(v.shape)}, {tuple(w.shape)}"
+            raise ValueError(f"atom: expected v [..., K={K}] and w [..., V={V}], got {got}")
         unit = torch.nn.functional.normalize
         left = self.left.repeat_interleave(H // self.left.shape[2], dim=2)
         v, w = unit(v.to(left), dim=-1), unit(w.to(left), dim=-1)
