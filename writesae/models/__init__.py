@@ -1,4 +1,4 @@
-"""Hooks into transformers models: `attach` (record, encode, edit) and `load`; the seam under them is `hf_gated_delta`."""
+"""Hooks into transformers models: `attach` and `load`, and the seam under them, `hf_gated_delta`."""
 
 from . import hf_gated_delta
 from .attach import attach

@@ -13,11 +13,10 @@ from ..ops import gated_delta_rule
 from ..writes import Writes
 from . import hf_gated_delta
 from .hf_gated_delta import Frame, LayerSite
+from .model_call import has_attention
 from .tap import DENSE_KINDS, Tap
 
-# Largest |hooked - plain| logit over the largest plain logit that the self-test lets pass, by parameter dtype. Measured
-# on tiny random models of every family: 2e-5 in float32, 3e-2 in bfloat16, 4e-3 in float16, where the layers' outputs are
-# rounded; the margin is for depth.
+# Largest |hooked - plain| logit over the largest plain logit that the self-test lets pass, by parameter dtype.
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.03}
 
 
@@ -39,11 +38,11 @@ def attach(
             model(**batch)                      # or model.generate(...), any number of times
         tap.firings, tap.writes[9], tap.calls
 
-    Prefill, cached decoding, chunked continuation and `generate` (greedy, sampling, beams) work as without; so do padded
-    batches, where nothing fires on a pad or on the pads that `generate` feeds to a finished row. Packed batches (one row,
-    use_cache=False, no attention_mask, position_ids that restart, with or without cu_seq_lens_q) are kept apart in every
-    gated-delta layer of the model, hooked or not. Several attaches may be nested: each records, and the edits of all
-    apply, outer ones first. The attach belongs to the model, so calls from every thread are seen.
+    Prefill, cached decoding, chunked continuation and `generate` (greedy, sampling, beams) work as without; so do
+    padded batches, where nothing fires on a pad or on the pads that `generate` feeds to a finished row. Packed batches
+    (one row, use_cache=False, no attention_mask, position_ids that restart, with or without cu_seq_lens_q) are kept
+    apart in every gated-delta layer of the model, hooked or not. Several attaches may be nested: each records, and the
+    edits of all apply, outer ones first. The attach belongs to the model, so calls from every thread are seen.
 
     Args:
         model: a transformers model (or inner text model) that runs the gated delta rule.
@@ -66,8 +65,8 @@ def attach(
             full-attention layer, a dictionary or edit of other sizes than the head; while running, for a NaN in a state
             or an edit of a row that the batch does not have; at the end, for a site that never ran or an edit whose
             position never came.
-        RuntimeError: the self-test failed; the model is compiled; it is in training mode with gradients on. In eval mode
-            with gradients on the forward works, and asking a gradient through a hooked layer raises.
+        RuntimeError: the self-test failed; the model is compiled; it is in training mode with gradients on. In eval
+            mode with gradients on the forward works, and asking a gradient through a hooked layer raises.
 
     Source: Young, *WriteSAE*, arXiv 2605.12770.
     """
@@ -192,7 +191,9 @@ def _check_sites(model, found: dict[int, LayerSite], sites) -> dict[int, dict[in
         layer, head = key
         site = hf_gated_delta.require_layer(model, found, layer)
         if not 0 <= head < site.num_v_heads:
-            raise ValueError(f"head: expected 0 <= head < {site.num_v_heads} (value heads of layer {layer}), got {head}")
+            raise ValueError(
+                f"head: expected 0 <= head < {site.num_v_heads} (value heads of layer {layer}), got {head}"
+            )
         by_layer.setdefault(layer, {})[head] = sae
         if sae is not None:
             _check_dictionary(sae, site, head)
@@ -278,6 +279,9 @@ def _self_test(model: nn.Module, tested: list[LayerSite], backend: str | None) -
 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     """`[2, 7, *]` float32: logits (of an inner model: hidden states) of a prefill and of one step with its cache."""
+    if not has_attention(model):
+        out = model(input_ids=ids, use_cache=False)
+        return (out["logits"] if "logits" in out else out["last_hidden_state"]).float()
     prefill = model(input_ids=ids[:, :-1], use_cache=True)
     step = model(input_ids=ids[:, -1:], past_key_values=prefill.past_key_values, use_cache=True)
     name = "logits" if "logits" in prefill else "last_hidden_state"

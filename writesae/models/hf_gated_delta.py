@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo import eval_frame
 
 from .model_call import ModelCall, enter_call, enter_generate
 
@@ -179,7 +180,7 @@ class Frame:
     @functools.cached_property
     def start(self) -> int:
         """Column of the first token of this call: tokens (pads too) that the cache held before."""
-        return 0 if self.call is None else self.call.start(self.cache, self.site.layer_index)
+        return 0 if self.call is None else self.call.start(self.cache)
 
     @functools.cached_property
     def mask(self) -> Tensor | None:
@@ -306,7 +307,7 @@ _wrapped: dict[tuple[int, str], _Wrapped] = {}  # (id(module), method) -> its re
 
 
 class _Wrapped:
-    """A method of one module (`forward`, `generate`) replaced on the instance, counted, and put back after the last use."""
+    """A method of one module (`forward`, `generate`), replaced on the instance, put back after the last use."""
 
     def __init__(self, module: nn.Module, make: Callable, name: str):
         self.module, self.name, self.uses = module, name, 0
@@ -322,7 +323,7 @@ class _Wrapped:
         def replacement(*args, **kwargs):
             if not self.uses:  # taken away while somebody else's wrapper still holds on to this one
                 return self.original(*args, **kwargs)
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_compiling() or _inside_compiled_region():
                 raise RuntimeError(
                     "writesae: an attached model cannot be traced by torch.compile or torch.export; run it eagerly"
                 )
@@ -340,6 +341,11 @@ class _Wrapped:
                 del self.module.__dict__[self.name]
             else:
                 self.module.__dict__[self.name] = self.own
+
+
+def _inside_compiled_region() -> bool:
+    """Whether torch.compile gave up on a frame around this and would go on with the pieces inside."""
+    return callable(eval_frame.get_eval_frame_callback())
 
 
 def _acquire(stack: contextlib.ExitStack, module: nn.Module, make: Callable, name: str = "forward") -> _Wrapped:

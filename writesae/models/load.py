@@ -41,7 +41,7 @@ def _looks_like_path(path) -> bool:
 
 def _check_folder(folder: Path, given) -> None:
     if not folder.is_dir():
-        raise ValueError(f"path: expected a model folder, a repository name or 'default', got {str(given)!r}: no folder")
+        raise ValueError(f"path: expected a model folder, a repository name or 'default', got {str(given)!r}")
     if not (folder / "config.json").is_file():
         raise ValueError(f"path: expected a model folder with config.json, got {str(folder)!r} without one")
     if any(folder.glob("*.safetensors")):
@@ -49,7 +49,7 @@ def _check_folder(folder: Path, given) -> None:
     pickled = sorted(f.name for pattern in _PICKLED for f in folder.glob(pattern))
     if pickled:
         raise ValueError(
-            f"path: expected weights in safetensors, got {pickled[0]} in {str(folder)!r}, which needs unpickling and may "
-            "run code; convert it where it is trusted (save_pretrained writes safetensors)"
+            f"path: expected weights in safetensors, got {pickled[0]} in {str(folder)!r}, which needs unpickling and "
+            "may run code; convert it where it is trusted (save_pretrained writes safetensors)"
         )
     raise ValueError(f"path: expected *.safetensors weights in {str(folder)!r}, got none")

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 _FIELDS = {
-    "input_ids": "input_ids", "inputs_embeds": "inputs_embeds", "attention_mask": "attention_mask",
-    "position_ids": "position_ids", "past_key_values": "cache", "cu_seq_lens_q": "cu_seq_lens", "seq_idx": "seq_idx",
+    "input_ids": "input_ids", "attention_mask": "attention_mask", "position_ids": "position_ids",
+    "past_key_values": "cache", "cu_seq_lens_q": "cu_seq_lens", "seq_idx": "seq_idx",
 }  # fmt: skip
 
 
@@ -39,7 +39,6 @@ class _Rows:
 _local = _Local()
 _lock = threading.Lock()
 _rows: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # cache -> _Rows
-_lengths: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # cache -> columns fed, for caches that do not know
 
 
 class ModelCall:
@@ -47,7 +46,7 @@ class ModelCall:
 
     def __init__(self, root: nn.Module):
         self.root = root
-        self.input_ids = self.inputs_embeds = self.attention_mask = self.position_ids = None
+        self.input_ids = self.attention_mask = self.position_ids = None
         self.cache = self.cu_seq_lens = self.seq_idx = None
         self._past: int | None = None
         self._packed: tuple[Tensor | None] | None = None
@@ -63,31 +62,14 @@ class ModelCall:
                 setattr(self, field, given[name])
         if self.cache is not None and self._past is None:
             # Now, before any attention layer of this call has grown it.
-            try:
-                self._past = int(self.cache.get_seq_length())
-            except (ValueError, IndexError, StopIteration):  # a cache without any attention layer
-                self._past = -1
+            self._past = int(self.cache.get_seq_length())
 
     # ---- columns ----------------------------------------------------------------------------------------------
 
-    def start(self, cache, layer_index: int) -> int:
+    def start(self, cache) -> int:
         """Columns the cache held before this call; this call's first column is that one."""
-        if cache is None or self.cache is None:  # none, or made inside this very call
-            self.cache, self._past = cache, 0 if self._past is None else self._past
-        elif self._past == -1:
-            mask = self._mask2d()
-            tokens = self.input_ids if self.input_ids is not None else self.inputs_embeds
-            if cache in _lengths:
-                self._past = _lengths[cache]
-            elif not cache.has_previous_state(layer_index):
-                self._past = 0
-            elif mask is not None and tokens is not None:
-                self._past = mask.shape[1] - tokens.shape[1]
-            else:
-                raise ValueError(
-                    "past_key_values: a cache of linear layers only does not say how many tokens it holds; attach "
-                    "before it is filled, or pass the whole attention_mask"
-                )
+        if self.cache is None:  # no cache, or one made inside this very call
+            self.cache, self._past = cache, 0
         return self._past
 
     def _mask2d(self) -> Tensor | None:
@@ -185,13 +167,21 @@ class ModelCall:
 
     def _mixes_in_attention(self) -> bool:
         """Whether the model has attention layers that tell packed sequences apart by position_ids only."""
-        config = getattr(self.root, "config", None)
-        if config is None:
-            return False
-        config = config.get_text_config()
-        types = getattr(config, "layer_types", None) or ["full_attention"]
+        config = text_config(self.root)
         flash = "flash" in (getattr(config, "_attn_implementation", None) or "")
-        return not flash and any(t != "linear_attention" for t in types)
+        return not flash and has_attention(self.root)
+
+
+def text_config(model: nn.Module):
+    """The text part of a model's config, or None."""
+    config = getattr(model, "config", None)
+    return None if config is None else config.get_text_config()
+
+
+def has_attention(model: nn.Module) -> bool:
+    """Whether some layer is not linear. Without one, transformers' caches cannot be used."""
+    types = getattr(text_config(model), "layer_types", None)
+    return types is None or any(t != "linear_attention" for t in types)
 
 
 def _offsets(cu_seq_lens: Tensor | None, seq_idx: Tensor | None, T: int) -> Tensor | None:
@@ -236,9 +226,6 @@ def enter_call(module: nn.Module, outer: tuple[nn.Module, ...], given: dict) -> 
     _local.calls.append(call)
     try:
         yield
-        tokens = call.input_ids if call.input_ids is not None else call.inputs_embeds
-        if call.cache is not None and call._past is not None and call._past >= 0 and tokens is not None:
-            _lengths[call.cache] = call._past + tokens.shape[1]
     finally:
         _local.calls.pop()
 
