@@ -1,0 +1,309 @@
+"""The replacement test: can a dictionary's atom stand in for what the model writes?
+
+At a firing of feature i the state is patched, `S_t - N + R`, the text goes on as it is, and next-token distributions are
+compared with the unpatched ones. If the atom is what the write means to the model, putting the atom in its place (R = its
+atom) disturbs less than taking it out (R = 0), and that less than a random rank-1 write of the same size.
+
+Method: J. Young, *WriteSAE: Sparse Autoencoders for Recurrent State*, arXiv 2605.12770.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ..collect.source import weights_fingerprint
+from ..sae import SAE
+from .conditions import (
+    BASELINE, CONDITIONS, DEFAULT_CONDITIONS, NATIVES, SCALES, Fired, arms, deltas
+)  # fmt: skip
+from .engine import ForkEngine, Places
+from .firing import check_sae, sample, survey, top_codes
+from .parts import Parts, concatenate
+from .result import ReplacementResult
+
+_BEFORE, _AFTER = 24, 8  # tokens of context kept around a firing
+
+
+@dataclass(frozen=True)
+class Passage:
+    """`tokens` of one document, the `row`-th piece of it."""
+
+    document: str
+    row: int
+    tokens: np.ndarray
+
+    @property
+    def name(self) -> str:
+        return f"{self.document}#{self.row}"
+
+
+def passages_of(texts: Iterable[tuple[str, str]], tokenizer, context: int = 256) -> list[Passage]:
+    """Texts, (document name, text) each, cut into passages of `context` tokens; a document's last one may be shorter.
+
+    Raises:
+        ValueError: no text at all.
+    """
+    if context < 2:
+        raise ValueError(f"context: expected at least 2 tokens a passage, got {context}")
+    found = []
+    for document, text in texts:
+        ids = np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64)
+        found += [Passage(document, i, ids[lo : lo + context]) for i, lo in enumerate(range(0, len(ids), context))]
+    if not found:
+        raise ValueError("corpus: expected at least one passage of text, got none")
+    return found
+
+
+@torch.no_grad()
+def run_replacement(
+    model,
+    tokenizer,
+    saes: SAE | Mapping[tuple[int, int], SAE],
+    passages: Sequence[Passage],
+    *,
+    select: Sequence[Passage] | None = None,
+    min_selected: int = 5,
+    firings: int = 1000,
+    each: int = 8,
+    horizon: int = 8,
+    natives: Sequence[str] = NATIVES,
+    scales: Sequence[str] = SCALES,
+    conditions: Sequence[str] = DEFAULT_CONDITIONS,
+    seed: int = 0,
+    memory: int = 2**30,
+    out: str | Path | None = None,
+    progress: bool = True,
+) -> ReplacementResult:
+    """Runs the replacement test.
+
+    Args:
+        model: causal language model in evaluation mode.
+        tokenizer: for the tokens shown in reports only; None leaves numbers.
+        saes: a dictionary that knows its layer and head, or {(layer, head): dictionary}.
+        passages: test text, see `passages_of`; it should be text the dictionary has not seen.
+        select: text on which features are chosen: only features with the largest code at `min_selected` or more of its
+            tokens are tested. None tests whatever fires. Needed for the condition "mean".
+        firings: firings tested a site; fewer when the passages run out.
+        each: firings tested a passage and site at most, so that the test spreads over documents.
+        horizon: tokens followed after the edit.
+        natives, scales, conditions: see `conditions`; the first native and scale are the headline.
+        seed: of the order of passages, the choice of tokens and the random control.
+        memory: bytes that a batch of forks may take, roughly.
+        out: folder for finished parts; the same call on the same folder resumes and gives the same rows.
+        progress: show a bar.
+
+    Raises:
+        ValueError: before any work, for settings, sites or texts that cannot be tested.
+    """
+    start = time.perf_counter()
+    saes = _sites(saes)
+    _check(natives, scales, conditions, firings, each, select, horizon)
+    engines = {layer: ForkEngine(model, layer, horizon) for layer in sorted({layer for layer, _ in saes})}
+    for (layer, head), sae in saes.items():
+        check_sae(sae, engines[layer].site, layer, head)
+    usable = [i for i, passage in enumerate(passages) if len(passage.tokens) > horizon + 1]
+    if not usable:
+        raise ValueError(f"passages: expected one of more than horizon + 1 = {horizon + 1} tokens, got none")
+    # Of all settings, those that decide a row; memory is among them because batch sizes decide the last bits.
+    plan = {
+        "test": "replacement", "model": weights_fingerprint(model), "torch": torch.__version__,
+        "saes": {f"{layer}:{head}": weights_fingerprint(sae) for (layer, head), sae in saes.items()},
+        "passages": _digest(passages), "select": None if select is None else _digest(select),
+        "min_selected": min_selected, "firings": firings, "each": each, "horizon": horizon, "natives": list(natives),
+        "scales": list(scales), "conditions": list(conditions), "seed": seed, "memory": memory,
+    }  # fmt: skip
+    parts = Parts(None if out is None else Path(out), plan)
+    allowed, means, selected = _selection(model, saes, select, min_selected, progress)
+    tables, seen_tokens = [], 0
+    longest = max(len(passages[i].tokens) for i in usable)
+    order = np.random.default_rng(seed).permutation(usable)
+    show = _Shown(tokenizer)
+    bar = tqdm(total=firings * len(saes), desc="replacing", unit=" firings", disable=not progress)
+    for layer, engine in engines.items():
+        heads = {head: sae for (at, head), sae in saes.items() if at == layer}
+        room = memory // engine.bytes_a_fork(longest) // (each * len(heads))
+        if room < 1:
+            raise ValueError(
+                f"memory: expected at least {engine.bytes_a_fork(longest) * each * len(heads):,} bytes, for the "
+                f"{each * len(heads)} forks of one passage, got {memory:,} (lower each, or raise memory)"
+            )
+        size, counts = min(room, 16), dict.fromkeys(heads, 0)
+        for batch, lo in enumerate(range(0, len(order), size)):
+            chunk = [passages[i] for i in order[lo : lo + size]]
+            name = f"{layer:03}-{batch:05}"
+            part = parts.read(name)
+            if part is None:
+                part = _batch(
+                    engine, heads, chunk, allowed, means, natives, scales, conditions, each, seed, order[lo : lo + size], show
+                )
+                parts.write(name, part)
+            seen_tokens += sum(len(passage.tokens) for passage in chunk)
+            kept = np.zeros(len(part["head"]), bool)
+            for head in heads:
+                mine = np.flatnonzero(part["head"] == head)[: firings - counts[head]]
+                kept[mine] = True
+                counts[head] += len(mine)
+            tables.append({column: values[kept] for column, values in part.items()})
+            bar.update(int(kept.sum()))
+            if all(count >= firings for count in counts.values()):
+                break
+    bar.close()
+    table = concatenate(tables)
+    if not len(table["feature"]):
+        raise ValueError("passages: expected firings of the features under test, got none")
+    return ReplacementResult(
+        table, natives=tuple(natives), scales=tuple(scales), conditions=tuple(conditions), horizon=horizon, seed=seed,
+        requested=firings, tokens=seen_tokens, seconds=time.perf_counter() - start, selected=selected,
+        sites={site: _describe(sae) for site, sae in saes.items()},
+    )  # fmt: skip
+
+
+def _sites(saes) -> dict[tuple[int, int], SAE]:
+    if isinstance(saes, SAE):
+        if saes.layer is None or saes.head is None:
+            raise ValueError("saes: the dictionary does not say its layer and head; pass {(layer, head): dictionary}")
+        saes = {(saes.layer, saes.head): saes}
+    saes = {(int(layer), int(head)): sae for (layer, head), sae in sorted(saes.items())}
+    if not saes:
+        raise ValueError("saes: expected at least one dictionary, got none")
+    return saes
+
+
+def _check(natives, scales, conditions, firings, each, select, horizon) -> None:
+    for name, given, known in (
+        ("natives", natives, NATIVES), ("scales", scales, SCALES), ("conditions", conditions, CONDITIONS)
+    ):  # fmt: skip
+        wrong = [x for x in given if x not in known]
+        if wrong or not given or len(set(given)) < len(given):
+            raise ValueError(f"{name}: expected some of {', '.join(known)}, each once, got {', '.join(given) or 'none'}")
+    for needed in ("atom", "delete"):
+        if needed not in conditions:
+            raise ValueError(f"conditions: expected atom and delete among them, got {', '.join(conditions)}")
+    if "mean" in conditions and select is None:
+        raise ValueError('conditions: "mean" needs the text on which features are selected (select), got none')
+    for name, value in (("firings", firings), ("each", each)):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    if horizon < 1:
+        raise ValueError(f"horizon: expected at least 1 token after the edit, got {horizon}")
+
+
+def _digest(passages: Sequence[Passage]) -> str:
+    digest = hashlib.sha256()
+    for passage in passages:
+        digest.update(passage.name.encode() + np.asarray(passage.tokens, np.int64).tobytes())
+    return digest.hexdigest()
+
+
+def _describe(sae: SAE) -> dict:
+    keys = ("kind", "F", "k", "K", "V", "r", "sparsity")
+    return {key: getattr(sae, key) for key in keys} | {"metrics": dict(getattr(sae, "metrics", {}) or {})}
+
+
+def _selection(model, saes, select, min_selected, progress):
+    """Masks of the features under test, mean writes, and a record of the choice."""
+    if select is None:
+        return dict.fromkeys(saes), {}, None
+    length = max(len(passage.tokens) for passage in select)
+    whole = [passage.tokens for passage in select if len(passage.tokens) == length]
+    counts, means, tokens = survey(model, saes, torch.from_numpy(np.stack(whole)), progress)
+    allowed = {site: count >= min_selected for site, count in counts.items()}
+    for site, mask in allowed.items():
+        if not mask.any():
+            raise ValueError(
+                f"select: expected a feature of site {site} with the largest code at {min_selected} tokens or more, got "
+                f"none in {tokens} tokens"
+            )
+    record = {
+        "tokens": tokens, "passages": len(whole), "min_selected": min_selected,
+        "features": {f"{layer}:{head}": int(mask.sum()) for (layer, head), mask in allowed.items()},
+    }  # fmt: skip
+    return allowed, means, record
+
+
+def _batch(engine, heads, chunk, allowed, means, natives, scales, conditions, each, seed, numbers, show) -> dict:
+    """Every firing tested in a batch of passages, as table columns."""
+    layer, horizon = engine.layer, engine.length - 1
+    lengths = [len(passage.tokens) for passage in chunk]
+    ids = torch.zeros(len(chunk), max(lengths), dtype=torch.int64)
+    for p, passage in enumerate(chunk):
+        ids[p, : lengths[p]] = torch.from_numpy(np.asarray(passage.tokens, np.int64))
+    rows: list[tuple[int, int, int, int, float]] = []
+
+    def choose(writes):
+        for head, sae in heads.items():
+            feature, value = top_codes(writes, sae, head)
+            names = [f"{layer}:{head}/{passage.name}" for passage in chunk]
+            for p, t in sample(feature, value, lengths, names, each, horizon, allowed[layer, head], seed):
+                rows.append((p, t, head, int(feature[p, t]), float(value[p, t])))
+        rows.sort()
+        if not rows:
+            rows.append((0, 0, next(iter(heads)), 0, 0.0))  # a stand-in, dropped below: an empty batch has no shapes
+        row, position, head = torch.tensor([r[:3] for r in rows], dtype=torch.int64).reshape(-1, 3).unbind(1)
+        return Places(row, position, head)
+
+    clean = engine.clean(ids, torch.tensor(lengths), choose)
+    p, t, head, feature = np.array([r[:4] for r in rows], np.int64).reshape(-1, 4).T
+    code = torch.tensor([r[4] for r in rows])
+    atoms = {h: sae.atoms() for h, sae in heads.items()}
+    rank = max(v.shape[1] for v, _ in atoms.values())
+    v = torch.zeros(len(rows), rank, engine.site.K)
+    w = torch.zeros(len(rows), rank, engine.site.V)
+    for i, (_, _, h, f, _) in enumerate(rows):
+        v_dec, w_dec = atoms[h]
+        v[i, : v_dec.shape[1]], w[i, : w_dec.shape[1]] = v_dec[f], w_dec[f]
+    mean = None
+    if "mean" in conditions:
+        mean = torch.stack([means[layer, h] for h in heads])[torch.tensor([list(heads).index(h) for h in head])]
+    names = [f"{layer}:{h}/{chunk[a].name}@{b}" for a, b, h in zip(p, t, head, strict=True)]
+    fired = Fired(v, w, code, names, mean)
+    changes = deltas(clean, fired, natives, scales, conditions, seed)
+    found = engine.divergences(clean, engine.run(clean, changes), BASELINE)
+    kl = {name: tuple(x.numpy() for x in found[name]) for name in arms(natives, scales, conditions)}
+    left, right, outer = clean.left.float(), clean.right.float(), clean.outer_right.float()
+    norm = left.norm(dim=1) * right.norm(dim=1)
+    gram = torch.einsum("nrk,nsk->nrs", v, v) * torch.einsum("nrv,nsv->nrs", w, w)
+    atom_norm = gram.sum((1, 2)).clamp_min(0).sqrt()
+    inner = (torch.einsum("nrk,nk->nr", v, left) * torch.einsum("nrv,nv->nr", w, right)).sum(1)
+    contexts = [show.around(chunk[a].tokens, b) for a, b in zip(p, t, strict=True)]
+    strings = np.empty(len(rows), object)
+    strings[:] = [tokens for tokens, _ in contexts]
+    documents = np.empty(len(rows), object)
+    documents[:] = [chunk[a].document for a in p]
+    table = {
+        "document": documents, "passage": np.asarray(numbers)[p].astype(np.int64),
+        "row": np.array([chunk[a].row for a in p], np.int64), "position": t, "token": ids[p, t].numpy(),
+        "layer": np.full(len(rows), layer, np.int64), "head": head, "feature": feature, "activation": code.numpy(),
+        "native_norm": norm.numpy(), "outer_norm": (left.norm(dim=1) * outer.norm(dim=1)).numpy(),
+        "atom_norm": atom_norm.numpy(), "cosine": (inner / (norm * atom_norm).clamp_min(1e-30)).numpy(),
+        "context": strings, "context_at": np.array([at for _, at in contexts], np.int64),
+        **{f"forward:{name}": pair[0] for name, pair in kl.items()},
+        **{f"reverse:{name}": pair[1] for name, pair in kl.items()},
+    }  # fmt: skip
+    real = code.numpy() > 0
+    return {name: column[real] for name, column in table.items()}
+
+
+class _Shown:
+    """Tokens as text, each looked up once."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer, self._known = tokenizer, {}
+
+    def around(self, tokens: np.ndarray, t: int) -> tuple[list[str], int]:
+        """(strings of the tokens around position t, index of t among them)."""
+        lo = max(t - _BEFORE, 0)
+        return [self._text(int(token)) for token in tokens[lo : t + _AFTER + 1]], t - lo
+
+    def _text(self, token: int) -> str:
+        if token not in self._known:
+            self._known[token] = str(token) if self._tokenizer is None else self._tokenizer.decode([token])
+        return self._known[token]
