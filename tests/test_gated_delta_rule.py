@@ -88,6 +88,12 @@ def test_grouped_heads(Hk, H, record_property):
     compare(gated_delta_rule_inputs(2, 21, Hk, H, 16, 24), record_property, use_qk_l2norm=True, scale=0.7)
 
 
+def test_keys_as_given(record_property):
+    x = gated_delta_rule_inputs(2, 50, 1, 2, 24, 40, correlated=True)
+    x["k"] = torch.nn.functional.normalize(x["k"], dim=-1)
+    compare(x, record_property)
+
+
 def test_long(record_property):
     x = gated_delta_rule_inputs(1, 4096, 1, 1, 32, 24, correlated=True, decay="weak")
     edits = edits_for(1, [4096], 1, 32, 24)

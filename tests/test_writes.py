@@ -28,7 +28,7 @@ def delta_rule(edits=None, packed=None, snapshots=range(T)):
 
 
 def rule(name):
-    """(writes, final state, states `[N, T, H, K, V]` as the recurrence itself has them, run a token further each time)."""
+    """(writes, final state, states `[N, T, H, K, V]` as the recurrence itself has them, a token further each time)."""
     generator = torch.Generator().manual_seed(5)
 
     def normal(*shape):

@@ -1,0 +1,219 @@
+// gated_delta_rule and its step against a plain loop in double, over awkward sizes, packed rows, edits and snapshots.
+#include "gated_delta_rule.h"
+
+#include <algorithm>
+#include <array>
+
+#include "harness.h"
+
+using namespace writesae;
+using namespace writesae::test;
+
+namespace {
+
+struct Case {
+  int64_t B, Hk, H, K, V;
+  std::vector<int64_t> lengths;  // packed when B == 1 and there are several
+  int64_t edits;
+  bool initial, writes, l2norm;
+};
+
+struct Expected {
+  std::vector<double> o, final_state, left, right, snapshots;
+};
+
+// The definition, token by token.
+Expected plain(const GatedDeltaRuleParams& p, const std::vector<std::array<int64_t, 3>>& sequences) {
+  const int64_t K = p.K, V = p.V;
+  Expected out;
+  out.o.resize(p.B * p.T * p.H * V), out.right.resize(p.B * p.T * p.H * V), out.left.resize(p.B * p.T * p.Hk * K);
+  out.final_state.resize(p.N * p.H * K * V), out.snapshots.resize(p.P * p.H * K * V);
+  const auto value = [](const View& x, int64_t a, int64_t b, int64_t c, int64_t d = 0) {
+    return static_cast<double>(*static_cast<const float*>(x.at(a, b, c, d)));
+  };
+  for (int64_t n = 0; n < p.N; n++)
+    for (int64_t h = 0; h < p.H; h++) {
+      const int64_t b = sequences[n][0], origin = sequences[n][1], hk = h / (p.H / p.Hk);
+      std::vector<double> S(K * V, 0.0), k(K), q(K), u(V);
+      if (p.initial_state != nullptr)
+        std::copy_n(p.initial_state + (n * p.H + h) * K * V, K * V, S.begin());
+      for (int64_t t = 0; t < sequences[n][2]; t++) {
+        const int64_t at = origin + t;
+        double kk = 1e-6, qq = 1e-6;
+        for (int64_t i = 0; i < K; i++) {
+          k[i] = value(p.k, b, at, hk, i), q[i] = value(p.q, b, at, hk, i);
+          kk += k[i] * k[i], qq += q[i] * q[i];
+        }
+        for (int64_t i = 0; i < K; i++) {
+          if (p.use_qk_l2norm) k[i] /= std::sqrt(kk), q[i] /= std::sqrt(qq);
+          q[i] *= p.scale;
+          out.left[((b * p.T + at) * p.Hk + hk) * K + i] = k[i];
+        }
+        bool native = true;
+        const auto here = [&](int64_t e) {
+          const int64_t* x = p.edits.index + 4 * e;
+          return x[0] == n && x[1] == t && x[2] == h;
+        };
+        for (int64_t e = 0; e < p.edits.count; e++) native = native && !(here(e) && p.edits.index[4 * e + 3] != 0);
+        const double gate = std::exp(value(p.g, b, at, h));
+        for (int64_t c = 0; c < V; c++) {
+          double read = 0;
+          for (int64_t i = 0; i < K; i++) read += (S[i * V + c] *= gate) * k[i];
+          u[c] = native ? value(p.beta, b, at, h) * (value(p.v, b, at, h, c) - read) : 0.0;
+          for (int64_t i = 0; i < K; i++) S[i * V + c] += k[i] * u[c];
+        }
+        for (int64_t e = 0; e < p.edits.count; e++)
+          if (here(e) && p.edits.index[4 * e + 3] != 1)
+            for (int64_t i = 0; i < K; i++)
+              for (int64_t c = 0; c < V; c++)
+                S[i * V + c] += static_cast<double>(p.edits.left[e * K + i]) * p.edits.right[e * V + c];
+        for (int64_t c = 0; c < V; c++) {
+          double sum = 0;
+          for (int64_t i = 0; i < K; i++) sum += S[i * V + c] * q[i];
+          out.o[((b * p.T + at) * p.H + h) * V + c] = sum;
+          out.right[((b * p.T + at) * p.H + h) * V + c] = u[c];
+        }
+        for (int64_t i = 0; i < p.P; i++)
+          if (p.places[2 * i] == n && p.places[2 * i + 1] == t)
+            std::copy(S.begin(), S.end(), out.snapshots.begin() + (i * p.H + h) * K * V);
+      }
+      std::copy(S.begin(), S.end(), out.final_state.begin() + (n * p.H + h) * K * V);
+    }
+  return out;
+}
+
+void check(const Case& c, int thread_count) {
+  GatedDeltaRuleParams p = {};
+  p.B = c.B, p.Hk = c.Hk, p.H = c.H, p.K = c.K, p.V = c.V, p.N = c.B > 1 ? c.B : c.lengths.size();
+  std::vector<int64_t> offsets = {0};
+  for (int64_t length : c.lengths) offsets.push_back(offsets.back() + length);
+  p.T = c.B > 1 ? c.lengths[0] : offsets.back();
+  if (c.B == 1 && c.lengths.size() > 1) p.cu_seqlens = offsets.data();
+  std::vector<std::array<int64_t, 3>> sequences;
+  for (int64_t n = 0; n < p.N; n++)
+    sequences.push_back(c.B > 1 ? std::array<int64_t, 3>{n, 0, p.T} : std::array<int64_t, 3>{0, offsets[n], c.lengths[n]});
+
+  // q, k and v as a fused projection holds them: heads next to each other in one row of a token.
+  const int64_t wide = 2 * c.Hk * c.K + c.H * c.V;
+  // Keys longer than sqrt(2 / beta) make the recurrence itself grow, and float errors with it.
+  const auto fused = normal(c.B * p.T * wide, c.l2norm ? 1.0f : 0.15f);
+  p.q = view(fused, p.T * wide, wide, c.K, 1), p.k = p.q, p.v = view(fused, p.T * wide, wide, c.V, 1);
+  p.k.data = fused.data() + c.Hk * c.K, p.v.data = fused.data() + 2 * c.Hk * c.K;
+  auto g = normal(c.B * p.T * c.H), beta = g;
+  for (size_t i = 0; i < g.size(); i++) beta[i] = 1 / (1 + std::exp(-g[i])), g[i] = -0.2f * std::abs(g[i]);
+  p.g = view(g, p.T * c.H, c.H, 1, 0), p.beta = view(beta, p.T * c.H, c.H, 1, 0);
+  p.scale = 0.3f, p.use_qk_l2norm = c.l2norm;
+  const auto initial = normal(p.N * c.H * c.K * c.V);
+  p.initial_state = c.initial ? initial.data() : nullptr;
+
+  std::vector<std::array<int64_t, 4>> index;
+  std::vector<std::array<int64_t, 2>> places;
+  const auto pick = [](int64_t n) { return static_cast<int64_t>(generator()() % n); };
+  while (static_cast<int64_t>(index.size()) < c.edits) {
+    const int64_t n = pick(p.N), length = sequences[n][2];
+    if (length == 0) continue;
+    const int64_t t = std::array<int64_t, 3>{0, length - 1, pick(length)}[pick(3)];
+    index.push_back({n, t, pick(c.H), pick(3)});
+    places.push_back({n, t});
+  }
+  std::stable_sort(index.begin(), index.end(), [](const auto& x, const auto& y) {
+    return std::array<int64_t, 3>{x[0], x[2], x[1]} < std::array<int64_t, 3>{y[0], y[2], y[1]};
+  });
+  const auto edit_left = normal(c.edits * c.K), edit_right = normal(c.edits * c.V);
+  p.edits = {c.edits, index.empty() ? nullptr : index[0].data(), edit_left.data(), edit_right.data()};
+  p.P = places.size(), p.places = places.empty() ? nullptr : places[0].data();
+
+  auto o = poison(c.B * p.T * c.H * c.V), right = o, final_state = poison(initial.size());
+  auto left = poison(c.B * p.T * c.Hk * c.K), snapshots = poison(p.P * c.H * c.K * c.V);
+  p.o = o.data(), p.o_type = Element::f32, p.final_state = final_state.data(), p.snapshots = snapshots.data();
+  p.left = c.writes ? left.data() : nullptr, p.right = c.writes ? right.data() : nullptr;
+  cpu::gated_delta_rule(p, threads(thread_count));
+  const Expected expected = plain(p, sequences);
+  expect_close("o", o, expected.o);
+  expect_close("final_state", final_state, expected.final_state);
+  expect_close("snapshots", snapshots, expected.snapshots);
+  if (!c.writes) return;
+  expect_close("left", left, expected.left);
+  expect_close("right", right, expected.right);
+
+  // The step, over the first token of every row, from the same state.
+  if (c.B == 1 && c.lengths.size() > 1) return;
+  std::vector<std::array<int64_t, 4>> first;
+  for (const auto& edit : index)
+    if (edit[1] == 0) first.push_back(edit);
+  const auto first_left = normal(first.size() * c.K), first_right = normal(first.size() * c.V);
+  p.edits = {static_cast<int64_t>(first.size()), first.empty() ? nullptr : first[0].data(), first_left.data(),
+             first_right.data()};
+  p.P = 0, p.initial_state = initial.data();
+  for (auto& sequence : sequences) sequence[2] = 1;
+  const Expected once = plain(p, sequences);
+  std::vector<double> want_o, want_right;
+  for (int64_t b = 0; b < c.B; b++) {
+    const int64_t at = b * p.T * c.H * c.V;
+    want_o.insert(want_o.end(), once.o.begin() + at, once.o.begin() + at + c.H * c.V);
+    want_right.insert(want_right.end(), once.right.begin() + at, once.right.begin() + at + c.H * c.V);
+  }
+  GatedDeltaRuleStepParams s = {};
+  s.B = c.B, s.Hk = c.Hk, s.H = c.H, s.K = c.K, s.V = c.V;
+  const auto drop_time = [](View x) {
+    x.stride[1] = x.stride[2], x.stride[2] = x.stride[3], x.stride[3] = 0;
+    return x;
+  };
+  s.q = drop_time(p.q), s.k = drop_time(p.k), s.v = drop_time(p.v), s.g = drop_time(p.g), s.beta = drop_time(p.beta);
+  s.scale = p.scale, s.use_qk_l2norm = p.use_qk_l2norm, s.edits = p.edits;
+  auto state = initial, step_o = poison(want_o.size()), step_right = step_o, step_left = poison(c.B * c.Hk * c.K);
+  s.state = state.data(), s.o = step_o.data(), s.o_type = Element::f32;
+  s.left = step_left.data(), s.right = step_right.data();
+  cpu::gated_delta_rule_step(s, threads(thread_count));
+  expect_close("step o", step_o, want_o);
+  expect_close("step right", step_right, want_right);
+  expect_close("step state", state, once.final_state);
+}
+
+// Half-precision inputs and outputs: every bit pattern passes through the conversions, values untouched.
+void check_halves() {
+  for (Element type : {Element::bf16, Element::f16}) {
+    const int64_t T = 65536;
+    std::vector<uint16_t> v(T), o(T);
+    for (int64_t i = 0; i < T; i++) v[i] = static_cast<uint16_t>(i);
+    const std::vector<float> one(T, 1.0f), closed(T, -std::numeric_limits<float>::infinity());
+    GatedDeltaRuleParams p = {};
+    p.B = p.Hk = p.H = p.K = p.V = p.N = 1, p.T = T, p.scale = 1;
+    p.q = p.k = p.beta = view(one, T, 1, 1, 1), p.g = view(closed, T, 1, 1, 1), p.v = p.q;
+    p.v.data = v.data(), p.v.type = type, p.o = o.data(), p.o_type = type;
+    // Not-a-number and infinity would stay in the state: leave them out.
+    const int exponent = type == Element::bf16 ? 0x7f80 : 0x7c00;
+    for (auto& bits : v)
+      if ((bits & exponent) == exponent) bits = 0;
+    std::vector<float> final_state(1);
+    p.final_state = final_state.data();
+    cpu::gated_delta_rule(p, threads(1));
+    for (int64_t i = 0; i < T; i++)
+      if (o[i] != v[i] && (v[i] & 0x7fff) != 0) {
+        std::fprintf(stderr, "half conversion: %04x became %04x\n", v[i], o[i]);
+        std::exit(1);
+      }
+  }
+}
+
+}  // namespace
+
+int main() {
+  const std::vector<Case> cases = {
+      {1, 1, 1, 1, 1, {1}, 2, true, true, true},
+      {1, 1, 2, 7, 5, {9}, 6, true, true, true},
+      {2, 2, 4, 20, 12, {63}, 12, false, true, true},
+      {2, 1, 3, 33, 40, {64}, 0, true, true, false},
+      {1, 1, 1, 64, 33, {65}, 5, true, false, true},
+      {1, 2, 2, 16, 24, {5, 0, 1, 70, 0, 127, 1, 0}, 20, true, true, true},
+      {1, 1, 1, 128, 256, {131}, 3, false, true, true},
+      {3, 1, 1, 256, 17, {6}, 9, true, true, true},
+      {1, 1, 1, 8, 8, {2500}, 15, true, true, true},
+  };
+  each_isa([&](const std::string& name) {
+    for (const Case& c : cases)
+      for (int thread_count : {1, 3}) check(c, thread_count);
+    check_halves();
+    std::printf("gated_delta_rule, %s: %zu cases agree\n", name.c_str(), cases.size());
+  });
+}
