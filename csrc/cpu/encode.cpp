@@ -18,7 +18,9 @@ namespace writesae::cpu {
 namespace {
 
 constexpr int64_t SMALL = 8;        // rows a call may have and still leave the dictionary unpacked
-constexpr int64_t BLOCK_ROWS = 96;  // rows a head goes on by at once; a multiple of every MT
+constexpr int64_t OWN_ROWS = 96;      // rows a head goes on by at once with a thread to itself: keys stay in its cache
+constexpr int64_t SHARED_ROWS = 384;  // with all threads: fewer barriers, keys in the shared cache. Multiples of every MT
+constexpr int64_t KEY_BYTES = int64_t{8} << 20;  // of keys kept then, whatever F
 constexpr int64_t PART = 4;         // tokens an item of selection takes
 constexpr int64_t OWN_BYTES = int64_t{48} << 20;  // scratch up to which every thread takes a head of its own
 
@@ -213,9 +215,9 @@ struct Plan {
   int64_t w_size() const { return p.rank * p.V * 16; }
   int64_t tile_size() const { return (p.K + p.V) * kernel.tile; }
   // Bytes run_head needs beyond selection, which needs select_bytes a thread.
-  int64_t head_bytes() const {
-    const int64_t floats = panels * (v_size() + w_size() + 16) + 2 * (BLOCK_ROWS / kernel.tile) * tile_size() +
-                           (BLOCK_ROWS + 2) * stride;
+  int64_t head_bytes(int64_t rows) const {
+    const int64_t floats = panels * (v_size() + w_size() + 16) + 2 * (rows / kernel.tile) * tile_size() +
+                           (rows + 2) * stride;
     return floats * 4 + 64 * 16;
   }
   int64_t worker_bytes() const { return round_up(std::max(select_bytes, 17 * std::max(p.K, p.V) * 4), 64); }
@@ -252,11 +254,12 @@ struct Plan {
 // One head from its first row to its last. Two parallel regions a block: panels; then selection, beside the packing of
 // the next block's rows. A barrier between them, and never a split along time, keeps the running sum the same whatever
 // the number of threads.
-void run_head(const Plan& plan, int64_t h, const Parallel& parallel, Arena& arena, char* worker_memory) {
+void run_head(const Plan& plan, int64_t h, int64_t block_rows, const Parallel& parallel, Arena& arena,
+              char* worker_memory) {
   const EncodeParams& p = plan.p;
   const Kernels& kernel = plan.kernel;
   const int64_t v_size = plan.v_size(), w_size = plan.w_size(), tile_size = plan.tile_size();
-  const int64_t tiles = BLOCK_ROWS / kernel.tile, worker_bytes = plan.worker_bytes();
+  const int64_t tiles = block_rows / kernel.tile, worker_bytes = plan.worker_bytes();
   arena.clear();
   float* v = arena.take<float>(plan.panels * v_size);
   float* w = arena.take<float>(plan.panels * w_size);
@@ -264,7 +267,7 @@ void run_head(const Plan& plan, int64_t h, const Parallel& parallel, Arena& aren
   float* packed[2] = {arena.take<float>(tiles * tile_size), arena.take<float>(tiles * tile_size)};
   float* bias = arena.take<float>(plan.stride);
   int32_t* limits = arena.take<int32_t>(plan.stride);
-  int32_t* keys = arena.take<int32_t>(BLOCK_ROWS * plan.stride);
+  int32_t* keys = arena.take<int32_t>(block_rows * plan.stride);
   plan.fill_limits(h, bias, limits);
   const auto scratch = [&](int64_t worker) { return worker_memory + worker * worker_bytes; };
   const auto left_of = [&](int which) { return packed[which]; };
@@ -273,7 +276,7 @@ void run_head(const Plan& plan, int64_t h, const Parallel& parallel, Arena& aren
   Block blocks[2];
   Stream stream(p, p.heads[h]);
   std::vector<int32_t> hints(parallel.threads, 0);
-  std::vector<std::vector<float>> values((BLOCK_ROWS + PART - 1) / PART);
+  std::vector<std::vector<float>> values((block_rows + PART - 1) / PART);
   std::vector<std::vector<int32_t>> indices(values.size());
   const auto pack_rows = [&](int which, int64_t tile, int64_t worker) {
     kernel.pack_rows(p, blocks[which], tile, reinterpret_cast<float*>(scratch(worker)),
@@ -284,7 +287,7 @@ void run_head(const Plan& plan, int64_t h, const Parallel& parallel, Arena& aren
   };
 
   int now = 0;
-  bool more = stream.next(blocks[now], BLOCK_ROWS);
+  bool more = stream.next(blocks[now], block_rows);
   for_each(parallel, plan.panels + tiles_of(now), [&](int64_t i, int64_t worker) {
     float* rows = reinterpret_cast<float*>(scratch(worker));
     if (i >= plan.panels) {
@@ -300,7 +303,7 @@ void run_head(const Plan& plan, int64_t h, const Parallel& parallel, Arena& aren
       kernel.run_panel(p, block, h, i, v + i * v_size, w + i * w_size, left_of(now), right_of(now), bias + i * 16,
                        carry + i * 16, keys, plan.stride);
     });
-    more = stream.next(blocks[1 - now], BLOCK_ROWS);
+    more = stream.next(blocks[1 - now], block_rows);
     const int64_t slots = block.tokens.size(), parts = (slots + PART - 1) / PART;
     for_each(parallel, parts + tiles_of(1 - now), [&](int64_t i, int64_t worker) {
       if (i >= parts) {
@@ -379,18 +382,19 @@ void encode(const EncodeParams& p, EncodeFound* found, const Parallel& parallel)
   // A head to every thread where that leaves none idle; else all threads on one head at a time.
   const int64_t threads = std::max(1, parallel.threads);
   const bool even = p.Hs % threads == 0 || p.Hs >= 4 * threads;
-  const bool own = threads == 1 || (even && threads * (plan.head_bytes() + plan.worker_bytes()) <= OWN_BYTES);
+  const bool own = threads == 1 || (even && threads * (plan.head_bytes(OWN_ROWS) + plan.worker_bytes()) <= OWN_BYTES);
   Arena memory(plan.worker_bytes() * threads);
   char* worker_memory = memory.take<char>(0);
   if (!own) {
-    Arena arena(plan.head_bytes());
-    for (int64_t h = 0; h < p.Hs; h++) run_head(plan, h, parallel, arena, worker_memory);
+    const int64_t fit = KEY_BYTES / (plan.stride * 4) / 12 * 12, rows = std::clamp<int64_t>(fit, 12, SHARED_ROWS);
+    Arena arena(plan.head_bytes(rows));
+    for (int64_t h = 0; h < p.Hs; h++) run_head(plan, h, rows, parallel, arena, worker_memory);
     return;
   }
   std::vector<Arena> arenas;
-  for (int64_t i = 0; i < std::min(threads, p.Hs); i++) arenas.emplace_back(plan.head_bytes());
+  for (int64_t i = 0; i < std::min(threads, p.Hs); i++) arenas.emplace_back(plan.head_bytes(OWN_ROWS));
   for_each(parallel, p.Hs, [&](int64_t h, int64_t worker) {
-    run_head(plan, h, Parallel{1, nullptr}, arenas[worker], worker_memory + worker * plan.worker_bytes());
+    run_head(plan, h, OWN_ROWS, Parallel{1, nullptr}, arenas[worker], worker_memory + worker * plan.worker_bytes());
   });
 }
 

@@ -37,6 +37,28 @@ inline int32_t to_key_scalar(float x) {
 
 // ---- packing ---------------------------------------------------------------------------------------------------------
 
+typedef float Four __attribute__((vector_size(16)));
+typedef float UnalignedFour __attribute__((vector_size(16), aligned(4), may_alias));
+#if defined(__clang__)
+#define WRITESAE_SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+typedef int32_t IntFour __attribute__((vector_size(16)));
+#define WRITESAE_SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, IntFour{i, j, k, l})
+#endif
+
+// Four rows of x, `size` apart, to four columns of `to`, which has 16: left alone, compilers gather, six times slower.
+inline void transpose_four(const float* x, int64_t size, float* to) {
+  Four row[4];
+  for (int i = 0; i < 4; i++) row[i] = *reinterpret_cast<const UnalignedFour*>(x + i * size);
+  const Four a = WRITESAE_SHUFFLE(row[0], row[1], 0, 4, 1, 5), b = WRITESAE_SHUFFLE(row[2], row[3], 0, 4, 1, 5);
+  const Four c = WRITESAE_SHUFFLE(row[0], row[1], 2, 6, 3, 7), d = WRITESAE_SHUFFLE(row[2], row[3], 2, 6, 3, 7);
+  *reinterpret_cast<UnalignedFour*>(to) = WRITESAE_SHUFFLE(a, b, 0, 1, 4, 5);
+  *reinterpret_cast<UnalignedFour*>(to + PANEL) = WRITESAE_SHUFFLE(a, b, 2, 3, 6, 7);
+  *reinterpret_cast<UnalignedFour*>(to + 2 * PANEL) = WRITESAE_SHUFFLE(c, d, 0, 1, 4, 5);
+  *reinterpret_cast<UnalignedFour*>(to + 3 * PANEL) = WRITESAE_SHUFFLE(c, d, 2, 3, 6, 7);
+}
+#undef WRITESAE_SHUFFLE
+
 // Atoms 16 panel .. 16 panel + 15 of head slot h of x [Hs, F, r, size] to [r][size][16], zeros past F.
 // `rows` holds 16 * size floats.
 inline void pack_panel(const View& x, int64_t h, int64_t panel, int64_t F, int64_t rank, int64_t size, float* rows,
@@ -50,7 +72,10 @@ inline void pack_panel(const View& x, int64_t h, int64_t panel, int64_t F, int64
         std::memset(rows + f * size, 0, size * sizeof(float));
       }
     }
-    for (int64_t i = 0; i < size; i++)
+    int64_t i = 0;
+    for (; i + 4 <= size; i += 4)
+      for (int f = 0; f < PANEL; f += 4) transpose_four(rows + f * size + i, size, to + i * PANEL + f);
+    for (; i < size; i++)
       for (int f = 0; f < PANEL; f++) to[i * PANEL + f] = rows[f * size + i];
   }
 }
