@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch._inductor import config as inductor_config
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
@@ -382,6 +383,37 @@ def describe(args, state: dict, model, **losses) -> dict:
 # ------------------------------------------------------------------------------------------------------------ the run
 
 
+class Threads:
+    """Chooses the number of threads by what other processes leave idle (Linux; elsewhere torch's default stays).
+
+    A parallel loop ends with its slowest thread. Where another process holds one of two cores, two threads spend
+    their time waiting for each other, and one thread is several times faster.
+    """
+
+    def __init__(self):
+        self.most, self.last = torch.get_num_threads(), self._read()
+
+    @staticmethod
+    def _read() -> tuple[float, float, float] | None:
+        """Return wall seconds, busy seconds of all cores, and busy seconds of this process."""
+        try:
+            user, nice, system = (int(x) for x in Path("/proc/stat").read_text().split(maxsplit=4)[1:4])
+        except (OSError, ValueError):
+            return None
+        own = os.times()
+        return time.time(), (user + nice + system) / os.sysconf("SC_CLK_TCK"), own.user + own.system
+
+    def adapt(self) -> int:
+        """Set the number of threads from what happened in the last seconds and return it."""
+        now = self._read()
+        if now and self.last and now[0] - self.last[0] > 5:
+            wall, busy, own = (b - a for a, b in zip(self.last, now, strict=True))
+            free = self.most - (busy - own) / wall
+            torch.set_num_threads(max(1, min(self.most, int(free + 0.3))))
+            self.last = now
+        return torch.get_num_threads()
+
+
 def train(args, model, library, suite, held_out, tokenizer) -> dict:
     """Train until the clock runs out and return the final state; ``model`` is changed in place."""
     optimizers = build_optimizers(model, args.muon_lr, args.adam_lr)
@@ -404,6 +436,7 @@ def train(args, model, library, suite, held_out, tokenizer) -> dict:
         return F.cross_entropy((hidden @ weight.T).float().flatten(0, 1), targets.flatten())
 
     if args.compile:
+        inductor_config.cpp.dynamic_threads = True
         head_loss = torch.compile(head_loss)
         for layer in model.model.layers:
             layer.forward = torch.compile(layer.forward)
@@ -411,7 +444,7 @@ def train(args, model, library, suite, held_out, tokenizer) -> dict:
     rows = one_pass(library, suite, state["pass"], args.seed, args.length)
     before, started = state["elapsed"], time.time()
     last_save = last_export = last_print = started
-    running = None
+    running, threads = None, Threads()
     while True:
         state["elapsed"] = before + time.time() - started
         progress = state["elapsed"] / (60 * args.minutes)
@@ -433,12 +466,12 @@ def train(args, model, library, suite, held_out, tokenizer) -> dict:
         state["batch"] += 1
         state["passes"] = state["pass"] + state["batch"] * args.batch / len(rows)
         running = loss.item() if running is None else 0.95 * running + 0.05 * loss.item()
-        now = time.time()
+        now, used = time.time(), threads.adapt()
         if now - last_print > 20:
             last_print = now
             print(
                 f"{state['elapsed'] / 60:6.1f} min  step {state['step']:5d}  pass {state['passes']:.2f}  "
-                f"loss {running:.3f}  norm {norm:.2f}  rate {rate(progress, state['step']):.3f}",
+                f"loss {running:.3f}  norm {norm:.2f}  rate {rate(progress, state['step']):.3f}  threads {used}",
                 flush=True,
             )
         if now - last_save > 60 * args.save_minutes:
