@@ -283,7 +283,7 @@ def _first_tokens(expected: list[tuple], limit: int) -> set[tuple]:
     [
         ({"context": 16}, "context is 32 there, 16 here"),
         ({"mode": "top"}, "mode is 'all' there, 'top' here"),
-        ({"n": 7}, "n is 256 there, 7 here"),
+        ({"n": 7}, "n is 100 there, 7 here"),
         ({"max_tokens": 9}, "max_tokens is None there, 9 here"),
         ({"shard_passages": 5}, "shard_passages is 12 there, 5 here"),
     ],

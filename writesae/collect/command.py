@@ -26,12 +26,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
                        help="a dictionary, or a folder of dictionary folders; repeatable. Without it, the embedded "
                        "model's own")  # fmt: skip
     model.add_argument("--device", default="cpu", help="cpu or cuda")
-    model.add_argument("--accelerate", action="store_true", help="run the model's recurrences on this package's op")
+    model.add_argument("--accelerate", action=argparse.BooleanOptionalAction, default=True,
+                       help="run all the model's recurrences on this package's op, not only the dictionaries' layers")
     what = parser.add_argument_group("what is kept")
     what.add_argument("--out", required=True, help="folder; the same command on the same folder resumes")
     what.add_argument("--mode", choices=MODES, default="all", help="all firings, the largest or a sample a feature")
     what.add_argument("--n", type=int, help="firings kept a feature in the modes top and reservoir (1000), firings in "
-                      "the index by feature in mode all (256)")  # fmt: skip
+                      "the index by feature in mode all (100)")  # fmt: skip
     what.add_argument("--seed", type=int, default=0, help="of the reservoir")
     what.add_argument("--context", type=int, default=512, help="tokens a passage")
     what.add_argument("--batch", type=int, default=16, help="passages run together")

@@ -22,7 +22,7 @@ from .shard import PARTS, Progress, Shard, Writer
 from .source import Source
 
 FORMAT, VERSION = "writesae-firings", 1
-INDEX_TOP = 256
+INDEX_TOP = 100
 _SHARD_FIRINGS = 1_000_000
 _OURS = {".lock", "manifest.json.tmp"}
 
@@ -53,7 +53,7 @@ def collect(
         out: the folder; new, empty, or holding an unfinished (or finished) collection of the same arguments.
         mode: "all"; "top": the n largest of each feature; "reservoir": a uniform sample of n firings of each feature.
         n: firings kept a feature: for "top" and "reservoir" what is stored (default 1,000), for "all" the firings in
-            the index by (feature, -activation) beside the complete log (default 256).
+            the index by (feature, -activation) beside the complete log (default 100).
         seed: of the reservoir.
         context: tokens a passage. Every passage starts from an empty state.
         batch: passages run together.

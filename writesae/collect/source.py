@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..firings import Firings
+from ..sae.stream import _Enough, _stopping_after
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class ModelSource:
         self._stack.enter_context(torch.inference_mode())
         hooks = attach(self.model, self.dictionaries, accelerate=self.accelerate, record_writes=False)
         self._tap = self._stack.enter_context(hooks)
+        self._stack.enter_context(_stopping_after(self.model, max(layer for layer, _ in self.dictionaries)))
         return self
 
     def __exit__(self, *error):
@@ -81,7 +83,8 @@ class ModelSource:
         # The trunk alone: logits are not needed, and a large vocabulary makes them the dearest part.
         trunk = getattr(self.model, "base_model", self.model)
         device = next(self.model.parameters()).device
-        trunk(input_ids=tokens.to(device), attention_mask=mask.to(device), use_cache=False)
+        with suppress(_Enough):
+            trunk(input_ids=tokens.to(device), attention_mask=mask.to(device), use_cache=False)
         found = self._tap.firings
         self._tap.clear()
         return found
