@@ -12,6 +12,15 @@ from writesae.experiments.engine import ForkEngine, Places, read, read_matrix
 LINEAR, FULL = "linear_attention", "full_attention"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors this small only lose time to threads, most of all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def fork_changes(engine, clean, seed=0):
     """Deletion, a random replacement, the native write put back, and nothing."""
     generator = torch.Generator().manual_seed(seed)

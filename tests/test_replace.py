@@ -15,6 +15,15 @@ from writesae.experiments.firing import sample, top_codes
 from writesae.sae import SAE
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors this small only lose time to threads, most of all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 class Letters:
     """A tokenizer of 90 tokens: one a byte."""
 
@@ -44,7 +53,7 @@ def dictionary(layer=1, head=2, kind="bilinear", seed=0, **options):
 def run(model, sae=None, n=6, **options):
     passages = passages_of(texts(n), Letters(), 50)
     options = {"firings": 20, "each": 3, "horizon": 3, "progress": False, **options}
-    return run_replacement(model, Letters(), sae or dictionary(), passages, **options)
+    return run_replacement(model, Letters(), dictionary() if sae is None else sae, passages, **options)
 
 
 def test_every_condition_and_statistic(model):

@@ -1,0 +1,103 @@
+"""`writesae replace`: the replacement test on held-out text, with its statistics and report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from .conditions import CONDITIONS, DEFAULT_CONDITIONS, NATIVES, SCALES
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what is tested")
+    what.add_argument("--model", default="default", help="folder or name of the model; default is the embedded one")
+    what.add_argument("--sae", action="append", default=[], metavar="[LAYER:HEAD=]FOLDER",
+                      help="a dictionary's folder, or a folder of such folders; repeatable. Without it, the embedded "
+                      "model's own")  # fmt: skip
+    what.add_argument("--corpus", default="stdlib:test", help="held-out text: a file or folder of text, .jsonl or "
+                      ".parquet, or stdlib:SPLIT, the Python standard library's sources")  # fmt: skip
+    what.add_argument("--select", default="stdlib:validation", metavar="CORPUS", help="text on which features are chosen, "
+                      "or none to test whatever fires")  # fmt: skip
+    what.add_argument("--min-selected", type=int, default=5, help="tokens of the --select text at which a feature must "
+                      "have the largest code")  # fmt: skip
+    what.add_argument("--firings", type=int, default=1000, help="firings tested a site")
+    what.add_argument("--each", type=int, default=8, help="firings tested a passage and site, at most")
+    what.add_argument("--context", type=int, default=256, help="tokens a passage")
+    how = parser.add_argument_group("how")
+    how.add_argument("--horizon", type=int, default=8, help="tokens followed after the edit")
+    how.add_argument("--native", choices=NATIVES, nargs="+", default=list(NATIVES), help="what counts as the write; the "
+                     "first is the headline")  # fmt: skip
+    how.add_argument("--scale", choices=SCALES, nargs="+", default=list(SCALES), help="size of what is put in its place; "
+                     "the first is the headline")  # fmt: skip
+    how.add_argument("--conditions", choices=CONDITIONS, nargs="+", default=list(DEFAULT_CONDITIONS),
+                     help="what is put in its place")  # fmt: skip
+    how.add_argument("--seed", type=int, default=0, help="of the choice of firings, the random control, the bootstraps")
+    how.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model's weights")
+    how.add_argument("--memory", type=_bytes, default="1G", help="memory of a batch of forks, about")
+    how.add_argument("--out", required=True, help="folder for summary.json, firings.parquet, plots and report.html; the "
+                     "same command on the same folder resumes")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the headline as JSON. Returns 0."""
+    import torch
+
+    from ..collect.command import _dictionaries
+    from ..models import load
+    from .replace import passages_of, run_replacement
+    from .statistics import need
+
+    need("scipy.stats"), need("statsmodels.stats.proportion"), need("matplotlib")  # missing extras say so before work
+    test = _texts(args.corpus, "corpus")
+    select = None if args.select == "none" else _texts(args.select, "select")
+    saes = _dictionaries(args)
+    model, tokenizer = load(args.model, getattr(torch, args.dtype))
+    result = run_replacement(
+        model, tokenizer, saes, passages_of(test, tokenizer, args.context),
+        select=None if select is None else passages_of(select, tokenizer, args.context),
+        min_selected=args.min_selected, firings=args.firings, each=args.each, horizon=args.horizon, natives=args.native,
+        scales=args.scale, conditions=args.conditions, seed=args.seed, memory=args.memory, out=args.out,
+    )  # fmt: skip
+    out = Path(args.out)
+    summary = result.save(out, model=str(args.model), corpus=args.corpus, select=args.select)
+    if summary["n"] < args.firings * len(saes):
+        print(f"the text ran out: {summary['n']} of {args.firings * len(saes)} firings", file=sys.stderr)
+    from ..report import build
+
+    page = build(out, out)
+    shown = ("n", "win_rate", "win_rate_ci95", "strict_chain", "kl_median", "native_kl_max", "seconds")
+    print(json.dumps({**{name: summary[name] for name in shown}, "report": str(page)}, indent=2))
+    return 0
+
+
+def _bytes(text: str) -> int:
+    number, unit = text.strip().lower().removesuffix("b"), ""
+    if number and number[-1] in _UNITS:
+        number, unit = number[:-1], number[-1]
+    try:
+        return int(float(number) * _UNITS[unit])
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a size such as 800M or 2G, got {text!r}") from None
+
+
+def _texts(name: str, argument: str) -> list[tuple[str, str]]:
+    """(document, text) of a corpus argument."""
+    if name.startswith("stdlib:"):
+        from ..default.corpus import SPLITS, read_source, stdlib_files, stdlib_folder
+
+        split = name.removeprefix("stdlib:")
+        if split not in SPLITS:
+            raise ValueError(f"{argument}: expected stdlib: and one of {', '.join(SPLITS)}, got {name!r}")
+        root = stdlib_folder()
+        return [(path.relative_to(root).as_posix(), read_source(path)) for path in stdlib_files(split)]
+    from ..collect.corpus import Corpus
+
+    found = []
+    for document in Corpus.from_path(name).documents():
+        with document.open() as stream:
+            found.append((document.source, stream.read().decode()))
+    return found

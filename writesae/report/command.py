@@ -1,0 +1,18 @@
+"""`writesae report`: draws the pictures and the page of a finished run again, from its folder alone."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", help="folder of a finished replacement run (summary.json and firings.parquet)")
+    parser.add_argument("--out", help="folder for report.html and plots/ (default: the run's own)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the page's path. Returns 0."""
+    from .html import build
+
+    print(build(args.run, args.out or args.run))
+    return 0
