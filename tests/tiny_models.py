@@ -24,18 +24,26 @@ _MOE = dict(
     decoder_sparse_step=1, mlp_only_layers=[],
 )  # fmt: skip
 
+_QWEN4 = dict(
+    hc_count=2, hc_lowrank=8, ple_layer_ids=[1], ple_embed_dim=16, heads_per_ngram=2, ngram_vocab_size_base=101,
+    make_ngram_vocab_size_divisible_by=8, split_ngram_parts=1, indexer_n_heads=2, indexer_kv_heads=1,
+    indexer_head_dim=16, indexer_budget=64, indexer_compress_ratio=2,
+)  # fmt: skip
+
 
 def families() -> list[str]:
     """Families this transformers has."""
-    known = ["qwen3_5", "qwen3_next", "olmo_hybrid", "qwen3_5_moe"]
+    known = ["qwen3_5", "qwen3_next", "olmo_hybrid", "qwen3_5_moe", "qwen4_exp"]
     return [f for f in known if importlib.util.find_spec(f"transformers.models.{f}") is not None]
 
 
-def tiny_model(family="qwen3_5", layer_types=_LAYERS, heads=4, key_heads=2, K=8, V=6, seed=0, dtype=torch.float32):
+def tiny_model(
+    family="qwen3_5", layer_types=_LAYERS, heads=4, key_heads=2, K=8, V=6, seed=0, dtype=torch.float32, **overrides
+):
     """A random model in eval mode; the gates are spread so that states neither vanish nor saturate."""
     import transformers
 
-    common = _common(layer_types, heads, key_heads, K, V)
+    common = {**_common(layer_types, heads, key_heads, K, V), **overrides}
     if family == "qwen3_5":
         config, name = transformers.Qwen3_5TextConfig(**common), "Qwen3_5ForCausalLM"
     elif family == "qwen3_5_moe":
@@ -45,6 +53,10 @@ def tiny_model(family="qwen3_5", layer_types=_LAYERS, heads=4, key_heads=2, K=8,
     elif family == "olmo_hybrid":
         common.pop("head_dim")
         config, name = transformers.OlmoHybridConfig(**common), "OlmoHybridForCausalLM"
+    elif family == "qwen4_exp":
+        experts = {k: v for k, v in _MOE.items() if k not in ("decoder_sparse_step", "mlp_only_layers")}
+        common.pop("intermediate_size")
+        config, name = transformers.Qwen4ExpTextConfig(**{**experts, **_QWEN4, **common}), "Qwen4ExpForCausalLM"
     else:
         raise ValueError(f"family: unknown {family!r}")
     with torch.random.fork_rng():

@@ -16,8 +16,10 @@ from .hf_gated_delta import Frame, LayerSite
 from .model_call import has_attention
 from .tap import DENSE_KINDS, Tap
 
-# Largest |hooked - plain| logit over the largest plain logit that the self-test lets pass, by parameter dtype.
-TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.03}
+# Largest |hooked - plain| logit over the largest plain logit that the self-test lets pass, by parameter dtype. Measured
+# over 12 tiny random models of every family: at most 8e-5 in float32 (any token); in half precision 0 for the median
+# token, 2e-2 for most others, and 0.12 where a rounding sent one token to another expert, so there the median is taken.
+TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
 
 
 @contextlib.contextmanager
@@ -264,12 +266,15 @@ def _self_test(model: nn.Module, tested: list[LayerSite], backend: str | None) -
     finally:
         for module in training:
             module.training = True
-    size = float(plain.abs().max())
     if not torch.isfinite(plain).all():
         return  # the model itself is broken; check_finite says where, on the first real call
-    off = float((plain - hooked).abs().max()) / max(size, 1e-30)
+    each = (plain - hooked).abs().amax(-1) / plain.abs().max().clamp_min(1e-30)  # [2, 7]
     dtype = tested[0].out_proj.weight.dtype if tested else torch.float32
     limit = TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16])
+    if dtype in (torch.float64, torch.float32):
+        off = float(each.max())
+    else:
+        off = max(float(each[:, :-1].median()), float(each[:, -1].median()))  # prefill, cached step
     if not off <= limit:
         raise RuntimeError(
             f"attach: self-test failed: logits on our op differ from the plain model's by {off:.1e} of the largest "

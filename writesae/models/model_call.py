@@ -133,6 +133,11 @@ class ModelCall:
             raise ValueError(f"packed batch: expected one row that holds all sequences, got {B} rows")
         if cache is not None:
             raise ValueError("packed batch: expected use_cache=False and no past_key_values, got a cache")
+        if getattr(text_config(self.root), "ple_layer_ids", None):
+            raise ValueError(
+                f"packed batch: {type(self.root).__name__} reads n-grams across sequences in its per-layer embeddings, "
+                "which nothing here can keep apart; feed the sequences as rows of a padded batch"
+            )
         if stated is not None and self._mixes_in_attention() and not (
             positions is not None and torch.equal(positions.cpu(), stated.cpu())
         ):
