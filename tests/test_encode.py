@@ -18,8 +18,8 @@ from writesae.writes import Writes
 
 ISAS = torch.ops.writesae.cpu_isa_list().split(",")
 
-# Worst element over the largest value, float32 against float64: 4.4e-7 measured over the cases below on the three
-# instruction sets, T up to 300, K up to 128.
+# Worst element over the largest value, float32 against float64: 2.9e-7 measured over the cases below on the three
+# instruction sets.
 FP32 = 2e-6
 
 
@@ -278,7 +278,7 @@ def test_65536_tokens_keep_their_carry(decay):
     else:
         want = activations(writes, v, w, every, backend="reference")[0, :, 0]
     error = (got - want).norm(dim=0) / want.norm(dim=0)
-    assert float(error.max()) <= 1e-5  # measured 1.7e-6 without decay
+    assert float(error.max()) <= 3e-5  # measured 9.2e-6 without decay, 8.4e-8 with
     assert float((got[-1] - want[-1]).abs().max()) <= 1e-4 * float(want[-1].abs().max())
 
 
