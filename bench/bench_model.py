@@ -1,0 +1,145 @@
+"""A full-size random Qwen3.5-0.8B, hooked against plain: prefill of 1,024 tokens and cached decoding.
+
+    python bench/bench_model.py [--dtype float32|bfloat16] [--repeats 3] [--cases layer,all,decode]
+
+Weights are random (speed does not depend on their values); logits of the accelerated model are compared with the plain
+model's before any ratio is printed. Plain and hooked runs are interleaved; the ratio is the median of the pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import torch
+from timing import Row, paired_ratio, write_rows
+from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
+import writesae
+
+TOKENS, F, ACTIVE, LAYER = 1024, 2048, 32, 9
+
+
+class RandomDictionary:
+    """A bilinear dictionary of random unit factors, as `attach` needs it."""
+
+    kind, k, threshold, r = "bilinear", ACTIVE, None, 1
+
+    def __init__(self, K: int, V: int, seed: int):
+        generator = torch.Generator().manual_seed(seed)
+        self.K, self.V, self.F, self.d_sae = K, V, F, F
+        self.v = torch.nn.functional.normalize(torch.randn(F, 1, K, generator=generator), dim=-1)
+        self.w = torch.nn.functional.normalize(torch.randn(F, 1, V, generator=generator), dim=-1)
+
+    def encoder(self):
+        return self.v, self.w, torch.zeros(F)
+
+
+def full_size(dtype: torch.dtype) -> Qwen3_5ForCausalLM:
+    """Random weights in the shape of Qwen3.5-0.8B: 24 layers (linear x 3, full x 1), 16 heads of 128 x 128."""
+    config = Qwen3_5TextConfig(
+        vocab_size=248_320, hidden_size=1024, intermediate_size=3584, num_hidden_layers=24,
+        num_attention_heads=8, num_key_value_heads=2, head_dim=256, linear_num_key_heads=16, linear_num_value_heads=16,
+        linear_key_head_dim=128, linear_value_head_dim=128, linear_conv_kernel_dim=4, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return Qwen3_5ForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def linear_layers(model) -> list[int]:
+    return [i for i, kind in enumerate(model.config.layer_types) if kind == "linear_attention"]
+
+
+def agreement(model, ids, sites) -> float:
+    """Relative RMS difference of the hooked model's last logits from the plain model's."""
+    plain = model(ids, logits_to_keep=8).logits.float()
+    with writesae.attach(model, sites, accelerate=True, self_test=False):
+        hooked = model(ids, logits_to_keep=8).logits.float()
+    return float((hooked - plain).square().mean().sqrt() / plain.square().mean().sqrt())
+
+
+@torch.no_grad()
+def measure(dtype: torch.dtype, repeats: int, cases: list[str]) -> list[Row]:
+    model = full_size(dtype)
+    name = str(dtype).split(".")[1]
+    ids = torch.randint(model.config.vocab_size, (1, TOKENS), generator=torch.Generator().manual_seed(1))
+    one = {(LAYER, h): RandomDictionary(128, 128, h) for h in range(16)}
+    limit = 1e-3 if dtype == torch.float32 else 5e-2
+    error = agreement(model, ids, one)
+    print(f"{name}: hooked logits differ from the plain model's by {error:.1e} relative RMS (limit {limit:.0e})")
+    if error > limit:
+        raise SystemExit("results disagree: no ratio is printed")
+    rows = []
+
+    def plain():
+        model(ids, logits_to_keep=1)
+
+    def hooked(sites):
+        with writesae.attach(model, sites, accelerate=True, self_test=False) as tap:
+
+            def run():
+                model(ids, logits_to_keep=1)
+                tap.clear()
+
+            yield run
+
+    if "layer" in cases:
+        for run in hooked(one):
+            ratio, spread = paired_ratio(run, plain, repeats)
+            rows.append(Row(f"model {name}: 16 heads of layer {LAYER} hooked", "plain transformers", ratio, "x time", 0.75, ratio <= 0.75, spread))
+    if "all" in cases:
+        every = {(ell, h): RandomDictionary(128, 128, 100 * ell + h) for ell in linear_layers(model) for h in range(16)}
+        for run in hooked(every):
+            ratio, spread = paired_ratio(run, plain, repeats)
+            rows.append(Row(f"model {name}: all {len(every)} heads hooked", "plain transformers", ratio, "x time", 1.0, ratio <= 1.0, spread))
+    if "decode" in cases:
+        rows.append(decode_row(model, ids, {(LAYER, 4): RandomDictionary(128, 128, 4)}, name, repeats))
+    return rows
+
+
+def decode_row(model, ids, sites, name: str, repeats: int) -> Row:
+    """Cached decoding, 8 tokens a round after a prompt of 128; plain and hooked continue caches of their own."""
+
+    def decoder():
+        out = model(ids[:, :128], use_cache=True, logits_to_keep=1)
+        state = {"cache": out.past_key_values, "token": out.logits[:, -1:].argmax(-1)}
+
+        def run():
+            for _ in range(8):
+                out = model(state["token"], past_key_values=state["cache"], use_cache=True)
+                state["token"] = out.logits[:, -1:].argmax(-1)
+
+        return run
+
+    plain = decoder()
+    with writesae.attach(model, sites, accelerate=True, self_test=False):
+        inner = decoder()
+
+    def hooked():
+        with writesae.attach(model, sites, accelerate=True, self_test=False):
+            inner()
+
+    ratio, spread = paired_ratio(hooked, plain, repeats)
+    return Row(f"model {name}: cached decoding, one site hooked", "plain transformers", ratio, "x time", 1.05, ratio <= 1.05, spread)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--cases", default="layer,all,decode")
+    args = parser.parse_args()
+    start = time.time()
+    rows = []
+    for dtype in args.dtype:
+        rows += measure(getattr(torch, dtype), args.repeats, args.cases.split(","))
+    write_rows("model", rows, seconds=time.time() - start)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Train the embedded model's dictionary and write `writesae/default/sae/`.
+
+    python scripts/train_default_dictionary.py [--work runs/default_dictionary] [--out writesae/default/sae]
+
+Three steps, each on text of its own: a small dictionary at every site (training split); the replacement test of each on
+the validation split, which chooses the site; then the dictionary that ships (training split), evaluated on the
+validation split. The test split is not read here: it belongs to the demo and to `writesae replace`. Each step's result
+is kept in --work, so a run that stopped goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from pathlib import Path
+
+import torch
+
+from writesae.default.corpus import read_source, stdlib_files, stdlib_folder
+from writesae.experiments import passages_of, run_replacement
+from writesae.models import hf_gated_delta, load
+from writesae.sae import SAE, ModelStream, Passages, TrainConfig, Trainer, evaluate
+from writesae.sae.block import Block
+
+
+def texts(split: str) -> list[tuple[str, str]]:
+    root = stdlib_folder()
+    return [(path.relative_to(root).as_posix(), read_source(path)) for path in stdlib_files(split)]
+
+
+def train(model, tokenizer, sites, config: TrainConfig, folder: Path, name: str) -> dict[tuple[int, int], SAE]:
+    """Dictionaries of all `sites`, trained together; from `folder` where they are already there."""
+    found = {site: folder / f"L{site[0]}H{site[1]}" for site in sites}
+    if all((path / "cfg.json").exists() for path in found.values()):
+        return {site: SAE.from_pretrained(path) for site, path in found.items()}
+    passages = Passages.from_texts(texts("train"), tokenizer, 256)
+    checkpoint = folder / "checkpoint"
+    with ModelStream(model, passages, sites) as stream:
+        resume = checkpoint.exists() and any(checkpoint.iterdir())
+        saes = Trainer(stream, sites, config, checkpoint, resume, name).run(checkpoint_every=500)
+    for site, sae in saes.items():
+        sae.save_pretrained(found[site])
+    return saes
+
+
+def quality(model, tokenizer, saes: dict[tuple[int, int], SAE], states: int) -> dict[tuple[int, int], dict]:
+    """`evaluate` of each dictionary on the validation split."""
+    passages = Passages.from_texts(texts("validation"), tokenizer, 256)
+    with ModelStream(model, passages, list(saes)) as stream:
+        parts = list(stream.writes(torch.randperm(len(passages), generator=torch.Generator().manual_seed(0))[:256]))
+    return {
+        (layer, head): evaluate(sae, Block([part[layer] for part in parts], head), states)
+        for (layer, head), sae in saes.items()
+    }
+
+
+def survey(model, tokenizer, args) -> list[dict]:
+    """One record a site: quality and win rate of a small dictionary on the validation split, best win rate first."""
+    path = args.work / "survey.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    sites = [(s.layer_index, head) for s in hf_gated_delta.layers(model) for head in range(s.num_v_heads)]
+    config = TrainConfig(F=512, k=16, steps=args.survey_steps, block=256, lr=1e-3, seed=args.seed)
+    saes = train(model, tokenizer, sites, config, args.work / "survey", args.model)
+    passages = passages_of(texts("validation"), tokenizer)
+    scores = quality(model, tokenizer, saes, 4096)
+    records = []
+    for site, sae in saes.items():
+        result = run_replacement(
+            model, tokenizer, {site: sae}, passages, firings=args.survey_firings, natives=("increment",), progress=False
+        )
+        summary = result.summary(resamples=200)
+        native = result.table["native_norm"]
+        records.append({
+            "layer": site[0], "head": site[1], "win_rate": summary["win_rate"], "strict_chain": summary["strict_chain"],
+            "kl_median": summary["kl_median"], "native_norm_median": float(torch.tensor(native).median()), **scores[site],
+        })  # fmt: skip
+        print(f"L{site[0]}H{site[1]}: win rate {summary['win_rate']:.3f}, KL {summary['kl_median']}, "
+              f"FVU {scores[site]['fvu']:.3f}, cosine {scores[site]['winner_cosine_median']:.3f}", flush=True)
+    records.sort(key=lambda r: -r["win_rate"])
+    path.write_text(json.dumps(records, indent=2) + "\n")
+    return records
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="default")
+    parser.add_argument("--work", type=Path, default=Path("runs/default_dictionary"))
+    parser.add_argument("--out", type=Path, default=Path("writesae/default/sae"))
+    parser.add_argument("--site", metavar="LAYER:HEAD", help="skip the survey and train this one")
+    parser.add_argument("--survey-steps", type=int, default=400)
+    parser.add_argument("--survey-firings", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("-F", "--features", type=int, default=2048)
+    parser.add_argument("-k", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    model, tokenizer = load(args.model)
+    chosen_by = None
+    if args.site:
+        site = tuple(int(x) for x in args.site.split(":"))
+    else:
+        records = survey(model, tokenizer, args)
+        site, chosen_by = (records[0]["layer"], records[0]["head"]), records[0]
+        print(f"chosen: layer {site[0]}, head {site[1]}, win rate {records[0]['win_rate']:.3f} on the validation split")
+    config = TrainConfig(F=args.features, k=args.k, steps=args.steps, lr=args.lr, lr_end=args.lr / 10, seed=args.seed)
+    sae = train(model, tokenizer, [site], config, args.work / "final", "writesae default")[site]
+    sae.metrics = quality(model, tokenizer, {site: sae}, 20_000)[site]
+    sae.training_record |= {"script": "scripts/train_default_dictionary.py", "chosen_by": chosen_by}
+    folder = args.out / f"L{site[0]}H{site[1]}"
+    if args.out.exists():
+        shutil.rmtree(args.out)
+    sae.save_pretrained(folder)
+    print(json.dumps(sae.metrics, indent=2))
+    print(f"saved in {folder} after {time.monotonic() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

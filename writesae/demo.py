@@ -1,0 +1,162 @@
+"""`writesae demo`: the embedded model and dictionary, end to end, on text neither has seen.
+
+Collects the firings of the held-out text, shows the strongest atoms, runs the replacement test, and writes
+`summary.json`, pictures and a self-contained `report.html`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+import warnings
+from pathlib import Path
+
+_CONTEXTS = 4
+_SUMMARY = (
+    "model site tokens tokens_per_second firings n win_rate win_rate_ci95 strict_chain kl_median native_kl_max fvu l0 "
+    "backend seconds"
+).split()
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the run; a finished one is redone")
+    parser.add_argument("--firings", type=int, default=1500, help="held-out firings to test")
+    parser.add_argument("--atoms", type=int, default=8, help="atoms to print")
+    parser.add_argument("--horizon", type=int, default=8, help="tokens followed after the edit")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of firings and the random control")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints what it finds as it goes. Returns 0."""
+    began = time.perf_counter()
+    _need_extras()
+    import torch
+    from transformers.utils import logging
+
+    from . import report
+    from .collect import Corpus, ModelSource, Store, collect
+    from .default.corpus import read_source, stdlib_files, stdlib_folder
+    from .experiments import passages_of, run_replacement
+    from .models import load
+    from .ops import _dispatch
+    from .sae import SAE, Passages, evaluate
+
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", message=".*fast path.*")
+    folder = next(iter(sorted((Path(__file__).parent / "default" / "sae").glob("*/cfg.json")))).parent
+    model, tokenizer = load("default")
+    sae = SAE.from_pretrained(folder)
+    site = (sae.layer, sae.head)
+    backend = "cpu" if _dispatch.can_run("cpu", "demo", {}) else "reference"
+    parameters = sum(p.numel() for p in model.parameters())
+    print(
+        f"model: {parameters / 1e6:.1f} M parameters, Qwen3.5 architecture, trained on the Python standard library\n"
+        f"site: layer {site[0]}, head {site[1]}; state {sae.K} x {sae.V}; dictionary of {sae.F:,} rank-1 atoms, "
+        f"{sae.k} active a token; backend {backend}"
+    )
+
+    if args.out.exists():
+        _refuse_foreign(args.out)
+        shutil.rmtree(args.out)
+    held_out, root = stdlib_files("test"), stdlib_folder()
+    print(f"\n1. firings of {len(held_out)} held-out modules")
+    source = ModelSource(model, {site: sae}, accelerate=True)
+    collected = collect(
+        Corpus.from_files(held_out, root=root), tokenizer, source, args.out / "firings", context=512, progress=True
+    )
+    print(
+        f"   {collected['firings']:,} firings of {collected['tokens']:,} tokens at "
+        f"{collected['tokens_per_second']:,.0f} tokens/s; {collected['bytes_per_firing']:.2f} bytes a firing"
+    )
+
+    print("\n2. what the strongest atoms fire on")
+    store = Store(args.out / "firings")
+    _show_atoms(store, site, tokenizer, args.atoms)
+
+    print(f"\n3. replacement test: {args.firings:,} held-out firings")
+
+    def texts(split):
+        return [(path.relative_to(root).as_posix(), read_source(path)) for path in stdlib_files(split)]
+
+    test = texts("test")
+    result = run_replacement(
+        model, tokenizer, sae, passages_of(test, tokenizer), select=passages_of(texts("validation"), tokenizer),
+        firings=args.firings, horizon=args.horizon, seed=args.seed, out=args.out,
+    )  # fmt: skip
+    quality = _evaluate(model, tokenizer, sae, test, Passages, evaluate, torch)
+    extra = {
+        "model": "writesae default", "site": f"{site[0]}:{site[1]}", "firings": collected["firings"],
+        "fvu": quality["fvu"], "l0": quality["l0"], "alive": quality["alive"], "dictionary": quality,
+        "backend": backend, "corpus": "stdlib:test", "select": "stdlib:validation",
+    }  # fmt: skip
+    summary = result.save(args.out, **extra)
+    # Of the collection, whose tokens and speed these are, not of the test's part of them.
+    summary["tokens"], summary["tokens_per_second"] = collected["tokens"], collected["tokens_per_second"]
+    page = report.build((summary, report.load_run(args.out)[1]), args.out)
+    summary["seconds"] = time.perf_counter() - began
+    ordered = {name: summary[name] for name in _SUMMARY}
+    ordered.update({name: value for name, value in summary.items() if name not in ordered})
+    (args.out / "summary.json").write_text(json.dumps(ordered, indent=2, allow_nan=False) + "\n")
+    _show_result(summary, page)
+    return 0
+
+
+def _evaluate(model, tokenizer, sae, texts, Passages, evaluate, torch) -> dict:
+    from .sae.block import Block
+    from .sae.stream import ModelStream
+
+    passages = Passages.from_texts(texts, tokenizer, 256)
+    with ModelStream(model, passages, [(sae.layer, sae.head)]) as stream:
+        parts = list(stream.writes(torch.arange(len(passages))))
+    return evaluate(sae, Block([part[sae.layer] for part in parts], sae.head), states=20_000)
+
+
+def _need_extras() -> None:
+    """Says which extra is missing before minutes of work, not after."""
+    from importlib.util import find_spec
+
+    missing = [name for name in ("scipy", "statsmodels", "matplotlib") if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"demo: {', '.join(missing)} missing: pip install 'writesae[experiments]'")
+
+
+def _refuse_foreign(out: Path) -> None:
+    ours = {"firings", "parts", "plots", "summary.json", "firings.parquet", "report.html", "plan.json"}
+    others = sorted(path.name for path in out.iterdir() if path.name not in ours) if out.is_dir() else [out.name]
+    if others:
+        raise ValueError(f"out: expected a new folder or an earlier demo's, got {out} with {', '.join(others[:5])}")
+
+
+def _show_atoms(store, site: tuple[int, int], tokenizer, number: int) -> None:
+    """Prints the atoms with the largest total activation, each with its strongest contexts of different passages."""
+    import pyarrow.compute as pc
+
+    counts = store.counts(*site)
+    order = pc.sort_indices(counts, [("sum", "descending"), ("feature", "ascending")])
+    for feature in counts["feature"].take(order[:number]).to_pylist():
+        row = counts.filter(pc.equal(counts["feature"], feature)).to_pylist()[0]
+        print(f"   atom {feature}: {row['count']:,} firings, strongest {row['max']:.3g}")
+        seen = set()
+        for c in store.contexts(*site, feature, n=40, width=10, tokenizer=tokenizer):
+            if (c.document, c.row) in seen:
+                continue
+            seen.add((c.document, c.row))
+            flat = [x.replace("\n", "⏎").replace("\t", " ") for x in (c.before, c.token, c.after)]
+            print(f"      {c.activation:7.3f}  {flat[0][-34:]:>34}[{flat[1]}]{flat[2][:22]:22}  {c.source}")
+            if len(seen) == _CONTEXTS:
+                break
+
+
+def _show_result(summary: dict, page: Path) -> None:
+    low, high = summary["win_rate_ci95"]
+    medians = "  ".join(f"{name} {value:.2e}" for name, value in summary["kl_median"].items())
+    print(
+        f"\n   atom closer than deletion: {summary['win_rate']:.1%} of {summary['n']:,} firings (95 %: {low:.1%} to {high:.1%})"
+        f"\n   atom < deletion < random:  {summary['strict_chain']:.1%}"
+        f"\n   median KL in nats:         {medians}"
+        f"\n   native write put back:     largest KL {summary['native_kl_max']}"
+        f"\n   dictionary on this text:   FVU {summary['fvu']:.3f}, L0 {summary['l0']:.1f}, {summary['alive']} atoms alive"
+        f"\n\nreport: {page}   ({summary['seconds']:.0f} s)"
+    )
