@@ -44,6 +44,7 @@ class DenseDictionary:
 
     like: Dictionary
     kind: str = "matrix"
+    threshold: float | None = None
 
     def __post_init__(self):
         self.k, self.K, self.V = self.like.k, self.like.K, self.like.V
@@ -251,8 +252,9 @@ GENERATE = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("how", GENERATE)
-@pytest.mark.parametrize("accelerate", [False, True])
+@pytest.mark.parametrize(
+    "how, accelerate", [("greedy", False), ("greedy", True), ("sampling", True), ("beams", False)]
+)
 def test_generate_gives_the_plain_models_tokens(models, family, how, accelerate):
     model = models(family)
     prompt, mask = tokens(2, 6), torch.ones(2, 6, dtype=torch.long)
@@ -494,6 +496,16 @@ def test_self_test_catches_a_wrong_op(models, monkeypatch):
     with pytest.raises(RuntimeError, match="self-test failed"):
         with attach(models(), {(0, 0): None}):
             pass
+
+
+def test_self_test_catches_a_layer_that_something_else_runs():
+    model = tiny_model()
+    module = model.model.layers[0].linear_attn
+    module.forward = lambda hidden_states, **_: hidden_states
+    with pytest.raises(RuntimeError, match=r"self-test failed: layers \[0\] ran without calling"):
+        with attach(model, {(0, 0): None, (1, 0): None}):
+            pass
+    assert "forward" in module.__dict__
 
 
 # ---- edits ----------------------------------------------------------------------------------------------------

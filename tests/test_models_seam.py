@@ -38,7 +38,7 @@ def test_a_suffix_runs_alone_with_its_left_context(family):
         return NotImplemented
 
     def keep(module, args, kwargs, output):
-        hidden["in"], hidden["out"] = kwargs["hidden_states"], output
+        hidden["in"], hidden["out"] = args[0] if args else kwargs["hidden_states"], output
 
     handle = site.module.register_forward_hook(keep, with_kwargs=True)
     with hf_gated_delta.intercept(model, {3: rule}, {3: conv}):

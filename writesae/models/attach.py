@@ -204,7 +204,7 @@ def _check_sites(model, found: dict[int, LayerSite], sites) -> dict[int, dict[in
 
 def _check_dictionary(sae, site: LayerSite, head: int) -> None:
     where = f"sites[({site.layer_index}, {head})]"
-    wanted = ("kind", "K", "V", "k", "encode" if getattr(sae, "kind", None) in DENSE_KINDS else "encoder")
+    wanted = ("kind", "K", "V", "k", "threshold", "encode" if getattr(sae, "kind", None) in DENSE_KINDS else "encoder")
     missing = [name for name in wanted if not hasattr(sae, name)]
     if missing:
         raise ValueError(f"{where}: expected a dictionary (writesae.SAE) or None, got {type(sae).__name__}")
@@ -241,7 +241,10 @@ def _check_edits(model, found: dict[int, LayerSite], edits) -> dict[int, Edits]:
 def _self_test(model: nn.Module, tested: list[LayerSite], backend: str | None) -> None:
     """Compares logits of a few random tokens, prefill and one cached step, plain and on our op."""
 
+    ran = set()
+
     def rule(q, k, v, g, beta, initial_state, output_final_state, use_qk_l2norm, cu_seqlens):
+        ran.add(hf_gated_delta.running().site.layer_index)
         out = gated_delta_rule(
             q, k, v, g, beta, initial_state=initial_state, output_final_state=output_final_state,
             use_qk_l2norm=use_qk_l2norm, cu_seqlens=cu_seqlens, backend=backend,
@@ -266,6 +269,12 @@ def _self_test(model: nn.Module, tested: list[LayerSite], backend: str | None) -
     finally:
         for module in training:
             module.training = True
+    bypassed = [s.layer_index for s in tested if s.layer_index not in ran]
+    if bypassed:
+        raise RuntimeError(
+            f"attach: self-test failed: layers {bypassed} ran without calling the gated delta rule where their class "
+            "does; has something (a hub kernel, another hook) replaced their forward?"
+        )
     if not torch.isfinite(plain).all():
         return  # the model itself is broken; check_finite says where, on the first real call
     each = (plain - hooked).abs().amax(-1) / plain.abs().max().clamp_min(1e-30)  # [2, 7]

@@ -86,7 +86,7 @@ class Tap:
                     self._dense.setdefault(layer, {})[head] = sae
                     continue
                 factors = tuple(x.detach().to(parameter.device, torch.float32) for x in sae.encoder())
-                key = (*factors[0].shape, int(sae.k), sae.threshold is None)
+                key = (*factors[0].shape, int(sae.k), sae.threshold is None)  # F, r, K, k, top-k or threshold
                 alike.setdefault(key, []).append((head, sae, factors))
             for (F, _, _, k, top), members in alike.items():
                 stacked = [torch.stack([m[2][i] for m in members]).contiguous() for i in range(3)]
