@@ -1,0 +1,119 @@
+"""The report: every figure in one page, nothing fetched, nothing unescaped, and no model or kernel needed to draw it."""
+
+import base64
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from writesae.experiments.conditions import CONDITIONS, arm, arms
+from writesae.experiments.result import ReplacementResult
+from writesae.report import build, load_run
+
+ROOT = Path(__file__).parents[1]
+NATIVES, SCALES = ("increment", "outer"), ("coef", "matched")
+
+
+def made_up(n=300, conditions=CONDITIONS, horizon=6, seed=0, spread=1.0):
+    """A result with plausible numbers and awkward tokens."""
+    draw = np.random.default_rng(seed)
+    level = {"native": 0, "atom": 1e-3, "delete": 2e-3, "random": 4e-3, "mean": 2e-3, "previous": 3e-3, "singular": 5e-3}
+    decay = np.exp(-0.3 * np.arange(horizon + 1))
+    words = ["def", " <b>", "&amp;", "\n", "\t", "self", ".", "é", '"', "</code>"]
+    context = np.empty(n, object)
+    context[:] = [[words[i] for i in draw.integers(0, len(words), 20)] for _ in range(n)]
+    document = np.empty(n, object)
+    document[:] = [f"pkg/<{i % 9}>.py" for i in range(n)]
+    table = {
+        "document": document, "passage": np.arange(n) // 4, "row": np.arange(n) % 7, "position": np.arange(n) % 50 + 1,
+        "token": np.arange(n), "layer": np.full(n, 4), "head": np.arange(n) % 2, "feature": draw.integers(0, 20, n),
+        "activation": draw.exponential(2, n) + 0.1, "native_norm": np.ones(n), "outer_norm": np.ones(n),
+        "atom_norm": np.ones(n), "cosine": draw.uniform(-0.2, 0.9, n), "context": context, "context_at": np.full(n, 12),
+    }  # fmt: skip
+    for direction in ("forward", "reverse"):
+        for name in arms(NATIVES, SCALES, conditions):
+            noise = np.exp(spread * draw.standard_normal((n, 1)))
+            table[f"{direction}:{name}"] = level[name.split(".")[-1]] * noise * decay
+    sites = {(4, h): {"kind": "bilinear", "F": 512, "k": 16, "K": 32, "V": 64, "metrics": {"fvu": 0.4}} for h in (0, 1)}
+    return ReplacementResult(
+        table, NATIVES, SCALES, tuple(conditions), horizon, 0, n, 12345, 10.0,
+        {"tokens": 999, "passages": 9, "min_selected": 5, "features": {"4:0": 20}}, sites,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    made_up().save(folder, model="a <tiny> model")
+    build(folder, folder)
+    return folder
+
+
+def test_all_figures_are_inlined_and_nothing_is_fetched(folder):
+    page = (folder / "report.html").read_text()
+    figures = sorted((folder / "plots").glob("*.png"))
+    assert {f.stem for f in figures} == {
+        "kl_scatter", "ratio_densities", "horizon_curve", "feature_win_rates", "win_rate_by_cosine",
+        "activation_histogram",
+    }  # fmt: skip
+    for figure in figures:
+        data = figure.read_bytes()
+        assert data.startswith(b"\x89PNG") and base64.b64encode(data).decode() in page
+    rest = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", page)
+    assert not re.search(r"https?:|//|<script|<link|@import|url\(", rest)
+    assert rest.count("<img") == len(figures)
+
+
+def test_the_page_holds_the_numbers(folder):
+    page = (folder / "report.html").read_text()
+    summary = json.loads((folder / "summary.json").read_text())
+    for rate in (summary["win_rate"], summary["strict_chain"]):
+        assert f"{100 * rate:.1f}&#8239;%" in page
+    assert page.count('class="group"') == 4 and page.count("class=here") == 1
+    for text in ("a &lt;tiny&gt; model", "pkg/&lt;", "<mark>", "FVU 0.400", "Heads of layer 4", "previous write"):
+        assert text in page
+    assert "<b>&amp;amp;" not in page and " <b>" not in re.sub(r"<figcaption>.*?</figcaption>", "", page)
+    opened, closed = len(re.findall(r"<(section|div|table|figure)\b", page)), len(re.findall(r"</(section|div|table|figure)>", page))
+    assert opened == closed
+
+
+def test_a_run_survives_its_folder(folder):
+    result = made_up()
+    summary, table = load_run(folder)
+    assert summary["n"] == 300
+    for name, column in result.table.items():
+        assert table[name].tolist() == column.tolist(), name
+
+
+@pytest.mark.parametrize("n, conditions, spread", [(1, ("atom", "delete"), 1.0), (7, ("native", "atom", "delete", "random"), 0.0)])
+def test_small_and_degenerate_runs_draw(tmp_path, n, conditions, spread):
+    result = made_up(n, conditions, spread=spread)
+    for condition in conditions:
+        if condition == "delete":
+            result.table[f"forward:{arm('increment', condition)}"][:] = 0  # exact zeros on logarithmic axes
+    page = build((json.loads(json.dumps(result.summary(50))), result.table), tmp_path)
+    assert page.read_text().startswith("<!doctype html>")
+
+
+def test_reports_need_no_model_and_no_kernel(folder, tmp_path):
+    code = (
+        "import sys; from writesae.report.command import configure, run; import argparse; p = argparse.ArgumentParser();"
+        f"configure(p); run(p.parse_args([{str(folder)!r}, '--out', {str(tmp_path)!r}]));"
+        "print([m for m in sys.modules if m.split('.')[0] in ('torch', 'transformers') or m == 'writesae.ops'])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    lines = out.stdout.splitlines()
+    assert lines == [str(tmp_path / "report.html"), "[]"]
+    assert (tmp_path / "report.html").read_bytes() == (folder / "report.html").read_bytes()
+
+
+def test_bad_input(tmp_path):
+    with pytest.raises(ValueError, match="without summary.json"):
+        load_run(tmp_path)
+    (tmp_path / "parts").mkdir()
+    with pytest.raises(ValueError, match="not finished"):
+        load_run(tmp_path)
