@@ -162,12 +162,12 @@ void gated_delta_rule(const GatedDeltaRuleParams& p, const Parallel& parallel) {
   };
 
   // A tile: so many tokens, and so many sequences side by side, that what is prepared for them stays near the core.
-  const int64_t per_token = p.Hk * (2 * K + 2 * CHUNK) + p.H * 2;
+  const int64_t padded = round_up(K, 16), per_token = p.Hk * (2 * padded + 2 * CHUNK) + p.H * 2;
   int64_t tile = std::min<int64_t>(std::max<int64_t>(SCRATCH_FLOATS / per_token / PART * PART, PART), 1024);
   tile = std::min(tile, round_up(std::max<int64_t>(longest, 1), CHUNK));
   const int64_t together = std::clamp<int64_t>(SCRATCH_FLOATS / (per_token * tile), 1, std::max<int64_t>(p.N, 1));
   const int64_t chunks = round_up(tile, CHUNK) / CHUNK, parts = (tile + PART - 1) / PART;
-  const int64_t pair_size = chunks * K * 2 * CHUNK, dots_size = chunks * 2 * CHUNK * CHUNK;
+  const int64_t pair_size = chunks * padded * 2 * CHUNK, dots_size = chunks * 2 * CHUNK * CHUNK;
   const Buffer pair(together * p.Hk * pair_size), dots(together * p.Hk * dots_size);
   const Buffer gate(together * p.H * tile), beta(together * p.H * tile);
   // Blocks of two vectors, unless that would leave threads without work.
@@ -175,8 +175,8 @@ void gated_delta_rule(const GatedDeltaRuleParams& p, const Parallel& parallel) {
   const auto blocks_of = [&](int count) { return (V + count * kernel.lanes - 1) / (count * kernel.lanes); };
   if (together * p.H * blocks_of(vectors) < parallel.threads) vectors = 1;
   const int64_t width = vectors * kernel.lanes, blocks = blocks_of(vectors);
-  const int64_t memory_size = round_up((K + 2 * CHUNK + 1) * width + K * 2 * CHUNK, 16);
-  const int64_t rows_size = 2 * CHUNK * round_up(K, 16);
+  const int64_t memory_size = round_up((K + 2 * CHUNK + 1) * width + padded * 2 * CHUNK, 16);
+  const int64_t rows_size = 2 * CHUNK * padded;
   const int64_t worker_size = std::max(memory_size, rows_size);
   const Buffer memory(worker_size * parallel.threads);
 
@@ -191,7 +191,7 @@ void gated_delta_rule(const GatedDeltaRuleParams& p, const Parallel& parallel) {
         const int64_t from = first + part * PART, to = std::min({from + PART, first + tile, s.length});
         if (from >= to) return;
         const int64_t chunk = (m * p.Hk + hk) * chunks + part * PART / CHUNK;
-        kernel.prepare(p, s.b, s.origin, from, to, hk, memory + worker * worker_size, pair + chunk * K * 2 * CHUNK,
+        kernel.prepare(p, s.b, s.origin, from, to, hk, memory + worker * worker_size, pair + chunk * padded * 2 * CHUNK,
                        dots + chunk * 2 * CHUNK * CHUNK);
         for (int64_t h = hk * group; h < (hk + 1) * group; h++)
           for (int64_t t = from; t < to; t++) {

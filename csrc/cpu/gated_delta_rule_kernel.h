@@ -22,6 +22,11 @@ constexpr int VECTORS = WRITESAE_VECTORS;
 
 // ---- once per key head and tile ------------------------------------------------------------------------------------
 
+inline int64_t round_up_16(int64_t K) { return (K + 15) / 16 * 16; }
+
+// Element i of a row in `pair` (step 2 * C) or of a plain row (step 1).
+inline float element(const float* row, int64_t step, int64_t i) { return row[i / 16 * 16 * step + i % 16]; }
+
 // Reads one key or query row into `row` (padded with zeros to `padded`), normalised when asked, times `scale`.
 inline void read_row(const View& x, int64_t a, int64_t b, int64_t c, int64_t K, int64_t padded, bool normalise,
                      float scale, float* row) {
@@ -32,12 +37,18 @@ inline void read_row(const View& x, int64_t a, int64_t b, int64_t c, int64_t K, 
     for (int64_t i = 0; i < K; i++) row[i] *= scale;
 }
 
+inline void prefetch_row(const View& x, int64_t a, int64_t b, int64_t c, int64_t n) {
+  const char* from = static_cast<const char*>(x.at(a, b, c));
+  for (int64_t byte = 0; byte < n * element_size(x.type); byte += 64) __builtin_prefetch(from + byte, 0);
+}
+
 // Tokens [first, last) of key head hk; first is a multiple of C within the sequence that starts at row b, token `origin`.
-//   pair [chunk][K][2C]: element i of k_0..k_3, q_0..q_3 (zero past the end);  dots [chunk][2][C][C]: k_i.k_j and k_i.q_j
+//   pair [chunk][K / 16][2C][16]: k_0..k_3, q_0..q_3 in pieces of 16 (zero past the end), so that one pointer and constant
+//        offsets reach all of them;  dots [chunk][2][C][C]: k_i.k_j and k_i.q_j
 inline void prepare(const GatedDeltaRuleParams& p, int64_t b, int64_t origin, int64_t first, int64_t last, int64_t hk,
                     float* rows, float* pair, float* dots) {
-  const int64_t K = p.K, padded = (K + 15) / 16 * 16;
-  for (int64_t start = first; start < last; start += C, pair += K * 2 * C, dots += 2 * C * C) {
+  const int64_t K = p.K, padded = round_up_16(K);
+  for (int64_t start = first; start < last; start += C, pair += padded * 2 * C, dots += 2 * C * C) {
     for (int j = 0; j < C; j++) {
       float* k = rows + j * padded;
       float* q = rows + (C + j) * padded;
@@ -46,6 +57,10 @@ inline void prepare(const GatedDeltaRuleParams& p, int64_t b, int64_t origin, in
         continue;
       }
       const int64_t t = origin + start + j;
+      if (start + j + C < last) {  // a key head's next row lies a whole token away, where no hardware prefetcher looks
+        prefetch_row(p.k, b, t + C, hk, K);
+        prefetch_row(p.q, b, t + C, hk, K);
+      }
       read_row(p.k, b, t, hk, K, padded, p.use_qk_l2norm, 1.0f, k);
       read_row(p.q, b, t, hk, K, padded, p.use_qk_l2norm, p.scale, q);
       if (p.left != nullptr) std::memcpy(p.left + ((b * p.T + t) * p.Hk + hk) * K, k, K * sizeof(float));
@@ -55,8 +70,9 @@ inline void prepare(const GatedDeltaRuleParams& p, int64_t b, int64_t origin, in
         dots[j * C + i] = i < j ? dot(rows + i * padded, rows + j * padded, padded) : 0.0f;
         dots[C * C + j * C + i] = dot(rows + i * padded, rows + (C + j) * padded, padded);
       }
-    for (int64_t i = 0; i < K; i++)
-      for (int j = 0; j < 2 * C; j++) pair[i * 2 * C + j] = rows[j * padded + i];
+    for (int64_t i = 0; i < padded; i += 16)
+      for (int j = 0; j < 2 * C; j++)
+        for (int l = 0; l < 16; l += LANES) store(pair + (i * 2 * C + j * 16) + l, load(rows + j * padded + i + l));
   }
 }
 
@@ -82,17 +98,20 @@ inline void advance(float* state, int64_t K, const Pending<NV>& pending, const f
     }
   const float gate = pending.gate;
   const float* past = pending.pair;
-  for (int64_t i = 0; i < K; i++, state += NV * LANES, past += 2 * C, next += 2 * C) {
-    Vec s[NV];
-    for (int n = 0; n < NV; n++) s[n] = load(state + n * LANES) * gate;
-    for (int j = 0; j < C; j++)
-      for (int n = 0; n < NV; n++) s[n] += past[j] * u[j][n];
-    for (int n = 0; n < NV; n++) store(state + n * LANES, s[n]);
-    for (int j = 0; j < C; j++)
-      for (int n = 0; n < NV; n++) {
-        rk[j][n] += next[j] * s[n];
-        oq[j][n] += next[C + j] * s[n];
-      }
+  for (int64_t left = K; left > 0; left -= 16, past += 16 * (2 * C - 1), next += 16 * (2 * C - 1)) {
+    const float* end = past + (left < 16 ? left : 16);
+    for (; past < end; past++, next++, state += NV * LANES) {
+      Vec s[NV];
+      for (int n = 0; n < NV; n++) s[n] = load(state + n * LANES) * gate;
+      for (int j = 0; j < C; j++)
+        for (int n = 0; n < NV; n++) s[n] += past[j * 16] * u[j][n];
+      for (int n = 0; n < NV; n++) store(state + n * LANES, s[n]);
+      for (int j = 0; j < C; j++)
+        for (int n = 0; n < NV; n++) {
+          rk[j][n] += next[j * 16] * s[n];
+          oq[j][n] += next[(C + j) * 16] * s[n];
+        }
+    }
   }
   for (int j = 0; j < C; j++)
     for (int n = 0; n < NV; n++) {
@@ -103,17 +122,16 @@ inline void advance(float* state, int64_t K, const Pending<NV>& pending, const f
 
 template <int NV>
 inline void flush(float* state, int64_t K, Pending<NV>& pending, const float* zeros) {
-  const float* past = pending.pair;
-  for (int64_t i = 0; i < K; i++, past += 2 * C)
+  for (int64_t i = 0; i < K; i++)
     for (int n = 0; n < NV; n++) {
       Vec s = load(state + (i * NV + n) * LANES) * pending.gate;
-      for (int j = 0; j < C; j++) s += past[j] * pending.u[j][n];
+      for (int j = 0; j < C; j++) s += element(pending.pair + j * 16, 2 * C, i) * pending.u[j][n];
       store(state + (i * NV + n) * LANES, s);
     }
   pending = {1.0f, zeros, {}};
 }
 
-// One token on a block of the state: rows `row` floats apart, key and query elements `step` floats apart. Edits
+// One token on a block of the state: rows `row` floats apart, keys and queries laid out as `element` says. Edits
 // [first, last) act on it. Returns the increment in u and the reading in o. `side` holds NV * LANES floats.
 template <int NV>
 inline void token(float* state, int64_t row, int64_t K, int64_t V, const float* k, const float* q, int64_t step,
@@ -124,10 +142,10 @@ inline void token(float* state, int64_t row, int64_t K, int64_t V, const float* 
   for (int64_t i = 0; i < K; i++) {
     for (int n = 0; n < NV; n++) {
       const Vec s = load(state + i * row + n * LANES);
-      rk[n] += k[i * step] * s;
-      oq[n] += q[i * step] * s;
+      rk[n] += element(k, step, i) * s;
+      oq[n] += element(q, step, i) * s;
     }
-    kq += k[i * step] * q[i * step];
+    kq += element(k, step, i) * element(q, step, i);
   }
   bool native = true;
   for (int64_t e = first; e < last; e++) native = native && edits.index[e * 4 + 3] == 0;
@@ -138,7 +156,7 @@ inline void token(float* state, int64_t row, int64_t K, int64_t V, const float* 
   for (int64_t i = 0; i < K; i++)
     for (int n = 0; n < NV; n++) {
       float* at = state + i * row + n * LANES;
-      store(at, load(at) * gate + k[i * step] * u[n]);
+      store(at, load(at) * gate + element(k, step, i) * u[n]);
     }
   for (int64_t e = first; e < last; e++) {
     if (edits.index[e * 4 + 3] == 1) continue;
@@ -146,7 +164,7 @@ inline void token(float* state, int64_t row, int64_t K, int64_t V, const float* 
     for (int64_t c = 0; c < NV * LANES; c++) side[c] = c < width ? edits.right[e * V + column + c] : 0.0f;
     float pq = 0;
     for (int64_t i = 0; i < K; i++) {
-      pq += left[i] * q[i * step];
+      pq += left[i] * element(q, step, i);
       for (int n = 0; n < NV; n++) {
         float* at = state + i * row + n * LANES;
         store(at, load(at) + left[i] * load(side + n * LANES));
@@ -160,7 +178,7 @@ inline void token(float* state, int64_t row, int64_t K, int64_t V, const float* 
 struct Item {
   int64_t n, h, b, origin;      // sequence, value head, its batch row and first token
   int64_t first, last, length;  // positions of the tile inside the sequence, and its whole length
-  const float* pair;            // [chunk][K][2C]
+  const float* pair;            // [chunk][K / 16][2C][16]
   const float* dots;            // [chunk][2][C][C]
   const float* gate;            // [tile]  e^g
   const float* beta;            // [tile]
@@ -181,18 +199,44 @@ inline void copy_block(float* block, float* state, int64_t K, int64_t V, int64_t
   }
 }
 
-// memory: [K * W state | K * 2C zeros | 2 * C * W values and results | W edit side], 64-byte aligned
+// The first `width` columns of x, converted. `line` holds NV * LANES floats.
+template <int NV>
+inline void write(const Vec* x, Element type, void* to, int64_t width, float* line) {
+  if (type == Element::f32 && width == NV * LANES) {
+    for (int n = 0; n < NV; n++) store(static_cast<float*>(to) + n * LANES, x[n]);
+    return;
+  }
+  for (int n = 0; n < NV; n++) store(line + n * LANES, x[n]);
+  convert_out(type, line, to, width);
+}
+
+// The lines that the next chunk's values come from and its results go to: a token's columns lie far from the next token's,
+// where no hardware prefetcher looks.
+inline void prefetch(const GatedDeltaRuleParams& p, const Item& item, int64_t start, int64_t column, int64_t width) {
+  const int64_t last = start + C < item.last ? start + C : item.last;
+  for (int64_t t = start; t < last; t++) {
+    const int64_t at = ((item.b * p.T + item.origin + t) * p.H + item.h) * p.V + column;
+    const char* v = static_cast<const char*>(p.v.at(item.b, item.origin + t, item.h, column));
+    const char* o = static_cast<const char*>(p.o) + at * element_size(p.o_type);
+    for (int64_t byte = 0; byte < width * element_size(p.v.type); byte += 64) __builtin_prefetch(v + byte, 0);
+    for (int64_t byte = 0; byte < width * element_size(p.o_type); byte += 64) __builtin_prefetch(o + byte, 1);
+    if (p.right == nullptr) continue;
+    for (int64_t c = 0; c < width; c += 16) __builtin_prefetch(p.right + at + c, 1);
+  }
+}
+
+// memory: [K * W state | padded K * 2C zeros | 2 * C * W values and results | W edit side], 64-byte aligned
 template <int NV>
 inline void run_block(const GatedDeltaRuleParams& p, Item item, int64_t column, float* memory) {
   constexpr int W = NV * LANES;
-  const int64_t K = p.K, V = p.V, width = V - column < W ? V - column : W;
+  const int64_t K = p.K, V = p.V, padded = round_up_16(K), width = V - column < W ? V - column : W;
   float* state = memory;
   float* zeros = state + K * W;
-  float* values = zeros + K * 2 * C;
+  float* values = zeros + padded * 2 * C;
   float* results = values + C * W;
   float* side = results + C * W;
   float* carried = p.final_state + (item.n * p.H + item.h) * K * V + column;
-  for (int64_t i = 0; i < K * 2 * C; i++) zeros[i] = 0;
+  for (int64_t i = 0; i < padded * 2 * C; i++) zeros[i] = 0;
   if (item.first > 0) {
     copy_block<NV>(state, carried, K, V, width, false);
   } else if (p.initial_state != nullptr) {
@@ -204,13 +248,19 @@ inline void run_block(const GatedDeltaRuleParams& p, Item item, int64_t column, 
   Pending<NV> pending = {1.0f, zeros, {}};
   const float* pair = item.pair;
   const float* dots = item.dots;
-  for (int64_t start = item.first; start < item.last; start += C, pair += K * 2 * C, dots += 2 * C * C) {
+  for (int64_t start = item.first; start < item.last; start += C, pair += padded * 2 * C, dots += 2 * C * C) {
+    prefetch(p, item, start + C, column, width);
     const int count = item.last - start < C ? static_cast<int>(item.last - start) : C;
     const float* gate = item.gate + (start - item.first);
     const float* beta = item.beta + (start - item.first);
     Vec v[C][NV];
     for (int j = 0; j < C; j++) {
       float* row = values + j * W;
+      if (j < count && width == W && p.v.type == Element::f32) {
+        const float* from = static_cast<const float*>(p.v.at(item.b, item.origin + start + j, item.h, column));
+        for (int n = 0; n < NV; n++) v[j][n] = load(from + n * LANES);
+        continue;
+      }
       for (int64_t c = j < count ? width : 0; c < W; c++) row[c] = 0;
       if (j < count) convert_in(p.v.type, p.v.at(item.b, item.origin + start + j, item.h, column), row, width);
       for (int n = 0; n < NV; n++) v[j][n] = load(row + n * LANES);
@@ -223,7 +273,7 @@ inline void run_block(const GatedDeltaRuleParams& p, Item item, int64_t column, 
       for (int j = 0; j < count; j++) {
         int64_t edit = item.edit;
         while (edit < item.edit_end && p.edits.index[edit * 4 + 1] == start + j) edit++;
-        token<NV>(state, W, K, V, pair + j, pair + C + j, 2 * C, gate[j], beta[j], v[j], p.edits, item.edit, edit, column,
+        token<NV>(state, W, K, V, pair + j * 16, pair + (C + j) * 16, 2 * C, gate[j], beta[j], v[j], p.edits, item.edit, edit, column,
                   width, side, u[j], o[j]);
         item.edit = edit;
         for (; item.shots < item.shots_end && p.places[*item.shots * 2 + 1] == start + j; item.shots++)
@@ -258,11 +308,8 @@ inline void run_block(const GatedDeltaRuleParams& p, Item item, int64_t column, 
     }
     for (int j = 0; j < count; j++) {
       const int64_t at = ((item.b * p.T + item.origin + start + j) * p.H + item.h) * V + column;
-      for (int n = 0; n < NV; n++) store(results + n * LANES, o[j][n]);
-      convert_out(p.o_type, results, static_cast<char*>(p.o) + at * element_size(p.o_type), width);
-      if (p.right == nullptr) continue;
-      for (int n = 0; n < NV; n++) store(results + n * LANES, u[j][n]);
-      std::memcpy(p.right + at, results, width * sizeof(float));
+      write<NV>(o[j], p.o_type, static_cast<char*>(p.o) + at * element_size(p.o_type), width, results);
+      if (p.right != nullptr) write<NV>(u[j], Element::f32, p.right + at, width, results);
     }
   }
   flush<NV>(state, K, pending, zeros);
@@ -280,7 +327,7 @@ inline void run_columns(const GatedDeltaRuleParams& p, const Item& item, int64_t
 // All columns of (row b, value head h). memory: 2 padded rows of K, W edit side, and a [K, W] block for a ragged end.
 inline void step_head(const GatedDeltaRuleStepParams& p, int64_t b, int64_t h, int64_t first, int64_t last, float* memory) {
   constexpr int W = VECTORS * LANES;
-  const int64_t K = p.K, V = p.V, padded = (K + 15) / 16 * 16, hk = h / (p.H / p.Hk);
+  const int64_t K = p.K, V = p.V, padded = round_up_16(K), hk = h / (p.H / p.Hk);
   float* k = memory;
   float* q = k + padded;
   float* side = q + padded;
@@ -303,10 +350,7 @@ inline void step_head(const GatedDeltaRuleStepParams& p, int64_t b, int64_t h, i
       token<VECTORS>(block, W, K, V, k, q, 1, gate, beta, v, p.edits, first, last, column, width, side, u, o);
       copy_block<VECTORS>(block, state, K, V, width, true);
     }
-    for (int n = 0; n < VECTORS; n++) store(line + n * LANES, o[n]);
-    convert_out(p.o_type, line, static_cast<char*>(p.o) + at * element_size(p.o_type), width);
-    if (p.right == nullptr) continue;
-    for (int n = 0; n < VECTORS; n++) store(line + n * LANES, u[n]);
-    std::memcpy(p.right + at, line, width * sizeof(float));
+    write<VECTORS>(o, p.o_type, static_cast<char*>(p.o) + at * element_size(p.o_type), width, line);
+    if (p.right != nullptr) write<VECTORS>(u, Element::f32, p.right + at, width, line);
   }
 }

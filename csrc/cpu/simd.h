@@ -10,12 +10,14 @@ typedef float UnalignedVec __attribute__((vector_size(WRITESAE_LANES * 4), align
 inline Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
 inline void store(float* p, Vec x) { *reinterpret_cast<UnalignedVec*>(p) = x; }
 
+typedef float Quarter __attribute__((vector_size(16)));
+
 inline float sum(Vec x) {
-  alignas(64) float lane[LANES];
-  store(lane, x);
-  for (int width = LANES / 2; width >= 1; width /= 2)
-    for (int i = 0; i < width; i++) lane[i] += lane[i + width];
-  return lane[0];
+  Quarter part[LANES / 4];
+  std::memcpy(part, &x, sizeof(x));
+  for (int width = LANES / 8; width >= 1; width /= 2)
+    for (int i = 0; i < width; i++) part[i] += part[i + width];
+  return (part[0][0] + part[0][1]) + (part[0][2] + part[0][3]);
 }
 
 // n is a multiple of LANES.
