@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "ops": {"writes", "firings", "edits", "_library"},
     "sae": {"ops", "writes", "firings", "edits", "models", "default"},
     "models": {"ops", "writes", "firings", "edits", "default"},
-    "collect": {"models", "sae", "firings", "edits", "default"},
+    "collect": {"models", "sae", "firings", "edits", "default", "_library"},
     "experiments": {"models", "sae", "ops", "writes", "firings", "edits", "collect", "report", "default"},
     "report": {"firings", "collect"},
 }

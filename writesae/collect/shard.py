@@ -213,6 +213,7 @@ class Writer:
                 except BaseException as error:
                     self._error = error
                 self.seconds += time.perf_counter() - began
+            del shard  # its firings must not live on while the next one is awaited
 
     def check(self) -> None:
         """Raises what the thread raised."""
