@@ -477,3 +477,89 @@ def test_wrong_sites():
     for sites in ([], [SITE, SITE]):
         with pytest.raises(ValueError, match="sites: expected at least one"):
             Trainer(Planted(), sites, config(), progress=False)
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model_folder(model, tmp_path_factory):
+    """The tiny model saved with a tokenizer of bytes."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    letters = {c: i for i, c in enumerate(["<pad>", "<end>", *"abcdefghijklmnopqrstuvwxyz "])}
+    words = Tokenizer(models.WordLevel(letters, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", unk_token="<pad>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for i in range(4):
+        (folder / f"{i}.txt").write_text("the quick brown fox jumps over the lazy dog " * (i + 3))
+    (folder / "picture.bin").write_bytes(bytes(range(256)))
+    return folder
+
+
+def command(*more) -> int:
+    return writesae.cli.main(["train", "--quiet", *map(str, more)])
+
+
+SMALL = ["-F", 16, "-k", 2, "--length", 24, "--states", 32, "--block", 8, "--prepare", 8, "--checkpoint-every", 3]
+
+
+def test_command(model_folder, corpus, tmp_path, capsys):
+    import writesae.cli  # noqa: F401
+
+    base = ["--model", model_folder, "--corpus", corpus, *SMALL]
+    out = tmp_path / "out"
+    assert command(*base, "--site", "0:1", "--site", "3:2", "--steps", 6, "--out", out) == 0
+    said = capsys.readouterr()
+    assert "L0H1: FVU" in said.out and "passed over 1 files" in said.err
+    sae = SAE.from_pretrained(out, subfolder="L3H2")
+    assert (sae.layer, sae.head, sae.F, sae.training_record["steps"]) == (3, 2, 16, 6)
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["metrics"]["L3H2"] == sae.metrics and 0 < sae.metrics["fvu"] and sae.metrics["l0"] <= 2
+    assert command(*base, "--site", "0:1", "--steps", 6, "--out", out) == 2
+    assert "already holds a run; add --resume" in capsys.readouterr().err
+    assert command(*base, "--site", "0:1", "--site", "3:2", "--steps", 9, "--out", out, "--resume") == 2
+    assert "of another run: steps was 6 and is 9" in capsys.readouterr().err
+    one = tmp_path / "one"
+    assert command(*base, "--layer", 3, "--head", 2, "--steps", 6, "--out", one) == 0
+    again = SAE.from_pretrained(one)
+    assert all(torch.equal(x, sae.state_dict()[n]) for n, x in again.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--layer", 2, "--head", 0], "full"),
+        (["--layer", 9, "--head", 0], "layer"),
+        (["--layer", 0, "--head", 4], "head: expected 0 <= head < 4"),
+        (["--layer", 0], "site: expected --layer and --head together"),
+        (["--site", "0-1"], "site: expected LAYER:HEAD"),
+        ([], "site: expected --layer and --head, or --site"),
+        (["--site", "0:1", "-k", 17], "k: expected k <= F=16, got 17"),
+        (["--site", "0:1", "--corpus", "nowhere"], "corpus: nowhere: no such file or folder"),
+        (["--site", "0:1", "--corpus", "binaries"], "corpus: no UTF-8 text in binaries"),
+        (["--site", "0:1", "--corpus", "corpus/0.txt"], "validation: --corpus is a single document"),
+        (["--site", "0:1", "--length", 5000], "corpus: 3 documents with"),
+        (["--site", "0:1", "--out", "corpus"], "out: corpus holds other things"),
+    ],
+)
+def test_command_refuses(more, message, model_folder, corpus, capsys, monkeypatch):
+    import writesae.cli  # noqa: F401
+
+    monkeypatch.chdir(corpus.parent)
+    (corpus.parent / "binaries").mkdir()
+    (corpus.parent / "binaries" / "a").write_bytes(b"\xff\xfe\x00")
+    base = ["--model", model_folder, "--corpus", "corpus", *SMALL, "--steps", 3, "--out", "out"]
+    assert command(*base, *more) == 2
+    assert message in capsys.readouterr().err
+    assert not (corpus.parent / "out" / "cfg.json").exists()
