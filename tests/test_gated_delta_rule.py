@@ -40,47 +40,49 @@ def edits_for(rows, lengths, H, K, V, count=12, seed=1):
     return Edits(row, position, head, left, torch.randn(count, V, generator=generator), kinds)
 
 
-def compare(x, record=None, tolerance=None, **options):
-    """Runs the kernel on poisoned memory, then the reference in float64 on the same numbers; compares everything."""
+def compare(x, record=None, isas=ISAS[:1], **options):
+    """Runs the kernel on poisoned memory, then the reference in float64 on the same numbers; compares everything.
+
+    Returns the output of the last instruction set.
+    """
     options = {"output_final_state": True, "return_writes": True, **options}
-    with poisoned_memory():
-        got = ops.gated_delta_rule(**x, **options, backend="cpu")
+    outs = []
+    for isa in isas:
+        with poisoned_memory(), forced_isa(isa):
+            outs.append(ops.gated_delta_rule(**x, **options, backend="cpu"))
     wide = {name: value.double() for name, value in x.items()}
     if options.get("initial_state") is not None:
         options["initial_state"] = options["initial_state"].double()
     expected = ops.gated_delta_rule(**wide, **options, backend="reference")
-    pairs = {
-        "o": (got.o, expected.o),
-        "final_state": (got.final_state, expected.final_state),
-        "left": (got.writes.left, expected.writes.left),
-        "right": (got.writes.right, expected.writes.right),
-    }
-    if options.get("snapshots") is not None:
-        pairs["snapshots"] = (got.snapshots, expected.snapshots)
-    assert got.o.dtype == x["v"].dtype
-    found = [check_close(name, a, b, tolerance if name != "o" else None) for name, (a, b) in pairs.items()]
-    if record is not None and x["v"].dtype == torch.float32:
-        record("relative_rms", max(f.rms for f in found))
-        record("worst_element", max(f.worst for f in found))
-    return got
+    for isa, got in zip(isas, outs, strict=True):
+        pairs = {
+            "o": (got.o, expected.o),
+            "final_state": (got.final_state, expected.final_state),
+            "left": (got.writes.left, expected.writes.left),
+            "right": (got.writes.right, expected.writes.right),
+        }
+        if options.get("snapshots") is not None:
+            pairs["snapshots"] = (got.snapshots, expected.snapshots)
+        assert got.o.dtype == x["v"].dtype
+        found = [check_close(f"{name} with {isa}", a, b) for name, (a, b) in pairs.items()]
+        if record is not None and x["v"].dtype == torch.float32:
+            record("relative_rms", max(f.rms for f in found))
+            record("worst_element", max(f.worst for f in found))
+    return outs[-1]
 
 
-@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("T", [1, 2, 63, 64, 65, 127])
-def test_lengths(T, isa, record_property):
+def test_lengths(T, record_property):
     x = gated_delta_rule_inputs(2, T, 2, 4, 32, 64)
     initial = torch.randn(2, 4, 32, 64)
-    with forced_isa(isa):
-        compare(x, record_property, use_qk_l2norm=True, initial_state=initial, snapshots=[0, T // 2, T - 1])
+    compare(x, record_property, ISAS, use_qk_l2norm=True, initial_state=initial, snapshots=[0, T // 2, T - 1])
 
 
-@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("K, V", [(32, 64), (128, 256), (64, 40), (256, 128), (20, 12), (7, 5), (1, 1), (128, 33)])
-def test_sizes(K, V, isa, record_property):
+def test_sizes(K, V, record_property):
     x = gated_delta_rule_inputs(1, 37, 1, 2, K, V)
     edits = edits_for(1, [37], 2, K, V)
-    with forced_isa(isa):
-        compare(x, record_property, use_qk_l2norm=True, edits=edits, snapshots=[3, 36])
+    compare(x, record_property, ISAS, use_qk_l2norm=True, edits=edits, snapshots=[3, 36])
 
 
 @pytest.mark.parametrize("Hk, H", [(1, 1), (1, 6), (2, 6), (4, 4)])
@@ -100,13 +102,11 @@ def test_long(record_property):
     compare(x, record_property, use_qk_l2norm=True, edits=edits, snapshots=[1000, 1023, 1024, 4095])
 
 
-@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("correlated", [False, True])
 @pytest.mark.parametrize("decay", ["none", "weak", "usual", "strong"])
-def test_decay(decay, correlated, isa, record_property):
+def test_decay(decay, correlated, record_property):
     x = gated_delta_rule_inputs(1, 130, 1, 2, 32, 48, decay=decay, correlated=correlated)
-    with forced_isa(isa):
-        compare(x, record_property, use_qk_l2norm=True, initial_state=torch.randn(1, 2, 32, 48), snapshots=[64, 129])
+    compare(x, record_property, ISAS, use_qk_l2norm=True, initial_state=torch.randn(1, 2, 32, 48), snapshots=[64, 129])
 
 
 def test_underflowing_decay(record_property):
@@ -116,20 +116,18 @@ def test_underflowing_decay(record_property):
     compare(x, record_property, use_qk_l2norm=True)
 
 
-@pytest.mark.parametrize("isa", ISAS)
-def test_packed(isa, record_property):
+def test_packed(record_property):
     lengths = [5, 0, 1, 66, 0, 127, 1, 0]
     offsets = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
     x = gated_delta_rule_inputs(1, 200, 2, 4, 24, 40)
     places = torch.tensor([[5, 126], [0, 0], [3, 65], [3, 3], [6, 0], [3, 3]])
     initial = torch.randn(8, 4, 24, 40)
     edits = edits_for(8, lengths, 4, 24, 40, count=20)
-    with forced_isa(isa):
-        compare(
-            x, record_property, cu_seqlens=offsets, initial_state=initial, snapshots=places, edits=edits,
-            use_qk_l2norm=True,
-        )  # fmt: skip
-        compare(x, record_property, cu_seqlens=offsets.int(), use_qk_l2norm=True)
+    compare(
+        x, record_property, ISAS, cu_seqlens=offsets, initial_state=initial, snapshots=places, edits=edits,
+        use_qk_l2norm=True,
+    )  # fmt: skip
+    compare(x, record_property, ISAS, cu_seqlens=offsets.int(), use_qk_l2norm=True)
 
 
 def test_packed_equals_alone():
@@ -141,15 +139,13 @@ def test_packed_equals_alone():
         assert torch.equal(out.o, both.o[:, part]) and torch.equal(out.final_state[0], both.final_state[n])
 
 
-@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("kind", ["add", "delete", "replace"])
-def test_edit_kinds(kind, isa, record_property):
+def test_edit_kinds(kind, record_property):
     B, T, H, K, V = 3, 19, 2, 20, 36
     x = gated_delta_rule_inputs(B, T, 1, H, K, V, decay="weak", correlated=True)
     row, position = [0, 1, 2, 2, -1, -1], [0, T - 1, 7, 7, 8, 3]
     edits = Edits(row, position, [0, 1, 1, 1, 0, 1], torch.randn(6, K), torch.randn(6, V), kind)
-    with forced_isa(isa):
-        compare(x, record_property, use_qk_l2norm=True, edits=edits, snapshots=[0, 7, 8, T - 1])
+    compare(x, record_property, ISAS, use_qk_l2norm=True, edits=edits, snapshots=[0, 7, 8, T - 1])
 
 
 def test_delete_ignores_its_sides():
@@ -170,11 +166,9 @@ def test_edits_leave_the_rest_alone():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("isa", ISAS)
-def test_half_inputs(isa, dtype):
+def test_half_inputs(dtype):
     x = gated_delta_rule_inputs(1, 70, 2, 4, 32, 40, dtype=dtype)
-    with forced_isa(isa):
-        compare(x, use_qk_l2norm=True, snapshots=[69])
+    compare(x, isas=ISAS, use_qk_l2norm=True, snapshots=[69])
 
 
 def test_mixed_dtypes():
