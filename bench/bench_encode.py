@@ -4,7 +4,7 @@
 
 K = V = 128, F = 2,048, k = 32, float32. The peer products are `torch.mm` into preallocated memory from a transposed
 dictionary, the fastest form found; they leave out the running sum, the bias and the selection. Besides wall time there
-is a row of processor time on one thread, which a busy machine disturbs less. No ratio is printed where results disagree.
+is a row of processor time on one thread, which a busy machine disturbs less. No ratio where results disagree.
 """
 
 from __future__ import annotations

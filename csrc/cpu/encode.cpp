@@ -22,6 +22,7 @@ constexpr int64_t OWN_ROWS = 96;      // rows a head goes on by at once with a t
 constexpr int64_t SHARED_ROWS = 384;  // with all threads: fewer barriers, keys in the shared cache. Multiples of every MT
 constexpr int64_t KEY_BYTES = int64_t{8} << 20;  // of keys kept then, whatever F
 constexpr int64_t PART = 4;         // tokens an item of selection takes
+constexpr int64_t ALONE_FLOATS = 1 << 20;  // of dictionary that one thread reads alone when the call is small
 constexpr int64_t OWN_BYTES = int64_t{48} << 20;  // scratch up to which every thread takes a head of its own
 
 // One rank-1 addition to a head's state.
@@ -376,7 +377,9 @@ void encode(const EncodeParams& p, EncodeFound* found, const Parallel& parallel)
       for (int64_t i = n * p.Hs * p.F; i < (n + 1) * p.Hs * p.F; i++)
         p.carry_out[i] = p.carry_in != nullptr ? p.carry_in[i] : 0.0f;
   if (p.B * p.T * p.R + p.edits.count <= SMALL) {
-    run_small(plan, parallel);
+    // Reading a small dictionary takes a tenth of a millisecond: waking other threads can take longer.
+    const bool alone = p.Hs * p.F * p.rank * (p.K + p.V) <= ALONE_FLOATS;
+    run_small(plan, alone ? Parallel{1, nullptr} : parallel);
     return;
   }
   // A head to every thread where that leaves none idle; else all threads on one head at a time.

@@ -4,7 +4,8 @@
 // `run_panel` takes a block of rows through a panel of 16 atoms: products of MT rows at a time in registers (12
 // accumulators, each step of K one load of atoms and MT broadcasts), then the decayed running sum over those rows, so
 // that the carry never leaves registers inside a block. It stores not floats but sortable integers (`to_key`), which
-// makes selection a matter of integers: NaN is the largest key, -0 cannot occur.
+// makes selection a matter of integers: NaN is the largest key, -0 cannot occur. Keys of atoms past F are garbage until
+// `Plan::select` overwrites them.
 //
 // Arithmetic a token and head at K = V = 128, F = 2048, k = 32: 1.05 MFLOP, 32.8 k AVX-512 multiply-adds, one a cycle
 // here (Zen 4). Selection reads the 8 KB of keys twice. Measured figures: bench/results/encode.json.
@@ -155,36 +156,54 @@ inline void run_panel(const EncodeParams& p, const Block& block, int64_t h, int6
   }
 }
 
-inline float dot_any(const float* a, const float* b, int64_t n) {
-  const int64_t whole = n / LANES * LANES;
-  float total = dot(a, b, whole);
-  for (int64_t i = whole; i < n; i++) total += a[i] * b[i];
-  return total;
+// out_f = x . atoms_f for the 16 atoms of a panel, each of `size` floats. The 16 partial sums are transposed and added as
+// vectors: one sum across lanes at a time would take longer than the products.
+inline void dot_panel(const float* const* atoms, const float* x, int64_t size, float* out) {
+  alignas(64) float partial[PANEL][LANES], column[LANES][PANEL];
+  const int64_t whole = size / LANES * LANES;
+  for (int f = 0; f < PANEL; f++) {
+    Vec total = {};
+    for (int64_t j = 0; j < whole; j += LANES) total += load(x + j) * load(atoms[f] + j);
+    for (int64_t j = whole; j < size; j++) total[0] += x[j] * atoms[f][j];
+    store(partial[f], total);
+  }
+  for (int l = 0; l < LANES; l += 4)
+    for (int f = 0; f < PANEL; f += 4) transpose_four(&partial[f][l], LANES, &column[l][f]);
+  for (int n = 0; n < NV; n++) {
+    Vec total = {};
+    for (int l = 0; l < LANES; l++) total += load(&column[l][n * LANES]);
+    store(out + n * LANES, total);
+  }
 }
 
 // The same for a few rows, reading atoms where they lie: a handful of tokens would not pay for packing them. left, right
-// [rows][K], [rows][V]; `row` holds max(K, V) floats.
+// [rows][K], [rows][V]; `scratch` holds 16 * max(K, V) floats.
 inline void run_panel_unpacked(const EncodeParams& p, const Block& block, int64_t h, int64_t panel, const float* left,
-                               const float* right, const float* bias, float* row, int32_t* keys, int64_t stride) {
+                               const float* right, const float* bias, float* scratch, int32_t* keys, int64_t stride) {
   const int64_t count = block.rows.size(), first = panel * PANEL;
   const int64_t width = p.F - first < PANEL ? p.F - first : PANEL;
-  alignas(64) float product[SMALL][PANEL] = {}, a[PANEL] = {};
-  for (int64_t f = 0; f < width; f++)
-    for (int64_t r = 0; r < p.rank; r++) {
-      float on_left[SMALL];
-      const float* atom = static_cast<const float*>(p.v_enc.at(h, first + f, r));
-      if (p.v_enc.type != Element::f32) {
-        convert_in(p.v_enc.type, p.v_enc.at(h, first + f, r), row, p.K);
-        atom = row;
-      }
-      for (int64_t i = 0; i < count; i++) on_left[i] = dot_any(atom, left + i * p.K, p.K);
-      atom = static_cast<const float*>(p.w_enc.at(h, first + f, r));
-      if (p.w_enc.type != Element::f32) {
-        convert_in(p.w_enc.type, p.w_enc.at(h, first + f, r), row, p.V);
-        atom = row;
-      }
-      for (int64_t i = 0; i < count; i++) product[i][f] += on_left[i] * dot_any(atom, right + i * p.V, p.V);
+  alignas(64) float product[SMALL][PANEL], on_left[SMALL][PANEL], on_right[SMALL][PANEL], a[PANEL] = {};
+  // Dot products of every row with one side's atoms; past F the last atom stands in, and is never looked at.
+  const auto dots = [&](const View& x, int64_t r, int64_t size, const float* rows, float (*to)[PANEL]) {
+    const float* atoms[PANEL];
+    for (int f = 0; f < PANEL; f++) {
+      const void* from = x.at(h, first + (f < width ? f : width - 1), r);
+      atoms[f] = static_cast<const float*>(from);
+      if (x.type == Element::f32) continue;
+      convert_in(x.type, from, scratch + f * size, size);
+      atoms[f] = scratch + f * size;
     }
+    for (int64_t i = 0; i < count; i++) dot_panel(atoms, rows + i * size, size, to[i]);
+  };
+  for (int64_t r = 0; r < p.rank; r++) {
+    dots(p.v_enc, r, p.K, left, on_left);
+    dots(p.w_enc, r, p.V, right, on_right);
+    for (int64_t i = 0; i < count; i++)
+      for (int f = 0; f < PANEL; f++) {
+        const float x = on_left[i][f] * on_right[i][f];
+        product[i][f] = r == 0 ? x : product[i][f] + x;
+      }
+  }
   for (int64_t i = 0; i < count; i++)
     accumulate(p, block.rows[i], h, first, width, product[i], bias, a, keys, stride);
 }
