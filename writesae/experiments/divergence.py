@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -10,7 +10,9 @@ from torch import Tensor
 DIRECTIONS = ("forward", "reverse")
 
 
-def kl_pair(base: Tensor, patched: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+def kl_pair(
+    base: Tensor, patched: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
+) -> dict[str, tuple[Tensor, Tensor]]:
     """KL(base || patched) and KL(patched || base), in nats, of every named patch against one baseline.
 
     With p the baseline distribution and d the difference of the logits less its mean under p, both directions are sums
@@ -19,14 +21,14 @@ def kl_pair(base: Tensor, patched: Mapping[str, Tensor]) -> dict[str, tuple[Tens
 
     Args:
         base: `[n, vocabulary]` logits, any float dtype; computed in float64, because float32 loses a KL below 1e-6.
-        patched: {name: `[n, vocabulary]` logits}.
+        patched: {name: `[n, vocabulary]` logits}, or such pairs, of which one at a time is held.
     Returns:
         {name: (forward `[n]`, reverse `[n]`)} in float64.
     """
     base = base.double()
     p = torch.softmax(base, -1)[:, None]  # [n, 1, vocabulary]
     out = {}
-    for name, logits in patched.items():
+    for name, logits in patched.items() if isinstance(patched, Mapping) else patched:
         d = logits.double() - base
         d -= torch.bmm(p, d[:, :, None])[:, 0]
         # The largest d is taken out only where the exponential could overflow; then nothing tiny is at stake.

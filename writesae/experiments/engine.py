@@ -285,8 +285,8 @@ class ForkEngine:
         out = {name: torch.full((2, n * L), float("nan"), dtype=torch.float64) for name in names}
         for lo in range(0, n * L, step):
             base = self.logits(flat[baseline][lo : lo + step])
-            for name in names:
-                pair = kl_pair(base, {name: self.logits(flat[name][lo : lo + step])})[name]
+            pairs = kl_pair(base, ((name, self.logits(flat[name][lo : lo + step])) for name in names))
+            for name, pair in pairs.items():
                 out[name][:, lo : lo + step] = torch.stack(pair)
         missing = ~clean.valid
         return {

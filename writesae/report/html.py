@@ -14,6 +14,7 @@ from .load import load_run
 from .style import STYLE
 
 TOP_ATOMS, CONTEXTS = 12, 4
+_MAIN = ("atom", "delete", "random")
 
 
 def build(source: str | Path | tuple[Mapping, Mapping], out: str | Path) -> Path:
@@ -122,7 +123,7 @@ def _question(summary: Mapping) -> str:
 
 
 def _key_figures(summary: Mapping) -> str:
-    medians = summary["kl_median"]
+    medians = {c: x for c, x in summary["kl_median"].items() if c in _MAIN}
     test = _headline_test(summary)
     cards = [
         (percent(summary["win_rate"]), "atom closer than deletion",
@@ -189,10 +190,11 @@ def _figures(summary: Mapping, figures: Mapping[str, Path]) -> str:
     blocks = []
     for i, (name, path) in enumerate(figures.items(), 1):
         title, caption = _CAPTIONS[name]
+        stop = "" if title.endswith("?") else "."
         data = base64.b64encode(Path(path).read_bytes()).decode()
         blocks.append(
             f'<figure class="{name}"><img alt="{title}" src="data:image/png;base64,{data}">'
-            f"<figcaption><b>Figure {i}. {title}.</b> {caption}</figcaption></figure>"
+            f"<figcaption><b>Figure {i}. {title}{stop}</b> {caption}</figcaption></figure>"
         )
     return f'<section class="figures">{"".join(blocks)}</section>'
 
@@ -217,7 +219,7 @@ def _tables(summary: Mapping) -> str:
                     head[x] for x in ("native", "scale", "horizon", "direction")
                 )
                 chain, people = test.get("strict_chain"), test["population"]
-                medians = " / ".join(number(1e3 * test["kl"][c]["median"]) for c in test["kl"] if c != "native")
+                medians = " / ".join(number(1e3 * test["kl"][c]["median"]) for c in _MAIN if c in test["kl"])
                 label = f"{_METRIC[metric]}{', reversed' if direction == 'reverse' else ''}"
                 rows.append(
                     f'<tr{" class=here" if here else ""}><th>{label}</th>'
@@ -227,7 +229,7 @@ def _tables(summary: Mapping) -> str:
                     f"<td>{percent(chain['rate']) if chain else '–'}</td><td>{percent(people['rate'])}</td>"
                     f"<td>{medians}</td></tr>"
                 )
-    conditions = " / ".join(plots.NAMES[c].split()[0] for c in summary["kl_median"])
+    conditions = " / ".join(plots.NAMES[c].split()[0] for c in _MAIN if c in summary["kl_median"])
     out.append(
         '<div class="scroll"><table><thead><tr><th>KL</th><th>win rate</th><th>Wilson 95&#8239;%</th>'
         "<th>by feature</th><th>by passage</th><th>chain</th><th>features</th>"
@@ -239,14 +241,15 @@ def _tables(summary: Mapping) -> str:
     )
     against = _headline_test(summary)["atom_against"]
     if against:
+        medians = summary["kl_median"]
         rows = "".join(
             f"<tr><th>{plots.NAMES[c]}</th><td>{percent(x['rate'])}</td><td>{interval(x['ci95'])}</td>"
-            f"<td>{x['ties']}</td></tr>"
+            f"<td>{x['ties']}</td><td>{number(1e3 * medians[c])}</td></tr>"
             for c, x in against.items()
         )
         out.append(
             "<h3>The atom against other things one could write</h3><table class=narrow><thead><tr><th>instead of the atom"
-            "</th><th>atom closer</th><th>Wilson 95&#8239;%</th><th>ties</th></tr></thead>"
+            "</th><th>atom closer</th><th>Wilson 95&#8239;%</th><th>ties</th><th>its median KL, 10<sup>−3</sup></th></tr></thead>"
             f"<tbody>{rows}</tbody></table>"
         )
     for layer, record in summary["heads"].items():

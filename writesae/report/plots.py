@@ -71,7 +71,7 @@ def kl_scatter(atom: np.ndarray, delete: np.ndarray, path: Path) -> Path:
         axes.set_ylabel("KL with the atom in its place (nats)")
         axes.legend(loc="upper left", markerscale=2.2, handletextpad=0.2)
 
-    return _draw(path, (5.2, 5.0), paint)
+    return _draw(path, (4.9, 4.7), paint)
 
 
 def ratio_densities(atom: np.ndarray, delete: np.ndarray, random: np.ndarray, path: Path) -> Path:
@@ -99,9 +99,9 @@ def ratio_densities(atom: np.ndarray, delete: np.ndarray, random: np.ndarray, pa
         axes.grid(False, axis="y")
         axes.xaxis.set_major_formatter(lambda v, _: f"{10**v:.3g}×")
         axes.set_xlabel("ratio of KLs (logarithmic)")
-        axes.legend(loc="upper left")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)  # above: the curves fill the frame
 
-    return _draw(path, (6.4, 3.4), paint)
+    return _draw(path, (5.0, 3.3), paint)
 
 
 def _density(values: np.ndarray, grid: np.ndarray) -> np.ndarray:
@@ -128,7 +128,7 @@ def activation_histogram(activation: np.ndarray, path: Path) -> Path:
         axes.grid(False, axis="x")
         axes.set(xlim=(0, None), xlabel="activation of the replaced write's atom", ylabel="firings")
 
-    return _draw(path, (6.4, 3.0), paint)
+    return _draw(path, (5.0, 2.9), paint)
 
 
 def horizon_curve(curves: Mapping[str, np.ndarray], path: Path) -> Path:
@@ -145,14 +145,14 @@ def horizon_curve(curves: Mapping[str, np.ndarray], path: Path) -> Path:
             colour = COLOURS.get(name, "#444444")
             axes.fill_between(h, np.maximum(low, 1e-300), high, color=colour, alpha=0.13, linewidth=0)
             axes.plot(h, mid, color=colour, linewidth=1.7, marker="o", markersize=3.5, label=NAMES.get(name, name))
-        axes.set(yscale="log", xlabel="tokens after the edit (0: the token itself reads the patched state)")
+        axes.set(yscale="log", xlabel="tokens after the edit (0: the token itself)")
         if np.isfinite(lowest):
             axes.set_ylim(bottom=lowest * 0.8)
         axes.set_ylabel("KL (nats), median and middle half")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(loc="upper right")
 
-    return _draw(path, (6.4, 3.8), paint)
+    return _draw(path, (5.0, 3.7), paint)
 
 
 def feature_win_rates(win_rates: Sequence[float], firings: int, path: Path) -> Path:
@@ -168,7 +168,7 @@ def feature_win_rates(win_rates: Sequence[float], firings: int, path: Path) -> P
         axes.set(ylim=(-0.03, 1.03), xlabel=f"features, ranked ({len(rates)} features, {firings} firings)")
         axes.set_ylabel("share of its firings won")
 
-    return _draw(path, (6.4, 3.0), paint)
+    return _draw(path, (5.0, 2.9), paint)
 
 
 def win_rate_by(value: np.ndarray, won: np.ndarray, label: str, path: Path, bins: int = 10) -> Path:
@@ -187,4 +187,4 @@ def win_rate_by(value: np.ndarray, won: np.ndarray, label: str, path: Path, bins
         axes.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
         axes.set(ylim=(-0.02, 1.02), xlabel=label, ylabel="win rate against deletion")
 
-    return _draw(path, (6.4, 3.0), paint)
+    return _draw(path, (5.0, 2.9), paint)
