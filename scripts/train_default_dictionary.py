@@ -72,10 +72,10 @@ def survey(model, tokenizer, args) -> list[dict]:
             model, tokenizer, {site: sae}, passages, firings=args.survey_firings, natives=("increment",), progress=False
         )
         summary = result.summary(resamples=200)
-        native = result.table["native_norm"]
+        norm = float(torch.tensor(result.table["native_norm"]).median())
         records.append({
             "layer": site[0], "head": site[1], "win_rate": summary["win_rate"], "strict_chain": summary["strict_chain"],
-            "kl_median": summary["kl_median"], "native_norm_median": float(torch.tensor(native).median()), **scores[site],
+            "kl_median": summary["kl_median"], "native_norm_median": norm, **scores[site],
         })  # fmt: skip
         print(f"L{site[0]}H{site[1]}: win rate {summary['win_rate']:.3f}, KL {summary['kl_median']}, "
               f"FVU {scores[site]['fvu']:.3f}, cosine {scores[site]['winner_cosine_median']:.3f}", flush=True)

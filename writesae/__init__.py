@@ -1,4 +1,4 @@
-"""writesae: the rank-1 writes of matrix-state language models, encoded, collected and edited inside a fast forward pass."""
+"""The rank-1 writes of matrix-state language models, encoded, collected and edited inside a fast forward pass."""
 
 from importlib import import_module
 

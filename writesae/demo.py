@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import time
-import warnings
 from pathlib import Path
 
 _CONTEXTS = 4
@@ -21,7 +21,7 @@ _SUMMARY = (
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the run; a finished one is redone")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder; an earlier demo there is redone")
     parser.add_argument("--firings", type=int, default=1500, help="held-out firings to test")
     parser.add_argument("--atoms", type=int, default=8, help="atoms to print")
     parser.add_argument("--horizon", type=int, default=8, help="tokens followed after the edit")
@@ -32,8 +32,8 @@ def run(args: argparse.Namespace) -> int:
     """Prints what it finds as it goes. Returns 0."""
     began = time.perf_counter()
     _need_extras()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice to install faster kernels: ours run
     import torch
-    from transformers.utils import logging
 
     from . import report
     from .collect import Corpus, ModelSource, Store, collect
@@ -43,8 +43,6 @@ def run(args: argparse.Namespace) -> int:
     from .ops import _dispatch
     from .sae import SAE, Passages, evaluate
 
-    logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", message=".*fast path.*")
     folder = next(iter(sorted((Path(__file__).parent / "default" / "sae").glob("*/cfg.json")))).parent
     model, tokenizer = load("default")
     sae = SAE.from_pretrained(folder)
@@ -151,12 +149,14 @@ def _show_atoms(store, site: tuple[int, int], tokenizer, number: int) -> None:
 
 def _show_result(summary: dict, page: Path) -> None:
     low, high = summary["win_rate_ci95"]
+    rate, n = summary["win_rate"], summary["n"]
+    dictionary = f"FVU {summary['fvu']:.3f}, L0 {summary['l0']:.1f}, {summary['alive']} atoms alive"
     medians = "  ".join(f"{name} {value:.2e}" for name, value in summary["kl_median"].items())
     print(
-        f"\n   atom closer than deletion: {summary['win_rate']:.1%} of {summary['n']:,} firings (95 %: {low:.1%} to {high:.1%})"
+        f"\n   atom closer than deletion: {rate:.1%} of {n:,} firings (95 %: {low:.1%} to {high:.1%})"
         f"\n   atom < deletion < random:  {summary['strict_chain']:.1%}"
         f"\n   median KL in nats:         {medians}"
         f"\n   native write put back:     largest KL {summary['native_kl_max']}"
-        f"\n   dictionary on this text:   FVU {summary['fvu']:.3f}, L0 {summary['l0']:.1f}, {summary['alive']} atoms alive"
+        f"\n   dictionary on this text:   {dictionary}"
         f"\n\nreport: {page}   ({summary['seconds']:.0f} s)"
     )
