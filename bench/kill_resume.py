@@ -68,7 +68,7 @@ def main() -> None:
             whole[mode] = tables(scratch / mode)
         # Most kills fall while the process holds the folder's lock: reading, running, writing, indexing. Some fall
         # before that, while it starts.
-        longest = 0.5 * working
+        longest = working
         kills, rounds, moments, differing = 0, 0, [], []
         while kills < args.kills:
             mode, out = MODES[rounds % 3], scratch / f"round-{rounds}"

@@ -26,8 +26,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
                        help="a dictionary, or a folder of dictionary folders; repeatable. Without it, the embedded "
                        "model's own")  # fmt: skip
     model.add_argument("--device", default="cpu", help="cpu or cuda")
-    model.add_argument("--accelerate", action=argparse.BooleanOptionalAction, default=True,
-                       help="run all the model's recurrences on this package's op, not only the dictionaries' layers")
+    model.add_argument(
+        "--accelerate",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="run all the model's recurrences on this package's op, not only the dictionaries' layers",
+    )
     what = parser.add_argument_group("what is kept")
     what.add_argument("--out", required=True, help="folder; the same command on the same folder resumes")
     what.add_argument("--mode", choices=MODES, default="all", help="all firings, the largest or a sample a feature")
@@ -38,7 +42,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--batch", type=int, default=16, help="passages run together")
     what.add_argument("--max-tokens", type=int, help="stop after this many tokens")
     what.add_argument("--no-bos", action="store_true", help="no beginning-of-text token before a document")
-    what.add_argument("--shard-passages", type=int, help="passages a shard; by default what gives about 1 M firings")
+    what.add_argument(
+        "--shard-passages", type=int, help="passages a shard; by default what gives about 500,000 firings"
+    )
     what.add_argument("--limit", type=_size, default="1GB", help="ask before collecting more than this")
     what.add_argument("--yes", action="store_true", help="do not ask")
 

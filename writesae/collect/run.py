@@ -23,7 +23,7 @@ from .source import Source
 
 FORMAT, VERSION = "writesae-firings", 1
 INDEX_TOP = 100
-_SHARD_FIRINGS = 1_000_000
+_SHARD_FIRINGS = 500_000
 _OURS = {".lock", "manifest.json.tmp"}
 
 
@@ -59,7 +59,7 @@ def collect(
         batch: passages run together.
         max_tokens: stop after this many.
         bos: put the tokenizer's beginning-of-text token, where it has one, before each document.
-        shard_passages: passages a shard, the unit of work that is redone after a kill; default about 1 M firings.
+        shard_passages: passages a shard, the unit of work that is redone after a kill; default about 500,000 firings.
         confirm: asked with the size estimate before anything is written; returning False ends the run.
         progress: show a bar.
 

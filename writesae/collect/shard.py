@@ -48,18 +48,19 @@ class Shard:
     last: bool = False
 
     def columns(self, features: Features) -> Columns:
-        """The firings, sorted by (feature number, place).
+        """The firings, sorted by (feature number, place). Takes them out of `found`, so that they are held once.
 
         Raises:
             ValueError: an activation that is not a positive number, naming its place.
         """
         if not self.found or not sum(len(firings) for _, firings in self.found):
             return Columns.empty()
-        passage = np.concatenate([rows[f.row.numpy()] for rows, f in self.found])
+        passage = np.concatenate([rows[f.row.numpy()] for rows, f in self.found]).astype(np.int32)
         parts = {
             name: np.concatenate([getattr(f, name).numpy() for _, f in self.found])
             for name in ("position", "layer", "head", "feature", "activation")
         }
+        self.found = []
         bad = np.flatnonzero(~((parts["activation"] > 0) & (parts["activation"] < np.inf)))
         if len(bad):
             at = {name: values[bad[0]] for name, values in parts.items()}
@@ -69,7 +70,7 @@ class Shard:
                 f"{at['head']} feature {at['feature']}, document {place.document} row {place.row} position "
                 f"{at['position']}"
             )
-        key = features.key(parts["layer"], parts["head"], parts["feature"])
+        key = features.key(parts.pop("layer"), parts.pop("head"), parts.pop("feature"))
         length = int(parts["position"].max()) + 1
         order = np.argsort((key * len(self.passages) + passage) * length + parts["position"], kind="stable")
         passage = passage[order]
