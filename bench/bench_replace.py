@@ -1,11 +1,11 @@
-"""Forks a second of the replacement test's engine, against token-by-token decoding with a cache copied for every condition.
+"""Forks a second of the replacement test's engine, against decoding with a cache copied for each condition.
 
     python bench/bench_replace.py --model default --layer 4 --head 1
 
-Both sides test the same firings under the same conditions and end with the same KLs; the ratio is printed only when they
-agree. The peer is the plain way to do it in transformers: prefill up to the token once a firing, then for every condition
-copy the cache, run the token with the state patched, and decode the rest one token at a time. Rounds are interleaved, so
-that a busy machine slows both.
+Both sides test the same firings under the same conditions and end with the same KLs; the ratio is printed only when
+they agree. The peer is the plain way to do it in transformers: prefill up to the token once a firing, then for every
+condition copy the cache, run the token with the state patched, and decode the rest one token at a time. Rounds are
+interleaved, so that a busy machine slows both.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def peer_side(model, layer, ids, places, changes, which, horizon):
                 cache, steps = copy.deepcopy(prefix), []
                 for s in range(t, t + horizon + 1):
                     patch["change"] = change[i] if change is not None and s == t else None
-                    steps.append(model(ids[row : row + 1, s : s + 1], past_key_values=cache, use_cache=True).logits[0, 0])
+                    token = ids[row : row + 1, s : s + 1]
+                    steps.append(model(token, past_key_values=cache, use_cache=True).logits[0, 0])
                 patch["change"] = None
                 logits[name] = torch.stack(steps)
             base = logits.pop(BASELINE)

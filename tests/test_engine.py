@@ -38,7 +38,7 @@ def fork_changes(engine, clean, seed=0):
 
 
 def plain(model, layer, passage, edits):
-    """`[E, T, vocabulary]`: logits of a passage `[T]` under each of E edits (row i is edit i), by whole forward passes."""
+    """`[E, T, vocabulary]`: logits of a passage `[T]` under E edits (row i is edit i), by whole passes."""
     with torch.no_grad(), writesae.attach(model, {(layer, 0): None}, edits={layer: edits}):
         return model(passage.expand(len(edits), -1)).logits
 
@@ -124,7 +124,8 @@ def test_a_matrix_reads_like_its_pieces():
     edit = Edits([0, 0], [3, 11], [1, 2], left[:, 0], right[:, 0])
     p = clean.writes.propagate(edit, engine.length)
     q = clean.reader[:, 0]  # at the token itself the reader is its query
-    torch.testing.assert_close((p[:, 0] * q).sum(-1, keepdim=True) * right[:, 0], read(clean, left[:, 0], right[:, 0])[:, 0])
+    expected = (p[:, 0] * q).sum(-1, keepdim=True) * right[:, 0]
+    torch.testing.assert_close(read(clean, left[:, 0], right[:, 0])[:, 0], expected)
 
 
 def test_kl_pair():

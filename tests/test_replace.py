@@ -9,7 +9,7 @@ import torch
 from tiny_models import tiny_model
 
 from writesae.experiments import passages_of, run_replacement
-from writesae.experiments.conditions import CONDITIONS, Fired, arm, deltas, random_factors
+from writesae.experiments.conditions import CONDITIONS, Fired, deltas, random_factors
 from writesae.experiments.engine import ForkEngine, Places, read
 from writesae.experiments.firing import sample, top_codes
 from writesae.sae import SAE

@@ -1,4 +1,4 @@
-"""The report: every figure in one page, nothing fetched, nothing unescaped, and no model or kernel needed to draw it."""
+"""The report: every figure in one page, nothing fetched, nothing unescaped, and no model needed to draw it."""
 
 import base64
 import json
@@ -21,7 +21,7 @@ NATIVES, SCALES = ("increment", "outer"), ("coef", "matched")
 def made_up(n=300, conditions=CONDITIONS, horizon=6, seed=0, spread=1.0):
     """A result with plausible numbers and awkward tokens."""
     draw = np.random.default_rng(seed)
-    level = {"native": 0, "atom": 1e-3, "delete": 2e-3, "random": 4e-3, "mean": 2e-3, "previous": 3e-3, "singular": 5e-3}
+    level = dict(native=0, atom=1e-3, delete=2e-3, random=4e-3, mean=2e-3, previous=3e-3, singular=5e-3)
     decay = np.exp(-0.3 * np.arange(horizon + 1))
     words = ["def", " <b>", "&amp;", "\n", "\t", "self", ".", "é", '"', "</code>"]
     context = np.empty(n, object)
@@ -77,8 +77,8 @@ def test_the_page_holds_the_numbers(folder):
     for text in ("a &lt;tiny&gt; model", "pkg/&lt;", "<mark>", "FVU 0.400", "Heads of layer 4", "previous write"):
         assert text in page
     assert "<b>&amp;amp;" not in page and " <b>" not in re.sub(r"<figcaption>.*?</figcaption>", "", page)
-    opened, closed = len(re.findall(r"<(section|div|table|figure)\b", page)), len(re.findall(r"</(section|div|table|figure)>", page))
-    assert opened == closed
+    opened = re.findall(r"<(section|div|table|figure)\b", page)
+    assert len(opened) == len(re.findall(r"</(section|div|table|figure)>", page))
 
 
 def test_a_run_survives_its_folder(folder):
@@ -89,7 +89,9 @@ def test_a_run_survives_its_folder(folder):
         assert table[name].tolist() == column.tolist(), name
 
 
-@pytest.mark.parametrize("n, conditions, spread", [(1, ("atom", "delete"), 1.0), (7, ("native", "atom", "delete", "random"), 0.0)])
+@pytest.mark.parametrize(
+    "n, conditions, spread", [(1, ("atom", "delete"), 1.0), (7, ("native", "atom", "delete", "random"), 0.0)]
+)
 def test_small_and_degenerate_runs_draw(tmp_path, n, conditions, spread):
     result = made_up(n, conditions, spread=spread)
     for condition in conditions:
@@ -101,7 +103,8 @@ def test_small_and_degenerate_runs_draw(tmp_path, n, conditions, spread):
 
 def test_reports_need_no_model_and_no_kernel(folder, tmp_path):
     code = (
-        "import sys; from writesae.report.command import configure, run; import argparse; p = argparse.ArgumentParser();"
+        "import sys; from writesae.report.command import configure, run; import argparse; p = "
+        "argparse.ArgumentParser();"
         f"configure(p); run(p.parse_args([{str(folder)!r}, '--out', {str(tmp_path)!r}]));"
         "print([m for m in sys.modules if m.split('.')[0] in ('torch', 'transformers') or m == 'writesae.ops'])"
     )

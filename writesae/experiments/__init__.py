@@ -1,4 +1,4 @@
-"""Experiments on a model's memory. `replace` is the replacement test; `engine` runs its forks; `statistics` judges them."""
+"""Experiments on a model's memory: the replacement test, the engine that runs its forks, its statistics."""
 
 from . import conditions, engine, replace, statistics
 from .engine import ForkEngine, Places

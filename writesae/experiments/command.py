@@ -20,7 +20,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
                       "model's own")  # fmt: skip
     what.add_argument("--corpus", default="stdlib:test", help="held-out text: a file or folder of text, .jsonl or "
                       ".parquet, or stdlib:SPLIT, the Python standard library's sources")  # fmt: skip
-    what.add_argument("--select", default="stdlib:validation", metavar="CORPUS", help="text on which features are chosen, "
+    what.add_argument("--select", default="stdlib:validation", metavar="CORPUS", help="text on which features "
+                      "are chosen, "
                       "or none to test whatever fires")  # fmt: skip
     what.add_argument("--min-selected", type=int, default=5, help="tokens of the --select text at which a feature must "
                       "have the largest code")  # fmt: skip
@@ -29,16 +30,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--context", type=int, default=256, help="tokens a passage")
     how = parser.add_argument_group("how")
     how.add_argument("--horizon", type=int, default=8, help="tokens followed after the edit")
-    how.add_argument("--native", choices=NATIVES, nargs="+", default=list(NATIVES), help="what counts as the write; the "
+    how.add_argument("--native", choices=NATIVES, nargs="+", default=list(NATIVES), help="what counts as the "
+                     "write; the "
                      "first is the headline")  # fmt: skip
-    how.add_argument("--scale", choices=SCALES, nargs="+", default=list(SCALES), help="size of what is put in its place; "
+    how.add_argument("--scale", choices=SCALES, nargs="+", default=list(SCALES), help="size of what is put in "
+                     "its place; "
                      "the first is the headline")  # fmt: skip
     how.add_argument("--conditions", choices=CONDITIONS, nargs="+", default=list(DEFAULT_CONDITIONS),
                      help="what is put in its place")  # fmt: skip
     how.add_argument("--seed", type=int, default=0, help="of the choice of firings, the random control, the bootstraps")
     how.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model's weights")
     how.add_argument("--memory", type=_bytes, default="1G", help="memory of a batch of forks, about")
-    how.add_argument("--out", required=True, help="folder for summary.json, firings.parquet, plots and report.html; the "
+    how.add_argument("--out", required=True, help="folder for summary.json, firings.parquet, plots and "
+                     "report.html; the "
                      "same command on the same folder resumes")  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """What is put in a native write's place: the conditions of the replacement test, as changes of the head's output.
 
-The patched state is `S_t - N + R`. N is one of two readings of "the write": `increment` k_t u_t^T, what the token actually
-added beyond the gates, or `outer` beta_t k_t v_t^T, which leaves the erase in place. R by condition:
+The patched state is `S_t - N + R`. N is one of two readings of "the write": `increment` k_t u_t^T, what the token
+actually added beyond the gates, or `outer` beta_t k_t v_t^T, which leaves the erase in place. R by condition:
 
 | condition | R |
 |---|---|
@@ -13,8 +13,8 @@ added beyond the gates, or `outer` beta_t k_t v_t^T, which leaves the erase in p
 | previous | the write of the token before |
 | singular | the top singular pair of the state before |
 
-Every R but native and delete has one of two sizes, so that only its direction is compared: `coef`, the Frobenius norm that
-the atom has with its code as coefficient, or `matched`, that of N.
+Every R but native and delete has one of two sizes, so that only its direction is compared: `coef`, the Frobenius norm
+that the atom has with its code as coefficient, or `matched`, that of N.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def deltas(
 
 
 def random_factors(identity: Sequence[str], left: Tensor, right: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Unit Gaussian factors like `left [n, K]` and `right [n, V]`, one draw a firing, by its name and the seed alone."""
+    """Unit Gaussian factors like `left [n, K]` and `right [n, V]`, one draw a firing, by name and seed alone."""
     K, V = left.shape[1], right.shape[1]
     draws = np.empty((len(identity), K + V))
     for i, name in enumerate(identity):

@@ -1,5 +1,4 @@
-"""The fork engine: many one-place edits of a model's memory, each followed for a few tokens, for little more than the price
-of those tokens.
+"""The fork engine: many one-place edits of a model's memory, each followed for a few tokens.
 
 A fork is (passage, position t, head, edit). Under teacher forcing the edited layer's own later q, k, v, gates do not
 depend on its output, so what an edit E of its state changes there is known exactly from the clean pass:
@@ -8,8 +7,9 @@ depend on its output, so what an edit E of its state changes there is known exac
 
 `r_s` is how token s reads the memory of token t; it serves every edit of that place. The layer's own module then turns
 o + delta o into its output, and only the blocks above it run, on positions t..t+H, from the clean pass's states,
-convolution inputs, keys and values before t. Prefixes are shared by the forks of a passage, and all of it by all edits of
-a place. Every edit, and the baseline without one, is run in a batch of the same layout, so equal inputs give equal bits.
+convolution inputs, keys and values before t. Prefixes are shared by the forks of a passage, and all of it by all edits
+of a place. Every edit, and the baseline without one, is run in a batch of the same layout, so equal inputs give equal
+bits.
 
 Method: J. Young, *WriteSAE: Sparse Autoencoders for Recurrent State*, arXiv 2605.12770.
 """
@@ -246,11 +246,9 @@ class ForkEngine:
 
             return handler
 
-        out = {}
+        out, rules = {}, {i: rule(i) for i in self.linear} | {self.layer: site_rule}
         with (
-            intercept(
-                self.model, {i: rule(i) for i in self.linear} | {self.layer: site_rule}, {i: conv(i) for i in self.linear}
-            ),
+            intercept(self.model, rules, {i: conv(i) for i in self.linear}),
             self.stack.sharing(),
         ):
             for name, delta in deltas.items():

@@ -25,7 +25,8 @@ def check_sae(sae: SAE, site, layer: int, head: int) -> None:
         raise ValueError(f"head: expected 0 <= head < {site.num_v_heads} at layer {layer}, got {head}")
     if (sae.K, sae.V) != (site.K, site.V):
         raise ValueError(
-            f"sae: expected a dictionary of K={site.K}, V={site.V} for layer {layer} head {head}, got K={sae.K}, V={sae.V}"
+            f"sae: expected a dictionary of K={site.K}, V={site.V} for layer {layer} head {head}, got "
+            f"K={sae.K}, V={sae.V}"
         )
 
 
@@ -40,7 +41,7 @@ def top_codes(writes: Writes, sae: SAE, head: int) -> tuple[Tensor, Tensor]:
     else:
         values, indices = _top_of_states(writes, sae, head, many)
     if sae.threshold is not None:
-        # Thresholds are an atom's own: of the largest pre-activations, the first that passes its own is the largest code.
+        # Thresholds are an atom's own: of the largest pre-activations, the first that passes is the largest code.
         passes = values > sae.threshold[indices]
         first = passes.to(torch.uint8).argmax(-1, keepdim=True)
         values, indices = (values * passes).gather(-1, first), indices.gather(-1, first)

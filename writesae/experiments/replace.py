@@ -1,8 +1,8 @@
 """The replacement test: can a dictionary's atom stand in for what the model writes?
 
-At a firing of feature i the state is patched, `S_t - N + R`, the text goes on as it is, and next-token distributions are
-compared with the unpatched ones. If the atom is what the write means to the model, putting the atom in its place (R = its
-atom) disturbs less than taking it out (R = 0), and that less than a random rank-1 write of the same size.
+At a firing of feature i the state is patched, `S_t - N + R`, the text goes on as it is, and next-token distributions
+are compared with the unpatched ones. If the atom is what the write means to the model, putting the atom in its place
+(R = its atom) disturbs less than taking it out (R = 0), and that less than a random rank-1 write of the same size.
 
 Method: J. Young, *WriteSAE: Sparse Autoencoders for Recurrent State*, arXiv 2605.12770.
 """
@@ -21,9 +21,7 @@ from tqdm import tqdm
 
 from ..collect.source import weights_fingerprint
 from ..sae import SAE
-from .conditions import (
-    BASELINE, CONDITIONS, DEFAULT_CONDITIONS, NATIVES, SCALES, Fired, arms, deltas
-)  # fmt: skip
+from .conditions import BASELINE, CONDITIONS, DEFAULT_CONDITIONS, NATIVES, SCALES, Fired, arms, deltas  # fmt: skip
 from .engine import ForkEngine, Places
 from .firing import check_sae, sample, survey, top_codes
 from .parts import Parts, concatenate
@@ -142,8 +140,9 @@ def run_replacement(
             part = parts.read(name)
             if part is None:
                 part = _batch(
-                    engine, heads, chunk, allowed, means, natives, scales, conditions, each, seed, order[lo : lo + size], show
-                )
+                    engine, heads, chunk, order[lo : lo + size], allowed, means, natives, scales, conditions, each,
+                    seed, show,
+                )  # fmt: skip
                 parts.write(name, part)
             seen_tokens += sum(len(passage.tokens) for passage in chunk)
             kept = np.zeros(len(part["head"]), bool)
@@ -183,7 +182,8 @@ def _check(natives, scales, conditions, firings, each, select, horizon) -> None:
     ):  # fmt: skip
         wrong = [x for x in given if x not in known]
         if wrong or not given or len(set(given)) < len(given):
-            raise ValueError(f"{name}: expected some of {', '.join(known)}, each once, got {', '.join(given) or 'none'}")
+            got = ", ".join(given) or "none"
+            raise ValueError(f"{name}: expected some of {', '.join(known)}, each once, got {got}")
     for needed in ("atom", "delete"):
         if needed not in conditions:
             raise ValueError(f"conditions: expected atom and delete among them, got {', '.join(conditions)}")
@@ -219,7 +219,8 @@ def _selection(model, saes, select, min_selected, progress):
     for site, mask in allowed.items():
         if not mask.any():
             raise ValueError(
-                f"select: expected a feature of site {site} with the largest code at {min_selected} tokens or more, got "
+                f"select: expected a feature of site {site} with the largest code at {min_selected} tokens or "
+                f"more, got "
                 f"none in {tokens} tokens"
             )
     record = {
@@ -229,7 +230,7 @@ def _selection(model, saes, select, min_selected, progress):
     return allowed, means, record
 
 
-def _batch(engine, heads, chunk, allowed, means, natives, scales, conditions, each, seed, numbers, show) -> dict:
+def _batch(engine, heads, chunk, numbers, allowed, means, natives, scales, conditions, each, seed, show) -> dict:
     """Every firing tested in a batch of passages, as table columns."""
     layer, horizon = engine.layer, engine.length - 1
     lengths = [len(passage.tokens) for passage in chunk]

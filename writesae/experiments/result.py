@@ -47,8 +47,10 @@ class ReplacementResult:
     def __len__(self) -> int:
         return len(self.table["feature"])
 
-    def kl(self, native: str, condition: str, scale: str | None = None, metric="mean", direction="forward") -> np.ndarray:
-        """`[n]` KL of every firing in one condition: at the token itself (h0), the next (h1), or their mean from h1 on."""
+    def kl(
+        self, native: str, condition: str, scale: str | None = None, metric: str = "mean", direction: str = "forward"
+    ) -> np.ndarray:
+        """`[n]` KL of every firing in one condition: at the token (h0), the next (h1), or the mean from h1 on."""
         return _metric(self.table[f"{direction}:{arm(native, condition, scale)}"], metric)
 
     def summary(self, resamples: int = statistics.RESAMPLES) -> dict:
@@ -82,7 +84,8 @@ class ReplacementResult:
             if mine.any():
                 kl = {c: self.kl(native, c, scale)[mine] for c in ("atom", "delete")}
                 rates[layer, at] = float((kl["atom"] < kl["delete"]).mean())
-        exact = [table[f"{d}:{arm(x, 'native')}"] for d in DIRECTIONS for x in self.natives if "native" in self.conditions]
+        put_back = self.natives if "native" in self.conditions else ()
+        exact = [table[f"{d}:{arm(x, 'native')}"] for d in DIRECTIONS for x in put_back]
         return {
             "n": n, "firings_requested": self.requested, "tokens": self.tokens,
             "seconds": self.seconds, "firings_per_second": n / self.seconds if self.seconds else None,

@@ -55,7 +55,7 @@ def proportion(success: np.ndarray, name: str) -> dict:
 
 
 def win_rate(treatment: np.ndarray, control: np.ndarray) -> dict:
-    """Share of firings whose `treatment [n]` KL is strictly below its `control [n]` KL; Wilson 95 %. Ties do not win."""
+    """Share of firings whose `treatment [n]` KL is strictly below its `control [n]` KL; Wilson 95 %."""
     check_finite(treatment=treatment, control=control)
     out = proportion(treatment < control, "win rate, strict, Wilson 95 % interval")
     wins, losses = out["count"], int((treatment > control).sum())

@@ -127,7 +127,8 @@ def _key_figures(summary: Mapping) -> str:
     test = _headline_test(summary)
     cards = [
         (percent(summary["win_rate"]), "atom closer than deletion",
-         f"95&#8239;%: {interval(summary['win_rate_ci95'])} · by feature {interval(summary['win_rate_ci95_by_feature'])}"),
+         f"95&#8239;%: {interval(summary['win_rate_ci95'])} · by feature "
+         f"{interval(summary['win_rate_ci95_by_feature'])}"),
     ]  # fmt: skip
     if summary["strict_chain"] is not None:
         cards.append(
@@ -139,11 +140,12 @@ def _key_figures(summary: Mapping) -> str:
         note = f"95&#8239;%: {interval(population['ci95'])} · {population['n']} features"
         cards.append((percent(population["rate"]), "features that mostly win", note))
     order = " / ".join(plots.NAMES[c].split()[0] for c in medians)
-    cards.append((" / ".join(number(1e3 * x) for x in medians.values()), f"median KL, 10<sup>−3</sup> nats<br>{order}", ""))
+    cards.append((" / ".join(number(1e3 * x) for x in medians.values()), f"median KL, 10<sup>−3</sup> "
+                                                                         f"nats<br>{order}", ""))
     if summary["native_kl_max"] is not None:
         cards.append((number(summary["native_kl_max"]), "largest KL with the write put back", "must be exactly 0"))
     return '<section class="cards">' + "".join(
-        f'<div class="card"><div class="value{" long" if len(value) > 24 else ""}">{value}</div>'
+        f'<div class="card"><div class="value{" long" if len(value) > 12 else ""}">{value}</div>'
         f'<div class="label">{label}</div><div class="note">{note}</div></div>'
         for value, label, note in cards
     ) + "</section>"  # fmt: skip
@@ -172,13 +174,17 @@ def _verdict(summary: Mapping) -> str:
 
 
 _CAPTIONS = {
-    "kl_scatter": ("Atom against deletion, firing by firing", "Each point is one firing. Below the dashed line the atom "
+    "kl_scatter": ("Atom against deletion, firing by firing", "Each point is one firing. Below the dashed line "
+                                                              "the atom "
                    "in the write’s place moves the next-token predictions less than leaving the write out."),
-    "ratio_densities": ("How much closer?", "Distribution over firings of the ratio of two KLs; left of 1× the first is "
+    "ratio_densities": ("How much closer?", "Distribution over firings of the ratio of two KLs; left of 1× the "
+                                            "first is "
                         "smaller. Short vertical lines are medians."),
-    "horizon_curve": ("How long does it last?", "Median KL by number of tokens after the edit; bands hold the middle half "
+    "horizon_curve": ("How long does it last?", "Median KL by number of tokens after the edit; bands hold the "
+                                                "middle half "
                       "of the firings."),
-    "feature_win_rates": ("Is it a few features or most?", "Every feature with at least five firings, by the share of its "
+    "feature_win_rates": ("Is it a few features or most?", "Every feature with at least five firings, by the "
+                                                           "share of its "
                           "own firings that it wins against deletion (at most 30 used each)."),
     "win_rate_by_cosine": ("Where does it work?", "Win rate in equal-count groups of firings by how well the atom is "
                            "aligned with the write that it replaces; bars are 95&#8239;% intervals."),
@@ -234,8 +240,10 @@ def _tables(summary: Mapping) -> str:
         '<div class="scroll"><table><thead><tr><th>KL</th><th>win rate</th><th>Wilson 95&#8239;%</th>'
         "<th>by feature</th><th>by passage</th><th>chain</th><th>features</th>"
         f"<th>median KL, 10<sup>−3</sup><br>{conditions}</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-        '<p class="small">The highlighted row is the headline, fixed in advance. Intervals in per cent; “by feature” and '
-        "“by passage” resample whole clusters. “Chain” is atom &lt; deletion &lt; random, strictly; “features” the share "
+        '<p class="small">The highlighted row is the headline, fixed in advance. Intervals in per cent; “by '
+        'feature” and '
+        "“by passage” resample whole clusters. “Chain” is atom &lt; deletion &lt; random, strictly; “features” "
+        "the share "
         "of features that win most of their firings. Reversed is KL(patched‖baseline). "
         f"n = {summary['n']:,} firings in every row.</p>"
     )
@@ -248,16 +256,20 @@ def _tables(summary: Mapping) -> str:
             for c, x in against.items()
         )
         out.append(
-            "<h3>The atom against other things one could write</h3><table class=narrow><thead><tr><th>instead of the atom"
-            "</th><th>atom closer</th><th>Wilson 95&#8239;%</th><th>ties</th><th>its median KL, 10<sup>−3</sup></th></tr></thead>"
+            "<h3>The atom against other things one could write</h3><table class=narrow><thead><tr><th>instead "
+            "of the atom"
+            "</th><th>atom closer</th><th>Wilson 95&#8239;%</th><th>ties</th><th>its median KL, "
+            "10<sup>−3</sup></th></tr></thead>"
             f"<tbody>{rows}</tbody></table>"
         )
     for layer, record in summary["heads"].items():
         if record["n"] > 1:
-            cells = "".join(f"<tr><th>head {h}</th><td>{percent(rate)}</td></tr>" for h, rate in record["heads"].items())
+            rates = record["heads"].items()
+            cells = "".join(f"<tr><th>head {h}</th><td>{percent(rate)}</td></tr>" for h, rate in rates)
             out.append(
                 f"<h3>Heads of layer {layer}: {percent(record['mean'])} ± {100 * record['sd']:.1f}</h3>"
-                f"<table class=narrow><thead><tr><th>head</th><th>win rate</th></tr></thead><tbody>{cells}</tbody></table>"
+                f"<table class=narrow><thead><tr><th>head</th><th>win "
+                f"rate</th></tr></thead><tbody>{cells}</tbody></table>"
             )
     return "".join(out) + "</section>"
 
@@ -283,7 +295,8 @@ def _atoms(table: Mapping[str, np.ndarray], summary: Mapping) -> str:
                 break
         blocks.append(
             f'<div class="atom"><h3>Atom {feature}<span> layer {layer}, head {at} · {len(mine)} firings · wins '
-            f"{percent(won, 0)} · median cosine {np.median(table['cosine'][mine]):.2f}</span></h3>{''.join(shown)}</div>"
+            f"{percent(won, 0)} · median cosine "
+            f"{np.median(table['cosine'][mine]):.2f}</span></h3>{''.join(shown)}</div>"
         )
     return (
         "<section><h2>The atoms most often tested</h2><p>Each line is the text around one firing, strongest first; the "
@@ -324,15 +337,21 @@ def _method(summary: Mapping) -> str:
     return (
         "<section><h2>How it was done</h2>"
         f"<ul>{sites}</ul>"
-        "<p>At a firing at token t the state after the write, S<sub>t</sub>, becomes S<sub>t</sub> − N + R, where N is the "
-        "write and R what replaces it: the atom with its code, nothing, or a random rank-1 matrix of the atom’s size. The "
-        f"text then continues unchanged for {settings['horizon']} tokens and the next-token distributions are compared with "
+        "<p>At a firing at token t the state after the write, S<sub>t</sub>, becomes S<sub>t</sub> − N + R, "
+        "where N is the "
+        "write and R what replaces it: the atom with its code, nothing, or a random rank-1 matrix of the atom’s "
+        "size. The "
+        f"text then continues unchanged for {settings['horizon']} tokens and the next-token distributions are "
+        f"compared with "
         "those of the unpatched model: KL(baseline‖patched), averaged over the tokens after the edit. The test follows "
         "every edit exactly; only the layers above it are run again.</p>"
-        f"<p>{chosen}At each token only the feature with the largest code is considered, a few tokens are drawn from every "
+        f"<p>{chosen}At each token only the feature with the largest code is considered, a few tokens are drawn "
+        f"from every "
         "passage, and a passage’s last tokens are left out so that every firing is followed to the end "
-        f"({summary['tokens']:,} tokens read). A win is strict; ties count for neither side. Wilson intervals treat firings "
-        f"as independent; the cluster bootstrap ({settings['resamples']:,} resamples) does not. Seed {settings['seed']}.</p>"
+        f"({summary['tokens']:,} tokens read). A win is strict; ties count for neither side. Wilson intervals "
+        f"treat firings "
+        f"as independent; the cluster bootstrap ({settings['resamples']:,} resamples) does not. Seed "
+        f"{settings['seed']}.</p>"
         "<p>The test was introduced in J. Young, <cite>WriteSAE: Sparse Autoencoders for Recurrent State</cite>, "
         "arXiv 2605.12770.</p></section>"
     )

@@ -19,8 +19,8 @@ def load_run(folder: str | Path) -> tuple[dict, dict[str, np.ndarray]]:
     folder = Path(folder)
     for name in ("summary.json", "firings.parquet"):
         if not (folder / name).is_file():
-            unfinished = " (the run has parts but is not finished: run it again)" if (folder / "parts").is_dir() else ""
-            raise ValueError(f"run: expected the folder of a finished replacement run, got {folder} without {name}{unfinished}")
+            note = " (the run has parts but is not finished: run it again)" if (folder / "parts").is_dir() else ""
+            raise ValueError(f"run: expected a finished replacement run's folder, got {folder} without {name}{note}")
     try:
         summary = json.loads((folder / "summary.json").read_text())
     except ValueError as error:

@@ -51,17 +51,17 @@ def _floor(*columns: np.ndarray) -> float:
 
 
 def kl_scatter(atom: np.ndarray, delete: np.ndarray, path: Path) -> Path:
-    """KL after the atom against KL after deletion, one point a firing (`[n]` each); below the diagonal the atom wins."""
+    """KL after the atom against KL after deletion, one point a firing (`[n]` each)."""
 
     def paint(axes):
         floor = _floor(atom, delete)
         x, y = np.maximum(delete, floor), np.maximum(atom, floor)
         won = y < x
         size, alpha = (16, 0.6) if len(x) < 400 else (9, 0.45) if len(x) < 3000 else (4, 0.25)
-        for mask, colour, label in ((won, COLOURS["atom"], "atom closer"), (~won, COLOURS["delete"], "deletion closer")):
+        for mask, winner in ((won, "atom"), (~won, "delete")):
             axes.scatter(
-                x[mask], y[mask], s=size, alpha=alpha, color=colour, linewidths=0,
-                label=f"{label}  ({mask.mean():.0%})",
+                x[mask], y[mask], s=size, alpha=alpha, color=COLOURS[winner], linewidths=0,
+                label=f"{NAMES[winner]} closer  ({mask.mean():.0%})",
             )  # fmt: skip
         low, high = np.percentile(np.concatenate([x, y]), [0, 100])
         span = [low * 0.7, high * 1.4]
@@ -97,7 +97,7 @@ def ratio_densities(atom: np.ndarray, delete: np.ndarray, random: np.ndarray, pa
         axes.set(xlim=(grid[0], grid[-1]), ylim=(0, None), yticks=[])
         axes.spines["left"].set_visible(False)
         axes.grid(False, axis="y")
-        axes.xaxis.set_major_formatter(lambda v, _: f"{10**v:.3g}×")
+        axes.xaxis.set_major_formatter(lambda v, _: f"{10**v:,.4g}×")
         axes.set_xlabel("ratio of KLs (logarithmic)")
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)  # above: the curves fill the frame
 
@@ -127,6 +127,7 @@ def activation_histogram(activation: np.ndarray, path: Path) -> Path:
         )  # fmt: skip
         axes.grid(False, axis="x")
         axes.set(xlim=(0, None), xlabel="activation of the replaced write's atom", ylabel="firings")
+        axes.margins(y=0.12)  # room for the label
 
     return _draw(path, (5.0, 2.9), paint)
 
@@ -150,7 +151,7 @@ def horizon_curve(curves: Mapping[str, np.ndarray], path: Path) -> Path:
             axes.set_ylim(bottom=lowest * 0.8)
         axes.set_ylabel("KL (nats), median and middle half")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.legend(loc="upper right")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, ncols=3, columnspacing=1.2)
 
     return _draw(path, (5.0, 3.7), paint)
 
@@ -166,6 +167,7 @@ def feature_win_rates(win_rates: Sequence[float], firings: int, path: Path) -> P
         axes.scatter(x, rates, s=14, color=np.where(rates > 0.5, COLOURS["atom"], COLOURS["delete"]), linewidths=0)
         axes.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
         axes.set(ylim=(-0.03, 1.03), xlabel=f"features, ranked ({len(rates)} features, {firings} firings)")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel("share of its firings won")
 
     return _draw(path, (5.0, 2.9), paint)

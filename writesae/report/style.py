@@ -4,7 +4,8 @@ STYLE = """
 :root{--ink:#1d2126;--soft:#5b6470;--rule:#dfe3e8;--paper:#fff;--wash:#f5f7f9;--blue:#0072b2;--mark:#ffe9a8}
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%}
-body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 -apple-system,"Segoe UI",Inter,Roboto,"Helvetica Neue",
+body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 -apple-system,"Segoe UI",Inter,Roboto,
+"Helvetica Neue",
 Arial,"Liberation Sans",sans-serif}
 main{max-width:1060px;margin:0 auto;padding:40px 28px 60px}
 header{border-bottom:1px solid var(--rule);padding-bottom:18px;margin-bottom:22px}
@@ -18,10 +19,11 @@ p{max-width:74ch}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(180px,1fr));gap:12px;margin:24px 0}
 .card{background:var(--wash);border-radius:8px;padding:14px 16px}
 .value{font-size:30px;font-weight:600;letter-spacing:-.02em;line-height:1.2;font-variant-numeric:tabular-nums}
-.value.long{font-size:20px;line-height:1.8;white-space:nowrap}
+.value.long{font-size:16.5px;line-height:36px;letter-spacing:-.03em;white-space:nowrap}
 .label{font-size:14px;line-height:1.35}
 .note{font-size:12.5px;color:var(--soft);margin-top:4px}
-.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,430px),1fr));gap:28px 32px;margin:32px 0;align-items:start}
+.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,430px),1fr));gap:28px 32px;margin:32px 0;
+align-items:start}
 figure{margin:0;break-inside:avoid}
 figure img{display:block;width:100%;height:auto}
 figcaption{font-size:14px;color:var(--soft);line-height:1.45;margin-top:6px}
@@ -42,14 +44,17 @@ tr.here{background:#e8f2f9}
 .atom h3{margin:0 0 6px;border-bottom:1px solid var(--rule);padding-bottom:4px}
 .atom h3 span{font-weight:400;color:var(--soft);font-size:13px;margin-left:6px}
 .context{display:flex;gap:8px;align-items:baseline;margin:5px 0;font-size:12.5px}
-.context code{flex:1;min-width:0;font:12px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation Mono",monospace;white-space:pre-wrap;
+.context code{flex:1;min-width:0;font:12px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation Mono",monospace;
+white-space:pre-wrap;
 overflow-wrap:anywhere;background:var(--wash);border-radius:4px;padding:2px 6px}
 .context .act{flex:none;width:3.2em;text-align:right;color:var(--soft);font-variant-numeric:tabular-nums}
-.context .doc{flex:none;max-width:9em;overflow:hidden;text-overflow:ellipsis;white-space:nowrap;color:var(--soft);font-size:11.5px}
+.context .doc{flex:none;max-width:9em;overflow:hidden;text-overflow:ellipsis;white-space:nowrap;color:var(--soft);
+font-size:11.5px}
 mark{background:var(--mark);color:inherit;box-shadow:inset 0 -2px 0 #d55e00;border-radius:2px;font-weight:700}
 .nl{color:#9aa3ad}
 footer{margin-top:44px;border-top:1px solid var(--rule);padding-top:12px;color:var(--soft);font-size:12.5px}
 @media (max-width:640px){main{padding:22px 16px 40px}h1{font-size:26px}.context .doc{display:none}}
-@media print{main{max-width:none;padding:0}body{font-size:10.5pt}.card,.context code,tr.here,mark{-webkit-print-color-adjust:exact;
+@media print{main{max-width:none;padding:0}body{font-size:10.5pt}.card,.context code,tr.here,
+mark{-webkit-print-color-adjust:exact;
 print-color-adjust:exact}.scroll{overflow:visible}h2{break-after:avoid}}
 """
