@@ -2,16 +2,20 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from tiny_models import tiny_model
 
+import writesae
 from writesae.experiments import passages_of, run_replacement
 from writesae.experiments.conditions import CONDITIONS, Fired, deltas, random_factors
 from writesae.experiments.engine import ForkEngine, Places, read
 from writesae.experiments.firing import sample, top_codes
+from writesae.models import load
+from writesae.models.hf_gated_delta import layers
 from writesae.sae import SAE
 
 
@@ -187,6 +191,22 @@ def test_save_and_report_data(model, tmp_path):
     result.save(tmp_path, model="tiny")
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["model"] == "tiny" and summary["n"] == 20
+
+
+DEFAULT = Path(writesae.__file__).parent / "default" / "model"
+
+
+@pytest.mark.skipif(not DEFAULT.is_dir(), reason="this tree does not hold the embedded model")
+def test_native_writes_put_back_change_nothing_in_the_default_model():
+    model, tokenizer = load("default")
+    site = next(s for s in layers(model) if s.layer_index > 0)
+    sae = SAE(site.K, site.V, 64, 4, layer=site.layer_index, head=site.num_v_heads - 1)
+    code = Path(__file__).read_text()
+    passages = passages_of([("this file", code)], tokenizer, 128)
+    result = run_replacement(model, tokenizer, sae, passages, firings=16, each=4, horizon=4, progress=False)
+    summary = result.summary(50)
+    assert summary["native_kl_max"] == 0.0
+    assert 0 < summary["kl_median"]["delete"] < 1
 
 
 @pytest.mark.parametrize(

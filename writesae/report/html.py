@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -317,6 +318,7 @@ def _context(table: Mapping[str, np.ndarray], i: int) -> str:
 
 
 def _shown(text: str) -> str:
+    text = re.sub(" {3,}", "  ", text)  # indentation says nothing here and pushes words out of sight
     return escape(text).replace("\r", "").replace("\n", '<span class="nl">⏎</span>').replace("\t", "→")
 
 
