@@ -15,7 +15,7 @@ from .shard import Progress, firings_table, part_name
 from .source import Site
 
 INDEX_ROWS = 16_384  # a row group of the index: what reading one feature costs
-_HELD = 500_000  # firings held while indexing
+_HELD = 50_000  # firings held while indexing
 
 
 def index_path(out: Path, layer: int, head: int) -> Path:
