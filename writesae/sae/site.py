@@ -198,7 +198,14 @@ class SiteTrainer:
                 v, w = left[:, -1].view(c.F, c.r, K), right[:, -1].view(c.F, c.r, V)
             else:
                 v, w = _top_pairs(block.states(rows[: c.F], positions[: c.F]) - self.sae.mean, c.r)
-        self._set_atoms(torch.arange(c.F), _unit(v.to(self.sae.mean)), _unit(w.to(self.sae.mean)), 1.0)
+        v, w = _unit(v.to(self.sae.mean)), _unit(w.to(self.sae.mean))
+        self._set_atoms(torch.arange(c.F), v, w, 1.0)
+        # Atoms overlap, so k full projections overshoot: start from the one gain that reconstructs best.
+        X = (block.states(picks[0] // T, picks[0] % T) - self.sae.mean) * self.scale
+        made = self._decode(*exact_topk(X.flatten(1) @ self.sae.encoder_matrix().T, c.k))
+        gain = float((made * X).sum() / made.square().sum())
+        if gain > 0:
+            self._set_atoms(torch.arange(c.F), v, w, gain)
 
     @torch.no_grad()
     def _set_atoms(self, at: Tensor, v: Tensor, w: Tensor, gain: float, dense: Tensor | None = None) -> None:
