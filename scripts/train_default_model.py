@@ -8,9 +8,10 @@ them can pass unnoticed. It is trained from scratch, tokenizer included, on the 
     python scripts/train_default_model.py --minutes 72 --work /tmp/default_model --out writesae/default/model
 
 Runs on two CPU cores with a C++ compiler (``--no-compile`` without one). The learning rate follows the wall clock, so
-the run always ends fully decayed at ``--minutes``; the order of the data depends on the seed alone. Stopped and
-started again with the same ``--work``, it goes on from its last checkpoint. Matrices are trained with Muon
-(K. Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/), everything else with AdamW.
+the run always ends fully decayed at ``--minutes``; the order of the data depends on the seed alone, but how many steps
+fit depends on the machine and on what else it does. Stopped and started again with the same ``--work``, it goes on
+from its last checkpoint; so does a finished run that is given more ``--minutes``. Matrices are trained with Muon (K.
+Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/), everything else with AdamW.
 """
 
 import argparse
@@ -349,6 +350,9 @@ def export(model, tokenizer, folder: Path, record: dict) -> None:
     stored.to(torch.bfloat16).save_pretrained(fresh)
     tokenizer.save_pretrained(fresh)
     (fresh / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    settings = json.loads((fresh / "tokenizer_config.json").read_text())
+    settings = {key: value for key, value in settings.items() if key not in ("is_local", "local_files_only")}
+    (fresh / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     for path in fresh.iterdir():
         path.chmod(0o644)
     shutil.rmtree(folder, ignore_errors=True)
@@ -435,6 +439,11 @@ def train(args, model, library, suite, held_out, tokenizer) -> dict:
     def head_loss(hidden, weight, targets):
         return F.cross_entropy((hidden @ weight.T).float().flatten(0, 1), targets.flatten())
 
+    def save():
+        values = {"state": state, "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+        torch.save(values, saved.with_suffix(".new"))
+        os.replace(saved.with_suffix(".new"), saved)
+
     if args.compile:
         inductor_config.cpp.dynamic_threads = True
         head_loss = torch.compile(head_loss)
@@ -476,9 +485,7 @@ def train(args, model, library, suite, held_out, tokenizer) -> dict:
             )
         if now - last_save > 60 * args.save_minutes:
             last_save = now
-            values = {"state": state, "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-            torch.save(values, saved.with_suffix(".new"))
-            os.replace(saved.with_suffix(".new"), saved)
+            save()
         if now - last_export > 60 * args.export_minutes:
             last_export = now
             with torch.autocast("cpu", torch.bfloat16), torch.compiler.set_stance("force_eager"):
@@ -486,6 +493,7 @@ def train(args, model, library, suite, held_out, tokenizer) -> dict:
             print(f"{state['elapsed'] / 60:6.1f} min  step {state['step']:5d}  validation {quick:.4f}", flush=True)
             record = describe(args, state, model, complete=False, validation_loss=round(quick, 4))
             export(model, tokenizer, args.work / "export", record)
+    save()
     return state
 
 
