@@ -56,29 +56,38 @@ def quality(model, tokenizer, saes: dict[tuple[int, int], SAE], states: int) -> 
     }
 
 
+def site(text: str) -> tuple[int, int]:
+    layer, _, head = text.partition(":")
+    return int(layer), int(head)
+
+
 def survey(model, tokenizer, args) -> list[dict]:
     """One record a site: quality and win rate of a small dictionary on the validation split, best win rate first."""
     path = args.work / "survey.json"
     if path.exists():
         return json.loads(path.read_text())
     sites = [(s.layer_index, head) for s in hf_gated_delta.layers(model) for head in range(s.num_v_heads)]
-    config = TrainConfig(F=512, k=16, steps=args.survey_steps, block=256, lr=1e-3, seed=args.seed)
+    if args.candidates:
+        sites = [site(text) for text in args.candidates]
+    config = TrainConfig(F=1024, k=8, steps=args.survey_steps, block=256, lr=1e-3, seed=args.seed)
     saes = train(model, tokenizer, sites, config, args.work / "survey", args.model)
     passages = passages_of(texts("validation"), tokenizer)
     scores = quality(model, tokenizer, saes, 4096)
     records = []
-    for site, sae in saes.items():
+    for place, sae in saes.items():
         result = run_replacement(
-            model, tokenizer, {site: sae}, passages, firings=args.survey_firings, natives=("increment",), progress=False
-        )
+            model, tokenizer, {place: sae}, passages, firings=args.survey_firings, natives=("increment",),
+            progress=False,
+        )  # fmt: skip
         summary = result.summary(resamples=200)
         norm = float(torch.tensor(result.table["native_norm"]).median())
         records.append({
-            "layer": site[0], "head": site[1], "win_rate": summary["win_rate"], "strict_chain": summary["strict_chain"],
-            "kl_median": summary["kl_median"], "native_norm_median": norm, **scores[site],
+            "layer": place[0], "head": place[1], "win_rate": summary["win_rate"],
+            "strict_chain": summary["strict_chain"], "kl_median": summary["kl_median"],
+            "native_norm_median": norm, **scores[place],
         })  # fmt: skip
-        print(f"L{site[0]}H{site[1]}: win rate {summary['win_rate']:.3f}, KL {summary['kl_median']}, "
-              f"FVU {scores[site]['fvu']:.3f}, cosine {scores[site]['winner_cosine_median']:.3f}", flush=True)
+        print(f"L{place[0]}H{place[1]}: win rate {summary['win_rate']:.3f}, KL {summary['kl_median']}, "
+              f"FVU {scores[place]['fvu']:.3f}, cosine {scores[place]['winner_cosine_median']:.3f}", flush=True)
     records.sort(key=lambda r: -r["win_rate"])
     path.write_text(json.dumps(records, indent=2) + "\n")
     return records
@@ -90,6 +99,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/default_dictionary"))
     parser.add_argument("--out", type=Path, default=Path("writesae/default/sae"))
     parser.add_argument("--site", metavar="LAYER:HEAD", help="skip the survey and train this one")
+    parser.add_argument("--candidates", nargs="+", metavar="LAYER:HEAD", help="survey these only; default every site")
     parser.add_argument("--survey-steps", type=int, default=400)
     parser.add_argument("--survey-firings", type=int, default=200)
     parser.add_argument("--steps", type=int, default=6000)
@@ -101,18 +111,18 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     model, tokenizer = load(args.model)
-    chosen_by = None
+    chosen_by = None  # the survey, best first
     if args.site:
-        site = tuple(int(x) for x in args.site.split(":"))
+        chosen = site(args.site)
     else:
         records = survey(model, tokenizer, args)
-        site, chosen_by = (records[0]["layer"], records[0]["head"]), records[0]
-        print(f"chosen: layer {site[0]}, head {site[1]}, win rate {records[0]['win_rate']:.3f} on the validation split")
+        chosen, chosen_by = (records[0]["layer"], records[0]["head"]), records
+        print(f"chosen: layer {chosen[0]}, head {chosen[1]}")
     config = TrainConfig(F=args.features, k=args.k, steps=args.steps, lr=args.lr, lr_end=args.lr / 10, seed=args.seed)
-    sae = train(model, tokenizer, [site], config, args.work / "final", "writesae default")[site]
-    sae.metrics = quality(model, tokenizer, {site: sae}, 20_000)[site]
-    sae.training_record |= {"script": "scripts/train_default_dictionary.py", "chosen_by": chosen_by}
-    folder = args.out / f"L{site[0]}H{site[1]}"
+    sae = train(model, tokenizer, [chosen], config, args.work / "final", "default")[chosen]
+    sae.metrics = quality(model, tokenizer, {chosen: sae}, 20_000)[chosen]
+    sae.training_record |= {"script": "scripts/train_default_dictionary.py", "survey": chosen_by}
+    folder = args.out / f"L{chosen[0]}H{chosen[1]}"
     if args.out.exists():
         shutil.rmtree(args.out)
     sae.save_pretrained(folder)
