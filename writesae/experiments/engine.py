@@ -201,9 +201,7 @@ class ForkEngine:
             x = torch.nn.functional.pad(torch.cat(keep["x"][i], 1)[..., -T:], (width, 0))  # column j is token j - width
             columns = places.position[:, None] + torch.arange(width)
             conv_left[i] = x.transpose(1, 2)[rows, columns].transpose(1, 2)
-        prefixes = {
-            i: Prefix(cache.layers[i].keys, cache.layers[i].values, row, places.position) for i in self.full
-        }
+        prefixes = {i: Prefix(*_keys_and_values(cache, i), row, places.position) for i in self.full}
         t = places.position
         k = writes.left[row, t, key_head, 0]
         return Clean(
@@ -290,6 +288,13 @@ class ForkEngine:
         return {
             name: tuple(x.view(n, L).masked_fill(missing, float("nan")) for x in pair) for name, pair in out.items()
         }
+
+
+def _keys_and_values(cache, layer: int) -> tuple[Tensor, Tensor]:
+    """A full-attention layer's cached keys and values; OLMo-Hybrid had a cache of its own before transformers 5.15."""
+    if hasattr(cache, "layers"):
+        return cache.layers[layer].keys, cache.layers[layer].values
+    return cache.key_cache[layer], cache.value_cache[layer]
 
 
 def _leave(*args):
