@@ -16,7 +16,8 @@ test: $(VENV)/.built
 
 # The hooks against the last release that kept the recurrence as an attribute of the layer.
 test-old-transformers: .venv-old/.installed $(VENV)/.built
-	PYTHONPATH=. .venv-old/bin/python -m pytest -q tests/test_attach.py tests/test_engine.py
+	PYTHONPATH=. .venv-old/bin/python -m pytest -q tests/test_attach.py tests/test_attach_refusals.py tests/test_models_load.py \
+	  tests/test_models_seam.py tests/test_engine.py
 
 bench: $(VENV)/.built
 	for file in bench/bench_*.py; do $(BIN)/python $$file || exit 1; done
