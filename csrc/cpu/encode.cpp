@@ -7,12 +7,11 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
+#include "cpu/scratch.h"
 
 namespace writesae::cpu {
 namespace {
@@ -106,30 +105,6 @@ Kernels kernels() {
 #endif
   return WRITESAE_KERNELS(portable);
 }
-
-int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
-
-struct Delete {
-  void operator()(char* data) const { ::operator delete(data, std::align_val_t(64)); }
-};
-
-// Uninitialised memory on a cache line's boundary, handed out piece by piece.
-class Arena {
- public:
-  explicit Arena(int64_t bytes)
-      : data_(static_cast<char*>(::operator new(std::max<int64_t>(bytes, 64), std::align_val_t(64)))) {}
-  template <class T>
-  T* take(int64_t count) {
-    T* piece = reinterpret_cast<T*>(data_.get() + used_);
-    used_ += round_up(count * sizeof(T), 64);
-    return piece;
-  }
-  void clear() { used_ = 0; }
-
- private:
-  std::unique_ptr<char, Delete> data_;
-  int64_t used_ = 0;
-};
 
 // All rows of one head, sequence after sequence.
 class Stream {

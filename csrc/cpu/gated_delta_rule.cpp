@@ -5,11 +5,11 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <new>
 #include <vector>
 
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
+#include "cpu/scratch.h"
 
 namespace writesae::cpu {
 
@@ -98,22 +98,6 @@ Kernels kernels() {
   return {portable::LANES, portable::VECTORS, portable::prepare, portable::read, portable::run_columns,
           portable::step_head};
 }
-
-// Uninitialised floats on a cache line's boundary.
-class Buffer {
- public:
-  explicit Buffer(int64_t floats)
-      : data_(static_cast<float*>(::operator new(std::max<int64_t>(floats, 1) * sizeof(float), std::align_val_t(64)))) {}
-  ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  float* operator+(int64_t offset) const { return data_ + offset; }
-
- private:
-  float* data_;
-};
-
-int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
 struct Sequence {
   int64_t b, origin, length;
