@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..firings import Firings
-from ..sae.stream import _Enough, _stopping_after
 
 
 @dataclass(frozen=True)
@@ -65,13 +64,13 @@ class ModelSource:
         self._tap = None
 
     def __enter__(self):
-        from ..models import attach
+        from ..models import attach, stopping_after
 
         self.model.eval()
         self._stack.enter_context(torch.inference_mode())
         hooks = attach(self.model, self.dictionaries, accelerate=self.accelerate, record_writes=False)
         self._tap = self._stack.enter_context(hooks)
-        self._stack.enter_context(_stopping_after(self.model, max(layer for layer, _ in self.dictionaries)))
+        self._stack.enter_context(stopping_after(self.model, max(layer for layer, _ in self.dictionaries)))
         return self
 
     def __exit__(self, *error):
@@ -80,10 +79,12 @@ class ModelSource:
 
     def firings(self, tokens: Tensor, mask: Tensor) -> Firings:
         """See `Source`."""
+        from ..models import Stopped
+
         # The trunk alone: logits are not needed, and a large vocabulary makes them the dearest part.
         trunk = getattr(self.model, "base_model", self.model)
         device = next(self.model.parameters()).device
-        with suppress(_Enough):
+        with suppress(Stopped):
             trunk(input_ids=tokens.to(device), attention_mask=mask.to(device), use_cache=False)
         found = self._tap.firings
         self._tap.clear()

@@ -1,8 +1,9 @@
-"""Hooks into transformers models: `attach` and `load`, and the seam under them, `hf_gated_delta`."""
+"""Hooks into transformers models: `attach`, `load`, `stopping_after`, and the seam under them, `hf_gated_delta`."""
 
 from . import hf_gated_delta
 from .attach import attach
 from .load import load
+from .stopping import Stopped, stopping_after
 from .tap import Tap
 
-__all__ = ["Tap", "attach", "hf_gated_delta", "load"]
+__all__ = ["Stopped", "Tap", "attach", "hf_gated_delta", "load", "stopping_after"]

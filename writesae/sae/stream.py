@@ -87,13 +87,13 @@ class ModelStream:
         return self.passages.length
 
     def __enter__(self) -> ModelStream:
-        from ..models import attach
+        from ..models import attach, stopping_after
 
         self._open = contextlib.ExitStack()
         try:
             sites = {site: None for site in self.sites}
             self._tap = self._open.enter_context(attach(self.model, sites, accelerate=True))
-            self._open.enter_context(_stopping_after(self.model, max(layer for layer, _ in self.sites)))
+            self._open.enter_context(stopping_after(self.model, max(layer for layer, _ in self.sites)))
         except BaseException:
             self._open.close()
             raise
@@ -107,34 +107,12 @@ class ModelStream:
         """Yields `{layer: Writes}` of the passages in order, `batch` at a time."""
         if self._tap is None:
             raise RuntimeError("ModelStream: use it inside `with stream:`, which puts the hooks on")
+        from ..models import Stopped
+
         rows = torch.as_tensor(rows)
         device = next(self.model.parameters()).device
         for part in rows.split(self.batch):
             self._tap.clear()
-            with torch.no_grad(), contextlib.suppress(_Enough):
+            with torch.no_grad(), contextlib.suppress(Stopped):
                 self.model(input_ids=self.passages.ids[part].long().to(device), use_cache=False)
             yield {layer: self._tap.writes[layer] for layer in {layer for layer, _ in self.sites}}
-
-
-class _Enough(Exception):
-    """The last layer wanted has run."""
-
-
-@contextlib.contextmanager
-def _stopping_after(model: nn.Module, layer: int) -> Iterator[None]:
-    """Ends each forward pass before the decoder block above `layer`: nothing there can change what it wrote."""
-    from ..models import hf_gated_delta
-
-    block = next(site.block for site in hf_gated_delta.layers(model) if site.layer_index == layer)
-    stack = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and any(x is block for x in m))
-    above = list(stack)[[x is block for x in stack].index(True) + 1 :]
-
-    def stop(module, args):
-        raise _Enough
-
-    handle = above[0].register_forward_pre_hook(stop) if above else None
-    try:
-        yield
-    finally:
-        if handle is not None:
-            handle.remove()
