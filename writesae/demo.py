@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     test = texts("test")
     result = run_replacement(
         model, tokenizer, sae, passages_of(test, tokenizer), select=passages_of(texts("validation"), tokenizer),
-        firings=args.firings, horizon=args.horizon, seed=args.seed, out=args.out,
+        firings=args.firings, horizon=args.horizon, seed=args.seed, out=args.out / "parts",
     )  # fmt: skip
     quality = _evaluate(model, tokenizer, sae, test, Passages, evaluate, torch)
     extra = {
@@ -121,7 +121,7 @@ def _need_extras() -> None:
 
 
 def _refuse_foreign(out: Path) -> None:
-    ours = {"firings", "parts", "plots", "summary.json", "firings.parquet", "report.html", "plan.json"}
+    ours = {"firings", "parts", "plots", "summary.json", "firings.parquet", "report.html"}
     others = sorted(path.name for path in out.iterdir() if path.name not in ours) if out.is_dir() else [out.name]
     if others:
         raise ValueError(f"out: expected a new folder or an earlier demo's, got {out} with {', '.join(others[:5])}")
