@@ -52,7 +52,7 @@ def repeat(source: Path, out: Path, wanted: int) -> None:
     store = Store(source)
     have = store.summary()["firings"]
     times = -(-wanted // have)
-    for folder in ("firings", "tokens", "documents", "done"):
+    for folder in ("firings", "tokens", "done"):
         (out / folder).mkdir(parents=True)
     parts = sorted((source / "firings").iterdir())
     documents = int(store.documents["document"].to_numpy().max()) + 1
@@ -65,21 +65,17 @@ def repeat(source: Path, out: Path, wanted: int) -> None:
     for copy in range(times):
         for part in parts:
             name = f"part-{number:06d}"
-            for folder in ("firings", "tokens", "documents"):
-                table = pq.read_table(source / folder / part.name)
-                shifted = pa.array(table["document"].to_numpy() + copy * documents, pa.int32())
-                table = table.set_column(table.schema.get_field_index("document"), "document", shifted)
-                if folder == "documents":
-                    first = table["first_passage"].to_numpy() + copy * len(parts) * size
-                    table = table.set_column(5, "first_passage", pa.array(first))
-                elif folder == "firings":
-                    table = table.cast(files.FIRINGS)
-                files.write_table(out / folder / f"{name}.parquet", table)
+            for folder, rows in (("firings", files.ROW_GROUP), ("tokens", files.TOKEN_ROWS)):
+                table = _shift(pq.read_table(source / folder / part.name), "document", copy * documents)
+                files.write_table(out / folder / f"{name}.parquet", table, rows)
             (out / "done" / f"{name}.json").write_text((source / "done" / f"{part.stem}.json").read_text())
             number += 1
-        # A document cut by the dropped last shard has no row in the table; give it one, so that it can be looked up.
-        if times > 1:
-            _complete(out, number, copy * documents, source, copy * len(parts) * size)
+    # Those of the dropped last shard too: some of them began before it.
+    tables = [
+        _shift(_shift(store.documents, "document", copy * documents), "first_passage", copy * len(parts) * size)
+        for copy in range(times)
+    ]
+    files.write_table(out / "documents.parquet", pa.concat_tables(tables))
     sites = [Site(*site) for site in store.manifest["sites"]]
     counts = sum(_counts(path, sites) for path in sorted((out / "firings").iterdir()))
     build_index(out, sorted((out / "firings").iterdir()), sites, counts, store.manifest["n"])
@@ -87,17 +83,10 @@ def repeat(source: Path, out: Path, wanted: int) -> None:
     (out / "summary.json").write_text(json.dumps({"firings": int(counts.sum()), "shards": number}))
 
 
-def _complete(out: Path, number: int, first_document: int, source: Path, first_passage: int) -> None:
-    path = out / "documents" / f"part-{number - 1:06d}.parquet"
-    table = pq.read_table(path)
-    missing = pq.read_table(source / "documents")
-    there = set()
-    for file in (out / "documents").iterdir():
-        there |= set(pq.read_table(file)["document"].to_pylist())
-    rows = [r for r in missing.to_pylist() if r["document"] + first_document not in there]
-    rows = [{**r, "document": r["document"] + first_document, "first_passage": r["first_passage"] + first_passage}
-            for r in rows]  # fmt: skip
-    files.write_table(path, pa.concat_tables([table, pa.Table.from_pylist(rows, schema=table.schema)]))
+def _shift(table: pa.Table, name: str, by: int) -> pa.Table:
+    at = table.schema.get_field_index(name)
+    field = table.schema.field(at)
+    return table.set_column(at, field, pa.array(table[name].to_numpy() + by, field.type))
 
 
 def _counts(path: Path, sites: list[Site]) -> np.ndarray:

@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from fake_source import FakeSource, words
 
-from writesae.collect import Corpus, Store, build_index, collect
+from writesae.collect import Corpus, Store, build_index, collect, files
 from writesae.collect import finish as finish_module
+from writesae.collect import shard as shard_module
 from writesae.collect.source import Site
 
 
@@ -123,6 +124,8 @@ def test_tokens_and_documents(made):
     for i, text in enumerate(texts):
         assert store.tokens(i).tolist() == ([7, *words(text)] if text else [])
     assert store.documents["source"].to_pylist() == [f"{i}.txt" for i in range(6)]
+    assert not list((made[0] / "documents").iterdir())
+    assert pq.read_table(made[0] / "documents.parquet").equals(store.documents)
     assert store.documents["tokens"].to_pylist() == [len(t) + bool(t) for t in texts]
     with pytest.raises(ValueError, match="document: expected one of the 6"):
         store.tokens(6)
@@ -142,6 +145,23 @@ def test_contexts(made):
         assert c.tokens[c.at] == ord(c.token) and c.source == f"{c.document}.txt"
     plain = store.contexts(1, 0, 5, n=1)[0]
     assert plain.before is None and len(plain.tokens)
+
+
+def test_reading_a_little(made, tmp_path, monkeypatch):
+    """The same tokens from row groups that cut passages; and documents merged a few at a time."""
+    monkeypatch.setitem(shard_module.ROWS, "tokens", 13)
+    monkeypatch.setattr(files, "ROW_GROUP", 4)
+    collect(
+        Corpus.from_path(made[0].parent / "text"), Tokenizer(), FakeSource(), tmp_path / "out", n=20, context=32,
+        shard_passages=7,
+    )  # fmt: skip
+    store, expected = Store(tmp_path / "out"), Store(made[0])
+    assert pq.ParquetFile(tmp_path / "out" / "tokens" / "part-000000.parquet").num_row_groups > 10
+    assert store.documents.equals(expected.documents)
+    for document in range(6):
+        assert np.array_equal(store.tokens(document), expected.tokens(document))
+    for a, b in zip(store.contexts(1, 0, 5, 30), expected.contexts(1, 0, 5, 30), strict=True):
+        assert np.array_equal(a.tokens, b.tokens) and (a.document, a.row, a.at) == (b.document, b.row, b.at)
 
 
 def test_index_in_small_ranges_is_the_same(made, tmp_path, monkeypatch):
@@ -209,6 +229,7 @@ def test_unfinished_collections(made, tmp_path):
     store = Store(tmp_path / "all")
     done = store.summary()
     assert done["shards"] in (2, 3) and not done["complete"]
+    assert store.documents["source"].to_pylist() == [f"{i}.txt" for i in range(done["documents"])]
     assert len(store.top(1, 0, 5, 10_000)) == sum(len(t) for t in store.firings(1, 0, 5)) > 0
     with pytest.raises(ValueError, match="counts: .*is not finished"):
         store.counts()
@@ -216,7 +237,7 @@ def test_unfinished_collections(made, tmp_path):
 
 def test_store_loads_without_torch(made):
     script = (
-        "import sys\nsys.modules['torch'] = None\n"
+        "import sys\nsys.modules['torch'] = sys.modules['pandas'] = None\n"
         "from writesae.collect import Store\n"
         f"store = Store({str(made[0])!r})\nprint(len(store.top(1, 0, 5, 3)), store.at(0, 3).num_rows)\n"
     )

@@ -1,4 +1,4 @@
-"""The last step of a collection: totals of every feature, and the index of each site by (feature, -activation)."""
+"""The last step of a collection: all documents in one table, totals of every feature, and the index of each site."""
 
 from __future__ import annotations
 
@@ -23,13 +23,30 @@ def index_path(out: Path, layer: int, head: int) -> Path:
 
 
 def finish(progress: Progress, top: int, step: Callable[[], None]) -> None:
-    """Writes features.parquet and every site's index. Done again from the start of a site when interrupted."""
+    """Writes documents.parquet, features.parquet and every site's index.
+
+    Done again when interrupted, but for the sites whose index stands.
+    """
+    write_documents(progress.out, [progress.out / "documents" / part_name(i) for i in range(progress.shards)])
     write_features(progress.out, progress.features, progress.totals)
     if progress.selection is not None:
         write_selection(progress)
         return
     parts = [progress.out / "firings" / part_name(i) for i in range(progress.shards)]
     build_index(progress.out, parts, progress.features.sites, progress.totals.count, top, step)
+
+
+def write_documents(out: Path, parts: list[Path]) -> None:
+    """Writes documents.parquet, the shards' tables of documents end to end, holding one row group of it at a time."""
+    with files.whole_file(out / "documents.parquet") as temporary:
+        with pq.ParquetWriter(temporary, files.DOCUMENTS, **files.parquet_options(files.DOCUMENTS)) as writer:
+            held = files.DOCUMENTS.empty_table()
+            for part in parts:
+                held = pa.concat_tables([held, files.read_table(part)])
+                if len(held) >= files.ROW_GROUP:
+                    writer.write_table(held)
+                    held = files.DOCUMENTS.empty_table()
+            writer.write_table(held.combine_chunks())
 
 
 def write_features(out: Path, features: Features, totals: Totals) -> None:

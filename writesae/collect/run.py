@@ -179,7 +179,7 @@ class _Session:
 
     def summary(self, state: Progress, complete: bool) -> dict:
         # What is removed once the summary stands does not count.
-        spent = ("counts",) if state.selection is None else ("counts", "firings")
+        spent = _spent("all" if state.selection is None else state.selection.mode)
         size = sum(
             file.stat().st_size
             for file in state.out.rglob("*")
@@ -269,8 +269,13 @@ def _differences(stored: dict, asked: dict, prefix: str = "") -> list[str]:
     return found
 
 
+def _spent(mode: str) -> tuple[str, ...]:
+    """Folders of shard files that the files written at the end take the place of."""
+    return ("counts", "documents") if mode == "all" else ("counts", "documents", "firings")
+
+
 def _remove_spent(out: Path, mode: str) -> None:
-    for folder in ("counts",) if mode == "all" else ("counts", "firings"):
+    for folder in _spent(mode):
         for path in (out / folder).glob("part-*.parquet"):
             path.unlink()
 

@@ -5,10 +5,11 @@ Layout of a collection's folder:
     manifest.json                 what was asked of which model, dictionaries and corpus
     firings/part-000000.parquet   sorted by (layer, head, feature, document, row, position)
     tokens/part-000000.parquet    every token fed, in order
-    documents/part-000000.parquet documents that ended in the shard
+    documents/part-000000.parquet documents that ended in the shard (removed when documents.parquet holds them)
     counts/part-000000.parquet    count, sum and max a feature (removed when features.parquet holds their totals)
     done/part-000000.json         completion marker, written last: sizes, and where the next shard starts
     index/layer-0-head-0.parquet  kept firings of one site by (feature, -activation)
+    documents.parquet             every document, in order
     features.parquet              totals of every feature
     summary.json                  completion marker of the whole
 """
@@ -31,6 +32,7 @@ from .modes import Columns, Features, Selection, Totals, count
 from .passages import Cursor, DocumentEnd, Passage
 
 PARTS = ("firings", "tokens", "documents", "counts")
+ROWS = {"tokens": files.TOKEN_ROWS}  # a row group, where not the usual number
 
 
 def part_name(number: int, ending: str = "parquet") -> str:
@@ -141,8 +143,8 @@ class Progress:
         for name, size in done["files"].items():
             path = self.out / name
             if not path.exists() or path.stat().st_size != size:
-                if finished and name.split("/")[0] in ("counts", "firings"):
-                    continue  # both may be gone once the index and features.parquet stand
+                if finished and name.split("/")[0] in ("counts", "documents", "firings"):
+                    continue  # may be gone once the index, documents.parquet and features.parquet stand
                 got = f"{path.stat().st_size} bytes" if path.exists() else "no such file"
                 raise ValueError(f"out: {path} is damaged: expected {size} bytes, got {got}; use another folder")
         if not finished:
@@ -180,7 +182,7 @@ class Progress:
         }
         name = part_name(shard.number)
         for folder, table in tables.items():
-            files.write_table(self.out / folder / name, table)
+            files.write_table(self.out / folder / name, table, ROWS.get(folder, files.ROW_GROUP))
         after = shard.passages[-1].after if shard.passages else self.cursor
         done = {
             "shard": shard.number, "passages": len(shard.passages), "tokens": tables["tokens"].num_rows,

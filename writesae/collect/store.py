@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from .files import row_groups
+from .files import read_table, row_groups
 
 _PLACE = ("document", "row", "position")
 
@@ -88,7 +88,8 @@ class Store:
     @cached_property
     def documents(self) -> pa.Table:
         """document, source, sha256, tokens, passages, first_passage: one row for each document that ended."""
-        return pa.concat_tables(_read(path) for path in self._parts("documents"))
+        whole = self.path / "documents.parquet"  # there when the collection is finished
+        return pa.concat_tables(read_table(path) for path in ([whole] if self.complete else self._parts("documents")))
 
     def counts(self, layer: int | None = None, head: int | None = None) -> pa.Table:
         """layer, head, feature, count, sum, max over all firings seen, kept or not; silent features have count 0.
@@ -99,7 +100,7 @@ class Store:
         if not self.complete:
             raise ValueError(f"counts: the collection in {self.path} is not finished")
         self._check(layer, head)
-        return _where(_read(self.path / "features.parquet"), layer=layer, head=head)
+        return _where(read_table(self.path / "features.parquet"), layer=layer, head=head)
 
     def top(self, layer: int, head: int, feature: int, n: int = 100) -> pa.Table:
         """The n firings of a feature with the largest activations, first in document order where equal.
@@ -154,7 +155,7 @@ class Store:
             paths = [self._part("firings", record["first_passage"] + row)]
         else:
             paths = [self._index(*site) for site in self.sites]
-        tables = [_where(_read(path), position=position, row=row, document=document) for path in paths]
+        tables = [_where(read_table(path), position=position, row=row, document=document) for path in paths]
         return pa.concat_tables(tables).sort_by(
             [("layer", "ascending"), ("head", "ascending"), ("activation", "descending"), ("feature", "ascending")]
         )
@@ -189,8 +190,8 @@ class Store:
             return np.empty(0, np.int32)
         first = record["first_passage"]
         paths = dict.fromkeys(self._part("tokens", first + row) for row in range(record["passages"]))
-        tables = [_where(_read(path, columns=["document", "token"]), document=document) for path in paths]
-        return pa.concat_tables(tables)["token"].to_numpy()
+        tables = [_tokens(path, [{"document": document}]) for path in paths]
+        return _numpy(_where(pa.concat_tables(tables), document=document)["token"])
 
     def contexts(
         self, layer: int, head: int, feature: int, n: int = 100, width: int = 16, tokenizer=None
@@ -217,16 +218,16 @@ class Store:
         return contexts
 
     def _passages(self, wanted: set[tuple[int, int]]) -> dict[tuple[int, int], tuple[np.ndarray, str | None]]:
-        """{(document, row): (token ids, source)}, reading each shard of tokens once."""
+        """{(document, row): (token ids, source)}, reading each row group of tokens once."""
         found, shards, sources = {}, {}, {}
         for document, row in sorted(wanted):
             record = self._document(document)
             sources[document] = record["source"]
             shards.setdefault(self._part("tokens", record["first_passage"] + row), []).append((document, row))
         for path, places in shards.items():
-            table = _read(path, columns=["document", "row", "token"])
-            key = (table["document"].to_numpy().astype(np.int64) << 32) | table["row"].to_numpy()
-            token = table["token"].to_numpy()
+            table = _tokens(path, [{"document": document, "row": row} for document, row in places])
+            key = (_numpy(table["document"]).astype(np.int64) << 32) | _numpy(table["row"])
+            token = _numpy(table["token"])
             for document, row in places:
                 low, high = np.searchsorted(key, ((document << 32) | row, ((document << 32) | row) + 1))
                 found[document, row] = (token[low:high], sources[document])
@@ -241,7 +242,7 @@ class Store:
 
     @cached_property
     def _document_numbers(self) -> np.ndarray:
-        return self.documents["document"].to_numpy()
+        return _numpy(self.documents["document"])
 
     @cached_property
     def _shards(self) -> int:
@@ -274,17 +275,25 @@ class Store:
                 raise ValueError(f"feature: expected 0 <= feature < {size}, got {feature}")
 
 
-def _read(path: Path, columns: list[str] | None = None) -> pa.Table:
-    # Not read_table, which loads the dataset machinery: a tenth of a second, and milliseconds more for every file.
-    with pq.ParquetFile(path) as file:
-        return file.read(columns, use_threads=False)
+def _numpy(column: pa.ChunkedArray) -> np.ndarray:
+    # Not to_numpy, which loads pandas where there is one: 0.3 to 0.6 s, most of what a first question takes.
+    return np.from_dlpack(column.combine_chunks())
 
 
 def _where(table: pa.Table, **wanted: int | None) -> pa.Table:
     for name, value in wanted.items():
         if value is not None:
-            table = table.filter(pc.equal(table[name], value))
+            # Not pc.equal nor pa.array, which load pandas where there is one.
+            rows = np.flatnonzero(_numpy(table[name]) == value)
+            table = table.take(pa.Array.from_buffers(pa.int64(), len(rows), [None, pa.py_buffer(rows)]))
     return table
+
+
+def _tokens(path: Path, places: list[dict[str, int]]) -> pa.Table:
+    """document, row, token of the row groups that may hold one of the places."""
+    with pq.ParquetFile(path) as file:
+        groups = sorted({group for place in places for group in _groups(file, **place)})
+        return file.read_row_groups(groups, ["document", "row", "token"], use_threads=False)
 
 
 def _groups(file: pq.ParquetFile, **wanted: int | None) -> list[int]:
