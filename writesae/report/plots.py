@@ -97,7 +97,9 @@ def ratio_densities(atom: np.ndarray, delete: np.ndarray, random: np.ndarray, pa
         axes.set(xlim=(grid[0], grid[-1]), ylim=(0, None), yticks=[])
         axes.spines["left"].set_visible(False)
         axes.grid(False, axis="y")
-        axes.xaxis.set_major_formatter(lambda v, _: f"{10**v:,.4g}×")
+        round_ratios = (1e-4, 1e-3, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 1e3, 1e4)
+        ticks = [x for x in round_ratios if grid[0] < np.log10(x) < grid[-1]]
+        axes.set_xticks(np.log10(ticks), [f"{x:g}×" for x in ticks])
         axes.set_xlabel("ratio of KLs (logarithmic)")
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)  # above: the curves fill the frame
 
