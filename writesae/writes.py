@@ -237,9 +237,9 @@ class Writes:
                 pair = spans.masked_fill(~past, -torch.inf).exp()
                 cross = (gram * pair).sum(2) + cum.exp() * torch.einsum("htrk,hkv,htrv->ht", left, state, right)
                 own = gram.diagonal(dim1=1, dim2=2)
-                for t in range(hi - lo):
-                    square = (2 * self.decay[b, lo + t]).exp() * square + 2 * cross[:, t] + own[:, t]
-                    out[b, lo + t] = square.clamp_min(0).sqrt()
+                gained = (2 * cross + own)[:, :, None]
+                squares = ((pair * pair) @ gained + gained)[..., 0] + (2 * cum).exp() * square[:, None]
+                out[b, lo:hi] = squares.T.clamp_min(0).sqrt()
                 state = self._advance(state, b, lo, hi)
                 square = state.square().sum((1, 2))  # re-anchor: the recurrence alone would drift
         return out
