@@ -7,6 +7,7 @@ activation kept exactly; 3.0 to 3.2 of them are the float32 activation, whose lo
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import json
@@ -66,7 +67,7 @@ def parquet_options(schema: pa.Schema) -> dict:
     split = SPLIT.get(tuple(schema.names), ())
     return {
         "compression": "zstd",
-        "compression_level": 3,
+        "compression_level": 15 if schema == FIRINGS else 3,  # 4 % smaller for 0.6 us a firing, in the writer's thread
         "use_dictionary": [name for name in schema.names if name not in split],
         "column_encoding": dict.fromkeys(split, "BYTE_STREAM_SPLIT"),
         "write_page_index": True,
@@ -105,6 +106,14 @@ def _discard(path: Path) -> None:
         os.unlink(path)
     except FileNotFoundError:
         pass
+
+
+def release_memory() -> None:
+    """Gives freed memory back to the system, so that a long run stays as small as a short one."""
+    pa.default_memory_pool().release_unused()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None  # glibc has it
+    if trim is not None:
+        trim(0)
 
 
 def sync_folder(folder: Path) -> None:

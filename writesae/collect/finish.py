@@ -28,6 +28,7 @@ def finish(progress: Progress, top: int, step: Callable[[], None]) -> None:
     Done again when interrupted, but for the sites whose index stands.
     """
     write_documents(progress.out, [progress.out / "documents" / part_name(i) for i in range(progress.shards)])
+    files.release_memory()  # the model's own working memory is no longer needed
     write_features(progress.out, progress.features, progress.totals)
     if progress.selection is not None:
         write_selection(progress)
@@ -101,6 +102,7 @@ def build_index(
                         selection.add(read_features(part, features, site, low, high))
                         step()
                     writer.write_table(firings_table(selection.kept, features), row_group_size=INDEX_ROWS)
+                    files.release_memory()
 
 
 def _ranges(sizes: np.ndarray) -> list[tuple[int, int]]:

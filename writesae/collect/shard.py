@@ -217,6 +217,7 @@ class Writer:
                     self._error = error
                 self.seconds += time.perf_counter() - began
             del shard  # its firings must not live on while the next one is awaited
+            files.release_memory()
 
     def check(self) -> None:
         """Raises what the thread raised."""
