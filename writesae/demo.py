@@ -33,15 +33,13 @@ def run(args: argparse.Namespace) -> int:
     began = time.perf_counter()
     _need_extras()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice to install faster kernels: ours run
-    import torch
-
     from . import report
     from .collect import Corpus, ModelSource, Store, collect
-    from .default.corpus import read_source, stdlib_files, stdlib_folder
+    from .default.corpus import documents, stdlib_files, stdlib_folder
     from .experiments import passages_of, run_replacement
     from .models import load
     from .ops import _dispatch
-    from .sae import SAE, Passages, evaluate
+    from .sae import SAE
 
     folder = next(iter(sorted((Path(__file__).parent / "default" / "sae").glob("*/cfg.json")))).parent
     model, tokenizer = load("default")
@@ -58,12 +56,11 @@ def run(args: argparse.Namespace) -> int:
     if args.out.exists():
         _refuse_foreign(args.out)
         shutil.rmtree(args.out)
-    held_out, root = stdlib_files("test"), stdlib_folder()
+    held_out = stdlib_files("test")
     print(f"\n1. firings of {len(held_out)} held-out modules")
     source = ModelSource(model, {site: sae}, accelerate=True)
-    collected = collect(
-        Corpus.from_files(held_out, root=root), tokenizer, source, args.out / "firings", context=512, progress=True
-    )
+    corpus = Corpus.from_files(held_out, root=stdlib_folder())
+    collected = collect(corpus, tokenizer, source, args.out / "firings", context=512, progress=True)
     print(
         f"   {collected['firings']:,} firings of {collected['tokens']:,} tokens at "
         f"{collected['tokens_per_second']:,.0f} tokens/s; {collected['bytes_per_firing']:.2f} bytes a firing"
@@ -74,16 +71,12 @@ def run(args: argparse.Namespace) -> int:
     _show_atoms(store, site, tokenizer, args.atoms)
 
     print(f"\n3. replacement test: {args.firings:,} held-out firings")
-
-    def texts(split):
-        return [(path.relative_to(root).as_posix(), read_source(path)) for path in stdlib_files(split)]
-
-    test = texts("test")
+    test = documents("test")
     result = run_replacement(
-        model, tokenizer, sae, passages_of(test, tokenizer), select=passages_of(texts("validation"), tokenizer),
+        model, tokenizer, sae, passages_of(test, tokenizer), select=passages_of(documents("validation"), tokenizer),
         firings=args.firings, horizon=args.horizon, seed=args.seed, out=args.out / "parts",
     )  # fmt: skip
-    quality = _evaluate(model, tokenizer, sae, test, Passages, evaluate, torch)
+    quality = _evaluate(model, tokenizer, sae, test)
     extra = {
         "model": "writesae default", "site": f"{site[0]}:{site[1]}", "firings": collected["firings"],
         "fvu": quality["fvu"], "l0": quality["l0"], "alive": quality["alive"], "dictionary": quality,
@@ -101,9 +94,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _evaluate(model, tokenizer, sae, texts, Passages, evaluate, torch) -> dict:
+def _evaluate(model, tokenizer, sae, texts) -> dict:
+    import torch
+
+    from .sae import ModelStream, Passages, evaluate
     from .sae.block import Block
-    from .sae.stream import ModelStream
 
     passages = Passages.from_texts(texts, tokenizer, 256)
     with ModelStream(model, passages, [(sae.layer, sae.head)]) as stream:

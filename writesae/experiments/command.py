@@ -91,13 +91,12 @@ def _bytes(text: str) -> int:
 def _texts(name: str, argument: str) -> list[tuple[str, str]]:
     """(document, text) of a corpus argument."""
     if name.startswith("stdlib:"):
-        from ..default.corpus import SPLITS, read_source, stdlib_files, stdlib_folder
+        from ..default.corpus import SPLITS, documents
 
         split = name.removeprefix("stdlib:")
         if split not in SPLITS:
             raise ValueError(f"{argument}: expected stdlib: and one of {', '.join(SPLITS)}, got {name!r}")
-        root = stdlib_folder()
-        return [(path.relative_to(root).as_posix(), read_source(path)) for path in stdlib_files(split)]
+        return documents(split)
     from ..collect.corpus import Corpus
 
     found = []
