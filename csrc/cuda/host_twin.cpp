@@ -16,7 +16,10 @@
 #define WRITESAE_ASAN 0
 #endif
 
-#if !defined(__x86_64__)
+#if defined(__x86_64__) && !defined(WRITESAE_UCONTEXT)
+#define WRITESAE_SWITCH 1  // a few instructions; the portable way makes two system calls a switch
+#else
+#define WRITESAE_SWITCH 0
 #include <ucontext.h>
 #endif
 #include <sys/mman.h>
@@ -46,7 +49,7 @@ struct Stack {
   char* bottom() const { return base + GUARD; }
 };
 
-#if defined(__x86_64__)
+#if WRITESAE_SWITCH
 extern "C" void writesae_twin_switch(void** save, void* load);
 asm(R"(
 .text
