@@ -97,7 +97,7 @@ class Writes:
             for b in range(B):
                 yield b, b, 0, T
         else:
-            bounds = self.cu_seqlens.tolist()
+            bounds = self.cu_seqlens.cpu().tolist()
             for n in range(len(bounds) - 1):
                 yield n, 0, bounds[n], bounds[n + 1]
 

@@ -40,6 +40,9 @@ class Places:
     def __len__(self) -> int:
         return len(self.row)
 
+    def to(self, device) -> Places:
+        return Places(*(x.to(device, non_blocking=True) for x in (self.row, self.position, self.head)))
+
 
 @dataclass(frozen=True)
 class Clean:
@@ -117,9 +120,12 @@ class ForkEngine:
 
         Args:
             input_ids: tokens; columns from `lengths` on are padding of any value.
-            lengths: real tokens of each passage.
-            choose: called in the middle of the pass with the edited layer's `Writes`; returns the places.
+            lengths: real tokens of each passage, on the CPU.
+            choose: called in the middle of the pass with the edited layer's `Writes`; returns the places, on the CPU.
+
+        Everything kept lies on the device of the layer it belongs to.
         """
+        input_ids = input_ids.to(self.model.get_input_embeddings().weight.device)
         keep: dict = {"x": {i: [] for i in self.linear}, "states": {}}
 
         def site_rule(q, k, v, g, beta, initial_state, output_final_state, l2norm, cu_seqlens):
@@ -132,7 +138,8 @@ class ForkEngine:
             q = q * torch.rsqrt((q * q).sum(-1, keepdim=True) + 1e-6) if l2norm else q
             places = choose(out.writes)
             self._check(places, lengths)
-            keep.update(o=out.o, writes=out.writes, q=q * q.shape[-1] ** -0.5, v=v.to(wide), places=places)
+            here = places.to(v.device)
+            keep.update(o=out.o, writes=out.writes, q=q * q.shape[-1] ** -0.5, v=v.to(wide), places=here)
             before = torch.stack([places.row, places.position - 1], 1)
             keep["before"], keep["of"] = torch.unique(before.clamp_min(0), dim=0, return_inverse=True)
             return out.o.to(v.dtype), out.final_state
@@ -181,27 +188,31 @@ class ForkEngine:
     def _gather(self, keep: dict, seen: dict, cache, lengths: Tensor, T: int) -> Clean:
         places, writes = keep["places"], keep["writes"]
         row, head = places.row, places.head
-        at = places.position[:, None] + torch.arange(self.length)  # [n, L]
-        valid = at < lengths[row][:, None]
+        at = places.position[:, None] + torch.arange(self.length, device=row.device)  # [n, L]
+        valid = at < lengths.to(row.device, non_blocking=True)[row][:, None]
         at = at.clamp_max(T - 1)
         rows = row[:, None]
         key_head = head // (self.site.num_v_heads // self.site.num_k_heads)
-        start = places.position > 0
 
         def rotary(pair):
             if pair is None:
                 return None
-            return tuple(x[rows if len(x) > 1 else 0, at] for x in pair)
+            return tuple(x[rows.to(x.device) if len(x) > 1 else 0, at.to(x.device)] for x in pair)
 
         states, conv_left = {}, {}
         for i in self.linear:
-            state = keep["states"][i][keep["of"]]
-            states[i] = state * start[:, None, None, None]
+            state = keep["states"][i]
+            there = places.to(state.device)
+            states[i] = state[keep["of"].to(state.device)] * (there.position > 0)[:, None, None, None]
             width = self.stack.sites[i].conv_kernel_size - 1
             x = torch.nn.functional.pad(torch.cat(keep["x"][i], 1)[..., -T:], (width, 0))  # column j is token j - width
-            columns = places.position[:, None] + torch.arange(width)
-            conv_left[i] = x.transpose(1, 2)[rows, columns].transpose(1, 2)
-        prefixes = {i: Prefix(*_keys_and_values(cache, i), row, places.position) for i in self.full}
+            columns = there.position[:, None] + torch.arange(width, device=x.device)
+            conv_left[i] = x.transpose(1, 2)[there.row[:, None], columns].transpose(1, 2)
+        prefixes = {}
+        for i in self.full:
+            keys, values = _keys_and_values(cache, i)
+            there = places.to(keys.device)
+            prefixes[i] = Prefix(keys, values, there.row, there.position)
         t = places.position
         k = writes.left[row, t, key_head, 0]
         return Clean(
@@ -226,7 +237,7 @@ class ForkEngine:
         Returns:
             {name: `[n, L, hidden]`}, after the final norm.
         """
-        forks = torch.arange(len(clean.places))
+        forks = torch.arange(len(clean.places), device=clean.o.device)
         changed = {}
 
         def site_rule(q, k, v, g, beta, initial_state, output_final_state, l2norm, cu_seqlens):
@@ -278,12 +289,12 @@ class ForkEngine:
         flat = {name: x.reshape(n * L, -1) for name, x in hidden.items()}
         # One product a condition and slice: the same shapes for all, so equal rows give equal logits.
         step = max(1, memory // (self.stack.head.weight.shape[0] * 8 * 5))
-        out = {name: torch.full((2, n * L), float("nan"), dtype=torch.float64) for name in names}
+        out = {name: clean.valid.new_full((2, n * L), float("nan"), dtype=torch.float64) for name in names}
         for lo in range(0, n * L, step):
             base = self.logits(flat[baseline][lo : lo + step])
             pairs = kl_pair(base, ((name, self.logits(flat[name][lo : lo + step])) for name in names))
             for name, pair in pairs.items():
-                out[name][:, lo : lo + step] = torch.stack(pair)
+                out[name][:, lo : lo + step] = torch.stack(pair)  # moves it when the head lies elsewhere
         missing = ~clean.valid
         return {
             name: tuple(x.view(n, L).masked_fill(missing, float("nan")) for x in pair) for name, pair in out.items()

@@ -34,15 +34,16 @@ def check_sae(sae: SAE, site, layer: int, head: int) -> None:
 def top_codes(writes: Writes, sae: SAE, head: int) -> tuple[Tensor, Tensor]:
     """The largest code of every token: (feature `[B, T]` int64, value `[B, T]`, 0 where nothing fires)."""
     many = 1 if sae.threshold is None else min(_CANDIDATES, sae.F)
+    device = writes.right.device
     if sae.bilinear_encoder:
-        v, w, b = (x.detach() for x in sae.encoder())
+        v, w, b = (x.detach().to(device) for x in sae.encoder())
         codes = encode(writes.to(torch.float32), v[None], w[None], b[None], k=many, heads=[head])
         values, indices = codes.values[:, :, 0], codes.indices[:, :, 0]
     else:
         values, indices = _top_of_states(writes, sae, head, many)
     if sae.threshold is not None:
         # Thresholds are an atom's own: of the largest pre-activations, the first that passes is the largest code.
-        passes = values > sae.threshold[indices]
+        passes = values > sae.threshold.to(device)[indices]
         first = passes.to(torch.uint8).argmax(-1, keepdim=True)
         values, indices = (values * passes).gather(-1, first), indices.gather(-1, first)
     return indices[..., 0], values[..., 0]
@@ -60,8 +61,9 @@ def _top_of_states(writes: Writes, sae: SAE, head: int, many: int) -> tuple[Tens
     found = []
     for lo in range(0, T, 64):
         states = one.states(range(lo, min(lo + 64, T)))[:, :, 0]  # [B, t, K, V]
-        found.append(sae.preactivations(states.float()).topk(many, -1))
-    return torch.cat([x.values for x in found], 1).relu(), torch.cat([x.indices for x in found], 1)
+        found.append(sae.preactivations(states.float().to(sae.mean.device)).topk(many, -1))
+    values, indices = (torch.cat(x, 1).to(writes.right.device) for x in zip(*found, strict=True))
+    return values.relu(), indices
 
 
 def sample(
@@ -114,9 +116,9 @@ def survey(
         for found in tqdm(batches, "selecting", -(-len(ids) // stream.batch), unit=" batches", disable=not progress):
             for (layer, head), sae in saes.items():
                 writes = found[layer]
-                feature, value = top_codes(writes, sae, head)
+                feature, value = (x.cpu() for x in top_codes(writes, sae, head))
                 counts[layer, head] += np.bincount(feature[value > 0].numpy(), minlength=sae.F)
                 group = writes.right.shape[2] // writes.left.shape[2]
                 left, right = writes.left[:, :, head // group, 0].double(), writes.right[:, :, head, 0].double()
-                total[layer, head] += torch.einsum("btk,btv->kv", left, right)
+                total[layer, head] += torch.einsum("btk,btv->kv", left, right).cpu()
     return counts, {site: x / ids.numel() for site, x in total.items()}, ids.numel()

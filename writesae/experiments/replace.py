@@ -241,7 +241,7 @@ def _batch(engine, heads, chunk, numbers, allowed, means, natives, scales, condi
 
     def choose(writes):
         for head, sae in heads.items():
-            feature, value = top_codes(writes, sae, head)
+            feature, value = (x.cpu() for x in top_codes(writes, sae, head))
             names = [f"{layer}:{head}/{passage.name}" for passage in chunk]
             for p, t in sample(feature, value, lengths, names, each, horizon, allowed[layer, head], seed):
                 rows.append((p, t, head, int(feature[p, t]), float(value[p, t])))
@@ -268,8 +268,8 @@ def _batch(engine, heads, chunk, numbers, allowed, means, natives, scales, condi
     fired = Fired(v, w, code, names, mean)
     changes = deltas(clean, fired, natives, scales, conditions, seed)
     found = engine.divergences(clean, engine.run(clean, changes), BASELINE)
-    kl = {name: tuple(x.numpy() for x in found[name]) for name in arms(natives, scales, conditions)}
-    left, right, outer = clean.left.float(), clean.right.float(), clean.outer_right.float()
+    kl = {name: tuple(x.cpu().numpy() for x in found[name]) for name in arms(natives, scales, conditions)}
+    left, right, outer = (x.to("cpu", torch.float32) for x in (clean.left, clean.right, clean.outer_right))
     norm = left.norm(dim=1) * right.norm(dim=1)
     gram = torch.einsum("nrk,nsk->nrs", v, v) * torch.einsum("nrv,nsv->nrs", w, w)
     atom_norm = gram.sum((1, 2)).clamp_min(0).sqrt()

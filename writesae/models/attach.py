@@ -114,7 +114,7 @@ class _Handler:
         edits = None
         if recording:
             B, T = v.shape[:2]
-            lengths = [T] * B if cu_seqlens is None else cu_seqlens.diff().tolist()
+            lengths = [T] * B if cu_seqlens is None else cu_seqlens.cpu().diff().tolist()
             planned = [h.tap.edits_of_call(layer, frame.start, lengths) for h in reversed(recording)]
             planned = [e for e in planned if e is not None]
             edits = Edits.cat(planned) if planned else None

@@ -61,7 +61,7 @@ def shared_prefix_attention(
     out = torch.empty_like(grouped)
     passages, counts = torch.unique_consecutive(shared_prefix.passage, return_counts=True)
     lo = 0
-    for p, count in zip(passages.tolist(), counts.tolist(), strict=True):
+    for p, count in zip(passages.cpu().tolist(), counts.cpu().tolist(), strict=True):
         hi = lo + count
         start = shared_prefix.start[lo:hi]
         seen = int(start.max())

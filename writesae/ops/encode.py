@@ -73,7 +73,7 @@ def encode(
     Hs, F = v_enc.shape[:2]
     tensors = _tensors(writes, v_enc, w_enc, b_enc, carry)
     if threshold is not None:
-        threshold = _threshold(threshold, Hs, F)
+        threshold = _threshold(threshold, Hs, F).to(v_enc.device, non_blocking=True)
         _dispatch.refuse_gradient(
             "encode", {"v_enc": v_enc, "w_enc": w_enc, "b_enc": b_enc, "carry": carry},
             "threshold mode has none; use top-k mode, activations(), or torch.no_grad()",
@@ -250,12 +250,14 @@ def _float(x: Tensor | None) -> Tensor | None:
 def _arguments(writes: Writes, heads: list[int], v_enc: Tensor, w_enc: Tensor) -> tuple:
     """What every kernel takes first: decay, left, right, heads, v_enc, w_enc. Small ones in float32; the kernel
     converts left, right and the factors as it packs them."""
-    return _float(writes.decay), writes.left, writes.right, torch.tensor(heads), v_enc.detach(), w_enc.detach()
+    heads = torch.tensor(heads).to(v_enc.device, non_blocking=True)
+    return _float(writes.decay), writes.left, writes.right, heads, v_enc.detach(), w_enc.detach()
 
 
 def _rest(writes: Writes, carry: Tensor | None) -> tuple:
     """What every kernel takes last: carry, cu_seqlens, edit_index, edit_left, edit_right."""
-    packed = pack_edits(writes.edits) if writes.edits is not None and len(writes.edits) else (None, None, None)
+    edits = writes.edits
+    packed = (None, None, None) if edits is None or not len(edits) else pack_edits(edits, writes.right.device)
     offsets = None if writes.cu_seqlens is None else writes.cu_seqlens.to(torch.int64).contiguous()
     return _float(carry), offsets, *packed
 

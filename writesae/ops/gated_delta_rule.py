@@ -72,7 +72,7 @@ def gated_delta_rule(
     B, T, H, V = v.shape
     K = k.shape[-1]
     scale = K**-0.5 if scale is None else float(scale)
-    lengths = [T] * B if cu_seqlens is None else (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
+    lengths = [T] * B if cu_seqlens is None else cu_seqlens.cpu().diff().tolist()
     if edits is not None:
         edits.check(len(lengths), lengths, H, K, V)
         edits = edits.expand_rows(len(lengths))
@@ -87,7 +87,8 @@ def gated_delta_rule(
         _dispatch.refuse_gradient("gated_delta_rule", tensors, 'use backend="reference", or torch.no_grad()')
         index = edit_left = edit_right = None
         if edits is not None and len(edits):
-            index, edit_left, edit_right = pack_edits(edits)
+            index, edit_left, edit_right = pack_edits(edits, v.device)
+        places = None if places is None else places.to(v.device, non_blocking=True)
         o, final, left, right, shots = torch.ops.writesae.gated_delta_rule(
             q, k, v, g, beta, scale, initial_state, use_qk_l2norm, cu_seqlens, index, edit_left, edit_right, places,
             return_writes,
@@ -168,7 +169,7 @@ def gated_delta_rule_step(
         state.copy_(final)
         o, left, right = o[:, 0], left[:, 0], right[:, 0]
     else:
-        packed = pack_edits(edits) if edits is not None and len(edits) else (None, None, None)
+        packed = pack_edits(edits, v.device) if edits is not None and len(edits) else (None, None, None)
         o, left, right = torch.ops.writesae.gated_delta_rule_step(
             q, k, v, g, beta, state, scale, use_qk_l2norm, *packed, return_writes
         )
@@ -190,13 +191,14 @@ def first_nonfinite(right: Tensor) -> tuple[int, int, int] | None:
     return tuple(bad[0].tolist()) if len(bad) else None
 
 
-def pack_edits(edits: Edits) -> tuple[Tensor, Tensor, Tensor]:
+def pack_edits(edits: Edits, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
     """(`[E, 4]` int64 of row, position, head, kind; left; right, float32), sorted by (row, head, position), stable."""
     order = torch.arange(len(edits))
     for key in (edits.position, edits.head, edits.row):
         order = order[torch.argsort(key[order], stable=True)]
     index = torch.stack([x[order].long() for x in (edits.row, edits.position, edits.head, edits.kind)], 1)
-    return index.contiguous(), edits.left[order].float().contiguous(), edits.right[order].float().contiguous()
+    parts = index.contiguous(), edits.left[order].float().contiguous(), edits.right[order].float().contiguous()
+    return tuple(x.to(device, non_blocking=True) for x in parts)
 
 
 def _additions(edits: Edits | None) -> Edits | None:
@@ -256,7 +258,7 @@ def _check(q, k, v, g, beta, initial_state, cu_seqlens) -> None:
             )
         if B != 1:
             raise ValueError(f"cu_seqlens: packed sequences need B = 1, got B = {B}")
-        offsets = cu_seqlens.tolist()
+        offsets = cu_seqlens.cpu().tolist()
         ordered = all(lo <= hi for lo, hi in zip(offsets[:-1], offsets[1:], strict=True))
         if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != T or not ordered:
             raise ValueError(f"cu_seqlens: expected offsets rising from 0 to T={T}, got {offsets[:8]}")

@@ -1,0 +1,160 @@
+"""Hooked models on a simulated device against the CPU; run by test_device.py in a process of its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from simulated_device import OnDevice, SimulatedDevice
+from test_attach import FAMILIES, Dictionary
+from test_engine import CASES, fork_changes
+from tiny_models import tiny_model, tokens
+
+import writesae
+from writesae import Edits
+from writesae.experiments.engine import ForkEngine, Places
+from writesae.ops import _dispatch
+
+K, V, F = 8, 6, 24
+SITES = [(0, 0), (0, 3), (3, 1)]
+
+
+@pytest.fixture(autouse=True)
+def _kernels(monkeypatch):
+    """The device's kernels are the CPU's, which the simulated device calls with the tensors inside."""
+    monkeypatch.setattr(_dispatch, "choose", lambda op, backend, tensors: "cuda")
+
+
+def dictionaries(threshold=None):
+    g = torch.Generator().manual_seed(5)
+    made = {}
+    for site in SITES:
+        v, w = torch.randn(F, 1, K, generator=g), torch.randn(F, 1, V, generator=g)
+        made[site] = Dictionary(v, w, 0.1 * torch.randn(F, generator=g), threshold=threshold)
+    return made
+
+
+def both(model, run, sites=None, edits=None, **options):
+    """(tensor, firings) of `run(model, move)` hooked on the CPU and on the device, and what the device waited for."""
+    sites = dictionaries() if sites is None else sites
+    with torch.no_grad(), writesae.attach(model, sites, edits, accelerate=True, **options) as tap:
+        expected = run(model, lambda x: x), tap.firings.sort()
+    device = SimulatedDevice()
+    with device:
+        device.move(model)
+        with torch.no_grad(), writesae.attach(model, sites, edits, accelerate=True, **options) as tap:
+            device.waits.clear()
+            out = run(model, device.move)
+            waits = dict(device.waits)
+            firings = tap.firings.sort()
+        assert isinstance(out, OnDevice)
+    assert all(not isinstance(x, OnDevice) for x in firings.columns().values())
+    return expected, (out.inner, firings), waits
+
+
+def same(expected, got):
+    torch.testing.assert_close(got[0], expected[0], rtol=1e-4, atol=1e-4)
+    for name in ("row", "position", "layer", "head", "feature"):
+        assert torch.equal(getattr(got[1], name), getattr(expected[1], name)), name
+    torch.testing.assert_close(got[1].activation, expected[1].activation, rtol=1e-4, atol=1e-4)
+
+
+def ours(waits):
+    return {key: n for key, n in waits.items() if key[1] != "elsewhere"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prefill_waits_for_nothing(family):
+    """A forward pass of a hooked model makes the host wait nowhere in our code; the firings come over when asked for."""
+    ids = tokens(2, 12)
+    expected, got, waits = both(tiny_model(family), lambda model, move: model(move(ids)).logits)
+    same(expected, got)
+    assert not ours(waits), waits
+
+
+def test_padding():
+    ids, mask = tokens(2, 12), torch.ones(2, 12, dtype=torch.int64)
+    mask[0, :4] = 0
+    expected, got, waits = both(tiny_model(), lambda m, move: m(move(ids), attention_mask=move(mask)).logits[:, 4:])
+    same(expected, got)
+    assert not ((got[1].row == 0) & (got[1].position < 4)).any()
+
+
+def test_packed():
+    ids, positions = tokens(1, 12), torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]])
+    expected, got, _ = both(
+        tiny_model(), lambda m, move: m(move(ids), position_ids=move(positions), use_cache=False).logits
+    )
+    same(expected, got)
+    assert got[1].row.max() == 1
+
+
+def test_generate():
+    ids = tokens(2, 6)
+    run = lambda model, move: model.generate(move(ids), max_new_tokens=6, do_sample=False)  # noqa: E731
+    expected, got, _ = both(tiny_model(), run)
+    same(expected, got)
+
+
+def test_edits():
+    ids, g = tokens(2, 12), torch.Generator().manual_seed(3)
+    edits = {
+        0: Edits([0, -1, 1], [3, 5, 5], [0, 2, 3], torch.randn(3, K, generator=g), torch.randn(3, V, generator=g),
+                 ["add", "delete", "replace"])
+    }  # fmt: skip
+    expected, got, _ = both(tiny_model(), lambda model, move: model(move(ids)).logits, edits=edits)
+    same(expected, got)
+
+
+def test_threshold():
+    ids = tokens(2, 12)
+    expected, got, _ = both(tiny_model(), lambda m, move: m(move(ids)).logits, sites=dictionaries(threshold=0.2))
+    same(expected, got)
+
+
+def test_nan_is_named():
+    """A NaN in a state is still found, at the latest when the context ends, with its place."""
+    model = tiny_model()
+    device = SimulatedDevice()
+    with device:
+        device.move(model)
+        weight = model.model.layers[3].linear_attn.in_proj_qkv.weight
+        with torch.no_grad():
+            weight.inner[0, 0] = float("nan")
+        with pytest.raises(ValueError, match="NaN or infinity in the state of layer 3, first at row 0, position 0"):
+            with torch.no_grad(), writesae.attach(model, dictionaries(), self_test=False):
+                model(device.move(tokens(2, 12)))
+
+
+def test_device_refuses_mixing():
+    with SimulatedDevice() as device:
+        x = device.move(torch.ones(3))
+        with pytest.raises(RuntimeError, match="expected all tensors on one device"):
+            x + torch.ones(3)
+        assert float((x + 1).sum()) == 6 and sum(device.waits.values()) == 1
+        assert isinstance(torch.arange(3, device=x.device), OnDevice)
+        assert not isinstance(x.cpu(), OnDevice)
+
+
+@pytest.mark.parametrize("family, layers, layer", CASES, ids=lambda x: x if isinstance(x, str) else None)
+def test_fork_engine(family, layers, layer):
+    """The replacement test's engine keeps everything on the device and finds what it finds on the CPU."""
+    if family not in FAMILIES:
+        pytest.skip(f"this transformers has no {family}")
+    lengths, horizon = [23, 17], 4
+    places = torch.tensor([[0, 0, 0], [0, 9, 3], [0, 22, 1], [1, 3, 1], [1, 14, 0]]).unbind(1)
+
+    def divergences(model):
+        engine = ForkEngine(model, layer, horizon)
+        clean = engine.clean(tokens(2, 23), torch.tensor(lengths), lambda writes: Places(*places))
+        deltas = fork_changes(engine, clean)[0]
+        return engine.divergences(clean, engine.run(clean, deltas), "baseline")
+
+    model = tiny_model(family, layers)
+    expected = divergences(model)
+    with SimulatedDevice() as device:
+        device.move(model)
+        got = divergences(model)
+    for name, pair in expected.items():
+        for a, b in zip(got[name], pair, strict=True):
+            torch.testing.assert_close(a.inner, b, rtol=1e-3, atol=1e-6, equal_nan=True)
+    assert all(float(x.inner.nan_to_num().abs().max()) == 0 for x in got["native"])

@@ -1,0 +1,168 @@
+"""A device made of CPU memory, to test code for GPUs where there is none.
+
+Inside `SimulatedDevice`, tensors made on or moved to the device "simulated" are wrappers that say so and compute on
+the CPU. An operation that mixes them with CPU tensors fails as it would on a GPU, and everything that makes the host
+wait for the device (a value read back, a size that depends on data, a blocking copy) is written down with the line that
+asked for it. torch's "cuda" cannot be had without a build for it, so the device is torch's one for backends in Python;
+the process is marked by it, so tests use it in a process of their own.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
+
+
+class _Module(_DummyBackendModule):
+    def get_rng_state(self, device=None):
+        return torch.empty(0, dtype=torch.uint8)
+
+    def set_rng_state(self, state, device=None):
+        pass
+
+
+_setup_privateuseone_for_python_backend("simulated", _Module())
+DEVICE = torch.device("simulated", 0)
+_aten = torch.ops.aten
+
+# Operations whose result on the host, or whose output size, depends on data of the device.
+_WAITS = {
+    _aten._local_scalar_dense.default, _aten.nonzero.default, _aten.masked_select.default, _aten.equal.default,
+    _aten._unique2.default, _aten.unique_dim.default, _aten.unique_consecutive.default,
+    _aten.repeat_interleave.Tensor,
+}  # fmt: skip
+_COPIES = {_aten._to_copy.default, _aten.copy_.default}
+_INDEXING = {_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default, _aten._index_put_impl_.default}
+
+
+class OnDevice(Tensor):
+    """A tensor of the simulated device; `inner` holds its numbers."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor):
+        made = Tensor._make_wrapper_subclass(
+            cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
+            device=DEVICE,
+        )  # fmt: skip
+        made.inner = inner
+        return made
+
+    def __repr__(self):
+        return f"OnDevice({self.inner!r})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise RuntimeError(f"{func}: a tensor of the simulated device is used outside of it")
+
+
+def _is_device(device) -> bool:
+    return device is not None and torch.device(device).type == DEVICE.type
+
+
+class SimulatedDevice(TorchDispatchMode):
+    """The device, while active. `waits`: `Counter` of (operation, "file:line in function") that made the host wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits: Counter = Counter()
+
+    def __enter__(self):
+        self._before = torch._C._only_lift_cpu_tensors()
+        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=) then moves its tensor where we see it
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        torch._C._set_only_lift_cpu_tensors(self._before)
+        return super().__exit__(*exception)
+
+    def move(self, x):
+        """A tensor on the device, or a module with all its parameters and buffers there (in place)."""
+        if isinstance(x, Tensor):
+            return x if isinstance(x, OnDevice) else OnDevice(x.detach().clone())
+        for module in x.modules():
+            for name, p in module._parameters.items():
+                if p is not None:
+                    module._parameters[name] = nn.Parameter(self.move(p), requires_grad=p.requires_grad)
+            for name, b in module._buffers.items():
+                if b is not None:
+                    module._buffers[name] = self.move(b)
+        return x
+
+    def _wait(self, what: str) -> None:
+        here = Path(__file__)
+        for frame in reversed(traceback.extract_stack()):
+            if "/writesae/" in frame.filename and Path(frame.filename) != here and "/tests/" not in frame.filename:
+                self.waits[what, f"{Path(frame.filename).name}:{frame.lineno} {frame.name}"] += 1
+                return
+        self.waits[what, "elsewhere"] += 1
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+        ours = [x for x in tensors if isinstance(x, OnDevice)]
+        target = kwargs.get("device")
+        if not ours and not _is_device(target):
+            return func(*args, **kwargs)
+        if target is not None and not _is_device(target) and ours and func not in _COPIES:
+            raise RuntimeError(f"{func}: device={target} with an input on {DEVICE}")
+        self._check_mixed(func, args, kwargs, tensors, ours)
+        to_host = self._note_waits(func, args, kwargs, ours, target)
+        unwrap = tree_map(lambda x: x.inner if isinstance(x, OnDevice) else x, (args, kwargs))
+        inner_args, inner_kwargs = unwrap
+        if _is_device(inner_kwargs.get("device")):
+            inner_kwargs["device"] = torch.device("cpu")
+        inner_kwargs.pop("pin_memory", None)
+        if func is _aten.histc.default and not inner_args[0].is_floating_point():  # a GPU has it for integers
+            inner_args = (inner_args[0].float(), *inner_args[1:])
+        out = func(*inner_args, **inner_kwargs)
+        if func in _COPIES and func is not _aten.copy_.default:
+            if out is tree_flatten(inner_args)[0][0]:
+                out = out.clone()
+        if to_host:
+            return out
+        # An in-place operation returns the tensor it was given.
+        known = {id(x.inner): x for x in ours}
+        return tree_map(lambda x: known.get(id(x), OnDevice(x)) if isinstance(x, Tensor) else x, out)
+
+    def _check_mixed(self, func, args, kwargs, tensors, ours) -> None:
+        if func in _COPIES or not ours:
+            return
+        for x in tensors:
+            if isinstance(x, OnDevice) or x.ndim == 0:
+                continue
+            if func in _INDEXING and x is not args[0]:
+                self._wait(f"{func} with an index on the CPU")
+                continue
+            raise RuntimeError(
+                f"{func}: expected all tensors on one device, found {DEVICE} {tuple(ours[0].shape)} and cpu "
+                f"{tuple(x.shape)}"
+            )
+
+    def _note_waits(self, func, args, kwargs, ours, target) -> bool:
+        """Whether the result lies on the host."""
+        if func in _WAITS and ours:
+            self._wait(str(func))
+            return func in (_aten._local_scalar_dense.default, _aten.equal.default)
+        if func in _INDEXING and any(
+            isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8) for x in tree_flatten(args[1])[0]
+        ):
+            self._wait(f"{func} by a mask")
+        if func is _aten._to_copy.default:
+            source_on_device = isinstance(args[0], OnDevice)
+            moves = target is not None and _is_device(target) != source_on_device
+            if moves and not kwargs.get("non_blocking"):
+                self._wait("copy to the host" if source_on_device else "blocking copy to the device")
+            return target is not None and not _is_device(target)
+        if func is _aten.copy_.default:
+            non_blocking = len(args) > 2 and args[2] or kwargs.get("non_blocking")
+            if isinstance(args[0], OnDevice) != isinstance(args[1], OnDevice) and not non_blocking:
+                self._wait("blocking copy")
+            return not isinstance(args[0], OnDevice)
+        return False
