@@ -64,7 +64,7 @@ def ours(waits):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prefill_waits_for_nothing(family):
-    """A forward pass of a hooked model makes the host wait nowhere in our code; the firings come over when asked for."""
+    """A forward pass of a hooked model waits for the device nowhere in our code; firings come over when asked for."""
     ids = tokens(2, 12)
     expected, got, waits = both(tiny_model(family), lambda model, move: model(move(ids)).logits)
     same(expected, got)
