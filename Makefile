@@ -19,8 +19,9 @@ test-old-transformers: .venv-old/.installed $(VENV)/.built
 	PYTHONPATH=. .venv-old/bin/python -m pytest -q tests/test_attach.py tests/test_attach_refusals.py tests/test_models_load.py \
 	  tests/test_models_seam.py tests/test_engine.py
 
+# Everything, about 20 minutes; interrupted, it goes on where it was.
 bench: $(VENV)/.built
-	for file in bench/bench_*.py; do $(BIN)/python $$file || exit 1; done
+	$(BIN)/writesae bench
 
 # The kernels' own C++ checks under the address and undefined-behaviour sanitizers; needs cmake.
 sanitize:

@@ -14,6 +14,7 @@ from writesae.edits import Edits
 from writesae.ops.encode import activations, encode
 from writesae.ops.gated_delta_rule import pack_edits
 from writesae.ops.reference.encode import preactivations, topk
+from writesae.testing import dictionary, make_writes
 from writesae.writes import Writes
 
 ISAS = torch.ops.writesae.cpu_isa_list().split(",")
@@ -33,31 +34,6 @@ def isa(request):
 
 def random(gen, *shape):
     return torch.randn(*shape, generator=gen, dtype=torch.float64)
-
-
-def make_writes(gen, B, T, H, Hl, K, V, R=1, decay=0.1, state=False, cu=None, edits=0):
-    """Correlated left factors, as keys are in trained models. Values exactly representable in float32."""
-    N = B if cu is None else len(cu) - 1
-    left = random(gen, B, T, Hl, R, K) + 2 * random(gen, 1, 1, Hl, 1, K)
-    left = left / left.norm(dim=-1, keepdim=True)
-    changes = None
-    if edits:
-        lengths = torch.tensor([T] * B) if cu is None else cu.diff()
-        rows = lengths.nonzero().flatten()
-        row = rows[torch.randint(len(rows), (edits,), generator=gen)]
-        position = (torch.rand(edits, generator=gen) * lengths[row]).long()
-        position[: edits // 2], row[: edits // 2] = position[0], row[0]  # many at one place
-        head = torch.randint(H, (edits,), generator=gen)
-        changes = Edits(row, position, head, random(gen, edits, K).float(), random(gen, edits, V).float())
-    return Writes(
-        -(random(gen, B, T, H).abs() * decay).float().double(), left.float().double(),
-        random(gen, B, T, H, R, V).float().double(), cu_seqlens=cu, edits=changes,
-        initial_state=random(gen, N, H, K, V).float().double() if state else None,
-    )  # fmt: skip
-
-
-def dictionary(gen, Hs, F, K, V, r=1):
-    return tuple(x.float().double() for x in (random(gen, Hs, F, r, K), random(gen, Hs, F, r, V), random(gen, Hs, F)))
 
 
 def from_states(writes, v, w, b, heads):

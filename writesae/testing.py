@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .writes import Writes
 
 # Relative RMS error allowed against the float64 reference on the same (rounded) inputs, by the dtype of the compared
 # tensor. Measured over every case of tests/test_gated_delta_rule.py on AVX-512, AVX2 and portable code (AMD EPYC,
@@ -84,6 +88,64 @@ def gated_delta_rule_inputs(
         g = torch.full((B, T, H), {"none": 0.0, "weak": -1e-3, "strong": -20.0}[decay])
     out = {"q": normal(B, T, Hk, K), "k": k, "v": normal(B, T, H, V), "g": g, "beta": torch.sigmoid(normal(B, T, H))}
     return {name: x.to(dtype) for name, x in out.items()}
+
+
+def make_writes(
+    generator: torch.Generator,
+    B: int,
+    T: int,
+    H: int,
+    Hl: int,
+    K: int,
+    V: int,
+    R: int = 1,
+    decay: float = 0.1,
+    state: bool = False,
+    cu: Tensor | None = None,
+    edits: int = 0,
+) -> Writes:
+    """Writes for `encode`, float64 of values exactly representable in float32.
+
+    Left factors are correlated, as keys are in trained models.
+
+    Args:
+        decay: scale of the log-decays, minus half-normal.
+        state: with an initial state.
+        cu: `[N + 1]` borders of packed sequences; B is then 1 and T their sum.
+        edits: how many random edits, half of them at one place.
+    """
+    from .edits import Edits
+    from .writes import Writes
+
+    N = B if cu is None else len(cu) - 1
+    left = _normal(generator, B, T, Hl, R, K) + 2 * _normal(generator, 1, 1, Hl, 1, K)
+    left = left / left.norm(dim=-1, keepdim=True)
+    changes = None
+    if edits:
+        lengths = torch.tensor([T] * B) if cu is None else cu.diff()
+        rows = lengths.nonzero().flatten()
+        row = rows[torch.randint(len(rows), (edits,), generator=generator)]
+        position = (torch.rand(edits, generator=generator) * lengths[row]).long()
+        position[: edits // 2], row[: edits // 2] = position[0], row[0]  # many at one place
+        head = torch.randint(H, (edits,), generator=generator)
+        p, q = _normal(generator, edits, K), _normal(generator, edits, V)
+        changes = Edits(row, position, head, p.float(), q.float())
+    log_decay = -(_normal(generator, B, T, H).abs() * decay).float().double()
+    right = _normal(generator, B, T, H, R, V).float().double()
+    return Writes(
+        log_decay, left.float().double(), right, cu_seqlens=cu, edits=changes,
+        initial_state=_normal(generator, N, H, K, V).float().double() if state else None,
+    )  # fmt: skip
+
+
+def dictionary(generator: torch.Generator, Hs: int, F: int, K: int, V: int, r: int = 1) -> tuple[Tensor, ...]:
+    """(v `[Hs, F, r, K]`, w `[Hs, F, r, V]`, b `[Hs, F]`), float64 of values exactly representable in float32."""
+    shapes = (Hs, F, r, K), (Hs, F, r, V), (Hs, F)
+    return tuple(_normal(generator, *shape).float().double() for shape in shapes)
+
+
+def _normal(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 @contextmanager

@@ -1,7 +1,5 @@
 """How exact the kernels are: the worst errors against float64, and top-k sets against float64 states.
 
-    python bench/bench_accuracy.py
-
 The scan runs over lengths, sizes, grouped heads, decays, correlated keys and every instruction set of this processor;
 the encoder's top-32 sets of 2,048 are compared with those of `v^T S w` over float64 states.
 """
@@ -9,13 +7,14 @@ the encoder's top-32 sets of 2,048 are compared with those of `v^T S w` over flo
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import torch
-from timing import Row, write_rows
 
-from writesae._library import cpu_isa as supported
-from writesae.ops import encode, gated_delta_rule
-from writesae.testing import cpu_isa, difference, gated_delta_rule_inputs
+from .._library import cpu_isa as supported
+from ..ops import encode, gated_delta_rule
+from ..testing import cpu_isa, difference, gated_delta_rule_inputs
+from .case import Case, Options, Row
 
 SIZES = ((1, 1, 128, 128), (2, 4, 32, 64), (1, 2, 64, 40), (1, 1, 256, 128), (2, 2, 20, 12))
 LENGTHS, DECAYS = (1, 63, 64, 65, 127, 1024), ("usual", "none", "weak", "strong")
@@ -37,9 +36,9 @@ def scan_rows() -> list[Row]:
                 found = difference(read(got), read(exact))
                 rms, worst, cases = max(rms, found.rms), max(worst, found.worst), cases + 1
         rows.append(Row(f"scan, fp32, {isa}: relative RMS error, worst of {cases} tensors", "float64 reference", rms,
-                        "relative", 2e-5, rms <= 2e-5, 0.0))  # fmt: skip
+                        "relative", 2e-5, rms <= 2e-5))  # fmt: skip
         rows.append(Row(f"scan, fp32, {isa}: worst element over the largest magnitude", "float64 reference", worst,
-                        "relative", None, None, 0.0))  # fmt: skip
+                        "relative"))  # fmt: skip
     return rows
 
 
@@ -65,12 +64,23 @@ def encode_rows() -> list[Row]:
         gap = float(((kth - chosen).clamp_min(0) / exact.abs().amax(1, keepdim=True)).max())
         share = 100 * float(same.float().mean())
         rows.append(Row(f"encode, fp32, {decay} decay: equal top-{ACTIVE} sets of {F:,}", "float64 states", share, "%",
-                        99.9, share >= 99.9, 0.0))  # fmt: skip
+                        99.9, share >= 99.9))  # fmt: skip
         rows.append(Row(f"encode, fp32, {decay} decay: largest miss over the largest activation", "float64 states", gap,
-                        "relative", 1e-5, gap <= 1e-5, 0.0))  # fmt: skip
+                        "relative", 1e-5, gap <= 1e-5))  # fmt: skip
     return rows
 
 
-if __name__ == "__main__":
-    with torch.no_grad():
-        write_rows("accuracy", scan_rows() + encode_rows())
+@torch.no_grad()
+def scan(options: Options) -> Iterator[Row]:
+    yield from scan_rows()
+
+
+@torch.no_grad()
+def top_sets(options: Options) -> Iterator[Row]:
+    yield from encode_rows()
+
+
+CASES = [
+    Case("accuracy-scan", "scan, fp32: relative RMS error", scan, "float64 reference"),
+    Case("accuracy-encode", "encode, fp32: equal top-32 sets of 2,048", top_sets, "float64 states"),
+]

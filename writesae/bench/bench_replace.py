@@ -1,29 +1,27 @@
 """Forks a second of the replacement test's engine, against decoding with a cache copied for each condition.
 
-    python bench/bench_replace.py --model default --layer 4 --head 1
-
-Both sides test the same firings under the same conditions and end with the same KLs; the ratio is printed only when
-they agree. The peer is the plain way to do it in transformers: prefill up to the token once a firing, then for every
-condition copy the cache, run the token with the state patched, and decode the rest one token at a time. Rounds are
-interleaved, so that a busy machine slows both.
+Both sides test the same firings under the same conditions and end with the same KLs, or there is no ratio. The peer is
+the plain way to do it in transformers: prefill up to the token once a firing, then for every condition copy the cache,
+run the token with the state patched, and decode the rest one token at a time.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
-from writesae.experiments.conditions import BASELINE, DEFAULT_CONDITIONS, NATIVES, SCALES, Fired, deltas
-from writesae.experiments.divergence import kl_pair
-from writesae.experiments.engine import ForkEngine, Places
-from writesae.models import load
-from writesae.models.hf_gated_delta import intercept
-from writesae.ops import gated_delta_rule
+from ..experiments.conditions import BASELINE, DEFAULT_CONDITIONS, NATIVES, SCALES, Fired, deltas
+from ..experiments.divergence import kl_pair
+from ..experiments.engine import ForkEngine, Places
+from ..models import load
+from ..models.hf_gated_delta import intercept
+from ..ops import gated_delta_rule
+from .case import Case, Disagree, Options, Row
+from .timing import ratio_row
 
 
 def make_places(passages: int, each: int, tokens: int, horizon: int, head: int, seed: int) -> Places:
@@ -88,55 +86,39 @@ def peer_side(model, layer, ids, places, changes, which, horizon):
     return {name: torch.stack(x) for name, x in kl.items()}, time.perf_counter() - start
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="default")
-    parser.add_argument("--layer", type=int, default=4)
-    parser.add_argument("--head", type=int, default=1)
-    parser.add_argument("--passages", type=int, default=16)
-    parser.add_argument("--each", type=int, default=8, help="firings a passage")
-    parser.add_argument("--tokens", type=int, default=256, help="tokens a passage")
-    parser.add_argument("--horizon", type=int, default=8)
-    parser.add_argument("--peer-firings", type=int, default=3, help="firings the peer decodes a round")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    model, _ = load(args.model)
-    engine = ForkEngine(model, args.layer, args.horizon)
-    generator = torch.Generator().manual_seed(args.seed)
-    ids = torch.randint(3, model.config.vocab_size, (args.passages, args.tokens), generator=generator)
-    places = make_places(args.passages, args.each, args.tokens, args.horizon, args.head, args.seed)
+def replacement(options: Options) -> Iterator[Row]:
+    layer, head, horizon, seed = 5, 3, 8, 0
+    passages, each, tokens, peer_firings = (2, 4, 64, 2) if options.quick else (16, 8, 256, 3)
+    model, _ = load("default")
+    engine = ForkEngine(model, layer, horizon)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, model.config.vocab_size, (passages, tokens), generator=generator)
+    places = make_places(passages, each, tokens, horizon, head, seed)
     n, site = len(places), engine.site
     unit = torch.nn.functional.normalize
     fired = Fired(
         unit(torch.randn(n, 1, site.K, generator=generator), dim=-1),
         unit(torch.randn(n, 1, site.V, generator=generator), dim=-1), torch.ones(n), [str(i) for i in range(n)],
     )  # fmt: skip
-    _, clean, _, _ = engine_side(engine, ids, places, fired, args.seed)
-    changes = state_changes(clean, fired, args.seed)
+    _, clean, _, _ = engine_side(engine, ids, places, fired, seed)
+    changes = state_changes(clean, fired, seed)
     ours, theirs, worst = [], [], 0.0
-    for r in range(args.rounds):
-        kl, _, _, seconds = engine_side(engine, ids, places, fired, args.seed)
-        ours.append(n * len(changes) / seconds)
-        which = [(r * args.peer_firings + j) * 37 % n for j in range(args.peer_firings)]
-        peer, seconds = peer_side(model, args.layer, ids, places, changes, which, args.horizon)
-        theirs.append(len(which) * len(changes) / seconds)
+    for r in range(options.rounds(7)):
+        kl, _, _, seconds = engine_side(engine, ids, places, fired, seed)
+        ours.append(seconds / (n * len(changes)))
+        which = [(r * peer_firings + j) * 37 % n for j in range(peer_firings)]
+        peer, seconds = peer_side(model, layer, ids, places, changes, which, horizon)
+        theirs.append(seconds / (len(which) * len(changes)))
         for name in peer:
             difference = (peer[name] - kl[name][which]).abs()
             worst = max(worst, float((difference / (1e-8 + 1e-2 * kl[name][which])).max()))
-    agree = worst <= 1
-    print(json.dumps({
-        "forks": n * len(changes), "conditions": len(changes), "horizon": args.horizon, "tokens": args.tokens,
-        "threads": args.threads, "engine_forks_per_second": float(np.median(ours)),
-        "peer_forks_per_second": float(np.median(theirs)),
-        "ratio": float(np.median(ours) / np.median(theirs)) if agree else None,
-        "worst_difference_over_tolerance": worst,
-    }, indent=2))  # fmt: skip
-    if not agree:
-        raise SystemExit("the two sides disagree: no ratio")
+    if not worst <= 1:
+        raise Disagree(f"KLs differ by {worst:.1f} times what is allowed (1e-8 + 1 %)")
+    name = f"replacement test, forks a second ({n * len(changes)} forks, horizon {horizon}, embedded model)"
+    row = ratio_row(name, DECODING, "x faster", ours, theirs, target=30, aim=200)
+    row.note = f"{1 / row.seconds:.0f} a second against {1 / row.peer_seconds:.1f}"
+    yield row
 
 
-if __name__ == "__main__":
-    main()
+DECODING = "token-by-token decoding, a cache copy a condition"
+CASES = [Case("replace", "replacement test, forks a second", replacement, DECODING)]

@@ -1,21 +1,19 @@
 """A full-size random Qwen3.5-0.8B, hooked against plain: prefill of 1,024 tokens and cached decoding.
 
-    python bench/bench_model.py [--dtype float32|bfloat16] [--repeats 3] [--cases layer,all,decode]
-
 Weights are random (speed does not depend on their values); logits of the accelerated model are compared with the plain
 model's before any ratio is printed. Plain and hooked runs are interleaved; the ratio is the median of the pairs.
 """
 
 from __future__ import annotations
 
-import argparse
-import time
+from collections.abc import Iterator
 
 import torch
-from timing import Row, paired_ratio, write_rows
-from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 import writesae
+
+from .case import Case, Disagree, Options, Row
+from .timing import paired_ratio
 
 TOKENS, F, ACTIVE, LAYER = 1024, 2048, 32, 9
 
@@ -35,8 +33,10 @@ class RandomDictionary:
         return self.v, self.w, torch.zeros(F)
 
 
-def full_size(dtype: torch.dtype) -> Qwen3_5ForCausalLM:
+def full_size(dtype: torch.dtype):
     """Random weights in the shape of Qwen3.5-0.8B: 24 layers (linear x 3, full x 1), 16 heads of 128 x 128."""
+    from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
     config = Qwen3_5TextConfig(
         vocab_size=248_320, hidden_size=1024, intermediate_size=3584, num_hidden_layers=24,
         num_attention_heads=8, num_key_value_heads=2, head_dim=256, linear_num_key_heads=16, linear_num_value_heads=16,
@@ -63,22 +63,20 @@ def agreement(model, ids, sites) -> float:
     return float((hooked - plain).square().mean().sqrt() / plain.square().mean().sqrt())
 
 
-def against_plain(name: str, ratio: float, limit: float, spread: float) -> Row:
-    return Row(f"Qwen3.5-0.8B (random) {name}", "plain transformers", ratio, "x time", limit, ratio <= limit, spread)
+def against_plain(name: str, ratio: float, limit: float, spread: float, aim: float) -> Row:
+    return Row(f"Qwen3.5-0.8B (random) {name}", PLAIN, ratio, "x time", limit, ratio <= limit, spread, aim)
 
 
 @torch.no_grad()
-def measure(dtype: torch.dtype, repeats: int, cases: list[str]) -> list[Row]:
+def measure(dtype: torch.dtype, repeats: int, cases: list[str]) -> Iterator[Row]:
     model = full_size(dtype)
     name = str(dtype).split(".")[1]
     ids = torch.randint(model.config.vocab_size, (1, TOKENS), generator=torch.Generator().manual_seed(1))
     one = {(LAYER, h): RandomDictionary(128, 128, h) for h in range(16)}
     limit = 1e-3 if dtype == torch.float32 else 5e-2
     error = agreement(model, ids, one)
-    print(f"{name}: hooked logits differ from the plain model's by {error:.1e} relative RMS (limit {limit:.0e})")
-    if error > limit:
-        raise SystemExit("results disagree: no ratio is printed")
-    rows = []
+    if not error <= limit:
+        raise Disagree(f"{name}: hooked logits differ from the plain model's by {error:.1e} (limit {limit:.0e})")
 
     def plain():
         model(ids, logits_to_keep=1)
@@ -96,16 +94,15 @@ def measure(dtype: torch.dtype, repeats: int, cases: list[str]) -> list[Row]:
     if "layer" in cases:
         for run in hooked(one):
             ratio, spread = paired_ratio(run, plain, repeats)
-            rows.append(against_plain(f"{name}: 16 heads of layer {LAYER} hooked", ratio, 0.75, spread))
+            yield against_plain(f"{name}: 16 heads of layer {LAYER} hooked", ratio, 0.75, spread, 0.55)
     if "all" in cases:
         sites = [(ell, h) for ell in linear_layers(model) for h in range(16)]
         every = {site: RandomDictionary(128, 128, 100 * site[0] + site[1]) for site in sites}
         for run in hooked(every):
             ratio, spread = paired_ratio(run, plain, repeats)
-            rows.append(against_plain(f"{name}: all {len(every)} heads hooked", ratio, 1.0, spread))
+            yield against_plain(f"{name}: all {len(every)} heads hooked", ratio, 1.0, spread, 0.7)
     if "decode" in cases:
-        rows.append(decode_row(model, ids, {(LAYER, 4): RandomDictionary(128, 128, 4)}, name, repeats))
-    return rows
+        yield decode_row(model, ids, {(LAYER, 4): RandomDictionary(128, 128, 4)}, name, repeats)
 
 
 def decode_row(model, ids, sites, name: str, repeats: int) -> Row:
@@ -131,21 +128,19 @@ def decode_row(model, ids, sites, name: str, repeats: int) -> Row:
             inner()
 
     ratio, spread = paired_ratio(hooked, plain, repeats)
-    return against_plain(f"{name}: cached decoding, one site hooked", ratio, 1.05, spread)
+    return against_plain(f"{name}: cached decoding, one site hooked", ratio, 1.05, spread, 1.0)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--cases", default="layer,all,decode")
-    args = parser.parse_args()
-    start = time.time()
-    rows = []
-    for dtype in args.dtype:
-        rows += measure(getattr(torch, dtype), args.repeats, args.cases.split(","))
-    write_rows("model", rows, seconds=time.time() - start)
+def prefill_and_decode(dtype: torch.dtype):
+    def run(options: Options) -> Iterator[Row]:
+        return measure(dtype, options.rounds(3), ["decode"] if options.quick else ["layer", "all", "decode"])
+
+    return run
 
 
-if __name__ == "__main__":
-    main()
+PLAIN = "plain transformers"
+CASES = [
+    Case("model-float32", "Qwen3.5-0.8B (random) float32", prefill_and_decode(torch.float32), PLAIN),
+    Case("model-bfloat16", "Qwen3.5-0.8B (random) bfloat16", prefill_and_decode(torch.bfloat16), PLAIN,
+         ("float32", "bfloat16", "copy")),
+]  # fmt: skip

@@ -1,0 +1,12 @@
+"""`writesae bench`: every figure of speed beside its peer. One file a subject, `bench_<stem>.py`, with its `CASES`.
+
+A case is a few rows measured together in a process of its own; each writes one JSON file, and tables and the picture
+are made from those files. Cases take their inputs from `writesae.testing`, as the tests do, and raise `Disagree` rather
+than yield a ratio where their result is not the peer's.
+"""
+
+# In the order of the table.
+MODULES = tuple(
+    f"writesae.bench.bench_{stem}"
+    for stem in ("gated_delta_rule", "encode", "model", "collect", "replace", "sae_training", "accuracy")
+)
