@@ -223,14 +223,21 @@ def test_ratios_are_medians_of_pairs():
     assert median_and_spread([1.0, 2.0, 4.0]) == (2.0, 1.5)
 
 
-def test_flat_rows_see_growth():
-    def work(seconds):
-        import time
+def test_flat_rows_see_growth(monkeypatch):
+    """On a clock of our own: work that takes as long as it says, and every run over as many tokens."""
+    now, calls = [0.0], [0, 0, 0]
+    monkeypatch.setattr("writesae.bench.timing.time.perf_counter", lambda: now[0])
 
-        return lambda: time.sleep(seconds)
+    def work(number, seconds):
+        def run():
+            now[0] += seconds
+            calls[number] += 1
 
-    flat, grown = flat_rows("a", (1, 2, 4), [work(0.002), work(0.004), work(0.016)], 3)
-    assert flat.met is True and flat.value < 1.15 and grown.met is False and grown.value > 1.5
+        return run
+
+    flat, grown = flat_rows("a", (1, 2, 4), [work(0, 1.0), work(1, 2.0), work(2, 6.0)], 3)
+    assert (flat.value, flat.met, grown.value, grown.met) == (1.0, True, 1.5, False)
+    assert calls == [16, 8, 4]  # a round to warm up and three
 
 
 @pytest.mark.parametrize("bad", [float("nan"), 2.0])
