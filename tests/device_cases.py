@@ -119,8 +119,8 @@ def test_nan_is_named():
         device.move(model)
         weight = model.model.layers[3].linear_attn.in_proj_qkv.weight
         with torch.no_grad():
-            weight.inner[0, 0] = float("nan")
-        with pytest.raises(ValueError, match="NaN or infinity in the state of layer 3, first at row 0, position 0"):
+            weight.inner[-1, 0] = float("nan")
+        with pytest.raises(ValueError, match="NaN or infinity in the state of layer 3, first at row 0, position 0, head 3"):
             with torch.no_grad(), writesae.attach(model, dictionaries(), self_test=False):
                 model(device.move(tokens(2, 12)))
 

@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
+import writesae
+
 
 class _Module(_DummyBackendModule):
     def get_rng_state(self, device=None):
@@ -31,6 +33,7 @@ class _Module(_DummyBackendModule):
 _setup_privateuseone_for_python_backend("simulated", _Module())
 DEVICE = torch.device("simulated", 0)
 _aten = torch.ops.aten
+_PACKAGE = str(Path(writesae.__file__).parent)
 
 # Operations whose result on the host, or whose output size, depends on data of the device.
 _WAITS = {
@@ -96,11 +99,13 @@ class SimulatedDevice(TorchDispatchMode):
         return x
 
     def _wait(self, what: str) -> None:
-        here = Path(__file__)
         for frame in reversed(traceback.extract_stack()):
-            if "/writesae/" in frame.filename and Path(frame.filename) != here and "/tests/" not in frame.filename:
+            if "/torch/" in frame.filename or frame.filename == __file__:
+                continue
+            if frame.filename.startswith(_PACKAGE):
                 self.waits[what, f"{Path(frame.filename).name}:{frame.lineno} {frame.name}"] += 1
                 return
+            break
         self.waits[what, "elsewhere"] += 1
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from ..edits import Edits
 from ..ops import gated_delta_rule
-from ..writes import Writes
 from . import hf_gated_delta
-from .hf_gated_delta import Frame, LayerSite
+from .hf_gated_delta import LayerSite
 from .model_call import has_attention
 from .tap import DENSE_KINDS, Tap
 
@@ -55,7 +54,8 @@ def attach(
         accelerate: run all the model's gated-delta layers on our op, not only the hooked ones.
         self_test: first run a few tokens plain and hooked (without edits) and compare the logits. Leaves the random
             state, caches and `tap.calls` alone. Costs four short forward passes.
-        check_finite: raise at the first NaN or infinity written into a state of a hooked layer.
+        check_finite: raise at the first NaN or infinity written into a state of a hooked layer. On a device, where
+            looking at once would stop it, when the tap is next asked for firings, cleared, or the context ends.
         record_writes: keep the `Writes` of the latest call of every hooked layer.
         backend: of `ops.gated_delta_rule` and `ops.encode`; None is the kernel of the model's device.
 
@@ -124,8 +124,9 @@ class _Handler:
                 use_qk_l2norm=use_qk_l2norm, cu_seqlens=cu_seqlens, edits=edits, return_writes=bool(recording),
                 backend=self.backend,
             )  # fmt: skip
-            if any(h.check_finite for h in recording):
-                _require_finite(out.writes, frame)
+            checking = next((h for h in recording if h.check_finite), None)
+            if checking is not None:
+                checking.tap.check_finite(frame, out.writes)
             for handler in recording:
                 handler.tap.record(frame, out.writes, initial_state, out.final_state)
         o = _NoBackward.apply(out.o, *inputs) if gradient else out.o
@@ -145,24 +146,6 @@ class _NoBackward(torch.autograd.Function):
             "attach: a gradient was asked through a hooked layer, which has no backward; run it under torch.no_grad(), "
             "or without attach"
         )
-
-
-def _require_finite(writes: Writes, frame: Frame) -> None:
-    right = writes.right
-    if bool(torch.isfinite(right.sum())):  # a sum of finite terms may overflow; then the full look decides
-        return
-    bad = (~torch.isfinite(right)).any(-1).any(-1)  # [B, T, H]
-    if not bool(bad.any()):
-        return
-    b, t, head = bad.nonzero()[0].tolist()
-    row, position = b, t + frame.start
-    if writes.cu_seqlens is not None:
-        row = int(torch.searchsorted(writes.cu_seqlens, torch.tensor(t), right=True)) - 1
-        position = t - int(writes.cu_seqlens[row])
-    raise ValueError(
-        f"model: NaN or infinity in the state of layer {frame.site.layer_index}, first at row {row}, position "
-        f"{position}, head {head}"
-    )
 
 
 # ---- checks before any work -----------------------------------------------------------------------------------

@@ -16,9 +16,11 @@ from ..edits import Edits
 from ..firings import Firings
 from ..writes import Writes
 from .hf_gated_delta import Frame, LayerSite
+from .transfer import ToHost
 
 DENSE_KINDS = ("matrix", "flat")  # their encoder reads whole states
 _DENSE_BLOCK = 64  # states held at a time on that path
+_UNDER_WAY = 2**30  # bytes of codes that may wait on the host for somebody to ask for firings
 
 
 @dataclass(eq=False)
@@ -51,7 +53,8 @@ class Tap:
         self._edits_ran = {layer: torch.zeros(len(e), dtype=torch.bool) for layer, e in edits.items()}
         self._record_writes, self._backend = options["record_writes"], options["backend"]
         self._lock = threading.Lock()
-        self._parts: list[Firings] = []
+        self._parts: list[Firings | _Coming] = []
+        self._checks: list[_Check] = []
         self._groups: dict[int, list[_Group]] = {}
         self._dense: dict[int, dict[int, object]] = {}
         self._carries: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # cache -> {(layer, group): ...}
@@ -61,16 +64,35 @@ class Tap:
     @property
     def firings(self) -> Firings:
         """Every firing since the last `clear`, call by call. Row: batch row as the model was fed (with beam search,
-        batch x beams rows), or sequence of a packed batch. Position: column in that row, cached ones counted."""
+        batch x beams rows), or sequence of a packed batch. Position: column in that row, cached ones counted.
+
+        Of a model on a device they come over while it runs; this waits for those still on their way.
+
+        Raises:
+            ValueError: a NaN or infinity in a state (found here for a model on a device, in the forward pass on a CPU).
+        """
         with self._lock:
-            if len(self._parts) > 1:
-                self._parts = [Firings.cat(self._parts)]
+            self._require_finite()
+            self._land()
             return self._parts[0] if self._parts else Firings.empty()
 
     def clear(self) -> None:
         """Forgets the firings and writes seen so far. `calls` counts on; a cached generation goes on unharmed."""
         with self._lock:
+            self._require_finite()
             self._parts, self.writes, self.starts = [], {}, {}
+
+    def _land(self) -> None:
+        """Makes one `Firings` of all parts. With the lock held."""
+        landed = [part.firings() if isinstance(part, _Coming) else part for part in self._parts]
+        landed = [part for part in landed if len(part)]
+        self._parts = landed if len(landed) < 2 else [Firings.cat(landed)]
+
+    def _require_finite(self) -> None:
+        """Raises for the first of the checks on their way that found something. With the lock held."""
+        checks, self._checks = self._checks, []
+        for check in checks:
+            check.require()
 
     # ---- set up -----------------------------------------------------------------------------------------------
 
@@ -138,7 +160,9 @@ class Tap:
         return Edits(row, position, planned.head[which], planned.left[which], planned.right[which], planned.kind[which])
 
     def require_everything_ran(self) -> None:
-        """Raises ValueError when a site was never called, or an edit's position never came."""
+        """Raises ValueError when a site was never called, an edit's position never came, or a state broke."""
+        with self._lock:
+            self._require_finite()
         for layer, count in self.calls.items():
             if not count:
                 what = f"site(s) {[(layer, h) for h in self._sites[layer]]}" if layer in self._sites else "edits"
@@ -155,6 +179,20 @@ class Tap:
 
     # ---- recording --------------------------------------------------------------------------------------------
 
+    def check_finite(self, frame: Frame, writes: Writes) -> None:
+        """Raises ValueError at the first NaN or infinity written; for a device, as soon as somebody asks the tap."""
+        right = writes.right
+        if right.device.type != "cpu":
+            check = _Check.of(writes, frame)
+            with self._lock:
+                self._checks.append(check)
+            return
+        if bool(torch.isfinite(right.sum())):  # a sum of finite terms may overflow; then the full look decides
+            return
+        bad = (~torch.isfinite(right)).any(-1).any(-1)  # [B, T, H]
+        if bool(bad.any()):
+            _Place.of(writes, frame).refuse(*bad.nonzero()[0].tolist())
+
     def record(self, frame: Frame, writes: Writes, initial_state: Tensor | None, final_state: Tensor | None) -> None:
         """Takes in one call of one hooked layer. Thread-safe."""
         layer = frame.site.layer_index
@@ -163,22 +201,29 @@ class Tap:
             columns = _Columns.of(writes, frame)
             for i, group in enumerate(self._groups.get(layer, ())):
                 codes = self._encode(group, (layer, i), frame.cache, writes, initial_state, final_state)
-                parts.append(_firings(codes, group.heads, columns, layer))
+                if codes.offsets is None and writes.right.device.type != "cpu":
+                    parts.append(_Coming.of(codes, group.heads, columns, layer))
+                else:  # above a threshold: as many as there are, so a device has been waited for already
+                    parts.append(_firings(codes, group.heads, columns, layer))
             for head, sae in self._dense.get(layer, {}).items():
                 parts.extend(_dense_firings(sae, writes, head, columns, layer))
         if self._record_writes and initial_state is not None:
             # The cache updates its state in place, and these writes outlive the call.
             writes = replace(writes, initial_state=writes.initial_state.clone())
         with self._lock:
-            self._parts.extend(p for p in parts if len(p))
+            self._parts.extend(p for p in parts if isinstance(p, _Coming) or len(p))
             self.calls[layer] += 1
+            if sum(p.nbytes for p in self._parts if isinstance(p, _Coming)) > _UNDER_WAY:
+                self._land()
             if self._record_writes:
                 self.writes[layer], self.starts[layer] = writes, frame.start
 
     def _encode(self, group: _Group, key, cache, writes, initial_state, final_state):
         """Codes of one group, carrying pre-activations on from the last call where the cache's state is still that."""
         carry = None
-        if cache is not None and initial_state is not None:
+        # On a device, comparing states would wait for it; reading the carry off the state costs a product and no wait.
+        keeps = writes.right.device.type == "cpu"
+        if keeps and cache is not None and initial_state is not None:
             with self._lock:
                 state, kept = self._carries.get(cache, {}).get(key, (None, None))
             now = initial_state[:, group.heads]
@@ -188,7 +233,7 @@ class Tap:
             writes, group.v_enc, group.w_enc, group.b_enc, k=group.k, threshold=group.threshold, heads=group.heads,
             carry=carry, backend=self._backend,
         )  # fmt: skip
-        if cache is not None and final_state is not None:
+        if keeps and cache is not None and final_state is not None:
             state = final_state[:, group.heads]  # indexing by a list copies
             with self._lock:
                 self._carries.setdefault(cache, {})[key] = (state, codes.carry)
@@ -217,9 +262,76 @@ class _Columns:
         return cls(row.expand(B, T), position.expand(B, T), None if frame.mask is None else frame.mask.to(device))
 
 
+@dataclass(eq=False)
+class _Coming:
+    """Top-k codes of one call, on their way from a device; which of them are firings is seen on the host."""
+
+    transfer: ToHost
+    heads: list[int]
+    layer: int
+    nbytes: int
+
+    @classmethod
+    def of(cls, codes, heads: list[int], columns: _Columns, layer: int) -> _Coming:
+        values = codes.values if columns.real is None else codes.values * columns.real[:, :, None, None]
+        parts = values.float(), codes.indices.int(), columns.row.int(), columns.position.int()
+        transfer = ToHost(parts)
+        return cls(transfer, heads, layer, transfer.nbytes)
+
+    def firings(self) -> Firings:
+        values, indices, row, position = self.transfer.get()
+        codes = ops.Codes(values, indices, None, None, tuple(self.heads))
+        return _firings(codes, self.heads, _Columns(row, position, None), self.layer)
+
+
+@dataclass(eq=False)
+class _Check:
+    """Whether a call on a device wrote only finite numbers, on its way to the host."""
+
+    transfer: ToHost  # [2]: whether one is not, and the first such token and head, counted through [B, T, H]
+    shape: tuple[int, int, int]  # B, T, H
+    place: _Place
+
+    @classmethod
+    def of(cls, writes: Writes, frame: Frame) -> _Check:
+        bad = (~torch.isfinite(writes.right)).flatten(3).any(-1)  # [B, T, H]
+        found = torch.stack([bad.any().long(), bad.flatten().int().argmax()])
+        return cls(ToHost([found]), tuple(bad.shape), _Place.of(writes, frame))
+
+    def require(self) -> None:
+        some, first = self.transfer.get()[0].tolist()
+        if some:
+            _, T, H = self.shape
+            self.place.refuse(first // (T * H), first // H % T, first % H)
+
+
+@dataclass(eq=False)
+class _Place:
+    """Where the tokens of one call stand, for saying where a state broke."""
+
+    layer: int
+    start: int
+    cu_seqlens: Tensor | None
+
+    @classmethod
+    def of(cls, writes: Writes, frame: Frame) -> _Place:
+        return cls(frame.site.layer_index, frame.start, writes.cu_seqlens)
+
+    def refuse(self, b: int, t: int, head: int) -> None:
+        row, position = b, t + self.start
+        if self.cu_seqlens is not None:
+            offsets = self.cu_seqlens.cpu()
+            row = int(torch.searchsorted(offsets, torch.tensor(t), right=True)) - 1
+            position = t - int(offsets[row])
+        raise ValueError(
+            f"model: NaN or infinity in the state of layer {self.layer}, first at row {row}, position {position}, head "
+            f"{head}"
+        )
+
+
 def _firings(codes, heads: list[int], columns: _Columns, layer: int) -> Firings:
     """Codes of every token to the firings among them, without a loop over tokens."""
-    head_of = torch.tensor(heads, device=columns.row.device)
+    head_of = torch.tensor(heads).to(columns.row.device, non_blocking=True)
     if codes.offsets is None:
         fires = codes.values > 0  # [B, T, Hs, k]
         if columns.real is not None:
