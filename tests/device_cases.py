@@ -120,7 +120,8 @@ def test_nan_is_named():
         weight = model.model.layers[3].linear_attn.in_proj_qkv.weight
         with torch.no_grad():
             weight.inner[-1, 0] = float("nan")
-        with pytest.raises(ValueError, match="NaN or infinity in the state of layer 3, first at row 0, position 0, head 3"):
+        where = "NaN or infinity in the state of layer 3, first at row 0, position 0, head 3"
+        with pytest.raises(ValueError, match=where):
             with torch.no_grad(), writesae.attach(model, dictionaries(), self_test=False):
                 model(device.move(tokens(2, 12)))
 
