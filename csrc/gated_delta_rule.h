@@ -35,6 +35,22 @@ struct GatedDeltaRuleParams {
   float* snapshots;    // [P, H, K, V]
 };
 
+// Gradients of everything gated_delta_rule returns with respect to everything it takes. Recomputes the states from the
+// increments of the forward; those of kind delete and replace have no native write to differentiate.
+struct GatedDeltaRuleBackwardParams {
+  GatedDeltaRuleParams in;  // as the forward had it; its outputs are not looked at
+  View right;               // [B, T, H, V]  float32, contiguous: the forward's increments
+  View d_o;                 // [B, T, H, V]  last stride 1; data null where there is no gradient, as below
+  View d_right;             // [B, T, H, V]  last stride 1
+  const float* d_left;         // [B, T, Hk, K]
+  const float* d_final_state;  // [N, H, K, V]
+  const float* d_snapshots;    // [P, H, K, V]
+  void *d_q, *d_k, *d_v, *d_g, *d_beta;  // contiguous, each of its input's type
+  float* d_initial_state;                // [N, H, K, V]
+  float* d_edit_left;                    // [E, K]
+  float* d_edit_right;                   // [E, V]
+};
+
 // One token of every row, the state updated in place.
 struct GatedDeltaRuleStepParams {
   int64_t B, Hk, H, K, V;
@@ -54,6 +70,7 @@ struct GatedDeltaRuleStepParams {
 namespace cpu {
 
 void gated_delta_rule(const GatedDeltaRuleParams& p, const Parallel& parallel);
+void gated_delta_rule_backward(const GatedDeltaRuleBackwardParams& p, const Parallel& parallel);
 void gated_delta_rule_step(const GatedDeltaRuleStepParams& p, const Parallel& parallel);
 
 }  // namespace cpu

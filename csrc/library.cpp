@@ -29,6 +29,12 @@ STABLE_TORCH_LIBRARY(writesae, m) {
       "Tensor? snapshots, bool return_writes) "
       "-> (Tensor o, Tensor final_state, Tensor left, Tensor right, Tensor snapshots)");
   m.def(
+      "gated_delta_rule_backward(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, float scale, "
+      "Tensor? initial_state, bool use_qk_l2norm, Tensor? cu_seqlens, Tensor? edit_index, Tensor? edit_left, "
+      "Tensor? edit_right, Tensor? snapshots, Tensor right, Tensor? d_o, Tensor? d_final_state, Tensor? d_left, "
+      "Tensor? d_right, Tensor? d_snapshots) -> (Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_g, Tensor d_beta, "
+      "Tensor d_initial_state, Tensor d_edit_left, Tensor d_edit_right)");
+  m.def(
       "gated_delta_rule_step(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor(a!) state, float scale, "
       "bool use_qk_l2norm, Tensor? edit_index, Tensor? edit_left, Tensor? edit_right, bool return_writes) "
       "-> (Tensor o, Tensor left, Tensor right)");
@@ -53,6 +59,7 @@ STABLE_TORCH_LIBRARY_IMPL(writesae, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(writesae, CPU, m) {
   m.impl("gated_delta_rule", TORCH_BOX(&writesae::gated_delta_rule));
+  m.impl("gated_delta_rule_backward", TORCH_BOX(&writesae::gated_delta_rule_backward));
   m.impl("gated_delta_rule_step", TORCH_BOX(&writesae::gated_delta_rule_step));
   m.impl("encode_topk", TORCH_BOX(&writesae::encode_topk));
   m.impl("encode_threshold", TORCH_BOX(&writesae::encode_threshold));

@@ -16,6 +16,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_delta_rule(
     std::optional<Tensor> edit_left, std::optional<Tensor> edit_right, std::optional<Tensor> snapshots,
     bool return_writes);
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_delta_rule_backward(
+    Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, double scale, std::optional<Tensor> initial_state,
+    bool use_qk_l2norm, std::optional<Tensor> cu_seqlens, std::optional<Tensor> edit_index,
+    std::optional<Tensor> edit_left, std::optional<Tensor> edit_right, std::optional<Tensor> snapshots, Tensor right,
+    std::optional<Tensor> d_o, std::optional<Tensor> d_final_state, std::optional<Tensor> d_left,
+    std::optional<Tensor> d_right, std::optional<Tensor> d_snapshots);
+
 std::tuple<Tensor, Tensor, Tensor> gated_delta_rule_step(
     Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor state, double scale, bool use_qk_l2norm,
     std::optional<Tensor> edit_index, std::optional<Tensor> edit_left, std::optional<Tensor> edit_right,

@@ -32,16 +32,6 @@ inline int64_t round_up_16(int64_t K) { return (K + 15) / 16 * 16; }
 // Element i of a row in `pair` (step 2 * C) or of a plain row (step 1).
 inline float element(const float* row, int64_t step, int64_t i) { return row[i / 16 * 16 * step + i % 16]; }
 
-// Reads one key or query row into `row` (padded with zeros to `padded`), normalised when asked, times `scale`.
-inline void read_row(const View& x, int64_t a, int64_t b, int64_t c, int64_t K, int64_t padded, bool normalise,
-                     float scale, float* row) {
-  convert_in(x.type, x.at(a, b, c), row, K);
-  for (int64_t i = K; i < padded; i++) row[i] = 0;
-  if (normalise) scale *= 1.0f / std::sqrt(dot(row, row, padded) + 1e-6f);
-  if (normalise || scale != 1.0f)
-    for (int64_t i = 0; i < K; i++) row[i] *= scale;
-}
-
 inline void prefetch_row(const View& x, int64_t a, int64_t b, int64_t c, int64_t n) {
   const char* from = static_cast<const char*>(x.at(a, b, c));
   for (int64_t byte = 0; byte < n * element_size(x.type); byte += 64) __builtin_prefetch(from + byte, 0);

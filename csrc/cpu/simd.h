@@ -102,3 +102,13 @@ inline float read(const View& x, int64_t a, int64_t b, int64_t c) {
   convert_in(x.type, x.at(a, b, c), &value, 1);
   return value;
 }
+
+// Reads one key or query row into `row` (padded with zeros to `padded`), normalised when asked, times `scale`.
+inline void read_row(const View& x, int64_t a, int64_t b, int64_t c, int64_t K, int64_t padded, bool normalise,
+                     float scale, float* row) {
+  convert_in(x.type, x.at(a, b, c), row, K);
+  for (int64_t i = K; i < padded; i++) row[i] = 0;
+  if (normalise) scale *= 1.0f / std::sqrt(dot(row, row, padded) + 1e-6f);
+  if (normalise || scale != 1.0f)
+    for (int64_t i = 0; i < K; i++) row[i] *= scale;
+}

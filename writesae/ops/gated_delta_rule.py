@@ -64,7 +64,12 @@ def gated_delta_rule(
 
     Raises:
         ValueError: a wrong shape, dtype or place, naming the argument.
-        RuntimeError: a gradient asked of a kernel, which has no backward; backend="reference" has one.
+        RuntimeError: a second derivative asked of a kernel; backend="reference" has one.
+
+    Differentiable once, in q, k, v, g, beta, initial_state and the edits' left and right: o, final_state, the writes and
+    the snapshots all carry gradient. The write of a token whose edit deletes or replaces it does not exist, so v and
+    beta of that token have gradient 0 there, and k what reaches it by other ways. Kept for the backward: the inputs and
+    the writes; states are computed anew, and held every 512 tokens.
 
     Source: Yang et al., *Gated Delta Networks*, arXiv 2412.06464; the writes: Young, arXiv 2605.12770.
     """
@@ -84,14 +89,16 @@ def gated_delta_rule(
             q, k, v, g, beta, scale, initial_state, use_qk_l2norm, cu_seqlens, edits, places
         )
     else:
-        _dispatch.refuse_gradient("gated_delta_rule", tensors, 'use backend="reference", or torch.no_grad()')
         index = edit_left = edit_right = None
         if edits is not None and len(edits):
             index, edit_left, edit_right = pack_edits(edits, v.device)
         places = None if places is None else places.to(v.device, non_blocking=True)
+        # The backward needs the increments; writing them out is cheaper than running the scan once more for them.
+        differentiable = (*tensors.values(), edit_left, edit_right)
+        keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable)
         o, final, left, right, shots = torch.ops.writesae.gated_delta_rule(
             q, k, v, g, beta, scale, initial_state, use_qk_l2norm, cu_seqlens, index, edit_left, edit_right, places,
-            return_writes,
+            return_writes or keep,
         )  # fmt: skip
     writes = None
     if return_writes:
@@ -283,6 +290,16 @@ def _fake(
     return v.new_empty(v.shape), v.new_empty((N, H, K, V), **full), left, right, v.new_empty((P, H, K, V), **full)
 
 
+def _fake_backward(
+    q, k, v, g, beta, scale, initial_state, use_qk_l2norm, cu_seqlens, edit_index, edit_left, edit_right, snapshots,
+    right, d_o, d_final_state, d_left, d_right, d_snapshots,
+):  # fmt: skip
+    (_, _, H, V), K = v.shape, k.shape[3]
+    N, E = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, 0 if edit_left is None else edit_left.shape[0]
+    inputs = (x.new_empty(x.shape) for x in (q, k, v, g, beta))
+    return *inputs, *(v.new_empty(shape, dtype=torch.float32) for shape in ((N, H, K, V), (E, K), (E, V)))
+
+
 def _fake_step(
     q, k, v, g, beta, state, scale, use_qk_l2norm, edit_index, edit_left, edit_right, return_writes
 ):  # fmt: skip
@@ -290,8 +307,34 @@ def _fake_step(
     return v.new_empty(v.shape), left, v.new_empty(v.shape if return_writes else (0,), dtype=torch.float32)
 
 
+# ---- gradients ------------------------------------------------------------------------------------------------------
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
+    tensors = [x for i, x in enumerate(inputs) if i not in (5, 7, 13)]
+    ctx.save_for_backward(*tensors, output[3] if inputs[13] else None)
+    ctx.scale, ctx.use_qk_l2norm = inputs[5], inputs[7]
+
+
+def _backward(ctx, d_o, d_final_state, d_left, d_right, d_snapshots):
+    q, k, v, g, beta, initial_state, cu_seqlens, *edits_and_places, right = ctx.saved_tensors
+    inputs = (q, k, v, g, beta, ctx.scale, initial_state, ctx.use_qk_l2norm, cu_seqlens, *edits_and_places)
+    if right is None:  # called with return_writes=False
+        with torch.no_grad():
+            right = torch.ops.writesae.gated_delta_rule(*inputs, True)[3]
+    given = (d_o, d_final_state, d_left, d_right, d_snapshots)
+    *grads, d_initial, d_edit_left, d_edit_right = torch.ops.writesae.gated_delta_rule_backward(*inputs, right, *given)
+    states = None if initial_state is None else d_initial.to(initial_state.dtype)
+    _, edit_left, edit_right, _ = edits_and_places
+    sides = (None if x is None else d.to(x.dtype) for x, d in ((edit_left, d_edit_left), (edit_right, d_edit_right)))
+    return *grads, None, states, None, None, None, *sides, None, None
+
+
 if CPU_ERROR is None:
     torch.library.register_fake("writesae::gated_delta_rule", _fake)
     torch.library.register_fake("writesae::gated_delta_rule_step", _fake_step)
-    _dispatch.guard_autograd("gated_delta_rule", 'use backend="reference", or torch.no_grad()')
+    torch.library.register_fake("writesae::gated_delta_rule_backward", _fake_backward)
+    torch.library.register_autograd("writesae::gated_delta_rule", _backward, setup_context=_save)
+    _dispatch.guard_autograd("gated_delta_rule_backward", 'for a second derivative use backend="reference"')
     _dispatch.guard_autograd("gated_delta_rule_step", "use torch.no_grad()")

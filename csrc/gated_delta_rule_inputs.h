@@ -1,0 +1,67 @@
+// The inputs of gated_delta_rule, from tensors, checked; its backward takes the same.
+#pragma once
+
+#include "edit_list.h"
+#include "gated_delta_rule.h"
+#include "tensors.h"
+
+namespace writesae {
+
+inline void check_heads(const char* op, int64_t Hk, int64_t H, int64_t K, int64_t V) {
+  STD_TORCH_CHECK(Hk > 0 && H % Hk == 0, op, ": the key heads (", Hk, ") must divide the value heads (", H, ")");
+  STD_TORCH_CHECK(K > 0 && V > 0, op, ": K and V must be positive");
+}
+
+// Everything but the outputs. Shapes are checked again here, though the Python wrapper says more.
+inline GatedDeltaRuleParams gated_delta_rule_inputs(
+    const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta, double scale,
+    const std::optional<Tensor>& initial_state, bool use_qk_l2norm, const std::optional<Tensor>& cu_seqlens,
+    const std::optional<Tensor>& edit_index, const std::optional<Tensor>& edit_left,
+    const std::optional<Tensor>& edit_right, const std::optional<Tensor>& snapshots, std::vector<Tensor>& keep) {
+  STD_TORCH_CHECK(v.dim() == 4 && k.dim() == 4, op, ": k and v must be [B, T, heads, size]");
+  const int64_t B = v.size(0), T = v.size(1), H = v.size(2), V = v.size(3), Hk = k.size(2), K = k.size(3);
+  check_heads(op, Hk, H, K, V);
+  check_shape(op, "k", k, {B, T, Hk, K});
+  check_shape(op, "q", q, {B, T, Hk, K});
+  check_shape(op, "g", g, {B, T, H});
+  check_shape(op, "beta", beta, {B, T, H});
+  GatedDeltaRuleParams p = {};
+  p.B = B, p.T = T, p.Hk = Hk, p.H = H, p.K = K, p.V = V, p.N = B;
+  p.q = view(op, "q", q, true, keep);
+  p.k = view(op, "k", k, true, keep);
+  p.v = view(op, "v", v, true, keep);
+  p.g = view(op, "g", g, false, keep);
+  p.beta = view(op, "beta", beta, false, keep);
+  p.scale = static_cast<float>(scale);
+  p.use_qk_l2norm = use_qk_l2norm;
+  std::vector<int64_t> lengths(B, T);
+  if (cu_seqlens.has_value()) {
+    STD_TORCH_CHECK(B == 1 && cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 2, op,
+                    ": cu_seqlens needs B = 1 and at least two offsets");
+    p.cu_seqlens = static_cast<const int64_t*>(data_as(op, "cu_seqlens", cu_seqlens, ScalarType::Long, keep));
+    p.N = cu_seqlens->size(0) - 1;
+    lengths.clear();
+    for (int64_t n = 0; n < p.N; n++) lengths.push_back(p.cu_seqlens[n + 1] - p.cu_seqlens[n]);
+    bool rising = p.cu_seqlens[0] == 0 && p.cu_seqlens[p.N] == T;
+    for (int64_t length : lengths) rising = rising && length >= 0;
+    STD_TORCH_CHECK(rising, op, ": cu_seqlens must rise from 0 to T");
+  }
+  if (initial_state.has_value()) check_shape(op, "initial_state", *initial_state, {p.N, H, K, V});
+  p.initial_state =
+      static_cast<const float*>(data_as(op, "initial_state", initial_state, ScalarType::Float, keep));
+  p.edits = edit_list(op, edit_index, edit_left, edit_right, p.N, lengths, H, K, V, keep);
+  if (snapshots.has_value()) {
+    STD_TORCH_CHECK(snapshots->dim() == 2 && snapshots->size(1) == 2, op, ": snapshots must be [P, 2]");
+    check_dtype(op, "snapshots", *snapshots, ScalarType::Long);
+    p.P = snapshots->size(0);
+    p.places = static_cast<const int64_t*>(data_as(op, "snapshots", snapshots, ScalarType::Long, keep));
+    for (int64_t i = 0; i < p.P; i++) {
+      const int64_t n = p.places[2 * i], t = p.places[2 * i + 1];
+      STD_TORCH_CHECK(n >= 0 && n < p.N && t >= 0 && t < lengths[n], op, ": snapshot ", i, " is out of range: row ", n,
+                      ", position ", t);
+    }
+  }
+  return p;
+}
+
+}  // namespace writesae
