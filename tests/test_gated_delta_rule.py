@@ -330,19 +330,6 @@ def test_operator_checks_bounds():
         op(*unsorted)
 
 
-def test_gradient():
-    x = gated_delta_rule_inputs(1, 5, 1, 2, 3, 4)
-    x["v"].requires_grad_()
-    with pytest.raises(RuntimeError, match="no backward for v .*reference"):
-        ops.gated_delta_rule(**x)
-    with pytest.raises(RuntimeError, match="no backward"):
-        torch.ops.writesae.gated_delta_rule(*x.values(), 0.5, *[None, True, None, None, None, None, None, False])
-    with torch.no_grad():
-        assert not ops.gated_delta_rule(**x).o.requires_grad
-    ops.gated_delta_rule(**x, backend="reference").o.sum().backward()
-    assert x["v"].grad.abs().sum() > 0
-
-
 def test_gradcheck_reference():
     x = {name: value.double().requires_grad_() for name, value in gated_delta_rule_inputs(1, 5, 1, 2, 3, 4).items()}
     initial = torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True)

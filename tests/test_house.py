@@ -84,7 +84,7 @@ def test_one_stem_an_op(stem):
 
 def test_every_kernel_has_its_stem():
     for path in (ROOT / "csrc" / "cpu").glob("*.cpp"):
-        assert path.stem in OPS, f"csrc/cpu/{path.name} belongs to no op"
+        assert path.stem.removesuffix("_backward") in OPS, f"csrc/cpu/{path.name} belongs to no op"
 
 
 def test_files_stay_readable():

@@ -66,10 +66,10 @@ def gated_delta_rule(
         ValueError: a wrong shape, dtype or place, naming the argument.
         RuntimeError: a second derivative asked of a kernel; backend="reference" has one.
 
-    Differentiable once, in q, k, v, g, beta, initial_state and the edits' left and right: o, final_state, the writes and
-    the snapshots all carry gradient. The write of a token whose edit deletes or replaces it does not exist, so v and
-    beta of that token have gradient 0 there, and k what reaches it by other ways. Kept for the backward: the inputs and
-    the writes; states are computed anew, and held every 512 tokens.
+    Differentiable once, in q, k, v, g, beta, initial_state and the edits' left and right; o, final_state, the writes
+    and the snapshots all carry gradient. A write that an edit deletes or replaces is not made, so v and beta of that
+    token have gradient 0 there, and k what reaches it by other ways. Kept for the backward: the inputs and the writes;
+    states are computed anew, and one in 512 tokens is held.
 
     Source: Yang et al., *Gated Delta Networks*, arXiv 2412.06464; the writes: Young, arXiv 2605.12770.
     """
@@ -320,7 +320,8 @@ def _save(ctx, inputs, output) -> None:
 def _backward(ctx, d_o, d_final_state, d_left, d_right, d_snapshots):
     q, k, v, g, beta, initial_state, cu_seqlens, *edits_and_places, right = ctx.saved_tensors
     inputs = (q, k, v, g, beta, ctx.scale, initial_state, ctx.use_qk_l2norm, cu_seqlens, *edits_and_places)
-    if right is None:  # called with return_writes=False
+    if right is None:  # called with return_writes=False: left and right came out empty
+        d_left = d_right = None
         with torch.no_grad():
             right = torch.ops.writesae.gated_delta_rule(*inputs, True)[3]
     given = (d_o, d_final_state, d_left, d_right, d_snapshots)

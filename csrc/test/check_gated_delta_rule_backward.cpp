@@ -1,0 +1,221 @@
+// The backward of gated_delta_rule against a plain reverse loop in double, over awkward sizes, packed rows, edits and
+// snapshots.
+#include <algorithm>
+#include <array>
+
+#include "gated_delta_rule.h"
+#include "harness.h"
+
+using namespace writesae;
+using namespace writesae::test;
+
+namespace {
+
+struct Case {
+  int64_t B, Hk, H, K, V;
+  std::vector<int64_t> lengths;  // packed when B == 1 and there are several
+  int64_t edits;
+  bool initial, outputs, l2norm;  // outputs: gradient comes from all outputs, not from o alone
+};
+
+struct Gradients {
+  std::vector<double> q, k, v, g, beta, initial, left, right;
+};
+
+using Sequences = std::vector<std::array<int64_t, 3>>;  // batch row, first token, length
+
+double value(const View& x, int64_t a, int64_t b, int64_t c, int64_t d = 0) {
+  return x.data == nullptr ? 0.0 : static_cast<double>(*static_cast<const float*>(x.at(a, b, c, d)));
+}
+
+// Forward and reverse, token by token, every state kept. Fills `right` (the increments) on the way.
+Gradients plain(const GatedDeltaRuleBackwardParams& p, const Sequences& sequences, std::vector<float>& right) {
+  const GatedDeltaRuleParams& in = p.in;
+  const int64_t K = in.K, V = in.V, T = in.T, H = in.H, Hk = in.Hk, E = in.edits.count;
+  Gradients out;
+  out.q.assign(in.B * T * Hk * K, 0), out.k = out.q, out.v.assign(in.B * T * H * V, 0);
+  out.g.assign(in.B * T * H, 0), out.beta = out.g, out.initial.assign(in.N * H * K * V, 0);
+  out.left.assign(E * K, 0), out.right.assign(E * V, 0);
+  if (p.d_left != nullptr) std::copy_n(p.d_left, out.k.size(), out.k.begin());
+  const auto unit = [&](const View& x, int64_t b, int64_t t, int64_t h, double scale) {
+    std::vector<double> row(K + 1);
+    double square = 1e-6;
+    for (int64_t i = 0; i < K; i++) row[i] = value(x, b, t, h, i), square += row[i] * row[i];
+    row[K] = in.use_qk_l2norm ? 1 / std::sqrt(square) : 1.0;
+    for (int64_t i = 0; i < K; i++) row[i] *= row[K] * scale;
+    return row;
+  };
+  const auto edit_at = [&](int64_t e, int64_t n, int64_t t, int64_t h) {
+    const int64_t* x = in.edits.index + 4 * e;
+    return x[0] == n && x[1] == t && x[2] == h;
+  };
+  for (int64_t n = 0; n < in.N; n++)
+    for (int64_t h = 0; h < H; h++) {
+      const int64_t b = sequences[n][0], origin = sequences[n][1], length = sequences[n][2], hk = h / (H / Hk);
+      std::vector<double> S(K * V, 0.0), D(K * V, 0.0), dk(K), dq(K), du(V), dw(V), rest(V);
+      if (in.initial_state != nullptr) std::copy_n(in.initial_state + (n * H + h) * K * V, K * V, S.begin());
+      std::vector<std::vector<double>> decayed(length), after(length), u(length, std::vector<double>(V));
+      std::vector<bool> native(length, true);
+      for (int64_t t = 0; t < length; t++) {
+        const auto k = unit(in.k, b, origin + t, hk, 1);
+        for (int64_t e = 0; e < E; e++)
+          if (edit_at(e, n, t, h) && in.edits.index[4 * e + 3] != 0) native[t] = false;
+        for (double& x : S) x *= std::exp(value(in.g, b, origin + t, h));
+        decayed[t] = S;
+        for (int64_t c = 0; c < V; c++) {
+          double read = 0;
+          for (int64_t i = 0; i < K; i++) read += S[i * V + c] * k[i];
+          u[t][c] = native[t] ? value(in.beta, b, origin + t, h) * (value(in.v, b, origin + t, h, c) - read) : 0.0;
+          right[((b * T + origin + t) * H + h) * V + c] = u[t][c];
+          for (int64_t i = 0; i < K; i++) S[i * V + c] += k[i] * u[t][c];
+        }
+        for (int64_t e = 0; e < E; e++)
+          if (edit_at(e, n, t, h) && in.edits.index[4 * e + 3] != 1)
+            for (int64_t i = 0; i < K * V; i++)
+              S[i] += static_cast<double>(in.edits.left[e * K + i / V]) * in.edits.right[e * V + i % V];
+        after[t] = S;
+      }
+      if (p.d_final_state != nullptr) std::copy_n(p.d_final_state + (n * H + h) * K * V, K * V, D.begin());
+      for (int64_t t = length - 1; t >= 0; t--) {
+        const auto k = unit(in.k, b, origin + t, hk, 1), q = unit(in.q, b, origin + t, hk, in.scale);
+        const double gate = std::exp(value(in.g, b, origin + t, h)), beta = value(in.beta, b, origin + t, h);
+        for (int64_t i = 0; i < in.P && p.d_snapshots != nullptr; i++)
+          if (in.places[2 * i] == n && in.places[2 * i + 1] == t)
+            for (int64_t x = 0; x < K * V; x++) D[x] += p.d_snapshots[(i * H + h) * K * V + x];
+        std::fill(dk.begin(), dk.end(), 0.0), std::fill(dq.begin(), dq.end(), 0.0);
+        for (int64_t i = 0; i < K; i++)
+          for (int64_t c = 0; c < V; c++) {
+            const double d_o = value(p.d_o, b, origin + t, h, c);
+            dq[i] += after[t][i * V + c] * d_o;
+            D[i * V + c] += q[i] * d_o;
+          }
+        for (int64_t e = 0; e < E; e++)
+          if (edit_at(e, n, t, h) && in.edits.index[4 * e + 3] != 1)
+            for (int64_t x = 0; x < K * V; x++) {
+              out.left[e * K + x / V] += D[x] * in.edits.right[e * V + x % V];
+              out.right[e * V + x % V] += D[x] * in.edits.left[e * K + x / V];
+            }
+        const int64_t at = (b * T + origin + t) * H + h;
+        for (int64_t c = 0; c < V; c++) {
+          double read = 0;
+          du[c] = value(p.d_right, b, origin + t, h, c);
+          for (int64_t i = 0; i < K; i++) {
+            read += decayed[t][i * V + c] * k[i];
+            du[c] += D[i * V + c] * k[i];
+            dk[i] += D[i * V + c] * u[t][c];
+          }
+          if (!native[t]) du[c] = 0;
+          dw[c] = beta * du[c], out.v[at * V + c] = dw[c];
+          out.beta[at] += du[c] * (value(in.v, b, origin + t, h, c) - read);
+        }
+        for (int64_t i = 0; i < K; i++)
+          for (int64_t c = 0; c < V; c++) {
+            dk[i] -= decayed[t][i * V + c] * dw[c];
+            D[i * V + c] -= k[i] * dw[c];
+            out.g[at] += decayed[t][i * V + c] * D[i * V + c];
+            D[i * V + c] *= gate;
+          }
+        const int64_t row = ((b * T + origin + t) * Hk + hk) * K;
+        for (int64_t i = 0; i < K; i++) out.q[row + i] += dq[i], out.k[row + i] += dk[i];
+      }
+      std::copy(D.begin(), D.end(), out.initial.begin() + (n * H + h) * K * V);
+    }
+  // Through scale and normalisation: y = x r, dx = r (dy - y (y . dy)).
+  for (int64_t row = 0; row < in.B * T * Hk; row++)
+    for (auto* d : {&out.q, &out.k}) {
+      const double scale = d == &out.q ? in.scale : 1.0f;
+      const auto y = unit(d == &out.q ? in.q : in.k, row / (T * Hk), row / Hk % T, row % Hk, 1);
+      double along = 0;
+      for (int64_t i = 0; i < K; i++) along += y[i] * (*d)[row * K + i];
+      for (int64_t i = 0; i < K; i++)
+        (*d)[row * K + i] = scale * y[K] * ((*d)[row * K + i] - (in.use_qk_l2norm ? along * y[i] : 0.0));
+    }
+  return out;
+}
+
+void check(const Case& c, int thread_count) {
+  GatedDeltaRuleBackwardParams p = {};
+  GatedDeltaRuleParams& in = p.in;
+  in.B = c.B, in.Hk = c.Hk, in.H = c.H, in.K = c.K, in.V = c.V, in.N = c.B > 1 ? c.B : c.lengths.size();
+  std::vector<int64_t> offsets = {0};
+  for (int64_t length : c.lengths) offsets.push_back(offsets.back() + length);
+  in.T = c.B > 1 ? c.lengths[0] : offsets.back();
+  if (c.B == 1 && c.lengths.size() > 1) in.cu_seqlens = offsets.data();
+  Sequences sequences;
+  for (int64_t n = 0; n < in.N; n++)
+    sequences.push_back(c.B > 1 ? std::array<int64_t, 3>{n, 0, in.T} : std::array<int64_t, 3>{0, offsets[n], c.lengths[n]});
+
+  const int64_t wide = 2 * c.Hk * c.K + c.H * c.V;
+  const auto fused = normal(c.B * in.T * wide, c.l2norm ? 1.0f : 0.15f);
+  in.q = view(fused, in.T * wide, wide, c.K, 1), in.k = in.q, in.v = view(fused, in.T * wide, wide, c.V, 1);
+  in.k.data = fused.data() + c.Hk * c.K, in.v.data = fused.data() + 2 * c.Hk * c.K;
+  auto g = normal(c.B * in.T * c.H), beta = g;
+  for (size_t i = 0; i < g.size(); i++) beta[i] = 1 / (1 + std::exp(-g[i])), g[i] = -0.2f * std::abs(g[i]);
+  in.g = view(g, in.T * c.H, c.H, 1, 0), in.beta = view(beta, in.T * c.H, c.H, 1, 0);
+  in.scale = 0.3f, in.use_qk_l2norm = c.l2norm;
+  const int64_t states = in.N * c.H * c.K * c.V, rows = c.B * in.T * c.H * c.V;
+  const auto initial = normal(states);
+  in.initial_state = c.initial ? initial.data() : nullptr;
+
+  std::vector<std::array<int64_t, 4>> index;
+  std::vector<std::array<int64_t, 2>> places;
+  const auto pick = [](int64_t n) { return static_cast<int64_t>(generator()() % n); };
+  while (static_cast<int64_t>(index.size()) < c.edits) {
+    const int64_t n = pick(in.N), length = sequences[n][2];
+    if (length == 0) continue;
+    const int64_t t = std::array<int64_t, 3>{0, length - 1, pick(length)}[pick(3)];
+    index.push_back({n, t, pick(c.H), pick(3)});
+    places.push_back({n, t});
+  }
+  std::stable_sort(index.begin(), index.end(), [](const auto& x, const auto& y) {
+    return std::array<int64_t, 3>{x[0], x[2], x[1]} < std::array<int64_t, 3>{y[0], y[2], y[1]};
+  });
+  const auto edit_left = normal(c.edits * c.K), edit_right = normal(c.edits * c.V);
+  in.edits = {c.edits, index.empty() ? nullptr : index[0].data(), edit_left.data(), edit_right.data()};
+  in.P = places.size(), in.places = places.empty() ? nullptr : places[0].data();
+
+  const auto d_o = normal(rows), d_right = normal(rows), d_left = normal(c.B * in.T * c.Hk * c.K);
+  const auto d_final = normal(states), d_shots = normal(in.P * c.H * c.K * c.V);
+  p.d_o = view(d_o, in.T * c.H * c.V, c.H * c.V, c.V, 1);
+  if (c.outputs) {
+    p.d_right = view(d_right, in.T * c.H * c.V, c.H * c.V, c.V, 1), p.d_left = d_left.data();
+    p.d_final_state = d_final.data(), p.d_snapshots = d_shots.data();
+  }
+  auto right = poison(rows);
+  const Gradients expected = plain(p, sequences, right);
+  p.right = view(right, in.T * c.H * c.V, c.H * c.V, c.V, 1);
+  auto q = poison(d_left.size()), k = q, v = poison(rows), dg = poison(g.size()), db = dg, start = poison(states);
+  auto left = poison(edit_left.size()), added = poison(edit_right.size());
+  p.d_q = q.data(), p.d_k = k.data(), p.d_v = v.data(), p.d_g = dg.data(), p.d_beta = db.data();
+  p.d_initial_state = start.data(), p.d_edit_left = left.data(), p.d_edit_right = added.data();
+  cpu::gated_delta_rule_backward(p, threads(thread_count));
+  expect_close("d_q", q, expected.q);
+  expect_close("d_k", k, expected.k);
+  expect_close("d_v", v, expected.v);
+  expect_close("d_g", dg, expected.g);
+  expect_close("d_beta", db, expected.beta);
+  expect_close("d_initial_state", start, expected.initial);
+  expect_close("d_edit_left", left, expected.left);
+  expect_close("d_edit_right", added, expected.right);
+}
+
+}  // namespace
+
+int main() {
+  const std::vector<Case> cases = {
+      {1, 1, 1, 1, 1, {1}, 2, true, true, false},
+      {1, 1, 2, 7, 5, {9}, 6, true, true, true},
+      {2, 2, 4, 20, 12, {63}, 12, false, false, true},
+      {2, 1, 3, 33, 40, {64}, 0, true, true, false},
+      {1, 1, 1, 64, 33, {65}, 5, true, false, true},
+      {1, 2, 2, 16, 24, {5, 0, 1, 70, 0, 127, 1, 0}, 20, true, true, true},
+      {1, 1, 1, 40, 130, {131}, 3, false, true, true},
+      {3, 1, 1, 130, 17, {6}, 9, true, true, true},
+      {1, 2, 8, 8, 8, {1100}, 15, true, true, true},
+  };
+  each_isa([&](const std::string& name) {
+    for (const Case& c : cases)
+      for (int thread_count : {1, 3}) check(c, thread_count);
+    std::printf("gated_delta_rule_backward, %s: %zu cases agree\n", name.c_str(), cases.size());
+  });
+}
