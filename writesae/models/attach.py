@@ -31,6 +31,7 @@ def attach(
     self_test: bool = True,
     check_finite: bool = True,
     record_writes: bool = True,
+    write_gradients: bool = False,
     backend: str | None = None,
 ) -> Iterator[Tap]:
     """Within the context, hooked layers run on our op: their writes are recorded, encoded and edited as the model runs.
@@ -45,6 +46,14 @@ def attach(
     apart in every gated-delta layer of the model, hooked or not. Several attaches may be nested: each records, and the
     edits of all apply, outer ones first. The attach belongs to the model, so calls from every thread are seen.
 
+    With gradients on, `loss.backward()` goes through hooked layers as through the plain model, in training mode too,
+    and on into left and right of edits that require it. `tap.writes` is then part of the graph: codes that `ops.encode`
+    makes of it send gradients into the model (the activations in `tap.firings` are numbers only). For attribution:
+
+        with writesae.attach(model, {(9, 4): None}, write_gradients=True) as tap:
+            model(**batch).logits[0, -1, token].backward()
+        effect = (tap.writes[9].right[:, :, :, 0] * tap.write_gradients[9]).sum(-1)     # [B, T, H], of every write
+
     Args:
         model: a transformers model (or inner text model) that runs the gated delta rule.
         sites: `{(layer, head): dictionary}`; head is a value head. None in place of a dictionary: writes only. May be
@@ -57,6 +66,7 @@ def attach(
         check_finite: raise at the first NaN or infinity written into a state of a hooked layer. On a device, where
             looking at once would stop it, when the tap is next asked for firings, cleared, or the context ends.
         record_writes: keep the `Writes` of the latest call of every hooked layer.
+        write_gradients: let every backward pass fill `tap.write_gradients`.
         backend: of `ops.gated_delta_rule` and `ops.encode`; None is the kernel of the model's device.
 
     Yields:
@@ -67,8 +77,8 @@ def attach(
             full-attention layer, a dictionary or edit of other sizes than the head; while running, for a NaN in a state
             or an edit of a row that the batch does not have; at the end, for a site that never ran or an edit whose
             position never came.
-        RuntimeError: the self-test failed; the model is compiled; it is in training mode with gradients on. In eval
-            mode with gradients on the forward works, and asking a gradient through a hooked layer raises.
+        RuntimeError: the self-test failed; the model is compiled; a hooked model recomputes its layers in the backward
+            (gradient checkpointing).
 
     Source: Young, *WriteSAE*, arXiv 2605.12770.
     """
@@ -81,7 +91,7 @@ def attach(
     hooked = {*by_layer, *edits}
     if self_test:
         _self_test(model, [s for i, s in found.items() if accelerate or i in hooked], backend)
-    handlers = {i: _Handler(tap, i in hooked, accelerate, check_finite, backend) for i in found}
+    handlers = {i: _Handler(tap, i in hooked, accelerate, check_finite, write_gradients, backend) for i in found}
     with hf_gated_delta.intercept(model, handlers):
         yield tap
     tap.require_everything_ran()
@@ -93,24 +103,22 @@ def attach(
 class _Handler:
     """One attach's stand-in for one layer. The latest attach's runs, on behalf of every attach on that layer."""
 
-    def __init__(self, tap: Tap, records: bool, accelerate: bool, check_finite: bool, backend: str | None):
+    def __init__(self, tap: Tap, records: bool, accelerate: bool, check_finite: bool, watches: bool, backend):
         self.tap, self.records, self.accelerate = tap, records, accelerate
-        self.check_finite, self.backend = check_finite, backend
+        self.check_finite, self.watches, self.backend = check_finite, watches, backend
 
     def __call__(self, q, k, v, g, beta, initial_state, output_final_state, use_qk_l2norm, cu_seqlens):
         frame = hf_gated_delta.running()
+        if torch._C._current_graph_task_id() != -1:  # in a backward pass: the model's call is over, and unknown
+            raise RuntimeError(
+                f"attach: layer {frame.site.layer_index} is recomputed in the backward pass; switch gradient "
+                "checkpointing off (model.gradient_checkpointing_disable()) while attached"
+            )
         every = [h for h in frame.rules if isinstance(h, _Handler)]
         recording = [h for h in every if h.records]
         if not recording and cu_seqlens is None and not any(h.accelerate for h in every):
             return NotImplemented
-        inputs = (q, k, v, g, beta)
-        gradient = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-        if gradient and frame.site.module.training:
-            raise RuntimeError(
-                f"attach: layer {frame.site.layer_index} is in training mode with gradients on, and the hooked "
-                "recurrence has no backward; use model.eval() and torch.no_grad(), or train without attach"
-            )
-        layer = frame.site.layer_index
+        layer, dtype = frame.site.layer_index, v.dtype
         edits = None
         if recording:
             B, T = v.shape[:2]
@@ -118,34 +126,36 @@ class _Handler:
             planned = [h.tap.edits_of_call(layer, frame.start, lengths) for h in reversed(recording)]
             planned = [e for e in planned if e is not None]
             edits = Edits.cat(planned) if planned else None
-        with torch.no_grad():
-            out = gated_delta_rule(
-                q, k, v, g, beta, initial_state=initial_state, output_final_state=output_final_state,
-                use_qk_l2norm=use_qk_l2norm, cu_seqlens=cu_seqlens, edits=edits, return_writes=bool(recording),
-                backend=self.backend,
-            )  # fmt: skip
-            checking = next((h for h in recording if h.check_finite), None)
-            if checking is not None:
-                checking.tap.check_finite(frame, out.writes)
-            for handler in recording:
-                handler.tap.record(frame, out.writes, initial_state, out.final_state)
-        o = _NoBackward.apply(out.o, *inputs) if gradient else out.o
-        return o, out.final_state
+        watching = [h.tap for h in recording if h.watches] if torch.is_grad_enabled() else []
+        if watching:
+            v = _watched(v, beta, layer, watching)
+        out = gated_delta_rule(
+            q, k, v, g, beta, initial_state=initial_state, output_final_state=output_final_state,
+            use_qk_l2norm=use_qk_l2norm, cu_seqlens=cu_seqlens, edits=edits, return_writes=bool(recording),
+            backend=self.backend,
+        )  # fmt: skip
+        checking = next((h for h in recording if h.check_finite), None)
+        if checking is not None:
+            checking.tap.check_finite(frame, out.writes)
+        for handler in recording:
+            handler.tap.record(frame, out.writes, initial_state, out.final_state)
+        return out.o.to(dtype), out.final_state
 
 
-class _NoBackward(torch.autograd.Function):
-    """Lets a forward with gradients on pass, and refuses the gradient itself."""
+def _watched(v: Tensor, beta: Tensor, layer: int, taps: list[Tap]) -> Tensor:
+    """v for one call, whose gradient tells the taps that of the increments: u = beta (v - what was read)."""
+    v = v.float() if v.dtype in (torch.bfloat16, torch.float16) else v.view_as(v)
+    if not v.requires_grad:
+        v = v.detach().requires_grad_()
+    strength = beta.detach().to(v.dtype)[..., None]
 
-    @staticmethod
-    def forward(ctx, o, *inputs):
-        return o.view_as(o)
+    def note(gradient: Tensor) -> None:
+        found = torch.where(strength == 0, 0, gradient.detach() / strength)
+        for tap in taps:
+            tap.write_gradients[layer] = found
 
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            "attach: a gradient was asked through a hooked layer, which has no backward; run it under torch.no_grad(), "
-            "or without attach"
-        )
+    v.register_hook(note)
+    return v
 
 
 # ---- checks before any work -----------------------------------------------------------------------------------

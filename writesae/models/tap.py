@@ -40,13 +40,18 @@ class Tap:
 
     Attributes:
         writes: `{layer: Writes}` of the latest call of each hooked layer (`record_writes=True` only). Rows and columns
-            are those of that call: while decoding with a cache, one column.
+            are those of that call: while decoding with a cache, one column. With gradients on, part of the graph.
+        write_gradients: `{layer: [B, T, H, V]}` (`write_gradients=True` only) of the latest backward pass: how its loss
+            changes as `writes[layer].right` is changed, later tokens and layers answering to it. So `right . gradient`
+            is, to first order, minus what deleting that write does to the loss. 0 where an edit removed the write or
+            beta is 0.
         starts: `{layer: column}` at which that call's first token stands in its row.
         calls: `{layer: number of calls}` since attaching; not reset by `clear`.
     """
 
     def __init__(self, sites: Mapping[int, Mapping[int, object]], edits: Mapping[int, Edits], options: dict):
         self.writes: dict[int, Writes] = {}
+        self.write_gradients: dict[int, Tensor] = {}
         self.starts: dict[int, int] = {}
         self.calls: dict[int, int] = {layer: 0 for layer in sorted({*sites, *edits})}
         self._sites, self._edits = sites, edits
@@ -80,7 +85,7 @@ class Tap:
         """Forgets the firings and writes seen so far. `calls` counts on; a cached generation goes on unharmed."""
         with self._lock:
             self._require_finite()
-            self._parts, self.writes, self.starts = [], {}, {}
+            self._parts, self.writes, self.write_gradients, self.starts = [], {}, {}, {}
 
     def _land(self) -> None:
         """Makes one `Firings` of all parts. With the lock held."""
@@ -179,6 +184,7 @@ class Tap:
 
     # ---- recording --------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def check_finite(self, frame: Frame, writes: Writes) -> None:
         """Raises ValueError at the first NaN or infinity written; for a device, as soon as somebody asks the tap."""
         right = writes.right
@@ -196,6 +202,20 @@ class Tap:
     def record(self, frame: Frame, writes: Writes, initial_state: Tensor | None, final_state: Tensor | None) -> None:
         """Takes in one call of one hooked layer. Thread-safe."""
         layer = frame.site.layer_index
+        parts = self._firings_of(layer, frame, writes, initial_state, final_state)
+        if self._record_writes and initial_state is not None:
+            # The cache updates its state in place, and these writes outlive the call.
+            writes = replace(writes, initial_state=writes.initial_state.clone())
+        with self._lock:
+            self._parts.extend(p for p in parts if isinstance(p, _Coming) or len(p))
+            self.calls[layer] += 1
+            if sum(p.nbytes for p in self._parts if isinstance(p, _Coming)) > _UNDER_WAY:
+                self._land()
+            if self._record_writes:
+                self.writes[layer], self.starts[layer] = writes, frame.start
+
+    @torch.no_grad()
+    def _firings_of(self, layer: int, frame: Frame, writes: Writes, initial_state, final_state) -> list:
         parts = []
         if layer in self._groups or layer in self._dense:
             columns = _Columns.of(writes, frame)
@@ -207,16 +227,7 @@ class Tap:
                     parts.append(_firings(codes, group.heads, columns, layer))
             for head, sae in self._dense.get(layer, {}).items():
                 parts.extend(_dense_firings(sae, writes, head, columns, layer))
-        if self._record_writes and initial_state is not None:
-            # The cache updates its state in place, and these writes outlive the call.
-            writes = replace(writes, initial_state=writes.initial_state.clone())
-        with self._lock:
-            self._parts.extend(p for p in parts if isinstance(p, _Coming) or len(p))
-            self.calls[layer] += 1
-            if sum(p.nbytes for p in self._parts if isinstance(p, _Coming)) > _UNDER_WAY:
-                self._land()
-            if self._record_writes:
-                self.writes[layer], self.starts[layer] = writes, frame.start
+        return parts
 
     def _encode(self, group: _Group, key, cache, writes, initial_state, final_state):
         """Codes of one group, carrying pre-activations on from the last call where the cache's state is still that."""
