@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import families, tiny_model, tokens
 
-from writesae import Edits, attach
+from writesae import Edits, attach, ops
 
 # Relative RMS difference of a parameter's gradient, hooked against plain, float32, over all parameters of a model taken
 # together. Measured: at most 7.6e-6.
@@ -198,10 +198,19 @@ def test_reference_backend():
         assert (value - found[1][name]).norm() <= 1e-4 * value.norm().clamp_min(1e-3), name
 
 
-def test_writes_are_part_of_the_graph():
-    model, ids = tiny_model(), tokens(1, 6)
-    with attach(model, {(1, 0): None}) as tap:
-        model(ids)
-        tap.writes[1].right.square().sum().backward()
-    assert model.model.layers[0].linear_attn.in_proj_qkv.weight.grad.abs().sum() > 0
-    assert model.model.layers[2].mlp.down_proj.weight.grad is None
+def test_codes_send_gradients_into_the_model():
+    """Against the same through the reference backend; layers above the site have none."""
+    model, ids = tiny_model(), tokens(1, 12)
+    v, w = torch.randn(1, 30, 8), torch.randn(1, 30, 6)
+    found = []
+    for backend in ("cpu", "reference"):
+        model.zero_grad(set_to_none=True)
+        with attach(model, {(1, 2): None}, backend=backend) as tap:
+            model(ids)
+            codes = ops.encode(tap.writes[1], v, w, k=4, heads=[2], backend=backend)
+            codes.values.square().sum().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert "model.layers.0.linear_attn.in_proj_qkv.weight" in found[0]
+    assert not any("layers.2" in name or "layers.3" in name for name in found[0])
+    for name, value in found[0].items():
+        assert (value - found[1][name]).norm() <= 1e-4 * value.norm().clamp_min(1e-3), name

@@ -15,6 +15,7 @@ from torch import Tensor
 from .._library import CPU_ERROR
 from ..writes import Writes
 from . import _dispatch
+from ._encode_gradient import attach_writes_gradient
 from .gated_delta_rule import pack_edits
 from .reference import encode as reference
 
@@ -63,19 +64,22 @@ def encode(
         carry: pre-activations before the first token (an earlier call's `codes.carry`), in place of a state.
 
     Returns:
-        `Codes`. Differentiable in v_enc, w_enc and b_enc (top-k mode: the gradient of `values`).
+        `Codes`. In top-k mode `values` are differentiable, with the features taken held fixed: in v_enc, w_enc, b_enc,
+        carry, the initial state, and the decay, left, right and edits of the writes, so that a loss on codes reaches
+        the model that made the writes. `codes.carry` has no gradient.
 
     Raises:
         ValueError: a wrong shape, dtype or size, naming the argument.
-        RuntimeError: a gradient asked for the writes, or in threshold mode.
+        RuntimeError: a gradient asked for in threshold mode.
     """
     writes, v_enc, w_enc, b_enc, heads, carry = _prepare(writes, v_enc, w_enc, b_enc, heads, initial_state, carry)
     Hs, F = v_enc.shape[:2]
     tensors = _tensors(writes, v_enc, w_enc, b_enc, carry)
     if threshold is not None:
         threshold = _threshold(threshold, Hs, F).to(v_enc.device, non_blocking=True)
+        of_writes = {"decay": writes.decay, "left": writes.left, "right": writes.right}
         _dispatch.refuse_gradient(
-            "encode", {"v_enc": v_enc, "w_enc": w_enc, "b_enc": b_enc, "carry": carry},
+            "encode", {"v_enc": v_enc, "w_enc": w_enc, "b_enc": b_enc, "carry": carry, **of_writes},
             "threshold mode has none; use top-k mode, activations(), or torch.no_grad()",
         )  # fmt: skip
     elif isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= F:
@@ -99,6 +103,7 @@ def encode(
             )
     if threshold is None:
         values = _attach_gradient(values, indices, writes, v_enc, w_enc, b_enc, carry, heads, relu=True)
+        values = attach_writes_gradient(values, indices, writes, v_enc, w_enc, carry, heads, relu=True)
         return Codes(values, indices, None, last, tuple(heads))
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     return Codes(values, indices, offsets, last, tuple(heads))
@@ -124,11 +129,11 @@ def activations(
         writes, v, w, b, heads, initial_state, carry, backend: as in `encode`.
 
     Returns:
-        `[B, T, Hs, m]` float32 (float64 for float64 inputs, reference only). Differentiable in v, w, b and carry.
+        `[B, T, Hs, m]` float32 (float64 for float64 inputs, reference only). Differentiable in v, w, b, carry,
+        the initial state and the writes.
 
     Raises:
         ValueError: a wrong shape, dtype or index, naming the argument.
-        RuntimeError: a gradient asked for the writes.
     """
     return chosen_activations(writes, v, w, indices, b, heads, initial_state, carry, backend, ("v", "w", "b"))
 
@@ -156,7 +161,8 @@ def chosen_activations(writes, v, w, indices, b, heads, initial_state, carry, ba
             )
         if b is not None:
             values = values + b.to(values)[torch.arange(Hs, device=b.device)[:, None], indices]
-    return _attach_gradient(values, indices, writes, v, w, b, carry, heads, relu=False)
+    values = _attach_gradient(values, indices, writes, v, w, b, carry, heads, relu=False)
+    return attach_writes_gradient(values, indices, writes, v, w, carry, heads, relu=False)
 
 
 # ---- inputs ---------------------------------------------------------------------------------------------------------
@@ -196,8 +202,6 @@ def _prepare(writes, v_enc, w_enc, b_enc, heads, initial_state, carry, names=("v
         )
     if b_enc is not None and (tuple(b_enc.shape) != (Hs, F) or not b_enc.is_floating_point()):
         raise ValueError(f"{names[2]}: expected floating [Hs={Hs}, F={F}], got {b_enc.dtype} {tuple(b_enc.shape)}")
-    asked = {"decay": writes.decay, "left": writes.left, "right": writes.right, "initial_state": initial_state}
-    _dispatch.refuse_gradient("encode", asked, "only the dictionary has a gradient; detach the writes")
     if carry is not None:
         if initial_state is not None:
             raise ValueError("carry: expected carry or initial_state, got both")
@@ -213,7 +217,7 @@ def _prepare(writes, v_enc, w_enc, b_enc, heads, initial_state, carry, names=("v
                     f"initial_state: expected [N={N}, H={H}, K={K}, V={V}], got shape {tuple(state.shape)}"
                 )
             compute = _compute_dtype(state, writes.right, v_enc, w_enc)
-            carry = _StateActivations.apply(v_enc.to(compute), w_enc.to(compute), state.detach().to(compute), heads)
+            carry = _StateActivations.apply(v_enc.to(compute), w_enc.to(compute), state.to(compute), heads)
     if writes.edits is not None:
         if writes.edits.needs_clean_pass:
             raise ValueError('writes: expected edits of kind "add" only; the recurrence resolves delete and replace')
@@ -318,13 +322,15 @@ class _StateActivations(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         v, w, state = ctx.saved_tensors
-        dv, dw = torch.zeros_like(v), torch.zeros_like(w)
+        dv, dw, d_state = torch.zeros_like(v), torch.zeros_like(w), torch.zeros_like(state)
         for n in range(len(state)):
             for i, head in enumerate(ctx.heads):
                 scaled = grad[n, i][:, None, None]
                 dv[i] += (scaled * w[i]) @ state[n, head].T
                 dw[i] += (scaled * v[i]) @ state[n, head]
-        return dv, dw, None, None
+                if ctx.needs_input_grad[2]:
+                    d_state[n, head] += (scaled * v[i]).flatten(0, 1).T @ w[i].flatten(0, 1)
+        return dv, dw, d_state, None
 
 
 class _Gradient(torch.autograd.Function):

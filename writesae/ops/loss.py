@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..writes import Writes
+from . import _dispatch
 from .encode import chosen_activations
 from .reference.encode import decay_matrix
 
@@ -69,6 +70,8 @@ def factored_loss(
         raise ValueError("writes: the factored loss is not defined for writes with edits")
     if initial_state is not None:
         writes = replace(writes, initial_state=initial_state)
+    of_writes = {name: getattr(writes, name) for name in ("decay", "left", "right", "initial_state")}
+    _dispatch.refuse_gradient("factored_loss", of_writes, "only codes and dictionary have one; detach the writes")
     if mask is not None:
         values = values * mask[:, :, None, None]
     names = ("v_dec", "w_dec", "b_dec")

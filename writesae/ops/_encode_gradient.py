@@ -1,0 +1,184 @@
+"""Gradients of activations with respect to the writes they are read from, so that codes can train or explain a model.
+
+    a_i(t) = e^g_t a_i(t-1) + sum_rx (left_r . v_ix)(right_r . w_ix)
+    lambda_i(t) = da_i(t) + e^g_{t+1} lambda_i(t+1)
+    d left_r = sum_ix lambda_i (right_r . w_ix) v_ix     d right_r = sum_ix lambda_i (left_r . v_ix) w_ix
+    d g_t = e^g_t sum_i lambda_i(t) a_i(t-1)
+
+Block by block from the end; [block, F] is the largest thing held, besides [F] activations for each block's start. At
+K = V = 128 that is seven products of [tokens, 128] and [128, F]: two for what the writes read, two for the sides'
+gradients, two triangular ones in time (lambda, a) and one for the starts, through the block's own state. Without a
+gradient of g it is five.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..edits import Edits
+from ..writes import Writes
+from .reference.encode import _Factors, decay_matrix
+
+_BLOCK = 128  # tokens held at a time, times F; [F] activations are kept for each
+
+
+class _WritesGradient(torch.autograd.Function):
+    """Passes `values` (and their gradient) through and knows the gradient of the writes; indices are constant."""
+
+    @staticmethod
+    def forward(ctx, values, decay, left, right, edit_left, edit_right, v, w, indices, carry, rest):
+        ctx.writes, ctx.heads, relu = rest
+        ctx.save_for_backward(decay, left, right, edit_left, edit_right, v, w, indices, carry, values if relu else None)
+        return values.view_as(values)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        decay, left, right, edit_left, edit_right, v, w, indices, carry, values = ctx.saved_tensors
+        edits = ctx.writes.edits
+        if edits is not None:
+            edits = Edits(edits.row, edits.position, edits.head, edit_left, edit_right)
+        writes = Writes(decay, left, right, cu_seqlens=ctx.writes.cu_seqlens, edits=edits)
+        taken = grad if values is None else grad * (values > 0)
+        found = writes_gradient(writes, v, w, ctx.heads, indices, taken, carry, ctx.needs_input_grad[1])
+        kept = (d if needed else None for d, needed in zip(found, ctx.needs_input_grad[1:6], strict=True))
+        return grad, *kept, None, None, None, None, None
+
+
+def attach_writes_gradient(values, indices, writes: Writes, v, w, carry, heads: list[int], relu: bool) -> Tensor:
+    """`values` with the gradient of the writes (and of their edits) behind them, where one is asked for."""
+    edits = writes.edits
+    sides = (None, None) if edits is None else (edits.left, edits.right)
+    inputs = (writes.decay, writes.left, writes.right, *sides)
+    if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in inputs):
+        return values
+    v, w = v.detach().to(values.dtype), w.detach().to(values.dtype)
+    carry = None if carry is None else carry.detach().to(values.dtype)
+    plain = Writes(
+        writes.decay.detach(), writes.left.detach(), writes.right.detach(), cu_seqlens=writes.cu_seqlens,
+        edits=None if edits is None else Edits(edits.row, edits.position, edits.head, *(x.detach() for x in sides)),
+    )  # fmt: skip
+    return _WritesGradient.apply(values, *inputs, v, w, indices, carry, (plain, heads, relu))
+
+
+def writes_gradient(
+    writes: Writes,
+    v: Tensor,  # [Hs, F, r, K]
+    w: Tensor,  # [Hs, F, r, V]
+    heads: list[int],
+    indices: Tensor,  # [B, T, Hs, m] int64
+    grad: Tensor,  # [B, T, Hs, m]  gradient of the activations at `indices`
+    carry: Tensor | None,  # [N, Hs, F]  activations before the first token
+    with_decay: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of decay `[B,T,H]`, left `[B,T,Hl,R,K]`, right `[B,T,H,R,V]` and of the edits' left and right."""
+    factors = _Factors(writes, heads, v)
+    group = writes.shape[2] // writes.left.shape[2]
+    out = [torch.zeros_like(x, dtype=v.dtype) for x in (writes.decay, writes.left, writes.right)]
+    edits = writes.edits
+    sides = [None, None] if edits is None else [torch.zeros_like(x, dtype=v.dtype) for x in (edits.left, edits.right)]
+    for n, b, start, stop in writes.sequences():
+        bounds = [(lo, min(lo + _BLOCK, stop)) for lo in range(start, stop, _BLOCK)]
+        for i, head in enumerate(heads):
+            first = v.new_zeros(v.shape[1]) if carry is None else carry[n, i]
+            added = _edits_of(edits, n, head)
+            head_of = _Head(factors, i, v[i], w[i], edits)
+            starts = [first]  # activations before each block
+            for lo, hi in bounds[:-1] if with_decay else ():
+                starts.append(head_of.after(b, lo, hi, added, start, starts[-1]))
+            tail = None  # e^g lambda of the token after the block; None while it is zero
+            for j in reversed(range(len(bounds))):
+                lo, hi = bounds[j]
+                da = grad[b, lo:hi, i].to(v)
+                if tail is None and not bool(da.any()):
+                    continue
+                block = head_of.block(b, lo, hi, added, start)
+                lam = block.adjoint(torch.zeros_like(block.increments).scatter_add_(1, indices[b, lo:hi, i], da), tail)
+                tail = block.gate[0] * lam[0]
+                if with_decay:
+                    before = torch.cat([starts[j][None], block.activations(starts[j])[:-1]])
+                    out[0][b, lo:hi, head] += block.gate * (lam * before).sum(1)
+                d_left, d_right = block.sides_gradient(lam)
+                out[1][b, lo:hi, head // group] += d_left
+                out[2][b, lo:hi, head] += d_right
+                for e, t in block.added:
+                    on_left, on_right = head_of.on_edit(e)  # [F, r]
+                    sides[0][e] += torch.einsum("f,fx,fxk->k", lam[t], on_right, v[i])
+                    sides[1][e] += torch.einsum("f,fx,fxv->v", lam[t], on_left, w[i])
+    out = [d.to(x.dtype) for d, x in zip(out, (writes.decay, writes.left, writes.right), strict=True)]
+    if edits is not None:
+        sides = [d.to(x.dtype) for d, x in zip(sides, (edits.left, edits.right), strict=True)]
+    return *out, *sides
+
+
+def _edits_of(edits: Edits | None, n: int, head: int) -> list[tuple[int, int]]:
+    """(edit, position) of one sequence and head."""
+    if edits is None:
+        return []
+    which = ((edits.row == n) & (edits.head == head)).nonzero().flatten().tolist()
+    return [(e, int(edits.position[e])) for e in which]
+
+
+class _Head:
+    """One encoded head's factors: `v [F, r, K]`, `w [F, r, V]`."""
+
+    def __init__(self, factors: _Factors, slot: int, v: Tensor, w: Tensor, edits: Edits | None):
+        self.factors, self.slot, self.v, self.w, self.edits = factors, slot, v, w, edits
+
+    def on_edit(self, e: int) -> tuple[Tensor, Tensor]:
+        """(v . p, w . q) of edit e, `[F, r]` each."""
+        return self.v @ self.edits.left[e].to(self.v), self.w @ self.edits.right[e].to(self.w)
+
+    def block(self, b: int, lo: int, hi: int, added, start: int) -> _Block:
+        return _Block(self, *self._writes(b, lo, hi, added, start))
+
+    def after(self, b: int, lo: int, hi: int, added, start: int, before: Tensor) -> Tensor:
+        """`[F]` activations after tokens lo..hi-1, from those before, through what these tokens add to the state."""
+        decay, left, right, here = self._writes(b, lo, hi, added, start)
+        later = torch.cat([decay[1:], decay.new_zeros(1)]).flip(0).cumsum(0).flip(0).exp()  # sums: -inf stays closed
+        state = torch.einsum("t,rtk,rtv->kv", later, left, right)
+        for e, t in here:
+            state.addr_(self.edits.left[e].to(state) * later[t], self.edits.right[e].to(state))
+        return decay.sum().exp() * before + ((self.v.flatten(0, 1) @ state).view_as(self.w) * self.w).sum((1, 2))
+
+    def _writes(self, b: int, lo: int, hi: int, added, start: int) -> tuple[Tensor, Tensor, Tensor, list]:
+        decay, left, right = self.factors.block(b, lo, hi)
+        here = [(e, start + position - lo) for e, position in added if lo <= start + position < hi]
+        return decay[self.slot], left[:, self.slot], right[:, self.slot], here
+
+
+class _Block:
+    """Some tokens of one head. decay `[t]`, left `[R, t, K]`, right `[R, t, V]`; added: (edit, token of the block)."""
+
+    def __init__(self, head: _Head, decay: Tensor, left: Tensor, right: Tensor, added: list[tuple[int, int]]):
+        self.head, self.left, self.right, self.added = head, left, right, added
+        self.gate, self.reach = decay.exp(), decay_matrix(decay)
+        v, w = head.v, head.w
+        pairs = [(r, x) for r in range(left.shape[0]) for x in range(v.shape[1])]
+        self.on_left = {(r, x): left[r] @ v[:, x].T for r, x in pairs}  # [t, F]
+        self.on_right = {(r, x): right[r] @ w[:, x].T for r, x in pairs}
+        self.increments = sum(self.on_left[p] * self.on_right[p] for p in pairs)
+
+    def activations(self, before: Tensor) -> Tensor:
+        """`[t, F]` from those before the block `[F]`."""
+        increments = self.increments
+        if self.added:
+            increments = increments.clone()
+            for e, t in self.added:
+                on_left, on_right = self.head.on_edit(e)
+                increments[t] += (on_left * on_right).sum(1)
+        return torch.addr(self.reach @ increments, self.reach[:, 0] * self.gate[0], before)
+
+    def adjoint(self, da: Tensor, tail: Tensor | None) -> Tensor:
+        """lambda `[t, F]`."""
+        lam = self.reach.T @ da
+        return lam if tail is None else lam.addr_(self.reach[-1], tail)
+
+    def sides_gradient(self, lam: Tensor) -> tuple[Tensor, Tensor]:
+        """`[t, R, K]` and `[t, R, V]`."""
+        d_left, d_right = (x.new_zeros(x.shape[1], x.shape[0], x.shape[2]) for x in (self.left, self.right))
+        for (r, x), on_left in self.on_left.items():
+            d_left[:, r] += (lam * self.on_right[r, x]) @ self.head.v[:, x]
+            d_right[:, r] += (lam * on_left) @ self.head.w[:, x]
+        return d_left, d_right
