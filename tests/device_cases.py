@@ -10,7 +10,8 @@ from test_engine import CASES, fork_changes
 from tiny_models import tiny_model, tokens
 
 import writesae
-from writesae import Edits
+from writesae import SAE, Edits
+from writesae.collect.source import ModelSource
 from writesae.experiments.engine import ForkEngine, Places
 from writesae.ops import _dispatch
 
@@ -159,3 +160,21 @@ def test_fork_engine(family, layers, layer):
         for a, b in zip(got[name], pair, strict=True):
             torch.testing.assert_close(a.inner, b, rtol=1e-3, atol=1e-6, equal_nan=True)
     assert all(float(x.inner.nan_to_num().abs().max()) == 0 for x in got["native"])
+
+
+def test_collection_feeds_the_next_batch_first():
+    """A source on a device begins the next batch before the last one's firings are there, and does not wait."""
+    model, batches = tiny_model(), [tokens(2, 12, seed=i) for i in range(3)]
+    mask = torch.ones(2, 12, dtype=torch.int64)
+    saes = {(layer, head): SAE(K, V, F, 3, layer=layer, head=head) for layer, head in SITES}
+    with ModelSource(model, saes, accelerate=True) as source:
+        expected = [source.firings(ids, mask).sort() for ids in batches]
+    with SimulatedDevice() as device:
+        device.move(model)
+        with ModelSource(model, saes, accelerate=True) as source:
+            device.waits.clear()
+            later = [source.begin(ids, mask) for ids in batches]
+            assert not ours(device.waits), device.waits
+            got = [firings().sort() for firings in later]
+    for a, b in zip(got, expected, strict=True):
+        same((a.activation, a), (b.activation, b))

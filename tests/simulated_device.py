@@ -75,14 +75,15 @@ class SimulatedDevice(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.waits: Counter = Counter()
+        self._before: list[bool] = []
 
     def __enter__(self):
-        self._before = torch._C._only_lift_cpu_tensors()
+        self._before.append(torch._C._only_lift_cpu_tensors())
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=) then moves its tensor where we see it
         return super().__enter__()
 
     def __exit__(self, *exception):
-        torch._C._set_only_lift_cpu_tensors(self._before)
+        torch._C._set_only_lift_cpu_tensors(self._before.pop())
         return super().__exit__(*exception)
 
     def move(self, x):
@@ -110,6 +111,9 @@ class SimulatedDevice(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
+        if func._can_decompose():  # in inference mode composite operations arrive whole
+            with self:
+                return func.decompose(*args, **kwargs)
         tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
         ours = [x for x in tensors if isinstance(x, OnDevice)]
         target = kwargs.get("device")

@@ -19,7 +19,7 @@ from .finish import finish
 from .modes import MODES, Features, Selection
 from .passages import Cursor, Passage, passages
 from .shard import PARTS, Progress, Shard, Writer
-from .source import Source
+from .source import Source, begin
 
 FORMAT, VERSION = "writesae-firings", 1
 INDEX_TOP = 100
@@ -141,17 +141,23 @@ class _Session:
                 stack.enter_context(bar)
                 stop = stack.enter_context(_interrupt())
                 for shard in _shards(self._events(corpus, state.cursor), state.shards, shard_passages):
+                    under_way: list = []  # the batch before, whose firings are fetched once the next one runs
                     for rows, tokens, mask in batches(shard.passages, self.batch):
                         if not entered:  # what is left may be ends of documents only, and a source wants to run
                             stack.enter_context(self.source)
                             entered = True
                         writer.check()
                         began = time.perf_counter()
-                        shard.found.append(found_of(rows, self.source.firings(tokens, mask)))
+                        under_way.append((rows, begin(self.source, tokens, mask)))
+                        if len(under_way) > 1:
+                            shard.found.append(_fetch(under_way.pop(0)))
                         self.forward += time.perf_counter() - began
                         real = int(mask.sum())
                         self.tokens += real
                         bar.update(real)
+                    began = time.perf_counter()
+                    shard.found.extend(_fetch(batch) for batch in under_way)
+                    self.forward += time.perf_counter() - began
                     writer.submit(shard)
                     if stop.is_set():
                         break
@@ -193,6 +199,11 @@ class _Session:
             "seconds": seconds, "tokens_per_second": self.tokens / max(self.forward + self.wait, 1e-9),
             "forward_seconds": self.forward, "write_seconds": self.write, "wait_seconds": self.wait,
         }  # fmt: skip
+
+
+def _fetch(batch):
+    rows, firings = batch
+    return found_of(rows, firings())
 
 
 def _shards(events, number: int, size: int):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Protocol
@@ -34,6 +34,17 @@ class Source(Protocol):
     def __exit__(self, *error): ...
     def firings(self, tokens: Tensor, mask: Tensor) -> Firings:
         """Firings of one batch: tokens, mask `[B, T]` int64, padded right; `row` of a firing is the batch row."""
+
+    # A source may also have `begin(tokens, mask)`, which returns a function that returns the firings: one on a device
+    # is then given the next batch before the last one's firings are asked for.
+
+
+def begin(source: Source, tokens: Tensor, mask: Tensor) -> Callable[[], Firings]:
+    """Begins a batch of a source; the firings are what the returned function returns."""
+    if hasattr(source, "begin"):
+        return source.begin(tokens, mask)
+    found = source.firings(tokens, mask)
+    return lambda: found
 
 
 class ModelSource:
@@ -79,16 +90,21 @@ class ModelSource:
 
     def firings(self, tokens: Tensor, mask: Tensor) -> Firings:
         """See `Source`."""
+        return self.begin(tokens, mask)()
+
+    def begin(self, tokens: Tensor, mask: Tensor) -> Callable[[], Firings]:
+        """See `Source`."""
         from ..models import Stopped
 
         # The trunk alone: logits are not needed, and a large vocabulary makes them the dearest part.
         trunk = getattr(self.model, "base_model", self.model)
         device = next(self.model.parameters()).device
         with suppress(Stopped):
-            trunk(input_ids=tokens.to(device), attention_mask=mask.to(device), use_cache=False)
-        found = self._tap.firings
-        self._tap.clear()
-        return found
+            trunk(
+                input_ids=tokens.to(device, non_blocking=True), attention_mask=mask.to(device, non_blocking=True),
+                use_cache=False,
+            )  # fmt: skip
+        return self._tap.take()
 
 
 def weights_fingerprint(module: torch.nn.Module) -> str:

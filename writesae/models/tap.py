@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -78,20 +78,29 @@ class Tap:
         """
         with self._lock:
             self._require_finite()
-            self._land()
-            return self._parts[0] if self._parts else Firings.empty()
+            self._parts = [_joined(self._parts)]
+            return self._parts[0]
+
+    def take(self) -> Callable[[], Firings]:
+        """Hands over the firings since the last `clear` or `take`, as a function that returns them when called.
+
+        A model on a device can be fed the next batch before that. The function raises what `firings` would.
+        """
+        with self._lock:
+            parts, checks, self._parts, self._checks = self._parts, self._checks, [], []
+
+        def firings() -> Firings:
+            for check in checks:
+                check.require()
+            return _joined(parts)
+
+        return firings
 
     def clear(self) -> None:
         """Forgets the firings and writes seen so far. `calls` counts on; a cached generation goes on unharmed."""
         with self._lock:
             self._require_finite()
             self._parts, self.writes, self.write_gradients, self.starts = [], {}, {}, {}
-
-    def _land(self) -> None:
-        """Makes one `Firings` of all parts. With the lock held."""
-        landed = [part.firings() if isinstance(part, _Coming) else part for part in self._parts]
-        landed = [part for part in landed if len(part)]
-        self._parts = landed if len(landed) < 2 else [Firings.cat(landed)]
 
     def _require_finite(self) -> None:
         """Raises for the first of the checks on their way that found something. With the lock held."""
@@ -210,7 +219,7 @@ class Tap:
             self._parts.extend(p for p in parts if isinstance(p, _Coming) or len(p))
             self.calls[layer] += 1
             if sum(p.nbytes for p in self._parts if isinstance(p, _Coming)) > _UNDER_WAY:
-                self._land()
+                self._parts = [_joined(self._parts)]
             if self._record_writes:
                 self.writes[layer], self.starts[layer] = writes, frame.start
 
@@ -293,6 +302,12 @@ class _Coming:
         values, indices, row, position = self.transfer.get()
         codes = ops.Codes(values, indices, None, None, tuple(self.heads))
         return _firings(codes, self.heads, _Columns(row, position, None), self.layer)
+
+
+def _joined(parts: list[Firings | _Coming]) -> Firings:
+    landed = [part.firings() if isinstance(part, _Coming) else part for part in parts]
+    landed = [part for part in landed if len(part)]
+    return landed[0] if len(landed) == 1 else Firings.cat(landed)
 
 
 @dataclass(eq=False)
