@@ -162,8 +162,9 @@ def test_fork_engine(family, layers, layer):
     assert all(float(x.inner.nan_to_num().abs().max()) == 0 for x in got["native"])
 
 
-def test_collection_feeds_the_next_batch_first():
+def test_collection_feeds_the_next_batch_first(monkeypatch):
     """A source on a device begins the next batch before the last one's firings are there, and does not wait."""
+    monkeypatch.setattr(torch, "inference_mode", torch.no_grad)  # which wrappers of tensors cannot enter
     model, batches = tiny_model(), [tokens(2, 12, seed=i) for i in range(3)]
     mask = torch.ones(2, 12, dtype=torch.int64)
     saes = {(layer, head): SAE(K, V, F, 3, layer=layer, head=head) for layer, head in SITES}
