@@ -57,17 +57,10 @@ EncodeParams common(const char* op, const Tensor& decay, const Tensor& left, con
   p.b_enc = static_cast<const float*>(data_as(op, "b_enc", b_enc, ScalarType::Float, keep));
   std::vector<int64_t> lengths(p.B, p.T);
   if (cu_seqlens.has_value()) {
-    STD_TORCH_CHECK(p.B == 1 && cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 2, op,
-                    ": cu_seqlens needs B = 1 and at least two offsets");
-    p.cu_seqlens = static_cast<const int64_t*>(data_as(op, "cu_seqlens", cu_seqlens, ScalarType::Long, keep));
+    p.cu_seqlens = sequence_offsets(op, *cu_seqlens, p.B, p.T, keep);
     p.N = cu_seqlens->size(0) - 1;
     lengths.clear();
-    bool rising = p.cu_seqlens[0] == 0 && p.cu_seqlens[p.N] == p.T;
-    for (int64_t n = 0; n < p.N; n++) {
-      lengths.push_back(p.cu_seqlens[n + 1] - p.cu_seqlens[n]);
-      rising = rising && lengths[n] >= 0;
-    }
-    STD_TORCH_CHECK(rising, op, ": cu_seqlens must rise from 0 to T");
+    for (int64_t n = 0; n < p.N; n++) lengths.push_back(p.cu_seqlens[n + 1] - p.cu_seqlens[n]);
   }
   if (carry.has_value()) check_shape(op, "carry", *carry, {p.N, p.Hs, p.F});
   p.carry_in = static_cast<const float*>(data_as(op, "carry", carry, ScalarType::Float, keep));

@@ -77,8 +77,9 @@ std::tuple<Tensor, Tensor, Tensor> gated_delta_rule_step(
     bool return_writes) {
   const char* op = "gated_delta_rule_step";
   STD_TORCH_CHECK(v.dim() == 3 && k.dim() == 3, op, ": k and v must be [B, heads, size]");
-  const int64_t B = v.size(0), H = v.size(1), V = v.size(2), Hk = k.size(1), K = k.size(2);
-  check_heads(op, Hk, H, K, V);
+  std::vector<Tensor> keep;
+  auto p = gated_delta_rule_common<GatedDeltaRuleStepParams>(op, q, k, v, g, beta, scale, use_qk_l2norm, keep);
+  const int64_t B = p.B, Hk = p.Hk, H = p.H, K = p.K, V = p.V;
   check_shape(op, "k", k, {B, Hk, K});
   check_shape(op, "q", q, {B, Hk, K});
   check_shape(op, "g", g, {B, H});
@@ -87,16 +88,6 @@ std::tuple<Tensor, Tensor, Tensor> gated_delta_rule_step(
   check_cpu(op, "state", state);
   check_dtype(op, "state", state, ScalarType::Float);
   check_contiguous(op, "state", state);
-  std::vector<Tensor> keep;
-  GatedDeltaRuleStepParams p = {};
-  p.B = B, p.Hk = Hk, p.H = H, p.K = K, p.V = V;
-  p.q = view(op, "q", q, true, keep);
-  p.k = view(op, "k", k, true, keep);
-  p.v = view(op, "v", v, true, keep);
-  p.g = view(op, "g", g, false, keep);
-  p.beta = view(op, "beta", beta, false, keep);
-  p.scale = static_cast<float>(scale);
-  p.use_qk_l2norm = use_qk_l2norm;
   p.state = floats(state);
   p.edits = edit_list(op, edit_index, edit_left, edit_right, B, {}, H, K, V, keep);
   Tensor o = empty({B, H, V}, v.scalar_type());

@@ -12,21 +12,16 @@ inline void check_heads(const char* op, int64_t Hk, int64_t H, int64_t K, int64_
   STD_TORCH_CHECK(K > 0 && V > 0, op, ": K and V must be positive");
 }
 
-// Everything but the outputs. Shapes are checked again here, though the Python wrapper says more.
-inline GatedDeltaRuleParams gated_delta_rule_inputs(
-    const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta, double scale,
-    const std::optional<Tensor>& initial_state, bool use_qk_l2norm, const std::optional<Tensor>& cu_seqlens,
-    const std::optional<Tensor>& edit_index, const std::optional<Tensor>& edit_left,
-    const std::optional<Tensor>& edit_right, const std::optional<Tensor>& snapshots, std::vector<Tensor>& keep) {
-  STD_TORCH_CHECK(v.dim() == 4 && k.dim() == 4, op, ": k and v must be [B, T, heads, size]");
-  const int64_t B = v.size(0), T = v.size(1), H = v.size(2), V = v.size(3), Hk = k.size(2), K = k.size(3);
-  check_heads(op, Hk, H, K, V);
-  check_shape(op, "k", k, {B, T, Hk, K});
-  check_shape(op, "q", q, {B, T, Hk, K});
-  check_shape(op, "g", g, {B, T, H});
-  check_shape(op, "beta", beta, {B, T, H});
-  GatedDeltaRuleParams p = {};
-  p.B = B, p.T = T, p.Hk = Hk, p.H = H, p.K = K, p.V = V, p.N = B;
+// What the scan and the step take alike. The caller has checked the axes of k and v, and checks all sizes after.
+template <class Params>
+Params gated_delta_rule_common(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
+                               const Tensor& beta, double scale, bool use_qk_l2norm, std::vector<Tensor>& keep) {
+  Params p = {};
+  const int64_t heads = v.dim() - 2;
+  p.B = v.size(0), p.Hk = k.size(heads), p.H = v.size(heads), p.K = k.size(heads + 1), p.V = v.size(heads + 1);
+  check_heads(op, p.Hk, p.H, p.K, p.V);
+  STD_TORCH_CHECK(q.dim() == v.dim() && g.dim() == v.dim() - 1 && beta.dim() == v.dim() - 1, op,
+                  ": q must have the axes of v, g and beta one less");
   p.q = view(op, "q", q, true, keep);
   p.k = view(op, "k", k, true, keep);
   p.v = view(op, "v", v, true, keep);
@@ -34,17 +29,29 @@ inline GatedDeltaRuleParams gated_delta_rule_inputs(
   p.beta = view(op, "beta", beta, false, keep);
   p.scale = static_cast<float>(scale);
   p.use_qk_l2norm = use_qk_l2norm;
+  return p;
+}
+
+// Everything but the outputs. Shapes are checked again here, though the Python wrapper says more.
+inline GatedDeltaRuleParams gated_delta_rule_inputs(
+    const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta, double scale,
+    const std::optional<Tensor>& initial_state, bool use_qk_l2norm, const std::optional<Tensor>& cu_seqlens,
+    const std::optional<Tensor>& edit_index, const std::optional<Tensor>& edit_left,
+    const std::optional<Tensor>& edit_right, const std::optional<Tensor>& snapshots, std::vector<Tensor>& keep) {
+  STD_TORCH_CHECK(v.dim() == 4 && k.dim() == 4, op, ": k and v must be [B, T, heads, size]");
+  auto p = gated_delta_rule_common<GatedDeltaRuleParams>(op, q, k, v, g, beta, scale, use_qk_l2norm, keep);
+  const int64_t B = p.B, T = v.size(1), Hk = p.Hk, H = p.H, K = p.K, V = p.V;
+  p.T = T, p.N = B;
+  check_shape(op, "k", k, {B, T, Hk, K});
+  check_shape(op, "q", q, {B, T, Hk, K});
+  check_shape(op, "g", g, {B, T, H});
+  check_shape(op, "beta", beta, {B, T, H});
   std::vector<int64_t> lengths(B, T);
   if (cu_seqlens.has_value()) {
-    STD_TORCH_CHECK(B == 1 && cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 2, op,
-                    ": cu_seqlens needs B = 1 and at least two offsets");
-    p.cu_seqlens = static_cast<const int64_t*>(data_as(op, "cu_seqlens", cu_seqlens, ScalarType::Long, keep));
+    p.cu_seqlens = sequence_offsets(op, *cu_seqlens, B, T, keep);
     p.N = cu_seqlens->size(0) - 1;
     lengths.clear();
     for (int64_t n = 0; n < p.N; n++) lengths.push_back(p.cu_seqlens[n + 1] - p.cu_seqlens[n]);
-    bool rising = p.cu_seqlens[0] == 0 && p.cu_seqlens[p.N] == T;
-    for (int64_t length : lengths) rising = rising && length >= 0;
-    STD_TORCH_CHECK(rising, op, ": cu_seqlens must rise from 0 to T");
   }
   if (initial_state.has_value()) check_shape(op, "initial_state", *initial_state, {p.N, H, K, V});
   p.initial_state =

@@ -23,6 +23,7 @@ std::string cpu_isa_list() { return cpu::isa_list(); }
 STABLE_TORCH_LIBRARY(writesae, m) {
   m.def("cpu_isa(str force) -> str");
   m.def("cpu_isa_list() -> str");
+  m.def("causal_conv(Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? cu_seqlens) -> Tensor");
   m.def(
       "gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, float scale, Tensor? initial_state, "
       "bool use_qk_l2norm, Tensor? cu_seqlens, Tensor? edit_index, Tensor? edit_left, Tensor? edit_right, "
@@ -58,6 +59,7 @@ STABLE_TORCH_LIBRARY_IMPL(writesae, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(writesae, CPU, m) {
+  m.impl("causal_conv", TORCH_BOX(&writesae::causal_conv));
   m.impl("gated_delta_rule", TORCH_BOX(&writesae::gated_delta_rule));
   m.impl("gated_delta_rule_backward", TORCH_BOX(&writesae::gated_delta_rule_backward));
   m.impl("gated_delta_rule_step", TORCH_BOX(&writesae::gated_delta_rule_step));

@@ -10,6 +10,8 @@ namespace writesae {
 
 using torch::stable::Tensor;
 
+Tensor causal_conv(Tensor x, Tensor weight, std::optional<Tensor> bias, bool silu, std::optional<Tensor> cu_seqlens);
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_delta_rule(
     Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, double scale, std::optional<Tensor> initial_state,
     bool use_qk_l2norm, std::optional<Tensor> cu_seqlens, std::optional<Tensor> edit_index,

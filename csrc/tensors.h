@@ -63,6 +63,19 @@ inline const void* data_as(const char* op, const char* name, const std::optional
   return held.const_data_ptr();
 }
 
+// Offsets of packed sequences [N + 1], checked: one row, rising from 0 to T.
+inline const int64_t* sequence_offsets(const char* op, const Tensor& cu_seqlens, int64_t B, int64_t T,
+                                       std::vector<Tensor>& keep) {
+  STD_TORCH_CHECK(B == 1 && cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 2, op,
+                  ": cu_seqlens needs B = 1 and at least two offsets");
+  const auto* offsets = static_cast<const int64_t*>(data_as(op, "cu_seqlens", cu_seqlens, ScalarType::Long, keep));
+  const int64_t N = cu_seqlens.size(0) - 1;
+  bool rising = offsets[0] == 0 && offsets[N] == T;
+  for (int64_t n = 0; n < N; n++) rising = rising && offsets[n] <= offsets[n + 1];
+  STD_TORCH_CHECK(rising, op, ": cu_seqlens must rise from 0 to T");
+  return offsets;
+}
+
 inline Tensor empty(std::initializer_list<int64_t> shape, ScalarType type) {
   return torch::stable::empty({shape.begin(), shape.size()}, type);
 }

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..edits import Edits
-from ..ops import gated_delta_rule
+from ..ops import causal_conv, gated_delta_rule
+from ..ops._dispatch import can_run
+from ..ops.causal_conv import ACTIVATIONS as CONV_ACTIVATIONS
 from . import hf_gated_delta
 from .hf_gated_delta import LayerSite
 from .model_call import has_attention
@@ -60,7 +62,8 @@ def attach(
             empty with `edits` or `accelerate`.
         edits: `{layer: Edits}`; row is the row of the batch (with beams: of batch x beams; of a packed batch: the
             sequence), position the column in that row as fed, cached columns counted.
-        accelerate: run all the model's gated-delta layers on our op, not only the hooked ones.
+        accelerate: run all the model's gated-delta layers on our op, not only the hooked ones, and with it the short
+            convolution before it.
         self_test: first run a few tokens plain and hooked (without edits) and compare the logits. Leaves the random
             state, caches and `tap.calls` alone. Costs four short forward passes.
         check_finite: raise at the first NaN or infinity written into a state of a hooked layer. On a device, where
@@ -90,9 +93,10 @@ def attach(
     tap.prepare(found)
     hooked = {*by_layer, *edits}
     if self_test:
-        _self_test(model, [s for i, s in found.items() if accelerate or i in hooked], backend)
+        _self_test(model, [s for i, s in found.items() if accelerate or i in hooked], accelerate, backend)
     handlers = {i: _Handler(tap, i in hooked, accelerate, check_finite, write_gradients, backend) for i in found}
-    with hf_gated_delta.intercept(model, handlers):
+    convs = {i: _Convolution(backend) for i in found} if accelerate else {}
+    with hf_gated_delta.intercept(model, handlers, convs):
         yield tap
     tap.require_everything_ran()
 
@@ -140,6 +144,22 @@ class _Handler:
         for handler in recording:
             handler.tap.record(frame, out.writes, initial_state, out.final_state)
         return out.o.to(dtype), out.final_state
+
+
+class _Convolution:
+    """Stand-in for one layer's short convolution on a CPU. Its result lies as the recurrence reads it; the layer's own
+    lies transposed, and q, k and v would be copied."""
+
+    def __init__(self, backend: str | None):
+        self.backend = backend
+
+    def __call__(self, x, weight, bias, activation, *, cu_seqlens, channels):
+        gradient = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in (x, weight, bias))
+        known = weight.dtype == x.dtype and activation in CONV_ACTIVATIONS
+        tensors = {"x": x, "weight": weight, "bias": bias}
+        if gradient or not known or self.backend not in (None, "cpu") or not can_run("cpu", "causal_conv", tensors):
+            return NotImplemented  # the layer's own does as well
+        return causal_conv(x.transpose(1, 2), weight, bias, activation, cu_seqlens, "cpu").transpose(1, 2)
 
 
 def _watched(v: Tensor, beta: Tensor, layer: int, taps: list[Tap]) -> Tensor:
@@ -231,7 +251,7 @@ def _check_edits(model, found: dict[int, LayerSite], edits) -> dict[int, Edits]:
 # ---- self-test ------------------------------------------------------------------------------------------------
 
 
-def _self_test(model: nn.Module, tested: list[LayerSite], backend: str | None) -> None:
+def _self_test(model: nn.Module, tested: list[LayerSite], accelerate: bool, backend: str | None) -> None:
     """Compares logits of a few random tokens, prefill and one cached step, plain and on our op."""
 
     ran = set()
@@ -254,9 +274,13 @@ def _self_test(model: nn.Module, tested: list[LayerSite], backend: str | None) -
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             with hf_gated_delta.alone({}):
                 plain = _logits(model, ids)
+            conv = _Convolution(backend)
+            convs = tested if accelerate else []
             with (
-                hf_gated_delta.intercept(model, {s.layer_index: rule for s in tested}),
-                hf_gated_delta.alone({s.module: rule for s in tested}),
+                hf_gated_delta.intercept(
+                    model, {s.layer_index: rule for s in tested}, {s.layer_index: conv for s in convs}
+                ),
+                hf_gated_delta.alone({s.module: rule for s in tested}, {s.module: conv for s in convs}),
             ):
                 hooked = _logits(model, ids)
     finally:

@@ -144,7 +144,7 @@ def _enclosing(model: nn.Module, path: str) -> list[nn.Module]:
 class _Local(threading.local):
     def __init__(self):
         self.frames: list[Frame] = []
-        self.override: Mapping[nn.Module, RuleHandler] | None = None
+        self.override: tuple[Mapping[nn.Module, RuleHandler], Mapping[nn.Module, ConvHandler]] | None = None
 
 
 _local = _Local()
@@ -198,9 +198,11 @@ def running() -> Frame | None:
 
 
 @contextlib.contextmanager
-def alone(rules: Mapping[nn.Module, RuleHandler]) -> Iterator[None]:
+def alone(
+    rules: Mapping[nn.Module, RuleHandler], convs: Mapping[nn.Module, ConvHandler] | None = None
+) -> Iterator[None]:
     """On this thread, only these handlers (by layer module) run, whatever else is installed. For self-tests."""
-    before, _local.override = _local.override, rules
+    before, _local.override = _local.override, (rules, convs or {})
     try:
         yield
     finally:
@@ -373,7 +375,7 @@ def _layer_body(site: LayerSite):
             override = _local.override
             rules, convs = entry.rules, entry.convs
             if override is not None:
-                rules, convs = ((override[site.module],) if site.module in override else ()), ()
+                rules, convs = ((by[site.module],) if site.module in by else () for by in override)
             call = ModelCall.current()
             frame = Frame(
                 site, call, given.get("cache_params"), given.get("attention_mask"), given["hidden_states"], kwargs,

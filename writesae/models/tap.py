@@ -357,22 +357,28 @@ class _Place:
 
 def _firings(codes, heads: list[int], columns: _Columns, layer: int) -> Firings:
     """Codes of every token to the firings among them, without a loop over tokens."""
-    head_of = torch.tensor(heads).to(columns.row.device, non_blocking=True)
+    B, T = columns.row.shape
+    shape = (B, T, len(heads))
+    fires = codes.values > 0  # [B, T, Hs, k], or [n]
     if codes.offsets is None:
-        fires = codes.values > 0  # [B, T, Hs, k]
         if columns.real is not None:
             fires &= columns.real[:, :, None, None]
-        b, t, h, _ = fires.nonzero(as_tuple=True)
-        value, feature = codes.values[fires], codes.indices[fires]
+        counts = fires.sum(-1).flatten()
     else:
-        B, T = columns.row.shape
-        token = torch.arange(B * T * len(heads), device=columns.row.device).repeat_interleave(codes.offsets.diff())
-        b, t, h = token // (T * len(heads)), token // len(heads) % T, token % len(heads)
-        fires = codes.values > 0
         if columns.real is not None:
-            fires &= columns.real[b, t]
-        b, t, h, value, feature = b[fires], t[fires], h[fires], codes.values[fires], codes.indices[fires]
-    return _columns_to_firings(columns.row[b, t], columns.position[b, t], layer, head_of[h], feature, value)
+            real = columns.real[:, :, None].expand(shape).flatten()
+            fires &= real.repeat_interleave(codes.offsets.diff())
+        counts = torch.cat([fires.new_zeros(1, dtype=torch.int64), fires.cumsum(0)])[codes.offsets].diff()
+    every = bool(fires.all())
+    head = torch.tensor(heads, dtype=torch.int32).to(fires.device, non_blocking=True)
+    per_site = (columns.row[:, :, None], columns.position[:, :, None], head)
+    if every and codes.offsets is None:  # the usual case, and a matter of copies
+        row, position, head = (x.to(torch.int32).expand(shape)[..., None].expand_as(fires).flatten() for x in per_site)
+    else:
+        place = torch.arange(B * T * len(heads), device=fires.device).repeat_interleave(counts)
+        row, position, head = (x.to(torch.int32).expand(shape).flatten()[place] for x in per_site)
+    value, feature = (x.flatten() if every else x[fires] for x in (codes.values, codes.indices))
+    return _columns_to_firings(row, position, layer, head, feature, value)
 
 
 def _columns_to_firings(row, position, layer: int, head, feature, value) -> Firings:

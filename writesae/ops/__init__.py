@@ -1,5 +1,6 @@
 """The operators: write rules with their writes, snapshots and edits, and the encoder of writes."""
 
+from .causal_conv import causal_conv
 from .dplr import dplr
 from .encode import Codes, activations, encode
 from .gated_delta_rule import (
@@ -18,6 +19,7 @@ __all__ = [
     "GatedDeltaRuleOutput",
     "GatedDeltaRuleStepOutput",
     "activations",
+    "causal_conv",
     "dplr",
     "encode",
     "factored_loss",
