@@ -73,7 +73,7 @@ EncodeParams common(const char* op, const Tensor& decay, const Tensor& left, con
 std::tuple<Tensor, Tensor, Tensor> encode_topk(
     Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc, Tensor w_enc, std::optional<Tensor> b_enc,
     int64_t k, std::optional<Tensor> carry, std::optional<Tensor> cu_seqlens, std::optional<Tensor> edit_index,
-    std::optional<Tensor> edit_left, std::optional<Tensor> edit_right) {
+    std::optional<Tensor> edit_left, std::optional<Tensor> edit_right, bool bf16) {
   const char* op = "encode_topk";
   std::vector<Tensor> keep;
   EncodeParams p = common(op, decay, left, right, heads, v_enc, w_enc, b_enc, carry, cu_seqlens, edit_index, edit_left,
@@ -83,6 +83,7 @@ std::tuple<Tensor, Tensor, Tensor> encode_topk(
   Tensor indices = empty({p.B, p.T, p.Hs, k}, ScalarType::Long);
   Tensor carry_out = empty({p.N, p.Hs, p.F}, ScalarType::Float);
   p.k = k;
+  p.bf16 = bf16;
   p.values = floats(values);
   p.indices = static_cast<int64_t*>(indices.mutable_data_ptr());
   p.carry_out = floats(carry_out);
@@ -93,11 +94,12 @@ std::tuple<Tensor, Tensor, Tensor> encode_topk(
 std::tuple<Tensor, Tensor, Tensor, Tensor> encode_threshold(
     Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc, Tensor w_enc, std::optional<Tensor> b_enc,
     Tensor threshold, std::optional<Tensor> carry, std::optional<Tensor> cu_seqlens, std::optional<Tensor> edit_index,
-    std::optional<Tensor> edit_left, std::optional<Tensor> edit_right) {
+    std::optional<Tensor> edit_left, std::optional<Tensor> edit_right, bool bf16) {
   const char* op = "encode_threshold";
   std::vector<Tensor> keep;
   EncodeParams p = common(op, decay, left, right, heads, v_enc, w_enc, b_enc, carry, cu_seqlens, edit_index, edit_left,
                           edit_right, keep);
+  p.bf16 = bf16;
   check_shape(op, "threshold", threshold, {p.Hs, p.F});
   p.threshold = static_cast<const float*>(data_as(op, "threshold", threshold, ScalarType::Float, keep));
   Tensor counts = empty({p.B * p.T * p.Hs}, ScalarType::Long);

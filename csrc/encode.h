@@ -25,6 +25,7 @@ struct EncodeParams {
   const float* carry_in;      // [N, Hs, F] or null (zero)
   const int64_t* cu_seqlens;  // [N + 1] or null; then B = 1
   EditList edits;             // all of kind add
+  bool bf16;                  // operands of the products rounded to bfloat16, sums in float32
   float* carry_out;           // [N, Hs, F]
 
   // Exactly one of the three: k > 0, threshold, or at.

@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "cpu/bf16.h"
 #include "cpu/isa.h"
 #include "operators.h"
 
@@ -17,12 +18,22 @@ std::string cpu_isa(std::string force) {
 
 std::string cpu_isa_list() { return cpu::isa_list(); }
 
+// The same for what multiplies bfloat16.
+std::string cpu_bf16(std::string force) {
+  if (!force.empty()) cpu::force_bf16(force);
+  return cpu::bf16_name(cpu::bf16());
+}
+
+std::string cpu_bf16_list() { return cpu::bf16_list(); }
+
 }  // namespace
 }  // namespace writesae
 
 STABLE_TORCH_LIBRARY(writesae, m) {
   m.def("cpu_isa(str force) -> str");
   m.def("cpu_isa_list() -> str");
+  m.def("cpu_bf16(str force) -> str");
+  m.def("cpu_bf16_list() -> str");
   m.def("causal_conv(Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? cu_seqlens) -> Tensor");
   m.def(
       "gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, float scale, Tensor? initial_state, "
@@ -41,12 +52,12 @@ STABLE_TORCH_LIBRARY(writesae, m) {
       "-> (Tensor o, Tensor left, Tensor right)");
   m.def(
       "encode_topk(Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc, Tensor w_enc, Tensor? b_enc, "
-      "int k, Tensor? carry, Tensor? cu_seqlens, Tensor? edit_index, Tensor? edit_left, Tensor? edit_right) "
-      "-> (Tensor values, Tensor indices, Tensor carry)");
+      "int k, Tensor? carry, Tensor? cu_seqlens, Tensor? edit_index, Tensor? edit_left, Tensor? edit_right, "
+      "bool bf16=False) -> (Tensor values, Tensor indices, Tensor carry)");
   m.def(
       "encode_threshold(Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc, Tensor w_enc, "
       "Tensor? b_enc, Tensor threshold, Tensor? carry, Tensor? cu_seqlens, Tensor? edit_index, Tensor? edit_left, "
-      "Tensor? edit_right) -> (Tensor values, Tensor indices, Tensor counts, Tensor carry)");
+      "Tensor? edit_right, bool bf16=False) -> (Tensor values, Tensor indices, Tensor counts, Tensor carry)");
   m.def(
       "encode_at(Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc, Tensor w_enc, Tensor indices, "
       "Tensor? carry, Tensor? cu_seqlens, Tensor? edit_index, Tensor? edit_left, Tensor? edit_right) "
@@ -56,6 +67,8 @@ STABLE_TORCH_LIBRARY(writesae, m) {
 STABLE_TORCH_LIBRARY_IMPL(writesae, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&writesae::cpu_isa));
   m.impl("cpu_isa_list", TORCH_BOX(&writesae::cpu_isa_list));
+  m.impl("cpu_bf16", TORCH_BOX(&writesae::cpu_bf16));
+  m.impl("cpu_bf16_list", TORCH_BOX(&writesae::cpu_bf16_list));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(writesae, CPU, m) {

@@ -25,10 +25,15 @@ CPU_ERROR = _load("_C_cpu")
 
 
 def cpu_isa() -> dict[str, str]:
-    """{"kernels": instruction set the CPU kernels use, "supported": all this processor has, best first}; or {}."""
+    """{"kernels": instruction set the CPU kernels use, "supported": all this processor has, best first, "bf16" and
+    "bf16_supported": the same for products of bfloat16}; or {}."""
     if CPU_ERROR is not None:
         return {}
-    return {"kernels": torch.ops.writesae.cpu_isa(""), "supported": torch.ops.writesae.cpu_isa_list()}
+    ops = torch.ops.writesae
+    return {
+        "kernels": ops.cpu_isa(""), "supported": ops.cpu_isa_list(),
+        "bf16": ops.cpu_bf16(""), "bf16_supported": ops.cpu_bf16_list(),
+    }  # fmt: skip
 
 
 def backends() -> dict[str, str | None]:

@@ -160,6 +160,16 @@ def cpu_isa(name: str):
 
 
 @contextmanager
+def cpu_bf16(name: str):
+    """Multiplies bfloat16 by one means ("amx", "avx512_bf16", "tiles" or "rounded") inside the block."""
+    torch.ops.writesae.cpu_bf16(name)
+    try:
+        yield
+    finally:
+        torch.ops.writesae.cpu_bf16("best")
+
+
+@contextmanager
 def poisoned_memory():
     """Fresh tensors are filled with NaN inside the block, so that an element nobody wrote shows."""
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory

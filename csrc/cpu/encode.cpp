@@ -9,17 +9,25 @@
 #include <functional>
 #include <vector>
 
+#include "cpu/bf16.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace writesae::cpu {
 namespace {
 
+constexpr int PANEL = 16;  // atoms
 constexpr int64_t SMALL = 8;        // rows a call may have and still leave the dictionary unpacked
 constexpr int64_t OWN_ROWS = 96;      // rows a head goes on by at once with a thread to itself: keys stay in its cache
-constexpr int64_t SHARED_ROWS = 384;  // with all threads: fewer barriers, keys in the shared cache. Multiples of every MT
+constexpr int64_t SHARED_ROWS = 384;  // with all threads: fewer barriers, keys in the shared cache
+constexpr int64_t EVERY_MT = 48;      // what both are multiples of: rows of a register tile of every kernel
 constexpr int64_t KEY_BYTES = int64_t{8} << 20;  // of keys kept then, whatever F
+constexpr int64_t SCRATCH_ROWS = PANEL + 1;  // of packing
 constexpr int64_t PART = 4;         // tokens an item of selection takes
 constexpr int64_t ALONE_FLOATS = 1 << 20;  // of dictionary that one thread reads alone when the call is small
 constexpr int64_t OWN_BYTES = int64_t{48} << 20;  // scratch up to which every thread takes a head of its own
@@ -34,6 +42,9 @@ struct Row {
   int64_t end;    // the sequence whose last row this is, else -1
 };
 
+// Steps of a row of `size` bfloat16 in pairs: whole tiles of AMX.
+inline int64_t pair_steps(int64_t size) { return round_up(size, 32) / 2; }
+
 struct Block {
   std::vector<Row> rows;
   std::vector<int64_t> tokens;  // b * T + t of each slot
@@ -41,12 +52,14 @@ struct Block {
 
 }  // namespace
 
+#define WRITESAE_PAIRS 0
 #if defined(__x86_64__)
 WRITESAE_TARGET_BEGIN_AVX512
 namespace avx512 {
 #define WRITESAE_LANES 16
 #include "cpu/simd.h"
 
+#include "cpu/encode_pack_kernel.h"
 #include "cpu/encode_kernel.h"
 #undef WRITESAE_LANES
 }  // namespace avx512
@@ -57,6 +70,7 @@ namespace avx2 {
 #define WRITESAE_LANES 8
 #include "cpu/simd.h"
 
+#include "cpu/encode_pack_kernel.h"
 #include "cpu/encode_kernel.h"
 #undef WRITESAE_LANES
 }  // namespace avx2
@@ -67,15 +81,101 @@ namespace portable {
 #define WRITESAE_LANES 4
 #include "cpu/simd.h"
 
+#include "cpu/encode_pack_kernel.h"
 #include "cpu/encode_kernel.h"
 #undef WRITESAE_LANES
 }  // namespace portable
+
+#undef WRITESAE_PAIRS
+#define WRITESAE_PAIRS 1
+namespace portable_pairs {
+#define WRITESAE_LANES 4
+#include "cpu/simd.h"
+
+#include "cpu/encode_pack_kernel.h"
+#undef WRITESAE_LANES
+}  // namespace portable_pairs
+
+#if defined(__x86_64__)
+WRITESAE_TARGET_BEGIN_AVX512_BF16
+namespace avx512_bf16 {
+#define WRITESAE_LANES 16
+#include "cpu/simd.h"
+
+#include "cpu/encode_pack_kernel.h"
+#include "cpu/encode_kernel.h"
+#undef WRITESAE_LANES
+}  // namespace avx512_bf16
+WRITESAE_TARGET_END
+#endif
+
+#if WRITESAE_AMX
+WRITESAE_TARGET_BEGIN_AMX
+namespace amx {
+namespace base = avx512;
+namespace pairs = portable_pairs;
+
+// One tile of sums, 0, and one each of rows and atoms. The compiler does not know what memory these instructions touch.
+struct Tiles {
+  static void begin() {
+    struct alignas(64) {
+      uint8_t palette = 1, start = 0, reserved[14] = {};
+      uint16_t bytes[16] = {64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16};
+    } shape;
+    __asm__ volatile("" ::: "memory");
+    _tile_loadconfig(&shape);
+  }
+  static void end() { _tile_release(); }
+  static void zero() { _tile_zero(0); }
+  static void multiply_add(const float* rows, int64_t stride, const float* atoms) {
+    _tile_loadd(1, rows, static_cast<int>(stride * sizeof(float)));
+    _tile_loadd(2, atoms, 64);
+    _tile_dpbf16ps(0, 1, 2);
+  }
+  static void store(float* to) {
+    _tile_stored(0, to, 64);
+    __asm__ volatile("" ::: "memory");
+  }
+};
+
+#include "cpu/encode_tiles_kernel.h"
+}  // namespace amx
+WRITESAE_TARGET_END
+#endif
+
+namespace plain_tiles {
+namespace base = portable;
+namespace pairs = portable_pairs;
+
+struct Tiles {
+  float sums[16][PANEL];
+
+  static void begin() {}
+  static void end() {}
+  void zero() { std::memset(sums, 0, sizeof(sums)); }
+  void multiply_add(const float* rows, int64_t stride, const float* atoms) {
+    for (int i = 0; i < 16; i++)
+      for (int j = 0; j < 16; j++)
+        for (int f = 0; f < PANEL; f++) {
+          const uint32_t x = portable::float_to_bits(rows[i * stride + j]);
+          const uint32_t y = portable::float_to_bits(atoms[j * PANEL + f]);
+          sums[i][f] += portable::bits_to_float(x << 16) * portable::bits_to_float(y << 16);
+          sums[i][f] += portable::bits_to_float(x & 0xffff0000u) * portable::bits_to_float(y & 0xffff0000u);
+        }
+  }
+  void store(float* to) const { std::memcpy(to, sums, sizeof(sums)); }
+};
+
+#include "cpu/encode_tiles_kernel.h"
+}  // namespace plain_tiles
 
 namespace {
 
 // The kernels of one instruction set.
 struct Kernels {
   int64_t tile;  // rows of a register tile
+  decltype(&portable::steps) steps;
   decltype(&portable::pack_panel) pack_panel;
   decltype(&portable::pack_rows) pack_rows;
   decltype(&portable::run_panel) run_panel;
@@ -86,9 +186,9 @@ struct Kernels {
   decltype(&portable::to_key_scalar) to_key;
 };
 
-#define WRITESAE_KERNELS(name)                                                                                  \
-  {name::MT, name::pack_panel, name::pack_rows, name::run_panel, name::run_panel_unpacked, name::select_largest, \
-   name::select_above, name::pick, name::to_key_scalar}
+#define WRITESAE_KERNELS(name)                                                                        \
+  {name::MT, name::steps, name::pack_panel, name::pack_rows, name::run_panel, name::run_panel_unpacked, \
+   name::select_largest, name::select_above, name::pick, name::to_key_scalar}
 
 Kernels kernels() {
 #if defined(__x86_64__)
@@ -104,6 +204,32 @@ Kernels kernels() {
   isa();
 #endif
   return WRITESAE_KERNELS(portable);
+}
+
+// The same with products of bfloat16. Where these round alone, the packing does it, as EncodeParams::bf16 says.
+Kernels bf16_kernels() {
+  Kernels chosen = kernels();
+  const Bf16 unit = bf16();
+  if (unit == Bf16::rounded) return chosen;
+  chosen.steps = pair_steps;
+  chosen.pack_panel = portable_pairs::pack_panel;
+  if (unit == Bf16::tiles) {
+    chosen.tile = plain_tiles::MT;
+    chosen.pack_rows = plain_tiles::pack_rows, chosen.run_panel = plain_tiles::run_panel;
+  }
+#if defined(__x86_64__)
+  if (unit == Bf16::avx512_bf16) {
+    chosen.tile = avx512_bf16::MT, chosen.pack_panel = avx512_bf16::pack_panel;
+    chosen.pack_rows = avx512_bf16::pack_rows, chosen.run_panel = avx512_bf16::run_panel;
+  }
+#endif
+#if WRITESAE_AMX
+  if (unit == Bf16::amx) {
+    chosen.tile = amx::MT;
+    chosen.pack_rows = amx::pack_rows, chosen.run_panel = amx::run_panel;
+  }
+#endif
+  return chosen;
 }
 
 // All rows of one head, sequence after sequence.
@@ -178,7 +304,7 @@ struct Plan {
   Kernels kernel;
   int64_t panels, depth, stride, select_bytes;
 
-  Plan(const EncodeParams& params, EncodeFound* f) : p(params), found(f), kernel(kernels()) {
+  Plan(const EncodeParams& params, EncodeFound* f) : p(params), found(f), kernel(params.bf16 ? bf16_kernels() : kernels()) {
     panels = (p.F + 15) / 16;
     depth = 1;
     if (p.k > 0)
@@ -187,16 +313,18 @@ struct Plan {
     select_bytes = round_up((stride + 16) * 8 + stride * 4 + (stride + 16) * 4, 64);
   }
 
-  int64_t v_size() const { return p.rank * p.K * 16; }
-  int64_t w_size() const { return p.rank * p.V * 16; }
-  int64_t tile_size() const { return (p.K + p.V) * kernel.tile; }
+  int64_t v_size() const { return p.rank * kernel.steps(p.K) * 16; }
+  int64_t w_size() const { return p.rank * kernel.steps(p.V) * 16; }
+  int64_t left_size() const { return kernel.steps(p.K) * kernel.tile; }
+  int64_t right_size() const { return kernel.steps(p.V) * kernel.tile; }
+  int64_t tile_size() const { return left_size() + right_size(); }
   // Bytes run_head needs beyond selection, which needs select_bytes a thread.
   int64_t head_bytes(int64_t rows) const {
     const int64_t floats = panels * (v_size() + w_size() + 16) + 2 * (rows / kernel.tile) * tile_size() +
                            (rows + 2) * stride;
     return floats * 4 + 64 * 16;
   }
-  int64_t worker_bytes() const { return round_up(std::max(select_bytes, 17 * std::max(p.K, p.V) * 4), 64); }
+  int64_t worker_bytes() const { return round_up(std::max(select_bytes, SCRATCH_ROWS * round_up(std::max(p.K, p.V), 32) * 4), 64); }
 
   void fill_limits(int64_t h, float* bias, int32_t* limits) const {
     for (int64_t f = 0; f < stride; f++) {
@@ -247,7 +375,7 @@ void run_head(const Plan& plan, int64_t h, int64_t block_rows, const Parallel& p
   plan.fill_limits(h, bias, limits);
   const auto scratch = [&](int64_t worker) { return worker_memory + worker * worker_bytes; };
   const auto left_of = [&](int which) { return packed[which]; };
-  const auto right_of = [&](int which) { return packed[which] + tiles * p.K * kernel.tile; };
+  const auto right_of = [&](int which) { return packed[which] + tiles * plan.left_size(); };
 
   Block blocks[2];
   Stream stream(p, p.heads[h]);
@@ -256,7 +384,7 @@ void run_head(const Plan& plan, int64_t h, int64_t block_rows, const Parallel& p
   std::vector<std::vector<int32_t>> indices(values.size());
   const auto pack_rows = [&](int which, int64_t tile, int64_t worker) {
     kernel.pack_rows(p, blocks[which], tile, reinterpret_cast<float*>(scratch(worker)),
-                     left_of(which) + tile * p.K * kernel.tile, right_of(which) + tile * p.V * kernel.tile);
+                     left_of(which) + tile * plan.left_size(), right_of(which) + tile * plan.right_size());
   };
   const auto tiles_of = [&](int which) {
     return (static_cast<int64_t>(blocks[which].rows.size()) + kernel.tile - 1) / kernel.tile;
@@ -270,8 +398,8 @@ void run_head(const Plan& plan, int64_t h, int64_t block_rows, const Parallel& p
       pack_rows(now, i - plan.panels, worker);
       return;
     }
-    kernel.pack_panel(p.v_enc, h, i, p.F, p.rank, p.K, rows, v + i * v_size);
-    kernel.pack_panel(p.w_enc, h, i, p.F, p.rank, p.V, rows, w + i * w_size);
+    kernel.pack_panel(p.v_enc, h, i, p.F, p.rank, p.K, p.bf16, rows, v + i * v_size);
+    kernel.pack_panel(p.w_enc, h, i, p.F, p.rank, p.V, p.bf16, rows, w + i * w_size);
   });
   while (more) {
     const Block& block = blocks[now];
@@ -322,6 +450,9 @@ void run_small(const Plan& plan, const Parallel& parallel) {
         const Row& row = blocks[i].rows[r];
         portable::convert_in(row.left_type, row.left, left[i] + r * p.K, p.K);
         portable::convert_in(row.right_type, row.right, right[i] + r * p.V, p.V);
+        if (!p.bf16) continue;
+        portable::round_to_bfloat(left[i] + r * p.K, p.K);
+        portable::round_to_bfloat(right[i] + r * p.V, p.V);
       }
     }
     for_each(parallel, members * plan.panels, [&](int64_t item, int64_t worker) {
@@ -364,7 +495,8 @@ void encode(const EncodeParams& p, EncodeFound* found, const Parallel& parallel)
   Arena memory(plan.worker_bytes() * threads);
   char* worker_memory = memory.take<char>(0);
   if (!own) {
-    const int64_t fit = KEY_BYTES / (plan.stride * 4) / 12 * 12, rows = std::clamp<int64_t>(fit, 12, SHARED_ROWS);
+    const int64_t fit = KEY_BYTES / (plan.stride * 4) / EVERY_MT * EVERY_MT;
+    const int64_t rows = std::clamp<int64_t>(fit, EVERY_MT, SHARED_ROWS);
     Arena arena(plan.head_bytes(rows));
     for (int64_t h = 0; h < p.Hs; h++) run_head(plan, h, rows, parallel, arena, worker_memory);
     return;

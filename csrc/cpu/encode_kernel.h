@@ -11,7 +11,6 @@
 // here (Zen 4), so 11 us at 3 GHz; selection, two readings of 8 KB of keys, 5 % more. Measured on one thread, least
 // processor time at T = 4,096: 12.8 us, and 11.3 us without selection; the two library products alone take 12.8 us.
 
-constexpr int PANEL = 16;
 constexpr int NV = PANEL / LANES;
 constexpr int MT = 12 / NV;  // rows of a register tile
 typedef int32_t IntVec __attribute__((vector_size(WRITESAE_LANES * 4)));
@@ -37,76 +36,47 @@ inline int32_t to_key_scalar(float x) {
   return x == x ? bits ^ ((bits >> 31) & 0x7fffffff) : 0x7fffffff;
 }
 
-// ---- packing ---------------------------------------------------------------------------------------------------------
+// ---- packing (the rest of it in encode_pack_kernel.h) ----------------------------------------------------------------
 
-typedef float Four __attribute__((vector_size(16)));
-typedef float UnalignedFour __attribute__((vector_size(16), aligned(4), may_alias));
-#if defined(__clang__)
-#define WRITESAE_SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
-#else
-typedef int32_t IntFour __attribute__((vector_size(16)));
-#define WRITESAE_SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, IntFour{i, j, k, l})
-#endif
-
-// Four rows of x, `size` apart, to four columns of `to`, which has 16: left alone, compilers gather, six times slower.
-inline void transpose_four(const float* x, int64_t size, float* to) {
-  Four row[4];
-  for (int i = 0; i < 4; i++) row[i] = *reinterpret_cast<const UnalignedFour*>(x + i * size);
-  const Four a = WRITESAE_SHUFFLE(row[0], row[1], 0, 4, 1, 5), b = WRITESAE_SHUFFLE(row[2], row[3], 0, 4, 1, 5);
-  const Four c = WRITESAE_SHUFFLE(row[0], row[1], 2, 6, 3, 7), d = WRITESAE_SHUFFLE(row[2], row[3], 2, 6, 3, 7);
-  *reinterpret_cast<UnalignedFour*>(to) = WRITESAE_SHUFFLE(a, b, 0, 1, 4, 5);
-  *reinterpret_cast<UnalignedFour*>(to + PANEL) = WRITESAE_SHUFFLE(a, b, 2, 3, 6, 7);
-  *reinterpret_cast<UnalignedFour*>(to + 2 * PANEL) = WRITESAE_SHUFFLE(c, d, 0, 1, 4, 5);
-  *reinterpret_cast<UnalignedFour*>(to + 3 * PANEL) = WRITESAE_SHUFFLE(c, d, 2, 3, 6, 7);
-}
-#undef WRITESAE_SHUFFLE
-
-// Atoms 16 panel .. 16 panel + 15 of head slot h of x [Hs, F, r, size] to [r][size][16], zeros past F.
-// `rows` holds 16 * size floats.
-inline void pack_panel(const View& x, int64_t h, int64_t panel, int64_t F, int64_t rank, int64_t size, float* rows,
-                       float* to) {
-  for (int64_t r = 0; r < rank; r++, to += size * PANEL) {
-    for (int f = 0; f < PANEL; f++) {
-      const int64_t feature = panel * PANEL + f;
-      if (feature < F) {
-        convert_in(x.type, x.at(h, feature, r), rows + f * size, size);
-      } else {
-        std::memset(rows + f * size, 0, size * sizeof(float));
-      }
-    }
-    int64_t i = 0;
-    for (; i + 4 <= size; i += 4)
-      for (int f = 0; f < PANEL; f += 4) transpose_four(rows + f * size + i, size, to + i * PANEL + f);
-    for (; i < size; i++)
-      for (int f = 0; f < PANEL; f++) to[i * PANEL + f] = rows[f * size + i];
-  }
-}
-
-// Rows [tile * MT, tile * MT + MT) of a block to [K][MT] and [V][MT], zeros past its end. `row` holds max(K, V) floats.
+// Rows [tile * MT, tile * MT + MT) of a block to [steps(K)][MT] and [steps(V)][MT], zeros past its end. `row` holds two.
 inline void pack_rows(const EncodeParams& p, const Block& block, int64_t tile, float* row, float* left, float* right) {
+  const auto put = [&](Element type, const void* from, int64_t size, int i, float* to) {
+    const int64_t depth = steps(size);
+    if (from != nullptr) {
+      put_row(type, from, size, p.bf16, row + depth, row);
+    } else {
+      std::memset(row, 0, depth * sizeof(float));
+    }
+    for (int64_t j = 0; j < depth; j++) to[j * MT + i] = row[j];
+  };
   for (int i = 0; i < MT; i++) {
     const int64_t at = tile * MT + i;
-    if (at >= static_cast<int64_t>(block.rows.size())) {
-      for (int64_t j = 0; j < p.K; j++) left[j * MT + i] = 0;
-      for (int64_t j = 0; j < p.V; j++) right[j * MT + i] = 0;
-      continue;
-    }
-    const Row& x = block.rows[at];
-    convert_in(x.left_type, x.left, row, p.K);
-    for (int64_t j = 0; j < p.K; j++) left[j * MT + i] = row[j];
-    convert_in(x.right_type, x.right, row, p.V);
-    for (int64_t j = 0; j < p.V; j++) right[j * MT + i] = row[j];
+    const Row x = at < static_cast<int64_t>(block.rows.size()) ? block.rows[at] : Row{};
+    put(x.left_type, x.left, p.K, i, left);
+    put(x.right_type, x.right, p.V, i, right);
   }
 }
 
 // ---- products and running sums ---------------------------------------------------------------------------------------
 
-// acc_i = sum_j rows[j][i] atoms[j][:]
-inline void multiply(const float* atoms, const float* rows, int64_t size, Vec (&acc)[MT][NV]) {
+// acc_i = sum_j rows[j][i] atoms[j][:] over `depth` steps
+#if WRITESAE_PAIRS
+inline void multiply(const float* atoms, const float* rows, int64_t depth, Vec (&acc)[MT][NV]) {
+  __m512 sum[MT];
+  for (int i = 0; i < MT; i++) sum[i] = _mm512_setzero_ps();
+  for (int64_t j = 0; j < depth; j++, atoms += PANEL, rows += MT) {
+    const __m512bh atom = (__m512bh)_mm512_loadu_si512(atoms);
+    for (int i = 0; i < MT; i++)
+      sum[i] = _mm512_dpbf16_ps(sum[i], (__m512bh)_mm512_set1_epi32(static_cast<int>(float_to_bits(rows[i]))), atom);
+  }
+  for (int i = 0; i < MT; i++) acc[i][0] = (Vec)sum[i];
+}
+#else
+inline void multiply(const float* atoms, const float* rows, int64_t depth, Vec (&acc)[MT][NV]) {
   Vec sum[MT][NV];
   for (int i = 0; i < MT; i++)
     for (int n = 0; n < NV; n++) sum[i][n] = Vec{};
-  for (int64_t j = 0; j < size; j++, atoms += PANEL, rows += MT) {
+  for (int64_t j = 0; j < depth; j++, atoms += PANEL, rows += MT) {
     Vec atom[NV];
     for (int n = 0; n < NV; n++) atom[n] = load(atoms + n * LANES);
     for (int i = 0; i < MT; i++)
@@ -115,6 +85,7 @@ inline void multiply(const float* atoms, const float* rows, int64_t size, Vec (&
   for (int i = 0; i < MT; i++)
     for (int n = 0; n < NV; n++) acc[i][n] = sum[i][n];
 }
+#endif
 
 // The running sum of one row: `a` is carried, `product` is the row's increment. `width` <= 16 atoms exist.
 inline void accumulate(const EncodeParams& p, const Row& row, int64_t h, int64_t first, int64_t width,
@@ -132,19 +103,20 @@ inline void accumulate(const EncodeParams& p, const Row& row, int64_t h, int64_t
   if (row.end >= 0) std::memcpy(p.carry_out + (row.end * p.Hs + h) * p.F + first, a, width * sizeof(float));
 }
 
-// A block through one panel. v [r][K][16], w [r][V][16]; left, right as pack_rows leaves them; a [16] carried between
+// A block through one panel. v [r][steps(K)][16], w [r][steps(V)][16]; left, right as pack_rows leaves them; a [16] carried between
 // blocks; bias [16]; keys [slots][stride].
 inline void run_panel(const EncodeParams& p, const Block& block, int64_t h, int64_t panel, const float* v,
                       const float* w, const float* left, const float* right, const float* bias, float* a,
                       int32_t* keys, int64_t stride) {
   const int64_t count = block.rows.size(), first = panel * PANEL;
   const int64_t width = p.F - first < PANEL ? p.F - first : PANEL;
-  for (int64_t start = 0; start < count; start += MT, left += p.K * MT, right += p.V * MT) {
+  const int64_t k_steps = steps(p.K), v_steps = steps(p.V);
+  for (int64_t start = 0; start < count; start += MT, left += k_steps * MT, right += v_steps * MT) {
     alignas(64) float product[MT][PANEL];
     for (int64_t r = 0; r < p.rank; r++) {
       Vec on_left[MT][NV], on_right[MT][NV];
-      multiply(v + r * p.K * PANEL, left, p.K, on_left);
-      multiply(w + r * p.V * PANEL, right, p.V, on_right);
+      multiply(v + r * k_steps * PANEL, left, k_steps, on_left);
+      multiply(w + r * v_steps * PANEL, right, v_steps, on_right);
       for (int i = 0; i < MT; i++)
         for (int n = 0; n < NV; n++) {
           Vec x = on_left[i][n] * on_right[i][n];
@@ -190,8 +162,9 @@ inline void run_panel_unpacked(const EncodeParams& p, const Block& block, int64_
     for (int f = 0; f < PANEL; f++) {
       const void* from = x.at(h, first + (f < width ? f : width - 1), r);
       atoms[f] = static_cast<const float*>(from);
-      if (x.type == Element::f32) continue;
+      if (x.type == Element::f32 && !p.bf16) continue;
       convert_in(x.type, from, scratch + f * size, size);
+      if (p.bf16) round_to_bfloat(scratch + f * size, size);
       atoms[f] = scratch + f * size;
     }
     for (int64_t i = 0; i < count; i++) dot_panel(atoms, rows + i * size, size, to[i]);

@@ -16,13 +16,14 @@ from pathlib import Path
 import torch
 
 from .. import Writes, ops
+from .._library import cpu_isa
 from ..testing import dictionary, make_writes
 from .case import Case, Disagree, Missing, Options, Row, agree
 from .timing import compare, flat_rows, interleaved, median_and_spread
 
 K = V = 128
 F, TOP = 2048, 32
-PRODUCTS, STATES = "its two torch.mm alone", "states and einsum"
+PRODUCTS, STATES, FP32 = "its two torch.mm alone", "states and einsum", "the same in fp32"
 
 
 def _inputs(T: int, H: int) -> tuple[Writes, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -71,6 +72,22 @@ def products(options: Options) -> Iterator[Row]:
             _products(writes, v, w), options.rounds(), target=1.6, aim=1.2,
         )  # fmt: skip
         yield row.does(2 * (K + V) * F * T * H, "GFLOP/s", "float32")
+
+
+def bf16_products(options: Options) -> Iterator[Row]:
+    """What `precision="bf16"` gains with this processor's means, named in the row."""
+    T, H = (256, 1) if options.quick else (1024, 16)
+    writes, v, w, b = _inputs(T, H)
+    rounded = ops.encode(*_inputs(min(T, 300), H), k=TOP, precision="bf16")
+    wide = [x.to(torch.float64) for x in _inputs(min(T, 300), H)]
+    exact = ops.encode(*wide, k=TOP, backend="reference", precision="bf16")
+    agree("encode in bf16 against the float64 reference on rounded operands", rounded.values, exact.values, 1e-5)
+    row = compare(
+        f"{_name(T, H)}, bf16 ({cpu_isa()['bf16']})", FP32, "x faster",
+        lambda: ops.encode(writes, v, w, b, k=TOP, precision="bf16"), lambda: ops.encode(writes, v, w, b, k=TOP),
+        options.rounds(),
+    )  # fmt: skip
+    yield row.does(2 * (K + V) * F * T * H, "GFLOP/s", "bfloat16")
 
 
 def processor_time(options: Options) -> Iterator[Row]:
@@ -196,6 +213,7 @@ def gradient(options: Options) -> Iterator[Row]:
 
 CASES = [
     Case("encode", "encode, T = 1,024 and 8,192", products, PRODUCTS),
+    Case("encode-bf16", "encode, products in bf16", bf16_products, FP32, ("bfloat16", "copy")),
     Case("encode-states", "encode, T = 1,024, 1 head", from_states, STATES),
     Case("encode-memory", "encode, T = 65,536: extra memory", memory),
     Case("encode-length", "encode, 1 head: time a token at T = 1 k, 8 k, 64 k", length, "the same at T = 1,024"),

@@ -12,6 +12,7 @@ from ..edits import Edits
 from ..ops import causal_conv, gated_delta_rule
 from ..ops._dispatch import can_run
 from ..ops.causal_conv import ACTIVATIONS as CONV_ACTIVATIONS
+from ..ops.encode import check_precision
 from . import hf_gated_delta
 from .hf_gated_delta import LayerSite
 from .model_call import has_attention
@@ -35,6 +36,7 @@ def attach(
     record_writes: bool = True,
     write_gradients: bool = False,
     backend: str | None = None,
+    precision: str = "fp32",
 ) -> Iterator[Tap]:
     """Within the context, hooked layers run on our op: their writes are recorded, encoded and edited as the model runs.
 
@@ -71,6 +73,8 @@ def attach(
         record_writes: keep the `Writes` of the latest call of every hooked layer.
         write_gradients: let every backward pass fill `tap.write_gradients`.
         backend: of `ops.gated_delta_rule` and `ops.encode`; None is the kernel of the model's device.
+        precision: of the products of `ops.encode`, "fp32" or "bf16"; see there. The model's own numbers stay as they
+            are. No matter to dictionaries with a dense encoder.
 
     Yields:
         `Tap`, good after the context too.
@@ -85,11 +89,12 @@ def attach(
 
     Source: Young, *WriteSAE*, arXiv 2605.12770.
     """
+    check_precision(precision)
     found = _refuse_unsupported(model)
     by_layer, edits = _check_sites(model, found, sites), _check_edits(model, found, edits)
     if not by_layer and not edits and not accelerate:
         raise ValueError("sites: expected at least one (layer, head), or edits, or accelerate=True; got none")
-    tap = Tap(by_layer, edits, {"record_writes": record_writes, "backend": backend})
+    tap = Tap(by_layer, edits, {"record_writes": record_writes, "backend": backend, "precision": precision})
     tap.prepare(found)
     hooked = {*by_layer, *edits}
     if self_test:

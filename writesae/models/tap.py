@@ -56,7 +56,8 @@ class Tap:
         self.calls: dict[int, int] = {layer: 0 for layer in sorted({*sites, *edits})}
         self._sites, self._edits = sites, edits
         self._edits_ran = {layer: torch.zeros(len(e), dtype=torch.bool) for layer, e in edits.items()}
-        self._record_writes, self._backend = options["record_writes"], options["backend"]
+        self._record_writes = options["record_writes"]
+        self._encoding = {"backend": options["backend"], "precision": options["precision"]}
         self._lock = threading.Lock()
         self._parts: list[Firings | _Coming] = []
         self._checks: list[_Check] = []
@@ -251,7 +252,7 @@ class Tap:
                 carry = kept
         codes = ops.encode(
             writes, group.v_enc, group.w_enc, group.b_enc, k=group.k, threshold=group.threshold, heads=group.heads,
-            carry=carry, backend=self._backend,
+            carry=carry, **self._encoding,
         )  # fmt: skip
         if keeps and cache is not None and final_state is not None:
             state = final_state[:, group.heads]  # indexing by a list copies

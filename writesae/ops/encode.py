@@ -19,6 +19,8 @@ from ._encode_gradient import attach_writes_gradient
 from .gated_delta_rule import pack_edits
 from .reference import encode as reference
 
+PRECISIONS = ("fp32", "bf16")
+
 
 @dataclass(frozen=True)
 class Codes:
@@ -49,6 +51,7 @@ def encode(
     backend: str | None = None,
     heads: Sequence[int] | None = None,
     carry: Tensor | None = None,  # [N, Hs, F]
+    precision: str = "fp32",
 ) -> Codes:
     """Exact top k of the raw pre-activations `v_i^T S_t w_i + b_i`, then ReLU; or every one above a threshold.
 
@@ -62,11 +65,15 @@ def encode(
         backend: "reference", "cpu", "cuda" or None.
         heads: value heads that row i of the factors belongs to; default all H heads in order.
         carry: pre-activations before the first token (an earlier call's `codes.carry`), in place of a state.
+        precision: of the products, "fp32" or "bf16": operands rounded to bfloat16, sums in float32. Faster only where
+            the processor multiplies bfloat16 (`writesae info`: AMX, AVX-512 BF16); activations are then off by some
+            1e-3 of the largest, so that features nearly tied at rank k may be exchanged.
 
     Returns:
         `Codes`. In top-k mode `values` are differentiable, with the features taken held fixed: in v_enc, w_enc, b_enc,
         carry, the initial state, and the decay, left, right and edits of the writes, so that a loss on codes reaches
-        the model that made the writes. `codes.carry` has no gradient.
+        the model that made the writes; with bf16 it is that of the products without rounding. `codes.carry` has no
+        gradient.
 
     Raises:
         ValueError: a wrong shape, dtype or size, naming the argument.
@@ -75,6 +82,8 @@ def encode(
     writes, v_enc, w_enc, b_enc, heads, carry = _prepare(writes, v_enc, w_enc, b_enc, heads, initial_state, carry)
     Hs, F = v_enc.shape[:2]
     tensors = _tensors(writes, v_enc, w_enc, b_enc, carry)
+    check_precision(precision)
+    bf16 = precision == "bf16"
     if threshold is not None:
         threshold = _threshold(threshold, Hs, F).to(v_enc.device, non_blocking=True)
         of_writes = {"decay": writes.decay, "left": writes.left, "right": writes.right}
@@ -87,19 +96,18 @@ def encode(
     chosen = _dispatch.choose("encode", backend, tensors)
     with torch.no_grad():
         if chosen == "reference":
+            rounded = _rounded(writes, v_enc, w_enc) if bf16 else (writes, v_enc, w_enc)
             if threshold is None:
-                values, indices, last = _reference_topk(writes, v_enc, w_enc, b_enc, heads, carry, k)
+                values, indices, last = _reference_topk(*rounded, b_enc, heads, carry, k)
             else:
-                values, indices, counts, last = _reference_threshold(
-                    writes, v_enc, w_enc, b_enc, heads, carry, threshold
-                )
+                values, indices, counts, last = _reference_threshold(*rounded, b_enc, heads, carry, threshold)
         elif threshold is None:
             values, indices, last = torch.ops.writesae.encode_topk(
-                *_arguments(writes, heads, v_enc, w_enc), _float(b_enc), k, *_rest(writes, carry)
+                *_arguments(writes, heads, v_enc, w_enc), _float(b_enc), k, *_rest(writes, carry), bf16
             )
         else:
             values, indices, counts, last = torch.ops.writesae.encode_threshold(
-                *_arguments(writes, heads, v_enc, w_enc), _float(b_enc), threshold, *_rest(writes, carry)
+                *_arguments(writes, heads, v_enc, w_enc), _float(b_enc), threshold, *_rest(writes, carry), bf16
             )
     if threshold is None:
         values = _attach_gradient(values, indices, writes, v_enc, w_enc, b_enc, carry, heads, relu=True)
@@ -234,6 +242,23 @@ def _threshold(threshold, Hs: int, F: int) -> Tensor:
     if not bool((threshold >= 0).all()):
         raise ValueError(f"threshold: expected >= 0 everywhere, got {float(threshold.min())}")
     return threshold.detach().expand(Hs, F).contiguous()
+
+
+def check_precision(precision) -> None:
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: expected one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}")
+
+
+def _rounded(writes: Writes, v_enc: Tensor, w_enc: Tensor) -> tuple[Writes, Tensor, Tensor]:
+    """The operands of the products, rounded to bfloat16."""
+
+    def cut(x: Tensor) -> Tensor:
+        return x.detach().to(torch.bfloat16).to(x.dtype)
+
+    edits = writes.edits
+    if edits is not None:
+        edits = replace(edits, left=cut(edits.left), right=cut(edits.right))
+    return replace(writes, left=cut(writes.left), right=cut(writes.right), edits=edits), cut(v_enc), cut(w_enc)
 
 
 def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -376,14 +401,14 @@ def _attach_gradient(values, indices, writes, v_enc, w_enc, b_enc, carry, heads,
 if CPU_ERROR is None:
 
     @torch.library.register_fake("writesae::encode_topk")
-    def _(decay, left, right, heads, v_enc, w_enc, b_enc, k, carry, cu_seqlens, edit_index, edit_left, edit_right):
+    def _(decay, left, right, heads, v_enc, w_enc, b_enc, k, carry, cu_seqlens, *edits_and_precision):
         (B, T), (Hs, F) = decay.shape[:2], v_enc.shape[:2]
         N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
         values = decay.new_empty(B, T, Hs, k, dtype=torch.float32)
         return values, values.new_empty(B, T, Hs, k, dtype=torch.int64), values.new_empty(N, Hs, F)
 
     @torch.library.register_fake("writesae::encode_threshold")
-    def _(decay, left, right, heads, v_enc, w_enc, b_enc, threshold, carry, cu_seqlens, *edits):
+    def _(decay, left, right, heads, v_enc, w_enc, b_enc, threshold, carry, cu_seqlens, *edits_and_precision):
         (B, T), (Hs, F) = decay.shape[:2], v_enc.shape[:2]
         N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
         n = torch.library.get_ctx().new_dynamic_size()
