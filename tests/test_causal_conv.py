@@ -12,7 +12,9 @@ from writesae.testing import cpu_isa as forced_isa
 
 assert CPU_ERROR is None, CPU_ERROR
 ISAS = cpu_isa()["supported"].split(",")
-SIZES = ((1, 1, 5, 4), (2, 3, 16, 4), (1, 130, 515, 4), (2, 127, 40, 3), (1, 257, 1024, 2), (3, 65, 7, 1), (1, 9, 33, 12))
+SIZES = (
+    (1, 1, 5, 4), (2, 3, 16, 4), (1, 130, 515, 4), (2, 127, 40, 3), (1, 257, 1024, 2), (3, 65, 7, 1), (1, 9, 33, 12),
+)  # fmt: skip
 
 
 def inputs(B, T, D, W, dtype=torch.float32, seed=0):

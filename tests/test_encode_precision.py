@@ -43,7 +43,8 @@ def exact(writes, v, w, b, **options):
 
 CASES = (
     {}, {"K": 128, "V": 128, "F": 300, "T": 500}, {"K": 20, "V": 12, "F": 17}, {"K": 33, "V": 1, "F": 5, "T": 13},
-    {"rank": 3, "K": 40}, {"edits": True, "T": 97}, {"decay": "none", "T": 257}, {"decay": "strong"}, {"T": 1}, {"T": 8},
+    {"rank": 3, "K": 40}, {"edits": True, "T": 97}, {"decay": "none", "T": 257}, {"decay": "strong"},
+    {"T": 1}, {"T": 8},
 )  # fmt: skip
 
 

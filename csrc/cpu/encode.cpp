@@ -310,7 +310,8 @@ struct Plan {
     if (p.k > 0)
       while (depth < 64 && p.F / (2 * depth) >= 4 * p.k) depth *= 2;
     stride = round_up(p.F, 16 * depth);
-    select_bytes = round_up((stride + 16) * 8 + stride * 4 + (stride + 16) * 4, 64);
+    // Entries; maxima of groups; groups and places.
+    select_bytes = round_up((stride + 16) * 8 + stride * 4 + (2 * stride + 16) * 4, 64);
   }
 
   int64_t v_size() const { return p.rank * kernel.steps(p.K) * 16; }

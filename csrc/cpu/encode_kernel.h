@@ -9,7 +9,8 @@
 //
 // Predicted a token and head at K = V = 128, F = 2048, k = 32: 1.05 MFLOP, 32.8 k AVX-512 multiply-adds, one a cycle
 // here (Zen 4), so 11 us at 3 GHz; selection, two readings of 8 KB of keys, 5 % more. Measured on one thread, least
-// processor time at T = 4,096: 12.8 us, and 11.3 us without selection; the two library products alone take 12.8 us.
+// processor time at T = 1,024: 12.1 us (13.7 while the carry went through memory between rows and every candidate of the
+// selection was packed before it was known to be one); with bfloat16 pairs 7.4 us, where the products alone need 5.6.
 
 constexpr int NV = PANEL / LANES;
 constexpr int MT = 12 / NV;  // rows of a register tile
@@ -87,30 +88,45 @@ inline void multiply(const float* atoms, const float* rows, int64_t depth, Vec (
 }
 #endif
 
-// The running sum of one row: `a` is carried, `product` is the row's increment. `width` <= 16 atoms exist.
-inline void accumulate(const EncodeParams& p, const Row& row, int64_t h, int64_t first, int64_t width,
-                       const float* product, const float* bias, float* a, int32_t* keys, int64_t stride) {
-  if (row.begin >= 0) {
-    std::memset(a, 0, PANEL * sizeof(float));
-    if (p.carry_in != nullptr)
-      std::memcpy(a, p.carry_in + (row.begin * p.Hs + h) * p.F + first, width * sizeof(float));
-  }
-  for (int n = 0; n < NV; n++) {
-    const Vec x = load(a + n * LANES) * row.gate + load(product + n * LANES);
-    store(a + n * LANES, x);
-    if (row.slot >= 0) store_int(keys + row.slot * stride + first + n * LANES, to_key(x + load(bias + n * LANES)));
-  }
-  if (row.end >= 0) std::memcpy(p.carry_out + (row.end * p.Hs + h) * p.F + first, a, width * sizeof(float));
+inline void load_panel(const float* from, Vec (&a)[NV]) {
+  for (int n = 0; n < NV; n++) a[n] = load(from + n * LANES);
 }
 
-// A block through one panel. v [r][steps(K)][16], w [r][steps(V)][16]; left, right as pack_rows leaves them; a [16] carried between
-// blocks; bias [16]; keys [slots][stride].
+inline void store_panel(const Vec (&a)[NV], float* to) {
+  for (int n = 0; n < NV; n++) store(to + n * LANES, a[n]);
+}
+
+// The running sum of one row: `a` is carried, in registers, because a store and a load between rows would be what they
+// wait for; `product` is the row's increment. `width` <= 16 atoms exist.
+inline void accumulate(const EncodeParams& p, const Row& row, int64_t h, int64_t first, int64_t width,
+                       const float* product, const float* bias, Vec (&a)[NV], int32_t* keys, int64_t stride) {
+  if (row.begin >= 0) {
+    alignas(64) float start[PANEL] = {};
+    if (p.carry_in != nullptr)
+      std::memcpy(start, p.carry_in + (row.begin * p.Hs + h) * p.F + first, width * sizeof(float));
+    load_panel(start, a);
+  }
+  for (int n = 0; n < NV; n++) {
+    a[n] = a[n] * row.gate + load(product + n * LANES);
+    if (row.slot >= 0) store_int(keys + row.slot * stride + first + n * LANES, to_key(a[n] + load(bias + n * LANES)));
+  }
+  if (row.end >= 0) {
+    alignas(64) float last[PANEL];
+    store_panel(a, last);
+    std::memcpy(p.carry_out + (row.end * p.Hs + h) * p.F + first, last, width * sizeof(float));
+  }
+}
+
+// A block through one panel. v [r][steps(K)][16], w [r][steps(V)][16]; left, right as pack_rows leaves them; carry
+// [16] between blocks; bias [16]; keys [slots][stride].
 inline void run_panel(const EncodeParams& p, const Block& block, int64_t h, int64_t panel, const float* v,
-                      const float* w, const float* left, const float* right, const float* bias, float* a,
+                      const float* w, const float* left, const float* right, const float* bias, float* carry,
                       int32_t* keys, int64_t stride) {
   const int64_t count = block.rows.size(), first = panel * PANEL;
   const int64_t width = p.F - first < PANEL ? p.F - first : PANEL;
   const int64_t k_steps = steps(p.K), v_steps = steps(p.V);
+  Vec a[NV];
+  load_panel(carry, a);
   for (int64_t start = 0; start < count; start += MT, left += k_steps * MT, right += v_steps * MT) {
     alignas(64) float product[MT][PANEL];
     for (int64_t r = 0; r < p.rank; r++) {
@@ -127,6 +143,7 @@ inline void run_panel(const EncodeParams& p, const Block& block, int64_t h, int6
     for (int64_t i = start; i < start + MT && i < count; i++)
       accumulate(p, block.rows[i], h, first, width, product[i - start], bias, a, keys, stride);
   }
+  store_panel(a, carry);
 }
 
 // out_f = x . atoms_f for the 16 atoms of a panel, each of `size` floats. The 16 partial sums are transposed and added as
@@ -155,7 +172,8 @@ inline void run_panel_unpacked(const EncodeParams& p, const Block& block, int64_
                                const float* right, const float* bias, float* scratch, int32_t* keys, int64_t stride) {
   const int64_t count = block.rows.size(), first = panel * PANEL;
   const int64_t width = p.F - first < PANEL ? p.F - first : PANEL;
-  alignas(64) float product[SMALL][PANEL], on_left[SMALL][PANEL], on_right[SMALL][PANEL], a[PANEL] = {};
+  alignas(64) float product[SMALL][PANEL], on_left[SMALL][PANEL], on_right[SMALL][PANEL];
+  Vec a[NV] = {};
   // Dot products of every row with one side's atoms; past F the last atom stands in, and is never looked at.
   const auto dots = [&](const View& x, int64_t r, int64_t size, const float* rows, float (*to)[PANEL]) {
     const float* atoms[PANEL];
@@ -195,7 +213,7 @@ inline int64_t count_at_least(const int32_t* x, int64_t n, int32_t bound) {  // 
 // The k largest of keys [stride], which holds INT_MIN past F, in descending order, ties to the lowest index.
 // `depth` keys, 16 apart, form a group, stride / depth >= k groups. The k-th largest of the groups' maxima bounds the k-th
 // largest key from below, and with many more groups than k hardly more than k keys reach it. Only a good bound is
-// sought, from `hint` (the last token's); any bound gives the same result. memory: see SELECT_BYTES.
+// sought, from `hint` (the last token's); any bound gives the same result. memory: Plan::select_bytes.
 inline void select_largest(const int32_t* keys, int64_t stride, int64_t depth, int64_t k, int32_t& hint, char* memory,
                            float* values, int64_t* indices) {
   int64_t* const found = reinterpret_cast<int64_t*>(memory);
@@ -239,30 +257,32 @@ inline void select_largest(const int32_t* keys, int64_t stride, int64_t depth, i
     groups[n_kept] = static_cast<int32_t>(g);
     n_kept += maxima[g] >= bound;
   }
+  int32_t* const places = groups + n_kept;
   for (int64_t i = 0; i < n_kept; i++) {
-    const int64_t first = groups[i] / 16 * 16 * depth + groups[i] % 16;
-    for (int64_t j = first; j < first + 16 * depth; j += 16) {
-      found[n] = static_cast<int64_t>(keys[j]) * (int64_t{1} << 32) | (0xffffffff - j);  // ties: lowest index largest
+    const int32_t first = static_cast<int32_t>(groups[i] / 16 * 16 * depth + groups[i] % 16);
+    for (int32_t j = first; j < first + 16 * depth; j += 16) {
+      places[n] = j;
       n += keys[j] >= bound;
     }
   }
+  for (int64_t i = 0; i < n; i++)  // ties: lowest index largest
+    found[i] = static_cast<int64_t>(keys[places[i]]) * (int64_t{1} << 32) | (0xffffffff - static_cast<int64_t>(places[i]));
   const auto put = [&](int64_t rank, int64_t entry) {
     const float value = from_key(static_cast<int32_t>(entry >> 32));
     values[rank] = value < 0 ? 0 : value;  // a NaN stays
     indices[rank] = 0xffffffff - (entry & 0xffffffff);
   };
   if (n <= 256) {
-    // Few: the rank of each is the number of larger ones, no branches.
+    // Few: the rank of each is the number of larger ones, no branches; some at a time, each against all.
     constexpr int L = LANES / 2;
     const int64_t padded = (n + L - 1) / L * L;
     for (int64_t i = n; i < padded; i++) found[i] = INT64_MIN;
-    for (int64_t i = 0; i < n; i++) {
-      LongVec larger = {};
-      for (int64_t j = 0; j < padded; j += L)
-        larger -= *reinterpret_cast<const UnalignedLongVec*>(found + j) > found[i];
-      int64_t rank = 0;
-      for (int l = 0; l < L; l++) rank += larger[l];
-      if (rank < k) put(rank, found[i]);
+    for (int64_t i = 0; i < n; i += L) {
+      const LongVec own = *reinterpret_cast<const UnalignedLongVec*>(found + i);
+      LongVec rank = {};
+      for (int64_t j = 0; j < n; j++) rank -= LongVec{} + found[j] > own;
+      for (int64_t l = 0; l < L && i + l < n; l++)
+        if (rank[l] < k) put(rank[l], found[i + l]);
     }
     return;
   }

@@ -32,11 +32,13 @@ inline void multiply(const float* atoms, const float* rows, int64_t steps, Tiles
 }
 
 inline void run_panel(const EncodeParams& p, const Block& block, int64_t h, int64_t panel, const float* v,
-                      const float* w, const float* left, const float* right, const float* bias, float* a,
+                      const float* w, const float* left, const float* right, const float* bias, float* carry,
                       int32_t* keys, int64_t stride) {
   const int64_t count = block.rows.size(), first = panel * PANEL;
   const int64_t width = p.F - first < PANEL ? p.F - first : PANEL;
   const int64_t k_steps = pair_steps(p.K), v_steps = pair_steps(p.V);
+  base::Vec a[base::NV];
+  base::load_panel(carry, a);
   Tiles tiles;
   tiles.begin();
   for (int64_t start = 0; start < count; start += MT, left += k_steps * MT, right += v_steps * MT) {
@@ -54,4 +56,5 @@ inline void run_panel(const EncodeParams& p, const Block& block, int64_t h, int6
       base::accumulate(p, block.rows[i], h, first, width, product[i - start], bias, a, keys, stride);
   }
   tiles.end();
+  base::store_panel(a, carry);
 }

@@ -62,7 +62,7 @@ def encode_rows() -> list[Row]:
 
 
 def agreement_rows(name: str, found: torch.Tensor, exact: torch.Tensor, precision: str) -> Iterator[Row]:
-    """How far the sets found `[T, k]` are those of the activations `exact` `[T, F]`. bf16 is reported, not held to it."""
+    """How far the sets found `[T, k]` are those of the activations `exact` `[T, F]`. bf16 is reported alone."""
     targets = (99.9, 1e-5) if precision == "fp32" else (None, None)
     best = exact.topk(ACTIVE).indices
     chosen = torch.zeros_like(exact, dtype=torch.bool).scatter(1, found, True)

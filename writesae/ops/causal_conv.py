@@ -31,8 +31,8 @@ def causal_conv(
         backend: "reference", "cpu", "cuda" or None.
 
     Returns:
-        `[B, T, D]` in x's dtype. Sums in float32 (float64 for float64 inputs, reference only); in half precision the sum
-        is rounded before the activation and after it, as transformers' layers do.
+        `[B, T, D]` in x's dtype. Sums in float32 (float64 for float64 inputs, reference only); in half precision
+        the sum is rounded before the activation and after it, as transformers' layers do.
 
     Raises:
         ValueError: a wrong shape, dtype or activation, naming the argument.
