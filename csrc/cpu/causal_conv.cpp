@@ -2,6 +2,7 @@
 #include "causal_conv.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
