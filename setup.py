@@ -1,9 +1,18 @@
-"""Builds the compiled part, one stable-ABI library of operators: the rest of the packaging is in pyproject.toml."""
+"""Builds the compiled parts, stable-ABI libraries of operators: the rest of the packaging is in pyproject.toml.
+
+_C_cpu is always built. _C_cuda, the CUDA kernels, is built where nvcc is found; WRITESAE_CUDA=0 leaves it out and
+WRITESAE_CUDA=1 insists on it. Neither needs a GPU, nor a torch with CUDA. WRITESAE_CUDA_ARCHITECTURES ("80 90a 100a
+90-ptx" by default) says what for.
+"""
 
 import os
+import shlex
 import shutil
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
+from pathlib import Path
 
 from setuptools import setup
 
@@ -18,6 +27,73 @@ except ImportError as error:
 # torch 2.10 and CPython 3.10 are the oldest this library runs on; it is compiled once for both and everything later.
 TORCH_TARGET = "0x020a000000000000"
 PYTHON_TARGET = "0x030A0000"
+ARCHITECTURES = os.environ.get("WRITESAE_CUDA_ARCHITECTURES") or "80 90a 100a 90-ptx"
+FLAGS = ["-O3", "-g0", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
+# Operators on tensors that are compiled once more for CUDA.
+BOTH_SIDES = ["csrc/gated_delta_rule.cpp"]
+
+
+def nvcc() -> str | None:
+    """The compiler for CUDA, or None where it is not wanted or not there."""
+    wanted = os.environ.get("WRITESAE_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        sys.exit(f"WRITESAE_CUDA: expected 0 or 1, got {wanted!r}")
+    if wanted == "0":
+        return None
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    found = shutil.which("nvcc", path=os.path.join(home, "bin")) if home else shutil.which("nvcc")
+    if found is None and wanted == "1":
+        where = f"in {home}/bin (CUDA_HOME)" if home else "on PATH; set CUDA_HOME or PATH"
+        sys.exit(f"WRITESAE_CUDA=1 asks for the CUDA kernels, but nvcc was not found {where}")
+    return found
+
+
+def architecture_flags() -> list[str]:
+    flags = []
+    for name in ARCHITECTURES.split():
+        number, _, form = name.partition("-")
+        code = f"compute_{number}" if form == "ptx" else f"sm_{number}"
+        flags.append(f"-gencode=arch=compute_{number},code={code}")
+    return flags
+
+
+def compile_cuda(compiler: str, folder: Path) -> list[str]:
+    """Objects of csrc/cuda/*.cu, each beside ptxas' report on its kernels (*.ptxas.txt); only what changed is compiled."""
+    folder.mkdir(parents=True, exist_ok=True)
+    headers = [*glob("csrc/*.h"), *glob("csrc/cuda/*.h"), *glob("csrc/cuda/*.cuh"), "setup.py"]
+    newest = max(os.path.getmtime(path) for path in headers)
+    command = [compiler, "-std=c++17", "-O3", "-Icsrc", "-DWRITESAE_SIDE=1", "-Xcompiler=-fPIC,-fvisibility=hidden",
+               "-Xptxas=-v", *architecture_flags()]  # fmt: skip
+
+    def one(source: str) -> str:
+        to = folder / (Path(source).stem + ".o")
+        asked = folder / (Path(source).stem + ".flags")
+        line = shlex.join([*command, "-c", source, "-o", str(to)])
+        fresh = to.exists() and to.stat().st_mtime > max(newest, os.path.getmtime(source))
+        if fresh and asked.exists() and asked.read_text() == line:
+            return str(to)
+        print(line, flush=True)
+        out = subprocess.run(shlex.split(line), capture_output=True, text=True)
+        if out.returncode:
+            sys.exit(f"nvcc failed on {source}:\n{out.stdout}{out.stderr}")
+        to.with_suffix(".ptxas.txt").write_text(out.stderr)
+        asked.write_text(line)
+        return str(to)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(one, sorted(glob("csrc/cuda/*.cu"))))
+
+
+def cuda_runtime(compiler: str) -> list[str]:
+    """The static CUDA runtime, from where the compiler itself would link it."""
+    out = subprocess.run([compiler, "--dryrun", "-o", "x", "x.cu"], capture_output=True, text=True).stderr
+    line = next((line for line in out.splitlines() if "LIBRARIES=" in line), "")
+    folders = [part[2:] for part in shlex.split(line.split("LIBRARIES=", 1)[-1]) if part.startswith("-L")]
+    for folder in folders:
+        path = Path(folder) / "libcudart_static.a"
+        if path.exists():
+            return [str(path)]
+    sys.exit(f"libcudart_static.a not found in {folders}: the CUDA toolkit of {compiler} is incomplete")
 
 
 class Build(BuildExtension):
@@ -28,23 +104,38 @@ class Build(BuildExtension):
                 f"writesae needs a C++ compiler, and {compiler!r} was not found on PATH. Install one (Debian, Ubuntu:\n"
                 "apt install g++; macOS: xcode-select --install), or name it in the environment variable CXX."
             )
-        # Editable installs build in a temporary folder; a fixed one recompiles only what changed.
-        self.build_temp = os.path.join("build", "temp")
         super().build_extensions()
 
+    def build_extension(self, ext):
+        # Editable installs build in a temporary folder; a fixed one recompiles only what changed. One a library, because
+        # some sources are in both.
+        self.build_temp = os.path.join("build", "temp", ext.name.rpartition(".")[2])
+        if ext.name == "writesae._C_cuda":
+            ext.extra_objects = [*compile_cuda(CUDA, Path(self.build_temp) / "cuda"), *cuda_runtime(CUDA)]
+        super().build_extension(ext)
 
-flags = ["-O3", "-g0", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
-extension = CppExtension(
-    "writesae._C_cpu",
-    sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")),
-    depends=sorted(glob("csrc/*.h") + glob("csrc/cpu/*.h")),
-    include_dirs=[os.path.abspath("csrc")],
-    define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET), ("Py_LIMITED_API", PYTHON_TARGET)],
-    extra_compile_args=flags,
-    py_limited_api=True,
-)
+
+def extension(name: str, sources: list[str], side: int, **options) -> CppExtension:
+    return CppExtension(
+        f"writesae.{name}",
+        sorted(sources),
+        depends=sorted(glob("csrc/*.h") + glob("csrc/cpu/*.h") + glob("csrc/cuda/*")),
+        include_dirs=[os.path.abspath("csrc")],
+        define_macros=[
+            ("TORCH_TARGET_VERSION", TORCH_TARGET), ("Py_LIMITED_API", PYTHON_TARGET), ("WRITESAE_SIDE", str(side)),
+        ],
+        extra_compile_args=FLAGS,
+        py_limited_api=True,
+        **options,
+    )  # fmt: skip
+
+
+CUDA = nvcc()
+extensions = [extension("_C_cpu", glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp"), 0)]
+if CUDA is not None:
+    extensions.append(extension("_C_cuda", [*BOTH_SIDES, "csrc/cuda/library.cpp"], 1, libraries=["dl", "rt", "pthread"]))
 setup(
-    ext_modules=[extension],
+    ext_modules=extensions,
     cmdclass={"build_ext": Build},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -7,6 +7,12 @@
 
 #include <initializer_list>
 
+// For which side the operators on tensors are compiled: 0 the CPU, 1 CUDA, 2 the host twin of CUDA, whose kernels take CPU
+// tensors. The same files make all three.
+#ifndef WRITESAE_SIDE
+#define WRITESAE_SIDE 0
+#endif
+
 namespace writesae {
 
 using torch::headeronly::ScalarType;
@@ -23,8 +29,15 @@ inline void check_shape(const char* op, const char* name, const Tensor& x, std::
   STD_TORCH_CHECK(same, op, ": ", name, " has the wrong shape");
 }
 
-inline void check_cpu(const char* op, const char* name, const Tensor& x) {
+// Whether an operator may look at its tensors' numbers: it does not wait for a GPU to check them.
+constexpr bool READABLE = WRITESAE_SIDE != 1;
+
+inline void check_side(const char* op, const char* name, const Tensor& x) {
+#if WRITESAE_SIDE == 1
+  STD_TORCH_CHECK(x.is_cuda(), op, ": ", name, " must be a CUDA tensor");
+#else
   STD_TORCH_CHECK(x.is_cpu(), op, ": ", name, " must be a CPU tensor");
+#endif
 }
 
 inline void check_dtype(const char* op, const char* name, const Tensor& x, ScalarType expected) {

@@ -22,7 +22,7 @@ inline EditList edit_list(const char* op, const std::optional<Tensor>& index, co
   edits.index = static_cast<const int64_t*>(data_as(op, "edit_index", index, ScalarType::Long, keep));
   edits.left = static_cast<const float*>(data_as(op, "edit_left", left, ScalarType::Float, keep));
   edits.right = static_cast<const float*>(data_as(op, "edit_right", right, ScalarType::Float, keep));
-  for (int64_t e = 0; e < edits.count; e++) {
+  for (int64_t e = 0; READABLE && e < edits.count; e++) {
     const int64_t* x = edits.index + 4 * e;
     const int64_t* y = x - 4;  // the edit before
     STD_TORCH_CHECK(x[0] >= 0 && x[0] < rows && x[2] >= 0 && x[2] < H && x[3] >= 0 && x[3] <= 2, op, ": edit ", e,

@@ -10,7 +10,7 @@ namespace {
 
 // A view of [B, T, heads, R, size] by its first four strides; the last axis is made dense.
 View rows_view(const char* op, const char* name, const Tensor& x, std::vector<Tensor>& keep) {
-  check_cpu(op, name, x);
+  check_side(op, name, x);
   Tensor held = x;
   if (x.size(4) > 1 && x.stride(4) != 1) {
     held = torch::stable::contiguous(x);

@@ -13,6 +13,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_delta_rule(
     std::optional<Tensor> edit_left, std::optional<Tensor> edit_right, std::optional<Tensor> snapshots,
     bool return_writes) {
   const char* op = "gated_delta_rule";
+  const OnDeviceOf device(v);
   std::vector<Tensor> keep;
   GatedDeltaRuleParams p = gated_delta_rule_inputs(op, q, k, v, g, beta, scale, initial_state, use_qk_l2norm, cu_seqlens,
                                                    edit_index, edit_left, edit_right, snapshots, keep);
@@ -28,9 +29,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_delta_rule(
   p.left = return_writes ? floats(left) : nullptr;
   p.right = return_writes ? floats(right) : nullptr;
   p.snapshots = floats(shots);
+#if WRITESAE_SIDE == 0
   cpu::gated_delta_rule(p, torch_threads());
+#else
+  const Workspace workspace(cuda::gated_delta_rule_workspace(p));
+  cuda::gated_delta_rule(p, workspace.data(), stream());
+#endif
   return {o, final_state, left, right, shots};
 }
+
+#if WRITESAE_SIDE == 0
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_delta_rule_backward(
     Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, double scale, std::optional<Tensor> initial_state,
@@ -71,11 +79,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated
   return {d_q, d_k, d_v, d_g, d_beta, d_initial_state, d_edit_left, d_edit_right};
 }
 
+#endif
+
 std::tuple<Tensor, Tensor, Tensor> gated_delta_rule_step(
     Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor state, double scale, bool use_qk_l2norm,
     std::optional<Tensor> edit_index, std::optional<Tensor> edit_left, std::optional<Tensor> edit_right,
     bool return_writes) {
   const char* op = "gated_delta_rule_step";
+  const OnDeviceOf device(v);
   STD_TORCH_CHECK(v.dim() == 3 && k.dim() == 3, op, ": k and v must be [B, heads, size]");
   std::vector<Tensor> keep;
   auto p = gated_delta_rule_common<GatedDeltaRuleStepParams>(op, q, k, v, g, beta, scale, use_qk_l2norm, keep);
@@ -85,7 +96,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_delta_rule_step(
   check_shape(op, "g", g, {B, H});
   check_shape(op, "beta", beta, {B, H});
   check_shape(op, "state", state, {B, H, K, V});
-  check_cpu(op, "state", state);
+  check_side(op, "state", state);
   check_dtype(op, "state", state, ScalarType::Float);
   check_contiguous(op, "state", state);
   p.state = floats(state);
@@ -97,7 +108,11 @@ std::tuple<Tensor, Tensor, Tensor> gated_delta_rule_step(
   p.o_type = p.v.type;
   p.left = return_writes ? floats(left) : nullptr;
   p.right = return_writes ? floats(right) : nullptr;
+#if WRITESAE_SIDE == 0
   cpu::gated_delta_rule_step(p, torch_threads());
+#else
+  cuda::gated_delta_rule_step(p, stream());
+#endif
   return {o, left, right};
 }
 

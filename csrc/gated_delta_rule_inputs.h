@@ -51,7 +51,7 @@ inline GatedDeltaRuleParams gated_delta_rule_inputs(
     p.cu_seqlens = sequence_offsets(op, *cu_seqlens, B, T, keep);
     p.N = cu_seqlens->size(0) - 1;
     lengths.clear();
-    for (int64_t n = 0; n < p.N; n++) lengths.push_back(p.cu_seqlens[n + 1] - p.cu_seqlens[n]);
+    for (int64_t n = 0; READABLE && n < p.N; n++) lengths.push_back(p.cu_seqlens[n + 1] - p.cu_seqlens[n]);
   }
   if (initial_state.has_value()) check_shape(op, "initial_state", *initial_state, {p.N, H, K, V});
   p.initial_state =
@@ -62,7 +62,7 @@ inline GatedDeltaRuleParams gated_delta_rule_inputs(
     check_dtype(op, "snapshots", *snapshots, ScalarType::Long);
     p.P = snapshots->size(0);
     p.places = static_cast<const int64_t*>(data_as(op, "snapshots", snapshots, ScalarType::Long, keep));
-    for (int64_t i = 0; i < p.P; i++) {
+    for (int64_t i = 0; READABLE && i < p.P; i++) {
       const int64_t n = p.places[2 * i], t = p.places[2 * i + 1];
       STD_TORCH_CHECK(n >= 0 && n < p.N && t >= 0 && t < lengths[n], op, ": snapshot ", i, " is out of range: row ", n,
                       ", position ", t);

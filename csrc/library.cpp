@@ -6,6 +6,7 @@
 #include "cpu/bf16.h"
 #include "cpu/isa.h"
 #include "operators.h"
+#include "schemas.h"
 
 namespace writesae {
 namespace {
@@ -30,26 +31,18 @@ std::string cpu_bf16_list() { return cpu::bf16_list(); }
 }  // namespace writesae
 
 STABLE_TORCH_LIBRARY(writesae, m) {
+  writesae::define_device_operators(m);
   m.def("cpu_isa(str force) -> str");
   m.def("cpu_isa_list() -> str");
   m.def("cpu_bf16(str force) -> str");
   m.def("cpu_bf16_list() -> str");
   m.def("causal_conv(Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? cu_seqlens) -> Tensor");
   m.def(
-      "gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, float scale, Tensor? initial_state, "
-      "bool use_qk_l2norm, Tensor? cu_seqlens, Tensor? edit_index, Tensor? edit_left, Tensor? edit_right, "
-      "Tensor? snapshots, bool return_writes) "
-      "-> (Tensor o, Tensor final_state, Tensor left, Tensor right, Tensor snapshots)");
-  m.def(
       "gated_delta_rule_backward(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, float scale, "
       "Tensor? initial_state, bool use_qk_l2norm, Tensor? cu_seqlens, Tensor? edit_index, Tensor? edit_left, "
       "Tensor? edit_right, Tensor? snapshots, Tensor right, Tensor? d_o, Tensor? d_final_state, Tensor? d_left, "
       "Tensor? d_right, Tensor? d_snapshots) -> (Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_g, Tensor d_beta, "
       "Tensor d_initial_state, Tensor d_edit_left, Tensor d_edit_right)");
-  m.def(
-      "gated_delta_rule_step(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor(a!) state, float scale, "
-      "bool use_qk_l2norm, Tensor? edit_index, Tensor? edit_left, Tensor? edit_right, bool return_writes) "
-      "-> (Tensor o, Tensor left, Tensor right)");
   m.def(
       "encode_topk(Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc, Tensor w_enc, Tensor? b_enc, "
       "int k, Tensor? carry, Tensor? cu_seqlens, Tensor? edit_index, Tensor? edit_left, Tensor? edit_right, "

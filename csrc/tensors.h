@@ -1,6 +1,7 @@
 // From torch tensors to what kernels take: views, raw pointers, torch's thread pool.
 #pragma once
 
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -38,7 +39,7 @@ inline Element element_of(const char* op, const char* name, const Tensor& x) {
 
 // A view through strides. With `dense`, the last axis must have stride 1: `keep` holds the copy made where it has not.
 inline View view(const char* op, const char* name, const Tensor& x, bool dense, std::vector<Tensor>& keep) {
-  check_cpu(op, name, x);
+  check_side(op, name, x);
   Tensor held = x;
   if (dense && x.size(x.dim() - 1) > 1 && x.stride(x.dim() - 1) != 1) {
     held = torch::stable::contiguous(x);
@@ -56,7 +57,7 @@ inline View view(const char* op, const char* name, const Tensor& x, bool dense, 
 inline const void* data_as(const char* op, const char* name, const std::optional<Tensor>& x, ScalarType type,
                            std::vector<Tensor>& keep) {
   if (!x.has_value()) return nullptr;
-  check_cpu(op, name, *x);
+  check_side(op, name, *x);
   Tensor held = x->scalar_type() == type ? *x : torch::stable::to(*x, type);
   held = torch::stable::contiguous(held);
   keep.push_back(held);
@@ -70,15 +71,57 @@ inline const int64_t* sequence_offsets(const char* op, const Tensor& cu_seqlens,
                   ": cu_seqlens needs B = 1 and at least two offsets");
   const auto* offsets = static_cast<const int64_t*>(data_as(op, "cu_seqlens", cu_seqlens, ScalarType::Long, keep));
   const int64_t N = cu_seqlens.size(0) - 1;
+  if (!READABLE) return offsets;
   bool rising = offsets[0] == 0 && offsets[N] == T;
   for (int64_t n = 0; n < N; n++) rising = rising && offsets[n] <= offsets[n + 1];
   STD_TORCH_CHECK(rising, op, ": cu_seqlens must rise from 0 to T");
   return offsets;
 }
 
+// While it lives, the device of a tensor is the current one: `empty` allocates there and `stream` is its stream.
+class OnDeviceOf {
+ public:
+#if WRITESAE_SIDE == 1
+  explicit OnDeviceOf(const Tensor& x) : guard_(x.get_device_index()) {}
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+#else
+  explicit OnDeviceOf(const Tensor&) {}
+#endif
+};
+
 inline Tensor empty(std::initializer_list<int64_t> shape, ScalarType type) {
+#if WRITESAE_SIDE == 1
+  const torch::stable::Device device(torch::headeronly::DeviceType::CUDA,
+                                     torch::stable::accelerator::getCurrentDeviceIndex());
+  return torch::stable::empty({shape.begin(), shape.size()}, type, std::nullopt, device);
+#else
   return torch::stable::empty({shape.begin(), shape.size()}, type);
+#endif
 }
+
+// torch's current stream on the current device, a cudaStream_t; kernels of the host twin have none.
+inline void* stream() {
+  void* current = nullptr;
+#if WRITESAE_SIDE == 1
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_get_current_cuda_stream(torch::stable::accelerator::getCurrentDeviceIndex(), &current));
+#endif
+  return current;
+}
+
+// Device memory of a kernel's own while it runs (torch hands it out in the stream's order), 256-byte aligned.
+class Workspace {
+ public:
+  explicit Workspace(int64_t bytes) : held_(empty({bytes + 256}, ScalarType::Byte)) {}
+  void* data() const {
+    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(held_.mutable_data_ptr()) + 255) / 256 * 256);
+  }
+
+ private:
+  Tensor held_;
+};
 
 inline float* floats(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
 

@@ -21,7 +21,19 @@ def _load(stem: str) -> str | None:
     return None
 
 
+def _load_cuda() -> str | None:
+    if not list(_FOLDER.glob("_C_cuda*")):
+        return "not built: nvcc was not found where this was built, or WRITESAE_CUDA=0 (WRITESAE_CUDA=1 pip install .)"
+    if torch.version.cuda is None:
+        return f"built, but this torch ({torch.__version__}) has no CUDA"
+    if CPU_ERROR is not None:
+        return f"built, but needs the CPU library, which is not usable: {CPU_ERROR}"
+    return _load("_C_cuda")
+
+
 CPU_ERROR = _load("_C_cpu")
+CUDA_ERROR = _load_cuda()
+_twin: Path | None = None
 
 
 def cpu_isa() -> dict[str, str]:
@@ -38,4 +50,22 @@ def cpu_isa() -> dict[str, str]:
 
 def backends() -> dict[str, str | None]:
     """{backend: None when usable, else why not}."""
-    return {"reference": None, "cpu": CPU_ERROR, "cuda": "not built: the CUDA kernels are not part of this version"}
+    cuda = CUDA_ERROR
+    if cuda is None and not torch.cuda.is_available():
+        cuda = "built and loaded, but torch sees no GPU"
+    return {"reference": None, "cpu": CPU_ERROR, "cuda": cuda}
+
+
+def load_twin(path: str | Path) -> None:
+    """Loads the CUDA kernels compiled for the CPU (scripts/build_twin.py); backend="twin" then runs them. For tests."""
+    global _twin
+    if _twin is None:
+        torch.ops.load_library(str(path))
+        _twin = Path(path)
+    elif _twin != Path(path):
+        raise RuntimeError(f"load_twin: {_twin} is loaded already, and a process takes one: got {path}")
+
+
+def twin_error() -> str | None:
+    """None when backend="twin" is usable, else why not."""
+    return None if _twin is not None else 'a test-only backend; scripts/build_twin.py builds it and load_twin loads it'

@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from .._library import backends
+from .._library import backends, twin_error
 
 BACKENDS = ("reference", "cpu", "cuda")
 _said: set[str] = set()
@@ -22,18 +22,19 @@ def can_run(backend: str, op: str, tensors: dict[str, Tensor | None], raise_erro
 
 
 def _refusal(backend: str, tensors: dict[str, Tensor | None]) -> str | None:
-    if backend not in BACKENDS:
+    if backend not in (*BACKENDS, "twin"):
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {backend!r}")
     if backend == "reference":
         return None
-    missing = backends()[backend]
+    missing = twin_error() if backend == "twin" else backends()[backend]
     if missing is not None:
         return missing
     for name, x in tensors.items():
         if x is None:
             continue
-        if x.device.type != backend:
-            return f"{name} is on {x.device}, expected a {backend} tensor"
+        device = "cpu" if backend == "twin" else backend
+        if x.device.type != device:
+            return f"{name} is on {x.device}, expected a {device} tensor"
         if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"{name} is {x.dtype}, expected float32, bfloat16 or float16"
     return None
@@ -51,6 +52,12 @@ def choose(op: str, backend: str | None, tensors: dict[str, Tensor | None]) -> s
         return native
     _say_once(f'{op}: running the slow token-by-token reference, because backend="{native}" cannot run this: {reason}')
     return "reference"
+
+
+def operators(backend: str):
+    """Where torch has the operators of a backend: `torch.ops.writesae`, which looks at the tensors' device, or the twin's
+    (CUDA's kernels on CPU tensors)."""
+    return torch.ops.writesae_twin if backend == "twin" else torch.ops.writesae
 
 
 def reference_only(op: str, backend: str | None) -> None:

@@ -93,10 +93,13 @@ def gated_delta_rule(
         if edits is not None and len(edits):
             index, edit_left, edit_right = pack_edits(edits, v.device)
         places = None if places is None else places.to(v.device, non_blocking=True)
+        if chosen != "cpu":
+            sides = {**tensors, "edits.left": edit_left, "edits.right": edit_right}
+            _dispatch.refuse_gradient("gated_delta_rule", sides, 'use backend="reference", or torch.no_grad()')
         # The backward needs the increments; writing them out is cheaper than running the scan once more for them.
         differentiable = (*tensors.values(), edit_left, edit_right)
         keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable)
-        o, final, left, right, shots = torch.ops.writesae.gated_delta_rule(
+        o, final, left, right, shots = _dispatch.operators(chosen).gated_delta_rule(
             q, k, v, g, beta, scale, initial_state, use_qk_l2norm, cu_seqlens, index, edit_left, edit_right, places,
             return_writes or keep,
         )  # fmt: skip
@@ -177,7 +180,7 @@ def gated_delta_rule_step(
         o, left, right = o[:, 0], left[:, 0], right[:, 0]
     else:
         packed = pack_edits(edits, v.device) if edits is not None and len(edits) else (None, None, None)
-        o, left, right = torch.ops.writesae.gated_delta_rule_step(
+        o, left, right = _dispatch.operators(chosen).gated_delta_rule_step(
             q, k, v, g, beta, state, scale, use_qk_l2norm, *packed, return_writes
         )
     return GatedDeltaRuleStepOutput(o, left if return_writes else None, right if return_writes else None)

@@ -1,0 +1,65 @@
+// The operators whose kernels are CUDA's: for CUDA tensors in the namespace of the CPU library, which defines their schemas
+// and is loaded before; compiled as the host twin, for CPU tensors in a namespace of its own, `writesae_twin`.
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+#include <vector>
+
+#include "operators.h"
+#include "schemas.h"
+#if WRITESAE_SIDE == 2
+#include "cuda/tile.cuh"
+#endif
+
+namespace writesae {
+
+template <class Module>
+void implement_device_operators(Module& m) {
+  m.impl("gated_delta_rule", TORCH_BOX(&gated_delta_rule));
+  m.impl("gated_delta_rule_step", TORCH_BOX(&gated_delta_rule_step));
+}
+
+#if WRITESAE_SIDE == 2
+namespace {
+
+// In which order threads and blocks run from now on: "forward" or "reverse".
+std::string schedule(std::string name) {
+  using tile::twin::Schedule;
+  STD_TORCH_CHECK(name == "forward" || name == "reverse", "schedule: expected forward or reverse, got ", name);
+  tile::twin::schedule = name == "reverse" ? Schedule::reverse : Schedule::forward;
+  return name;
+}
+
+// Sets all counts to zero, and returns what they were: launches, blocks, barriers, products, matrix loads, bank conflicts,
+// copies, largest shared memory of a block.
+std::vector<int64_t> statistics() {
+  const auto s = tile::twin::statistics;
+  tile::twin::statistics = {};
+  return {s.launches, s.blocks, s.barriers, s.products, s.matrix_loads, s.conflicts, s.copies, s.shared_bytes};
+}
+
+}  // namespace
+#endif
+
+}  // namespace writesae
+
+#if WRITESAE_SIDE == 1
+
+STABLE_TORCH_LIBRARY_IMPL(writesae, CUDA, m) { writesae::implement_device_operators(m); }
+
+#else
+
+STABLE_TORCH_LIBRARY(writesae_twin, m) {
+  writesae::define_device_operators(m);
+  m.def("schedule(str name) -> str");
+  m.def("statistics() -> int[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(writesae_twin, CPU, m) { writesae::implement_device_operators(m); }
+
+STABLE_TORCH_LIBRARY_IMPL(writesae_twin, CompositeExplicitAutograd, m) {
+  m.impl("schedule", TORCH_BOX(&writesae::schedule));
+  m.impl("statistics", TORCH_BOX(&writesae::statistics));
+}
+
+#endif

@@ -1,0 +1,75 @@
+"""Compiles the CUDA kernels for the CPU: the host twin, a library of operators that only tests load.
+
+    python scripts/build_twin.py [--sanitize] [--plant N]
+
+Prints the library's path. Needs a C++ compiler and torch, no CUDA. Only what changed is compiled. With --sanitize, under
+the address and undefined-behaviour sanitizers (then libasan must be preloaded into Python); --plant compiles one of the
+kernels' planted faults (WRITESAE_PLANT) in, for the test that such faults are found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+BOTH_SIDES = ("gated_delta_rule.cpp",)
+
+
+def build(sanitize: bool = False, plant: int = 0, quiet: bool = True) -> Path:
+    """Path of the library, built where needed. Raises RuntimeError with the compiler's output where it fails."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    csrc = ROOT / "csrc"
+    folder = ROOT / "build" / ("twin" + ("-sanitize" if sanitize else "") + (f"-plant{plant}" if plant else ""))
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall", "-Wno-psabi"]
+    flags += ["-Wno-unknown-pragmas", "-DWRITESAE_SIDE=2", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{csrc}"]
+    flags += [f"-isystem{path}" for path in include_paths()]
+    flags += ["-O1", "-g", "-fsanitize=address,undefined", "-fno-omit-frame-pointer"] if sanitize else ["-O2", "-g0"]
+    flags += [f"-DWRITESAE_PLANT={plant}"] if plant else []
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    headers = [p for pattern in ("*.h", "cuda/*.h", "cuda/*.cuh") for p in csrc.glob(pattern)]
+    newest = max(p.stat().st_mtime for p in (*headers, Path(__file__)))
+    sources = [csrc / name for name in BOTH_SIDES]
+    sources += sorted([*(csrc / "cuda").glob("*.cu"), *(csrc / "cuda").glob("*.cpp")])
+
+    def run(command: list[str]) -> None:
+        if not quiet:
+            print(shlex.join(command), file=sys.stderr, flush=True)
+        out = subprocess.run(command, capture_output=True, text=True)
+        if out.returncode:
+            raise RuntimeError(f"{shlex.join(command)}\n{out.stdout}{out.stderr}")
+
+    def compile_one(source: Path) -> tuple[Path, bool]:
+        to = folder / (source.name + ".o")
+        if to.exists() and to.stat().st_mtime > max(newest, source.stat().st_mtime):
+            return to, False
+        run([*compiler, *flags, "-x", "c++", "-c", str(source), "-o", str(to)])
+        return to, True
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, sources))
+    library = folder / "twin.so"
+    if not library.exists() or any(made for _, made in objects):
+        link = ["-shared", *(["-fsanitize=address,undefined"] if sanitize else [])]
+        link += [f"-L{path}" for path in library_paths()] + ["-ltorch", "-ltorch_cpu", "-lc10"]
+        run([*compiler, *(str(o) for o, _ in objects), *link, "-o", str(library)])
+    return library
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--sanitize", action="store_true")
+    parser.add_argument("--plant", type=int, default=0)
+    args = parser.parse_args()
+    print(build(args.sanitize, args.plant, quiet=False))
+
+
+if __name__ == "__main__":
+    main()
