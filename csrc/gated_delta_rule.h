@@ -74,4 +74,20 @@ void gated_delta_rule_backward(const GatedDeltaRuleBackwardParams& p, const Para
 void gated_delta_rule_step(const GatedDeltaRuleStepParams& p, const Parallel& parallel);
 
 }  // namespace cpu
+
+namespace cuda {
+
+// How a call is laid out; zeros are chosen by its sizes. segments: of each sequence, walked at once; warps: 4 or 8, so
+// 64 or 128 value columns a block; stages: chunks in shared memory at once, 1 or 2.
+struct Plan {
+  int segments = 0, warps = 0, stages = 0;
+};
+
+// All pointers are the device's, and nothing is read back: launches on `stream` (a cudaStream_t) and returns. `workspace`
+// has gated_delta_rule_workspace bytes, 256-byte aligned. K <= 256.
+int64_t gated_delta_rule_workspace(const GatedDeltaRuleParams& p, Plan plan = {});
+void gated_delta_rule(const GatedDeltaRuleParams& p, void* workspace, void* stream, Plan plan = {});
+void gated_delta_rule_step(const GatedDeltaRuleStepParams& p, void* stream);
+
+}  // namespace cuda
 }  // namespace writesae

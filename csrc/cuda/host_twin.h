@@ -165,6 +165,12 @@ inline T atomic_max(T* p, T x) {
   if (x > before) *p = x;
   return before;
 }
+template <class T>
+inline T atomic_exchange(T* p, T x) {
+  const T before = *p;
+  *p = x;
+  return before;
+}
 
 // ---- numbers --------------------------------------------------------------------------------------------------------
 
@@ -194,6 +200,7 @@ inline uint32_t to_tf32(float x) {
   return (bits + 0x1000u) & 0xffffe000u;
 }
 inline float exponential(float x) { return std::exp(x); }
+inline float round_to_whole(float x) { return std::rint(x); }
 inline float reciprocal_root(float x) { return 1.0f / std::sqrt(x); }
 
 // ---- matrix products; shares as tile_device.cuh has them ------------------------------------------------------------
@@ -254,6 +261,10 @@ inline void wait_copies() {
 }
 
 // ---- launch ---------------------------------------------------------------------------------------------------------
+
+// An H100's.
+inline int multiprocessors() { return 132; }
+inline size_t shared_limit() { return 227 * 1024; }
 
 template <class... P, class... A>
 void launch(const char* name, void (*kernel)(P...), Grid grid, int threads, size_t shared, Stream, const A&... args) {

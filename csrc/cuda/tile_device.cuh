@@ -80,6 +80,10 @@ template <class T>
 __device__ __forceinline__ T atomic_max(T* p, T x) {
   return atomicMax(p, x);
 }
+template <class T>
+__device__ __forceinline__ T atomic_exchange(T* p, T x) {
+  return atomicExch(p, x);
+}
 
 // ---- numbers --------------------------------------------------------------------------------------------------------
 
@@ -119,6 +123,7 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
 __device__ __forceinline__ float bits_to_float(uint32_t x) { return __uint_as_float(x); }
 __device__ __forceinline__ uint32_t float_to_bits(float x) { return __float_as_uint(x); }
 __device__ __forceinline__ float exponential(float x) { return expf(x); }
+__device__ __forceinline__ float round_to_whole(float x) { return rintf(x); }
 __device__ __forceinline__ float reciprocal_root(float x) { return 1.0f / sqrtf(x); }
 
 // ---- matrix products: d += a b on a 16 x 8 tile ---------------------------------------------------------------------
@@ -200,6 +205,16 @@ __device__ __forceinline__ void wait_copies() {
 inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
+
+// Of the current device.
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+  return value;
+}
+inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+inline size_t shared_limit() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
 // kernel(args...) with `shared` bytes of dynamic shared memory, on `stream`. Does not wait for it.
 template <class... P, class... A>

@@ -1,0 +1,186 @@
+// gated_delta_rule on CUDA, the host's part: how a call is laid out, its workspace, and the small kernels before the chunks.
+#include <algorithm>
+#include <stdexcept>
+
+#include "gated_delta_rule.cuh"
+
+namespace writesae::cuda {
+namespace {
+
+// Copies rows that the chunks' kernels cannot load as they lie (another type, odd sizes or strides) into dense ones of whole
+// 16-byte units, filled up with zeros. Normalises on request. A warp per (row, token, head).
+template <class T>
+__global__ void __launch_bounds__(128) pack(View from, T* to, int64_t rows, int64_t T_, int heads, int size, int width, bool normalise) {
+  const int64_t i = static_cast<int64_t>(tile::block_x()) * 4 + tile::warp();
+  if (i >= rows) return;
+  const int64_t head = i % heads, token = i / heads % T_, row = i / heads / T_;
+  float factor = 1;
+  if (normalise) {
+    float squares = 0;
+    for (int e = tile::lane(); e < size; e += tile::WARP) {
+      const float x = read(from, row, token, head, e);
+      squares += x * x;
+    }
+    factor = tile::reciprocal_root(tile::warp_sum(squares) + 1e-6f);
+  }
+  for (int e = tile::lane(); e < width; e += tile::WARP)
+    tile::store_float(to + i * width + e, e < size ? factor * read(from, row, token, head, e) : 0.0f);
+}
+
+// Which native writes are not made, and which snapshots a chunk has.
+__global__ void __launch_bounds__(128) mark(const __grid_constant__ Problem p, int chunk) {
+  const int64_t i = static_cast<int64_t>(tile::block_x()) * 128 + tile::thread();
+  if (i < p.edits.count && p.edits.index[4 * i + 3] != 0) {
+    const int64_t* x = p.edits.index + 4 * i;
+    const int64_t t = p.cu_seqlens == nullptr ? x[0] * p.T + x[1] : p.cu_seqlens[x[0]] + x[1];
+    p.removed[t * p.H + x[2]] = 1;
+  }
+  if (i < p.P) {
+    const int64_t n = p.places[2 * i], t = p.places[2 * i + 1];
+    const int64_t slot = (chunk == 64 ? sequence<64>(p, n).first_slot : sequence<32>(p, n).first_slot) + t / chunk;
+    p.next_place[i] = tile::atomic_exchange(p.first_place + slot, static_cast<int>(i) + 1);
+  }
+}
+
+int64_t up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+int64_t parts(int64_t x, int64_t size) { return (x + size - 1) / size; }
+
+// Hands out the workspace; with none, counts.
+struct Workspace {
+  char* base;
+  int64_t used = 0;
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = base == nullptr ? nullptr : reinterpret_cast<T*>(base + used);
+    used += up(count * static_cast<int64_t>(sizeof(T)), 256);
+    return piece;
+  }
+};
+
+struct Call {
+  Problem p;
+  Element type;  // of computation
+  int warps, chunk;
+  struct Packed {
+    bool needed, normalise;
+    View from;
+    int heads, size;
+  } packed[3];
+  int64_t workspace;
+};
+
+template <class F>
+auto with_type(Element type, const F& f) {
+  if (type == Element::bf16) return f(bf16{});
+  if (type == Element::f16) return f(f16{});
+  return f(0.0f);
+}
+
+// A view as rows, where they may be loaded as they lie.
+bool loadable(const View& x, Element type, int64_t size) {
+  const int64_t each = 16 / element_size(type);
+  bool whole = x.type == type && size % each == 0 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
+  for (int axis = 0; axis < 3; axis++) whole = whole && x.stride[axis] % each == 0;
+  return whole;
+}
+
+Call lay_out(const GatedDeltaRuleParams& from, void* workspace, Plan plan) {
+  if (from.K > 256)
+    throw std::invalid_argument("gated_delta_rule: the CUDA kernel takes K up to 256, got K = " + std::to_string(from.K));
+  Call call = {};
+  Problem& p = call.p;
+  p.B = from.B, p.Hk = from.Hk, p.H = from.H, p.K = from.K, p.V = from.V, p.N = from.N, p.T = from.T;
+  p.g = from.g, p.beta = from.beta, p.scale = from.scale, p.initial_state = from.initial_state;
+  p.cu_seqlens = from.cu_seqlens, p.edits = from.edits, p.P = from.P, p.places = from.places;
+  p.o = from.o, p.o_type = from.o_type, p.final_state = from.final_state;
+  p.left = from.left, p.right = from.right, p.snapshots = from.snapshots;
+  const bool alike = from.q.type == from.k.type && from.k.type == from.v.type;
+  call.type = alike ? from.v.type : Element::f32;
+  const int64_t bytes = element_size(call.type), each = 16 / bytes;
+  const int C = call.chunk = call.type == Element::f32 ? Operand<float>::CHUNK : Operand<bf16>::CHUNK;
+  p.slots = p.cu_seqlens == nullptr ? p.B * parts(p.T, C) : p.T / C + p.N;
+
+  // Enough blocks for the device first; then fewer, wider blocks, which load k and q less often.
+  const int64_t heads = static_cast<int64_t>(p.N) * p.H, cores = tile::multiprocessors();
+  const bool wide = call.type != Element::f32 && (padded_keys(p.K) == 64 || padded_keys(p.K) == 128);
+  call.warps = plan.warps != 0 ? plan.warps : p.V > 64 && heads * parts(p.V, 128) >= cores ? 8 : 4;
+  if (!wide) call.warps = 4;
+  const int64_t chunks = parts(p.T, C), blocks = heads * parts(p.V, 16 * call.warps);
+  // The first walk costs about 1.3 of the second where K = V, so that two segments would gain nothing.
+  p.segments = plan.segments;
+  if (p.segments == 0) p.segments = static_cast<int>(std::min(cores / std::max<int64_t>(blocks, 1), chunks / 8));
+  if (p.segments < (plan.segments == 0 ? 3 : 2)) p.segments = 1;
+  p.segment_chunks = static_cast<int>(parts(std::max<int64_t>(chunks, 1), p.segments));
+  const auto shared = [&](int stages) {
+    return with_type(call.type, [&](auto x) { return walk_shared<decltype(x)>(p.K, call.warps, stages); });
+  };
+  const size_t limit = tile::shared_limit();
+  if (call.warps == 8 && shared(2) > limit && plan.warps == 0) call.warps = 4;
+  p.stages = plan.stages != 0 ? plan.stages : shared(2) <= limit ? 2 : 1;
+  if (shared(p.stages) > limit)
+    throw std::runtime_error("gated_delta_rule: K = " + std::to_string(p.K) + " needs " + std::to_string(shared(p.stages)) +
+                             " bytes of shared memory a block, and this device has " + std::to_string(limit));
+
+  Workspace space = {static_cast<char*>(workspace)};
+  // f16 cannot hold r_j u_j for every r_j, so there keys and queries are normalised before the chunks.
+  const bool early = from.use_qk_l2norm && call.type == Element::f16;
+  p.normalise = from.use_qk_l2norm && !early;
+  const auto rows = [&](int i, const View& x, Rows& to, int64_t head_count, int64_t size, bool normalise) {
+    const bool needed = normalise || !loadable(x, call.type, size);
+    to = {x.data, {x.stride[0], x.stride[1], x.stride[2]}, static_cast<int>(size)};
+    if (needed) {
+      const int64_t width = up(size, each);
+      to.data = space.take<char>(p.B * p.T * head_count * width * bytes);
+      to.stride[0] = p.T * head_count * width, to.stride[1] = head_count * width, to.stride[2] = width;
+      to.width = static_cast<int>(width);
+    }
+    call.packed[i] = {needed, normalise, x, static_cast<int>(head_count), static_cast<int>(size)};
+  };
+  rows(0, from.q, p.q, p.Hk, p.K, early);
+  rows(1, from.k, p.k, p.Hk, p.K, early);
+  rows(2, from.v, p.v, p.H, p.V, false);
+  const int64_t image = C == 64 ? Triangle<bf16, 64>::SIZE : Triangle<float, 32>::SIZE;
+  p.solve = space.take<char>(p.slots * p.H * image * bytes);
+  p.reach = space.take<char>(p.slots * p.H * image * bytes);
+  p.factors = space.take<float>(p.slots * p.H * (C == 64 ? Factors<64>::SIZE : Factors<32>::SIZE));
+  if (p.edits.count > 0) {
+    p.removed = space.take<uint8_t>(p.B * p.T * p.H);
+    p.edit_factors = space.take<float>(p.edits.count * (C == 64 ? EditFactors<64>::SIZE : EditFactors<32>::SIZE));
+  }
+  if (p.P > 0) p.first_place = space.take<int>(p.slots), p.next_place = space.take<int>(p.P);
+  if (p.segments > 1) {
+    p.adds = space.take<float>(heads * p.segments * p.K * p.V);
+    p.moves = space.take<float>(heads * p.segments * p.K * p.K);
+  }
+  call.workspace = space.used;
+  return call;
+}
+
+}  // namespace
+
+int64_t gated_delta_rule_workspace(const GatedDeltaRuleParams& p, Plan plan) { return lay_out(p, nullptr, plan).workspace; }
+
+void gated_delta_rule(const GatedDeltaRuleParams& from, void* workspace, void* stream_of_torch, Plan plan) {
+  const auto stream = static_cast<tile::Stream>(stream_of_torch);
+  Call call = lay_out(from, workspace, plan);
+  Problem& p = call.p;
+  const Rows* const targets[3] = {&p.q, &p.k, &p.v};
+  for (int i = 0; i < 3; i++) {
+    const auto& one = call.packed[i];
+    if (!one.needed) continue;
+    const int64_t count = p.B * p.T * one.heads;
+    with_type(call.type, [&](auto x) {
+      using T = decltype(x);
+      tile::launch("gated_delta_rule pack", pack<T>, {static_cast<unsigned>(parts(count, 4)), 1, 1}, 128, 0, stream, one.from,
+                   static_cast<T*>(const_cast<void*>(targets[i]->data)), count, p.T, one.heads, one.size, targets[i]->width,
+                   one.normalise);
+    });
+  }
+  if (p.removed != nullptr) tile::zero(p.removed, p.B * p.T * p.H, stream);
+  if (p.first_place != nullptr) tile::zero(p.first_place, p.slots * sizeof(int), stream);
+  const int64_t marks = std::max(p.edits.count, p.P);
+  if (marks > 0) tile::launch("gated_delta_rule mark", mark, {static_cast<unsigned>(parts(marks, 128)), 1, 1}, 128, 0, stream, p, call.chunk);
+  with_type(call.type, [&](auto x) { run_chunks<decltype(x)>(p, call.warps, stream); });
+}
+
+}  // namespace writesae::cuda

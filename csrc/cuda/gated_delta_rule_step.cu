@@ -1,0 +1,164 @@
+// gated_delta_rule, one token for every row, the state updated in place.
+//
+// A block per (row, value head, 32 x VECTOR value columns), 16 keys a warp: the block's part of the state is loaded once, all
+// of it at once (16 loads of 16 bytes in flight a thread), stays in registers, and is stored once. r = S^T k and S^T q are
+// summed over the warps through shared memory, in a fixed order.
+//
+// Arithmetic at K = V = 128: 64 KB read and written a (row, head), 6 FLOP an element: memory alone. 64 rows of 64 heads:
+// 537 MB, 0.16 ms at an H100's 3.35 TB/s. 256 threads of about 100 registers: 2 blocks, 128 KB in flight an SM.
+#include <stdexcept>
+#include <string>
+
+#include "gated_delta_rule.cuh"
+
+namespace writesae::cuda {
+namespace {
+
+constexpr int KEYS = 16;  // of a warp
+
+// The sum over the block in every thread. `box` holds one float a warp.
+__device__ __forceinline__ float block_sum(float x, float* box, int warps) {
+  x = tile::warp_sum(x);
+  tile::sync();
+  if (tile::lane() == 0) box[tile::warp()] = x;
+  tile::sync();
+  float sum = 0;
+  for (int i = 0; i < warps; i++) sum += box[i];
+  return sum;
+}
+
+template <int VECTOR>
+struct alignas(4 * VECTOR) Floats {
+  float x[VECTOR];
+};
+
+template <int VECTOR>
+__global__ void __launch_bounds__(512) step(const __grid_constant__ GatedDeltaRuleStepParams p) {
+  constexpr int WIDTH = tile::WARP * VECTOR;
+  const int K = static_cast<int>(p.K), V = static_cast<int>(p.V);
+  const int warps = tile::block_threads() / tile::WARP, warp = tile::warp(), lane = tile::lane();
+  const int tiles = (V + WIDTH - 1) / WIDTH, column = tile::block_x() % tiles * WIDTH + lane * VECTOR;
+  const int64_t bh = tile::block_x() / tiles, b = bh / p.H, h = bh % p.H, hk = h / (p.H / p.Hk);
+  const bool inside = column < V;  // VECTOR divides V
+  float* at = p.state + bh * K * V + column;
+  Floats<VECTOR> s[KEYS];
+#pragma unroll
+  for (int i = 0; i < KEYS; i++) {
+    const int key = warp * KEYS + i;
+    s[i] = {};
+    if (inside && key < K) s[i] = *reinterpret_cast<const Floats<VECTOR>*>(at + static_cast<int64_t>(key) * V);
+  }
+
+  tile::Shared shared;
+  float* k = shared.take<float>(warps * KEYS);
+  float* q = shared.take<float>(warps * KEYS);
+  float* box = shared.take<float>(warps);
+  float* sums = shared.take<float>(warps * 2 * WIDTH);  // [warps][k, q][WIDTH]
+  const int i = tile::thread();
+  float ki = 0, qi = 0;
+  if (i < K) ki = read(p.k, b, hk, i), qi = read(p.q, b, hk, i);
+  if (p.use_qk_l2norm) {  // a thread has at most one key: threads >= keys
+    const float kk = block_sum(ki * ki, box, warps), qq = block_sum(qi * qi, box, warps);
+    ki *= tile::reciprocal_root(kk + 1e-6f), qi *= tile::reciprocal_root(qq + 1e-6f);
+  }
+  qi *= p.scale;
+  if (i < warps * KEYS) k[i] = ki, q[i] = qi;
+  if (p.left != nullptr && i < K && column - lane * VECTOR == 0 && h % (p.H / p.Hk) == 0) p.left[(b * p.Hk + hk) * K + i] = ki;
+  const float kq = block_sum(ki * qi, box, warps);  // and k, q are there
+
+  float r[VECTOR] = {}, o[VECTOR] = {};
+#pragma unroll
+  for (int j = 0; j < KEYS; j++) {
+    const float kj = k[warp * KEYS + j], qj = q[warp * KEYS + j];
+#pragma unroll
+    for (int l = 0; l < VECTOR; l++) r[l] += kj * s[j].x[l], o[l] += qj * s[j].x[l];
+  }
+#pragma unroll
+  for (int l = 0; l < VECTOR; l++) {
+    sums[(warp * 2) * WIDTH + lane * VECTOR + l] = r[l];
+    sums[(warp * 2 + 1) * WIDTH + lane * VECTOR + l] = o[l];
+  }
+  tile::sync();
+#pragma unroll
+  for (int l = 0; l < VECTOR; l++) {
+    r[l] = o[l] = 0;
+    for (int w = 0; w < warps; w++) {
+      r[l] += sums[(w * 2) * WIDTH + lane * VECTOR + l];
+      o[l] += sums[(w * 2 + 1) * WIDTH + lane * VECTOR + l];
+    }
+  }
+
+  // Edits of this row and head, their positions ignored.
+  int64_t first = 0, last = 0;
+  bool native = true;
+  if (p.edits.count > 0) {
+    for (first = last = first_edit(p.edits, b, h, INT64_MIN); last < p.edits.count; last++) {
+      const int64_t* x = p.edits.index + 4 * last;
+      if (x[0] != b || x[2] != h) break;
+      native = native && x[3] == 0;
+    }
+  }
+  const float gate = tile::exponential(read(p.g, b, h, 0)), beta = read(p.beta, b, h, 0);
+  float u[VECTOR];
+#pragma unroll
+  for (int l = 0; l < VECTOR; l++) {
+    u[l] = inside && native ? beta * (read(p.v, b, h, column + l) - gate * r[l]) : 0.0f;
+    o[l] = gate * o[l] + kq * u[l];
+  }
+#pragma unroll
+  for (int j = 0; j < KEYS; j++) {
+    const float kj = k[warp * KEYS + j];
+#pragma unroll
+    for (int l = 0; l < VECTOR; l++) s[j].x[l] = gate * s[j].x[l] + kj * u[l];
+  }
+  for (int64_t e = first; e < last; e++) {
+    if (p.edits.index[4 * e + 3] == 1) continue;
+    const float* left = p.edits.left + e * K;
+    const float reach = block_sum(i < K ? left[i] * qi : 0.0f, box, warps);
+    float w[VECTOR];
+#pragma unroll
+    for (int l = 0; l < VECTOR; l++) w[l] = inside ? p.edits.right[e * V + column + l] : 0.0f, o[l] += reach * w[l];
+#pragma unroll
+    for (int j = 0; j < KEYS; j++) {
+      const int key = warp * KEYS + j;
+      const float side = key < K ? left[key] : 0.0f;
+#pragma unroll
+      for (int l = 0; l < VECTOR; l++) s[j].x[l] += side * w[l];
+    }
+  }
+  if (!inside) return;
+#pragma unroll
+  for (int j = 0; j < KEYS; j++) {
+    const int key = warp * KEYS + j;
+    if (key < K) *reinterpret_cast<Floats<VECTOR>*>(at + static_cast<int64_t>(key) * V) = s[j];
+  }
+  if (warp != 0) return;
+#pragma unroll
+  for (int l = 0; l < VECTOR; l++) {
+    write(p.o, p.o_type, bh * V + column + l, o[l]);
+    if (p.right != nullptr) p.right[bh * V + column + l] = u[l];
+  }
+}
+
+template <int VECTOR>
+void launch_step(const GatedDeltaRuleStepParams& p, tile::Stream stream) {
+  const int warps = static_cast<int>((p.K + KEYS - 1) / KEYS), width = tile::WARP * VECTOR;
+  const auto rounded = [](size_t bytes) { return (bytes + 127) / 128 * 128; };
+  const size_t shared = 2 * rounded(warps * KEYS * 4) + rounded(warps * 4) + rounded(warps * 2 * width * 4);
+  const auto blocks = static_cast<unsigned>(p.B * p.H * ((p.V + width - 1) / width));
+  tile::launch("gated_delta_rule_step", step<VECTOR>, {blocks, 1, 1}, warps * tile::WARP, shared, stream, p);
+}
+
+}  // namespace
+
+void gated_delta_rule_step(const GatedDeltaRuleStepParams& p, void* stream_of_torch) {
+  if (p.K > 256)
+    throw std::invalid_argument("gated_delta_rule_step: the CUDA kernel takes K up to 256, got K = " + std::to_string(p.K));
+  const auto stream = static_cast<tile::Stream>(stream_of_torch);
+  const bool aligned = reinterpret_cast<uintptr_t>(p.state) % 16 == 0;
+  if (p.V % 4 == 0 && p.V > 64 && aligned) return launch_step<4>(p, stream);
+  if (p.V % 2 == 0 && p.V > 32 && aligned) return launch_step<2>(p, stream);
+  launch_step<1>(p, stream);
+}
+
+}  // namespace writesae::cuda
