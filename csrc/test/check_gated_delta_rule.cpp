@@ -1,10 +1,5 @@
 // gated_delta_rule and its step against a plain loop in double, over awkward sizes, packed rows, edits and snapshots.
-#include "gated_delta_rule.h"
-
-#include <algorithm>
-#include <array>
-
-#include "harness.h"
+#include "gated_delta_rule_plain.h"
 
 using namespace writesae;
 using namespace writesae::test;
@@ -17,70 +12,6 @@ struct Case {
   int64_t edits;
   bool initial, writes, l2norm;
 };
-
-struct Expected {
-  std::vector<double> o, final_state, left, right, snapshots;
-};
-
-// The definition, token by token.
-Expected plain(const GatedDeltaRuleParams& p, const std::vector<std::array<int64_t, 3>>& sequences) {
-  const int64_t K = p.K, V = p.V;
-  Expected out;
-  out.o.resize(p.B * p.T * p.H * V), out.right.resize(p.B * p.T * p.H * V), out.left.resize(p.B * p.T * p.Hk * K);
-  out.final_state.resize(p.N * p.H * K * V), out.snapshots.resize(p.P * p.H * K * V);
-  const auto value = [](const View& x, int64_t a, int64_t b, int64_t c, int64_t d = 0) {
-    return static_cast<double>(*static_cast<const float*>(x.at(a, b, c, d)));
-  };
-  for (int64_t n = 0; n < p.N; n++)
-    for (int64_t h = 0; h < p.H; h++) {
-      const int64_t b = sequences[n][0], origin = sequences[n][1], hk = h / (p.H / p.Hk);
-      std::vector<double> S(K * V, 0.0), k(K), q(K), u(V);
-      if (p.initial_state != nullptr)
-        std::copy_n(p.initial_state + (n * p.H + h) * K * V, K * V, S.begin());
-      for (int64_t t = 0; t < sequences[n][2]; t++) {
-        const int64_t at = origin + t;
-        double kk = 1e-6, qq = 1e-6;
-        for (int64_t i = 0; i < K; i++) {
-          k[i] = value(p.k, b, at, hk, i), q[i] = value(p.q, b, at, hk, i);
-          kk += k[i] * k[i], qq += q[i] * q[i];
-        }
-        for (int64_t i = 0; i < K; i++) {
-          if (p.use_qk_l2norm) k[i] /= std::sqrt(kk), q[i] /= std::sqrt(qq);
-          q[i] *= p.scale;
-          out.left[((b * p.T + at) * p.Hk + hk) * K + i] = k[i];
-        }
-        bool native = true;
-        const auto here = [&](int64_t e) {
-          const int64_t* x = p.edits.index + 4 * e;
-          return x[0] == n && x[1] == t && x[2] == h;
-        };
-        for (int64_t e = 0; e < p.edits.count; e++) native = native && !(here(e) && p.edits.index[4 * e + 3] != 0);
-        const double gate = std::exp(value(p.g, b, at, h));
-        for (int64_t c = 0; c < V; c++) {
-          double read = 0;
-          for (int64_t i = 0; i < K; i++) read += (S[i * V + c] *= gate) * k[i];
-          u[c] = native ? value(p.beta, b, at, h) * (value(p.v, b, at, h, c) - read) : 0.0;
-          for (int64_t i = 0; i < K; i++) S[i * V + c] += k[i] * u[c];
-        }
-        for (int64_t e = 0; e < p.edits.count; e++)
-          if (here(e) && p.edits.index[4 * e + 3] != 1)
-            for (int64_t i = 0; i < K; i++)
-              for (int64_t c = 0; c < V; c++)
-                S[i * V + c] += static_cast<double>(p.edits.left[e * K + i]) * p.edits.right[e * V + c];
-        for (int64_t c = 0; c < V; c++) {
-          double sum = 0;
-          for (int64_t i = 0; i < K; i++) sum += S[i * V + c] * q[i];
-          out.o[((b * p.T + at) * p.H + h) * V + c] = sum;
-          out.right[((b * p.T + at) * p.H + h) * V + c] = u[c];
-        }
-        for (int64_t i = 0; i < p.P; i++)
-          if (p.places[2 * i] == n && p.places[2 * i + 1] == t)
-            std::copy(S.begin(), S.end(), out.snapshots.begin() + (i * p.H + h) * K * V);
-      }
-      std::copy(S.begin(), S.end(), out.final_state.begin() + (n * p.H + h) * K * V);
-    }
-  return out;
-}
 
 void check(const Case& c, int thread_count) {
   GatedDeltaRuleParams p = {};

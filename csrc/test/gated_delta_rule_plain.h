@@ -1,0 +1,90 @@
+// gated_delta_rule by its definition, token by token in double: what the C++ checks of its kernels compare with.
+#pragma once
+
+#include "gated_delta_rule.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+
+#include "harness.h"
+
+namespace writesae::test {
+
+inline double value(const View& x, int64_t a, int64_t b, int64_t c, int64_t d = 0) {
+  const void* at = x.at(a, b, c, d);
+  if (x.type == Element::f32) return *static_cast<const float*>(at);
+  const uint16_t bits = *static_cast<const uint16_t*>(at);
+  if (x.type == Element::bf16) {
+    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+    float y;
+    std::memcpy(&y, &wide, 4);
+    return y;
+  }
+  const int exponent = bits >> 10 & 31, fraction = bits & 1023;  // finite numbers only
+  const double y = exponent == 0 ? std::ldexp(fraction, -24) : std::ldexp(fraction + 1024, exponent - 25);
+  return bits & 0x8000 ? -y : y;
+}
+
+struct Expected {
+  std::vector<double> o, final_state, left, right, snapshots;
+};
+
+// The definition, token by token.
+inline Expected plain(const GatedDeltaRuleParams& p, const std::vector<std::array<int64_t, 3>>& sequences) {
+  const int64_t K = p.K, V = p.V;
+  Expected out;
+  out.o.resize(p.B * p.T * p.H * V), out.right.resize(p.B * p.T * p.H * V), out.left.resize(p.B * p.T * p.Hk * K);
+  out.final_state.resize(p.N * p.H * K * V), out.snapshots.resize(p.P * p.H * K * V);
+  for (int64_t n = 0; n < p.N; n++)
+    for (int64_t h = 0; h < p.H; h++) {
+      const int64_t b = sequences[n][0], origin = sequences[n][1], hk = h / (p.H / p.Hk);
+      std::vector<double> S(K * V, 0.0), k(K), q(K), u(V);
+      if (p.initial_state != nullptr)
+        std::copy_n(p.initial_state + (n * p.H + h) * K * V, K * V, S.begin());
+      for (int64_t t = 0; t < sequences[n][2]; t++) {
+        const int64_t at = origin + t;
+        double kk = 1e-6, qq = 1e-6;
+        for (int64_t i = 0; i < K; i++) {
+          k[i] = value(p.k, b, at, hk, i), q[i] = value(p.q, b, at, hk, i);
+          kk += k[i] * k[i], qq += q[i] * q[i];
+        }
+        for (int64_t i = 0; i < K; i++) {
+          if (p.use_qk_l2norm) k[i] /= std::sqrt(kk), q[i] /= std::sqrt(qq);
+          q[i] *= p.scale;
+          out.left[((b * p.T + at) * p.Hk + hk) * K + i] = k[i];
+        }
+        bool native = true;
+        const auto here = [&](int64_t e) {
+          const int64_t* x = p.edits.index + 4 * e;
+          return x[0] == n && x[1] == t && x[2] == h;
+        };
+        for (int64_t e = 0; e < p.edits.count; e++) native = native && !(here(e) && p.edits.index[4 * e + 3] != 0);
+        const double gate = std::exp(value(p.g, b, at, h));
+        for (int64_t c = 0; c < V; c++) {
+          double read = 0;
+          for (int64_t i = 0; i < K; i++) read += (S[i * V + c] *= gate) * k[i];
+          u[c] = native ? value(p.beta, b, at, h) * (value(p.v, b, at, h, c) - read) : 0.0;
+          for (int64_t i = 0; i < K; i++) S[i * V + c] += k[i] * u[c];
+        }
+        for (int64_t e = 0; e < p.edits.count; e++)
+          if (here(e) && p.edits.index[4 * e + 3] != 1)
+            for (int64_t i = 0; i < K; i++)
+              for (int64_t c = 0; c < V; c++)
+                S[i * V + c] += static_cast<double>(p.edits.left[e * K + i]) * p.edits.right[e * V + c];
+        for (int64_t c = 0; c < V; c++) {
+          double sum = 0;
+          for (int64_t i = 0; i < K; i++) sum += S[i * V + c] * q[i];
+          out.o[((b * p.T + at) * p.H + h) * V + c] = sum;
+          out.right[((b * p.T + at) * p.H + h) * V + c] = u[c];
+        }
+        for (int64_t i = 0; i < p.P; i++)
+          if (p.places[2 * i] == n && p.places[2 * i + 1] == t)
+            std::copy(S.begin(), S.end(), out.snapshots.begin() + (i * p.H + h) * K * V);
+      }
+      std::copy(S.begin(), S.end(), out.final_state.begin() + (n * p.H + h) * K * V);
+    }
+  return out;
+}
+
+}  // namespace writesae::test
