@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*)
+# The CUDA kernels take minutes to compile: here they are built only for a torch that can run them (cuda-check builds all).
+HAS_CUDA = $(shell $(BIN)/python -c 'import torch; print(int(torch.version.cuda is not None))')
 OLD_TRANSFORMERS ?= 5.14.1
 
 .PHONY: demo test test-old-transformers bench sanitize lint info clean
@@ -52,7 +54,8 @@ $(VENV)/.installed: $(VENV)/.created constraints.txt pyproject.toml
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed setup.py $(SOURCES)
-	$(PIP) install -q --no-build-isolation --no-deps -e .
+	WRITESAE_CUDA=$${WRITESAE_CUDA-$$([ $(HAS_CUDA) = 1 ] && command -v nvcc > /dev/null && echo 1 || echo 0)} \
+	  $(PIP) install -q --no-build-isolation --no-deps -e .
 	touch $@
 
 .venv-old/.installed: constraints.txt

@@ -58,7 +58,7 @@ def architecture_flags() -> list[str]:
 
 
 def compile_cuda(compiler: str, folder: Path) -> list[str]:
-    """Objects of csrc/cuda/*.cu, each beside ptxas' report on its kernels (*.ptxas.txt); only what changed is compiled."""
+    """Objects of csrc/cuda/*.cu, each beside ptxas' report on it (*.ptxas.txt); only what changed is compiled."""
     folder.mkdir(parents=True, exist_ok=True)
     headers = [*glob("csrc/*.h"), *glob("csrc/cuda/*.h"), *glob("csrc/cuda/*.cuh"), "setup.py"]
     newest = max(os.path.getmtime(path) for path in headers)
@@ -107,8 +107,8 @@ class Build(BuildExtension):
         super().build_extensions()
 
     def build_extension(self, ext):
-        # Editable installs build in a temporary folder; a fixed one recompiles only what changed. One a library, because
-        # some sources are in both.
+        # Editable installs build in a temporary folder; a fixed one recompiles only what changed. One a library,
+        # because some sources are in both.
         self.build_temp = os.path.join("build", "temp", ext.name.rpartition(".")[2])
         if ext.name == "writesae._C_cuda":
             ext.extra_objects = [*compile_cuda(CUDA, Path(self.build_temp) / "cuda"), *cuda_runtime(CUDA)]
@@ -133,7 +133,8 @@ def extension(name: str, sources: list[str], side: int, **options) -> CppExtensi
 CUDA = nvcc()
 extensions = [extension("_C_cpu", glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp"), 0)]
 if CUDA is not None:
-    extensions.append(extension("_C_cuda", [*BOTH_SIDES, "csrc/cuda/library.cpp"], 1, libraries=["dl", "rt", "pthread"]))
+    sources = [*BOTH_SIDES, "csrc/cuda/library.cpp"]
+    extensions.append(extension("_C_cuda", sources, 1, libraries=["dl", "rt", "pthread"]))
 setup(
     ext_modules=extensions,
     cmdclass={"build_ext": Build},

@@ -12,6 +12,11 @@
 #include "cpu/parallel.h"
 #include "element.h"
 
+#if WRITESAE_SIDE == 1
+// torch's own header declares it only where CUDA's headers are at hand.
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+#endif
+
 namespace writesae {
 
 // Kernels run on torch's own thread pool.

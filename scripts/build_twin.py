@@ -2,9 +2,9 @@
 
     python scripts/build_twin.py [--sanitize] [--plant N]
 
-Prints the library's path. Needs a C++ compiler and torch, no CUDA. Only what changed is compiled. With --sanitize, under
-the address and undefined-behaviour sanitizers (then libasan must be preloaded into Python); --plant compiles one of the
-kernels' planted faults (WRITESAE_PLANT) in, for the test that such faults are found.
+Prints the library's path. Needs a C++ compiler and torch, no CUDA. Only what changed is compiled. With --sanitize,
+under the address and undefined-behaviour sanitizers (then libasan must be preloaded into Python); --plant compiles one
+of the kernels' planted faults (WRITESAE_PLANT) in, for the test that such faults are found.
 """
 
 from __future__ import annotations

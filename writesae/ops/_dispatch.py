@@ -55,8 +55,7 @@ def choose(op: str, backend: str | None, tensors: dict[str, Tensor | None]) -> s
 
 
 def operators(backend: str):
-    """Where torch has the operators of a backend: `torch.ops.writesae`, which looks at the tensors' device, or the twin's
-    (CUDA's kernels on CPU tensors)."""
+    """Where torch has a backend's operators: `torch.ops.writesae`, which goes by the tensors' device, or the twin's."""
     return torch.ops.writesae_twin if backend == "twin" else torch.ops.writesae
 
 
