@@ -44,9 +44,39 @@ struct EncodeFound {
   int64_t* counts;                            // [B * T * Hs]
 };
 
+// How the two products are taken. Sums are float32 in all of them.
+enum class Precision : int { bf16, tf32, fp32 };
+
 namespace cpu {
 
 void encode(const EncodeParams& p, EncodeFound* found, const Parallel& parallel);
 
 }  // namespace cpu
+
+namespace cuda {
+
+enum class EncodeMode : int { topk, count, fill, at };
+
+// Where mode count puts its counts, and fill, given their exclusive sums, what it finds. All on the device.
+struct EncodeFindings {
+  int64_t* counts;         // [B * T * Hs]
+  const int64_t* offsets;  // [B * T * Hs]
+  float* values;
+  int64_t* indices;
+};
+
+// Bytes of device memory a call needs beside its outputs.
+int64_t encode_scratch(const EncodeParams& p, Precision precision, EncodeMode mode);
+
+// Everything p points to is on the device, and `scratch`. Does not wait. Every mode writes carry_out.
+void encode(const EncodeParams& p, Precision precision, EncodeMode mode, const EncodeFindings& findings, void* scratch,
+            void* stream);
+
+// offsets[i] = counts[0] + .. + counts[i - 1], i up to n.
+void encode_offsets(const int64_t* counts, int64_t n, int64_t* offsets, void* stream);
+
+// Cuts sequences into segments of this many tokens from now on; 0 for the length that takes the least time. For tests.
+void encode_force_segment(int tokens);
+
+}  // namespace cuda
 }  // namespace writesae

@@ -20,6 +20,7 @@
 #define __host__
 #define __shared__ static_assert(false, "take shared memory through tile::Shared");
 #define __forceinline__ inline
+#define WRITESAE_NOINLINE __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __grid_constant__
 
@@ -150,6 +151,7 @@ inline uint32_t ballot(bool x, WRITESAE_HERE) {
 }
 inline int count_bits(uint32_t x) { return __builtin_popcount(x); }
 inline int count_bits(unsigned long long x) { return __builtin_popcountll(x); }
+inline int lowest_bit(uint32_t x) { return __builtin_ctz(x); }
 
 // ---- atomics --------------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <string>
 
+#define WRITESAE_NOINLINE __noinline__
+
 namespace writesae::tile {
 
 using Stream = cudaStream_t;
@@ -69,6 +71,8 @@ __device__ __forceinline__ T shuffle_up(T x, int step) {
 __device__ __forceinline__ uint32_t ballot(bool x) { return __ballot_sync(0xffffffffu, x); }
 __device__ __forceinline__ int count_bits(uint32_t x) { return __popc(x); }
 __device__ __forceinline__ int count_bits(unsigned long long x) { return __popcll(x); }
+// Place of the lowest bit that is set; x is not zero.
+__device__ __forceinline__ int lowest_bit(uint32_t x) { return __ffs(static_cast<int>(x)) - 1; }
 
 // ---- atomics, on shared or global memory; they return the value before ----------------------------------------------
 

@@ -1,0 +1,45 @@
+// The parts of encode on CUDA and how they call each other.
+#pragma once
+
+#include "encode_kernel.cuh"
+#include "encode_plan.h"
+
+namespace writesae::cuda {
+
+void cut_sequences(const EncodeParams& p, const EncodePlan& plan, Segment* segments, float* unit, tile::Stream stream);
+void pack_dictionary(const EncodeParams& p, const EncodeWork& work, const EncodePlan& plan, tile::Vec16* out,
+                     tile::Stream stream);
+// The states and gate products before every segment.
+void segment_states(const EncodeParams& p, const EncodeWork& work, const EncodePlan& plan, float* states, float* reach,
+                    tile::Stream stream);
+
+// One token of every sequence; nothing of `work` but the mode and where counts and findings go.
+void decode(const EncodeParams& p, const EncodeWork& work, tile::Stream stream);
+
+// One precision's kernels, each in a file of its own: by padded size (32, 64, 128, 256).
+struct Kernel {
+  void (*run)(EncodeParams, EncodeWork);
+  Traits traits;
+};
+Kernel encode_kernel_bf16(int depth);
+Kernel encode_kernel_tf32(int depth);
+Kernel encode_kernel_fp32(int depth);
+
+template <Precision P>
+Kernel encode_kernel_of(int depth) {
+#define WRITESAE_KERNEL(D) \
+  {encode_kernel<P, D>, {Numbers<P, D>::ROWS, Numbers<P, D>::PACKED * 16, Instance<P, D>::fixed_shared}}
+  switch (depth) {
+    case 32:
+      return WRITESAE_KERNEL(32);
+    case 64:
+      return WRITESAE_KERNEL(64);
+    case 128:
+      return WRITESAE_KERNEL(128);
+    default:
+      return WRITESAE_KERNEL(256);
+  }
+#undef WRITESAE_KERNEL
+}
+
+}  // namespace writesae::cuda
