@@ -13,8 +13,7 @@
 #include "element.h"
 
 #if WRITESAE_SIDE == 1
-// torch's own header declares it only where CUDA's headers are at hand.
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+#include <dlfcn.h>
 #endif
 
 namespace writesae {
@@ -110,8 +109,15 @@ inline Tensor empty(std::initializer_list<int64_t> shape, ScalarType type) {
 inline void* stream() {
   void* current = nullptr;
 #if WRITESAE_SIDE == 1
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_get_current_cuda_stream(torch::stable::accelerator::getCurrentDeviceIndex(), &current));
+  // torch's CUDA half has it, which a build against a torch without CUDA cannot link: asked for when first needed.
+  using Get = AOTITorchError (*)(int32_t device_index, void** stream);
+  static const Get get = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    void* found = dlsym(library != nullptr ? library : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream");
+    STD_TORCH_CHECK(found != nullptr, "aoti_torch_get_current_cuda_stream: not found in the torch that is loaded");
+    return reinterpret_cast<Get>(found);
+  }();
+  STABLE_TORCH_ERROR_CODE_CHECK(get(torch::stable::accelerator::getCurrentDeviceIndex(), &current));
 #endif
   return current;
 }

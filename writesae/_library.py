@@ -17,7 +17,7 @@ def _load(stem: str) -> str | None:
     try:
         torch.ops.load_library(str(files[0]))
     except OSError as error:
-        return f"built, but did not load: {error}"
+        return f"built, but did not load: {error.__cause__ or error}"
     return None
 
 
