@@ -1,7 +1,23 @@
-"""Fixtures every test file may use."""
+"""Fixtures every test file may use, and what the operators' tests run on."""
 
 import pytest
+import targets
 import torch
+
+
+def pytest_addoption(parser):
+    parser.addoption("--twin", metavar="PATH", help="the CUDA kernels' host twin (scripts/build_twin.py): tested too")
+    parser.addoption("--targets", metavar="NAMES", help="only these of cpu, twin, cuda, or of the names in test ids")
+
+
+def pytest_configure(config):
+    targets.setup(config.getoption("--twin"), config.getoption("--targets"))
+
+
+def pytest_generate_tests(metafunc):
+    for name, found in (("target", targets.FEW), ("each_target", targets.ALL)):
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, found, ids=[x.name for x in found])
 
 
 @pytest.fixture(autouse=True)

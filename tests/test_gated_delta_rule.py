@@ -1,4 +1,4 @@
-"""The CPU kernel of `gated_delta_rule` against the float64 reference."""
+"""The kernels of `gated_delta_rule`, CPU and CUDA, against the float64 reference."""
 
 from __future__ import annotations
 
@@ -8,17 +8,23 @@ import sys
 
 import pytest
 import torch
+from targets import ALL, FEW, to_cpu
 
 from writesae import ops
-from writesae._library import CPU_ERROR, cpu_isa
+from writesae._library import CPU_ERROR
 from writesae.edits import Edits
 from writesae.ops.gated_delta_rule import pack_edits
 from writesae.ops.reference.gated_delta_rule import gated_delta_rule as reference
-from writesae.testing import check_close, difference, gated_delta_rule_inputs, poisoned_memory
-from writesae.testing import cpu_isa as forced_isa
+from writesae.testing import (
+    DEVICE_TOLERANCE,
+    TOLERANCE,
+    check_close,
+    difference,
+    gated_delta_rule_inputs,
+    poisoned_memory,
+)
 
 assert CPU_ERROR is None, CPU_ERROR
-ISAS = cpu_isa()["supported"].split(",")
 
 
 def edits_for(rows, lengths, H, K, V, count=12, seed=1):
@@ -40,21 +46,32 @@ def edits_for(rows, lengths, H, K, V, count=12, seed=1):
     return Edits(row, position, head, left, torch.randn(count, V, generator=generator), kinds)
 
 
-def compare(x, record=None, isas=ISAS[:1], **options):
-    """Runs the kernel on poisoned memory, then the reference in float64 on the same numbers; compares everything.
+def run(target, x, **options):
+    """The op on a target, on poisoned memory, from and to CPU tensors."""
+    with poisoned_memory(), target.in_use():
+        return to_cpu(ops.gated_delta_rule(**target.put(x), **target.put(options), backend=target.kind))
 
-    Returns the output of the last instruction set.
+
+def tolerance(target, x, got):
+    """Allowed of an output tensor. The CPU computes in float32; the others in the inputs' type where they share one."""
+    if target.kind == "cpu":
+        return TOLERANCE[got.dtype]
+    kinds = {x[name].dtype for name in "qkv"}
+    return max(TOLERANCE[got.dtype], DEVICE_TOLERANCE[kinds.pop() if len(kinds) == 1 else torch.float32])
+
+
+def compare(x, record=None, targets=FEW, **options):
+    """Runs the kernels, then the reference in float64 on the same numbers; compares everything.
+
+    Returns the outputs by target.
     """
     options = {"output_final_state": True, "return_writes": True, **options}
-    outs = []
-    for isa in isas:
-        with poisoned_memory(), forced_isa(isa):
-            outs.append(ops.gated_delta_rule(**x, **options, backend="cpu"))
+    outs = [run(target, x, **options) for target in targets]
     wide = {name: value.double() for name, value in x.items()}
     if options.get("initial_state") is not None:
         options["initial_state"] = options["initial_state"].double()
     expected = ops.gated_delta_rule(**wide, **options, backend="reference")
-    for isa, got in zip(isas, outs, strict=True):
+    for target, got in zip(targets, outs, strict=True):
         pairs = {
             "o": (got.o, expected.o),
             "final_state": (got.final_state, expected.final_state),
@@ -64,25 +81,27 @@ def compare(x, record=None, isas=ISAS[:1], **options):
         if options.get("snapshots") is not None:
             pairs["snapshots"] = (got.snapshots, expected.snapshots)
         assert got.o.dtype == x["v"].dtype
-        found = [check_close(f"{name} with {isa}", a, b) for name, (a, b) in pairs.items()]
+        found = [
+            check_close(f"{name} with {target.name}", a, b, tolerance(target, x, a)) for name, (a, b) in pairs.items()
+        ]
         if record is not None and x["v"].dtype == torch.float32:
-            record("relative_rms", max(f.rms for f in found))
-            record("worst_element", max(f.worst for f in found))
-    return outs[-1]
+            record(f"relative_rms {target.kind}", max(f.rms for f in found))
+            record(f"worst_element {target.kind}", max(f.worst for f in found))
+    return outs
 
 
 @pytest.mark.parametrize("T", [1, 2, 63, 64, 65, 127])
 def test_lengths(T, record_property):
     x = gated_delta_rule_inputs(2, T, 2, 4, 32, 64)
     initial = torch.randn(2, 4, 32, 64)
-    compare(x, record_property, ISAS, use_qk_l2norm=True, initial_state=initial, snapshots=[0, T // 2, T - 1])
+    compare(x, record_property, ALL, use_qk_l2norm=True, initial_state=initial, snapshots=[0, T // 2, T - 1])
 
 
 @pytest.mark.parametrize("K, V", [(32, 64), (128, 256), (64, 40), (256, 128), (20, 12), (7, 5), (1, 1), (128, 33)])
 def test_sizes(K, V, record_property):
     x = gated_delta_rule_inputs(1, 37, 1, 2, K, V)
     edits = edits_for(1, [37], 2, K, V)
-    compare(x, record_property, ISAS, use_qk_l2norm=True, edits=edits, snapshots=[3, 36])
+    compare(x, record_property, ALL, use_qk_l2norm=True, edits=edits, snapshots=[3, 36])
 
 
 @pytest.mark.parametrize("Hk, H", [(1, 1), (1, 6), (2, 6), (4, 4)])
@@ -106,7 +125,7 @@ def test_long(record_property):
 @pytest.mark.parametrize("decay", ["none", "weak", "usual", "strong"])
 def test_decay(decay, correlated, record_property):
     x = gated_delta_rule_inputs(1, 130, 1, 2, 32, 48, decay=decay, correlated=correlated)
-    compare(x, record_property, ISAS, use_qk_l2norm=True, initial_state=torch.randn(1, 2, 32, 48), snapshots=[64, 129])
+    compare(x, record_property, ALL, use_qk_l2norm=True, initial_state=torch.randn(1, 2, 32, 48), snapshots=[64, 129])
 
 
 def test_underflowing_decay(record_property):
@@ -124,18 +143,19 @@ def test_packed(record_property):
     initial = torch.randn(8, 4, 24, 40)
     edits = edits_for(8, lengths, 4, 24, 40, count=20)
     compare(
-        x, record_property, ISAS, cu_seqlens=offsets, initial_state=initial, snapshots=places, edits=edits,
+        x, record_property, ALL, cu_seqlens=offsets, initial_state=initial, snapshots=places, edits=edits,
         use_qk_l2norm=True,
     )  # fmt: skip
-    compare(x, record_property, ISAS, cu_seqlens=offsets.int(), use_qk_l2norm=True)
+    compare(x, record_property, ALL, cu_seqlens=offsets.int(), use_qk_l2norm=True)
 
 
-def test_packed_equals_alone():
+def test_packed_equals_alone(target):
     x = gated_delta_rule_inputs(1, 70, 1, 2, 16, 24)
-    both = ops.gated_delta_rule(**x, use_qk_l2norm=True, cu_seqlens=torch.tensor([0, 30, 70]), output_final_state=True)
+    options = {"use_qk_l2norm": True, "output_final_state": True}
+    both = run(target, x, cu_seqlens=torch.tensor([0, 30, 70]), **options)
     for n, part in enumerate((slice(0, 30), slice(30, 70))):
         alone = {name: value[:, part] for name, value in x.items()}
-        out = ops.gated_delta_rule(**alone, use_qk_l2norm=True, output_final_state=True)
+        out = run(target, alone, **options)
         assert torch.equal(out.o, both.o[:, part]) and torch.equal(out.final_state[0], both.final_state[n])
 
 
@@ -145,22 +165,23 @@ def test_edit_kinds(kind, record_property):
     x = gated_delta_rule_inputs(B, T, 1, H, K, V, decay="weak", correlated=True)
     row, position = [0, 1, 2, 2, -1, -1], [0, T - 1, 7, 7, 8, 3]
     edits = Edits(row, position, [0, 1, 1, 1, 0, 1], torch.randn(6, K), torch.randn(6, V), kind)
-    compare(x, record_property, ISAS, use_qk_l2norm=True, edits=edits, snapshots=[0, 7, 8, T - 1])
+    compare(x, record_property, ALL, use_qk_l2norm=True, edits=edits, snapshots=[0, 7, 8, T - 1])
 
 
-def test_delete_ignores_its_sides():
+def test_delete_ignores_its_sides(target):
     x = gated_delta_rule_inputs(1, 9, 1, 1, 8, 8)
     with_sides = Edits([0], [4], [0], torch.randn(1, 8), torch.randn(1, 8), "delete")
-    for backend in ("cpu", "reference"):
-        a = ops.gated_delta_rule(**x, edits=with_sides, backend=backend).o
-        assert torch.equal(a, ops.gated_delta_rule(**x, edits=Edits.delete([0], [4], [0], 8, 8), backend=backend).o)
+    without = Edits.delete([0], [4], [0], 8, 8)
+    assert torch.equal(run(target, x, edits=with_sides).o, run(target, x, edits=without).o)
+    a, b = (ops.gated_delta_rule(**x, edits=e, backend="reference").o for e in (with_sides, without))
+    assert torch.equal(a, b)
 
 
-def test_edits_leave_the_rest_alone():
+def test_edits_leave_the_rest_alone(target):
     """Other rows, other heads and earlier positions come out bit for bit as without the edit."""
     x = gated_delta_rule_inputs(2, 33, 1, 2, 16, 16)
     edits = Edits([1], [13], [1], torch.randn(1, 16), torch.randn(1, 16))
-    clean, edited = (ops.gated_delta_rule(**x, use_qk_l2norm=True, edits=e).o for e in (None, edits))
+    clean, edited = (run(target, x, use_qk_l2norm=True, edits=e).o for e in (None, edits))
     assert torch.equal(clean[0], edited[0]) and torch.equal(clean[1, :, 0], edited[1, :, 0])
     assert torch.equal(clean[1, :12, 1], edited[1, :12, 1]) and not torch.equal(clean[1, 13:, 1], edited[1, 13:, 1])
 
@@ -168,7 +189,7 @@ def test_edits_leave_the_rest_alone():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_inputs(dtype):
     x = gated_delta_rule_inputs(1, 70, 2, 4, 32, 40, dtype=dtype)
-    compare(x, isas=ISAS, use_qk_l2norm=True, snapshots=[69])
+    compare(x, targets=ALL, use_qk_l2norm=True, snapshots=[69])
 
 
 def test_mixed_dtypes():
@@ -178,7 +199,7 @@ def test_mixed_dtypes():
     compare(x, use_qk_l2norm=True, initial_state=torch.randn(1, 2, 32, 40).bfloat16())
 
 
-def test_half_conversions_are_exact():
+def test_half_conversions_are_exact(each_target):
     """Every float16 and bfloat16 value goes in and comes out as torch converts it, rounding and subnormals included."""
     every = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16)
     for dtype in (torch.float16, torch.bfloat16):
@@ -187,13 +208,12 @@ def test_half_conversions_are_exact():
         T = values.shape[1]
         one, zero = torch.ones(1, T, 1, 1), torch.zeros(1, T, 1)
         strong = torch.full((1, T, 1), -float("inf"))
-        for isa in ISAS:
-            with forced_isa(isa):
-                out = ops.gated_delta_rule(one, one, values, strong, zero + 1, scale=1.0, return_writes=True)
-                assert torch.equal(out.writes.right.flatten(), values.float().flatten())
-                assert torch.equal(out.o, values)
-                third = ops.gated_delta_rule(one, one, values, strong, zero + 1 / 3, scale=1.0).o
-                assert torch.equal(third.flatten(), (values.float() * torch.tensor(1 / 3)).to(dtype).flatten())
+        x = {"q": one, "k": one, "v": values, "g": strong, "beta": zero + 1}
+        out = run(each_target, x, scale=1.0, return_writes=True)
+        assert torch.equal(out.writes.right.flatten(), values.float().flatten())
+        assert torch.equal(out.o, values)
+        third = run(each_target, {**x, "beta": zero + 1 / 3}, scale=1.0).o
+        assert torch.equal(third.flatten(), (values.float() * torch.tensor(1 / 3)).to(dtype).flatten())
 
 
 def test_strided_inputs():
@@ -207,13 +227,16 @@ def test_strided_inputs():
         "beta": torch.stack([x["beta"], x["beta"]], -1)[..., 1],
     }  # fmt: skip
     assert not any(value.is_contiguous() for value in strided.values())
+    def equal(outs, others):
+        return all(torch.equal(a.o, b.o) for a, b in zip(outs, others, strict=True))
+
     expected = compare(x, use_qk_l2norm=True)
     got = compare(strided, use_qk_l2norm=True)
-    assert torch.equal(got.o, expected.o)
+    assert equal(got, expected)
     heads_first = {name: value.transpose(1, 2).contiguous().transpose(1, 2) for name, value in x.items()}
-    assert torch.equal(compare(heads_first, use_qk_l2norm=True).o, expected.o)
+    assert equal(compare(heads_first, use_qk_l2norm=True), expected)
     size_first = {name: value.transpose(1, -1).contiguous().transpose(1, -1) for name, value in x.items()}
-    assert torch.equal(compare(size_first, use_qk_l2norm=True).o, expected.o)
+    assert equal(compare(size_first, use_qk_l2norm=True), expected)
 
 
 def test_threads_agree():
@@ -233,9 +256,8 @@ def test_threads_agree():
 # ---- one token ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("K, V", [(32, 64), (20, 12), (64, 40), (128, 256)])
-def test_steps_equal_sequence(K, V, isa):
+def test_steps_equal_sequence(K, V, each_target):
     B, T, Hk, H = 2, 9, 2, 4
     x = gated_delta_rule_inputs(B, T, Hk, H, K, V)
     state = torch.randn(B, H, K, V)
@@ -246,18 +268,19 @@ def test_steps_equal_sequence(K, V, isa):
         **wide, use_qk_l2norm=True, initial_state=state.double(), edits=edits, return_writes=True, snapshots=range(T),
         backend="reference",
     )  # fmt: skip
-    with forced_isa(isa):
-        for t in range(T):
-            now = {name: value[:, t] for name, value in x.items()}
-            here = edits[edits.position == t]
-            with poisoned_memory():
-                out = ops.gated_delta_rule_step(
-                    **now, state=state, use_qk_l2norm=True, edits=here if len(here) else None, return_writes=True
-                )
-            check_close("o", out.o, expected.o[:, t])
-            check_close("state", state, expected.snapshots[:, t])
-            check_close("left", out.left, expected.writes.left[:, t, :, 0])
-            check_close("right", out.right, expected.writes.right[:, t, :, 0])
+    state = each_target.put(state)
+    for t in range(T):
+        now = each_target.put({name: value[:, t] for name, value in x.items()})
+        here = edits[edits.position == t]
+        with poisoned_memory(), each_target.in_use():
+            out = ops.gated_delta_rule_step(
+                **now, state=state, use_qk_l2norm=True, edits=here if len(here) else None, return_writes=True,
+                backend=each_target.kind,
+            )  # fmt: skip
+        check_close("o", out.o.cpu(), expected.o[:, t])
+        check_close("state", state.cpu(), expected.snapshots[:, t])
+        check_close("left", out.left.cpu(), expected.writes.left[:, t, :, 0])
+        check_close("right", out.right.cpu(), expected.writes.right[:, t, :, 0])
 
 
 def test_step_backends_agree():
@@ -387,12 +410,12 @@ def test_no_tokens():
         ops.gated_delta_rule(**gated_delta_rule_inputs(1, 0, 1, 1, 8, 5))
 
 
-def test_nan_stays_where_it_is():
+def test_nan_stays_where_it_is(target):
     """A NaN spoils its own head from its own token on, nothing before: `first_nonfinite` names the place."""
     for T, bad in ((40, 21), (40, 23), (5, 4)):
         x = gated_delta_rule_inputs(2, T, 2, 2, 16, 24)
         x["k"][1, bad, 1, 3] = float("nan")
-        out = ops.gated_delta_rule(**x, use_qk_l2norm=True, return_writes=True)
+        out = run(target, x, use_qk_l2norm=True, return_writes=True)
         right = out.writes.right[:, :, :, 0]
         assert ops.first_nonfinite(right) == (1, bad, 1)
         finite = torch.isfinite(out.o).all(-1)

@@ -1,0 +1,84 @@
+"""What the operators' tests run on: every instruction set of the CPU kernels, the CUDA kernels' host twin where one was
+given (`pytest --twin PATH`), and the GPU where there is one.
+
+A test that takes the fixture `target` runs once on each of FEW; the others go through `ALL` or `FEW` themselves, so that
+the reference is computed once. `pytest --targets twin,cuda` leaves only those.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass, replace
+
+import torch
+
+from writesae import testing
+from writesae._library import backends, cpu_isa, load_twin
+from writesae.edits import Edits
+
+
+@dataclass(frozen=True)
+class Target:
+    """name: "avx512", …, "twin", "twin-reverse" or "cuda". kind: "cpu", "twin" or "cuda", the backend to ask for."""
+
+    name: str
+    kind: str
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.kind == "cuda" else "cpu"
+
+    @contextmanager
+    def in_use(self):
+        """Within it, the backend `kind` runs this target; what tests move to it with `put` lies on its device."""
+        if self.kind == "cpu":
+            with testing.cpu_isa(self.name):
+                yield
+        elif self.kind == "twin":
+            torch.ops.writesae_twin.schedule("reverse" if self.name == "twin-reverse" else "forward")
+            try:
+                yield
+            finally:
+                torch.ops.writesae_twin.schedule("forward")
+        else:
+            yield
+
+    def put(self, x):
+        """The same with its tensors on the target's device; see `moved`."""
+        return x if self.device == "cpu" else moved(x, self.device)
+
+
+def moved(x, device: str):
+    """Tensors, and those in dicts and in the package's dataclasses, on a device. Edits stay with the host."""
+    if isinstance(x, torch.Tensor):
+        return x.to(device)
+    if isinstance(x, dict):
+        return {name: moved(value, device) for name, value in x.items()}
+    if is_dataclass(x) and not isinstance(x, Edits):
+        return replace(x, **{field.name: moved(getattr(x, field.name), device) for field in fields(x)})
+    return x
+
+
+def to_cpu(x):
+    return moved(x, "cpu")
+
+
+ALL: list[Target] = []
+FEW: list[Target] = []  # the best instruction set of the CPU, and all that is not the CPU
+
+
+def setup(twin: str | None, names: str | None) -> None:
+    """Fills ALL and FEW in place. Raises where a target was asked for that is not there."""
+    found = [Target(name, "cpu") for name in cpu_isa()["supported"].split(",")]
+    if twin:
+        load_twin(twin)
+        found += [Target("twin", "twin"), Target("twin-reverse", "twin")]
+    if backends()["cuda"] is None:
+        found.append(Target("cuda", "cuda"))
+    wanted = names.split(",") if names else [x.kind for x in found]
+    missing = set(wanted) - {x.kind for x in found} - {x.name for x in found}
+    if missing:
+        raise ValueError(f"--targets: {', '.join(sorted(missing))} not here (found {', '.join(x.name for x in found)})")
+    ALL[:] = [x for x in found if x.kind in wanted or x.name in wanted]
+    cpu = [x for x in ALL if x.kind == "cpu"][:1]
+    FEW[:] = cpu + [x for x in ALL if x.kind != "cpu"]
