@@ -8,7 +8,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/
 HAS_CUDA = $(shell $(BIN)/python -c 'import torch; print(int(torch.version.cuda is not None))')
 OLD_TRANSFORMERS ?= 5.14.1
 
-.PHONY: demo test test-old-transformers bench sanitize lint info clean
+.PHONY: demo test test-old-transformers bench sanitize cuda-check lint info clean
 
 demo: $(VENV)/.built
 	$(BIN)/writesae demo
@@ -30,6 +30,11 @@ sanitize:
 	cmake -S . -B build/sanitize -DWRITESAE_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
 	cmake --build build/sanitize -j2
 	ctest --test-dir build/sanitize --output-on-failure
+
+# What can be proven of the CUDA kernels without a GPU: they compile and link for every architecture, within registers and
+# shared memory; their host twin passes the operators' tests, also under sanitizers. Needs nvcc.
+cuda-check: $(VENV)/.built
+	$(BIN)/python scripts/cuda_check.py
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .

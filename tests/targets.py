@@ -1,8 +1,8 @@
 """What the operators' tests run on: every instruction set of the CPU kernels, the CUDA kernels' host twin where one was
 given (`pytest --twin PATH`), and the GPU where there is one.
 
-A test that takes the fixture `target` runs once on each of FEW; the others go through `ALL` or `FEW` themselves, so that
-the reference is computed once. `pytest --targets twin,cuda` leaves only those.
+A test that takes the fixture `target` runs once on each of FEW, `each_target` on each of ALL; others go through them
+themselves, so that the reference is computed once. `pytest --targets twin,cuda` leaves only those.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # float16 outputs 2.2e-4 (worst 3.1e-3 and 3.8e-4), which is the rounding of the output itself.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
-# The same for the CUDA kernels, by the dtype of the inputs: their matrix units take half-precision operands as they are,
+# The same for the CUDA kernels, by the dtype of the inputs: matrix units take half-precision operands as they are,
 # and intermediate results are rounded to the operands' type (float32 goes in three tf32 products).
 DEVICE_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3}
 

@@ -1,0 +1,122 @@
+"""What can be proven of the CUDA kernels without a GPU; `make cuda-check`.
+
+    python scripts/cuda_check.py [STEP ...]
+
+Steps, all by default: library (every kernel compiled by nvcc for every architecture, linked, and bound to torch's
+stable C interface only), ptxas (scripts/check_ptxas.py), twin (the operators' tests on the kernels compiled for the
+host, in both orders of execution), sanitized (the same under the address and undefined-behaviour sanitizers), planted
+(faults put into a kernel on purpose are noticed). Without nvcc the first two fail;
+WRITESAE_WITHOUT_NVCC=1 leaves them out, and says so.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from build_twin import build
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = ["tests/test_gated_delta_rule.py"]
+LIBRARIES = ROOT / "build" / "cuda-check"
+
+# What each planted fault of the kernels (WRITESAE_PLANT) is, whether it takes the sanitizers to see it, how it shows.
+PLANTS = {
+    1: ("a wrong carry between segments of a sequence", False, "relative RMS error"),
+    2: ("a missing barrier", False, "relative RMS error"),
+    3: ("a write out of bounds", True, "heap-buffer-overflow"),
+}
+
+
+def run(command: list[str], **options) -> None:
+    subprocess.run(command, check=True, cwd=ROOT, **options)
+
+
+def environment(sanitize: bool) -> dict[str, str]:
+    """Of a Python that may load a library built with sanitizers; Python's own leaks are not looked at."""
+    found = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    if sanitize:
+        compiler = os.environ.get("CXX", "c++").split()[0]
+        asked = [compiler, "-print-file-name=libasan.so"]
+        library = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+        found |= {"LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1"}
+    return found
+
+
+def pytest(twin: Path, sanitize: bool, *options: str, **given) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--targets", "twin", "--twin", str(twin)]
+    return subprocess.run([*command, *options], cwd=ROOT, env=environment(sanitize), **given)
+
+
+def library() -> None:
+    if not have_nvcc():
+        return
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(LIBRARIES)]
+    run(command, env={**os.environ, "WRITESAE_CUDA": "1"})
+    for path in sorted(LIBRARIES.glob("writesae/_C_*")):
+        nm = ["nm", "-D", "--undefined-only", str(path)]
+        text = subprocess.run(nm, capture_output=True, text=True, check=True).stdout
+        names = [line.split()[-1] for line in text.splitlines()]
+        unstable = [name for name in names if re.match(r"_ZNK?(2at|3c10|5torch)", name)]
+        if unstable:
+            sys.exit(f"{path.name} needs C++ symbols of torch, which change from release to release: {unstable[:5]}")
+        stable = sum(name.startswith(("aoti_", "torch_")) for name in names)
+        print(f"{path.name}: {path.stat().st_size:,} bytes, {stable} functions of torch's stable interface")
+
+
+def ptxas() -> None:
+    if have_nvcc():
+        run([sys.executable, "scripts/check_ptxas.py"])
+
+
+def have_nvcc() -> bool:
+    if shutil.which("nvcc"):
+        return True
+    if os.environ.get("WRITESAE_WITHOUT_NVCC") == "1":
+        print("NOT CHECKED: no nvcc here, and WRITESAE_WITHOUT_NVCC=1: the CUDA library was not compiled")
+        return False
+    sys.exit("cuda-check: no nvcc on PATH: the CUDA library cannot be checked (WRITESAE_WITHOUT_NVCC=1 to go without)")
+
+
+def twin() -> None:
+    if pytest(build(), False, *TESTS).returncode:
+        sys.exit("the operators' tests fail on the host twin")
+
+
+def sanitized() -> None:
+    if pytest(build(sanitize=True), True, *TESTS).returncode:
+        sys.exit("the operators' tests fail on the host twin under the sanitizers")
+
+
+def planted() -> None:
+    for plant, (what, sanitize, shown) in PLANTS.items():
+        done = pytest(
+            build(sanitize, plant), sanitize, "-x", "tests/test_gated_delta_rule.py", "-k", "test_long or test_lengths",
+            capture_output=True, text=True,
+        )  # fmt: skip
+        if done.returncode == 0 or shown not in done.stdout + done.stderr:
+            sys.exit(f"{what} was planted and went unseen:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+        print(f"planted and seen: {what}")
+
+
+STEPS = {f.__name__: f for f in (library, ptxas, twin, sanitized, planted)}
+
+
+def main() -> None:
+    asked = sys.argv[1:] or list(STEPS)
+    if set(asked) - STEPS.keys():
+        sys.exit(__doc__)
+    for name in asked:
+        start = time.monotonic()
+        print(f"== cuda-check: {name}", flush=True)
+        STEPS[name]()
+        print(f"== cuda-check: {name} took {time.monotonic() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

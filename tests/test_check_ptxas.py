@@ -1,0 +1,73 @@
+"""The reader and judge of ptxas' reports; the reports themselves are made and checked by `make cuda-check`."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+
+import check_ptxas
+
+REPORT = """ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_ZN8writesae4cuda4walkINS_4tile4bf16ELi128ELb1EEEvNS0_7ProblemE' for 'sm_80'
+ptxas info    : Function properties for _ZN8writesae4cuda4walkINS_4tile4bf16ELi128ELb1EEEvNS0_7ProblemE
+    672 bytes stack frame, 668 bytes spill stores, 1080 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers, 672 bytes cumulative stack size, 776 bytes cmem[0]
+ptxas info    : Compiling entry function '_ZN8writesae4cuda4joinILi64EEEvNS0_7ProblemEi' for 'sm_90a'
+ptxas info    : Function properties for _ZN8writesae4cuda4joinILi64EEEvNS0_7ProblemEi
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 4096 bytes smem
+"""
+KERNEL, ARCHS = "walk<bf16, 128, true>", tuple(check_ptxas.SHARED)
+
+
+def usage(**change):
+    fields = {"registers": 64, "stack": 0, "spill_stores": 0, "spill_loads": 0, "shared": 0}
+    return check_ptxas.Usage(**{**fields, **change})
+
+
+def table(found, nvcc="13.0.88", may_spill=None):
+    kernels = {name: {arch: vars(used) for arch, used in archs.items()} for name, archs in found.items()}
+    return {"nvcc": nvcc, "may_spill": may_spill or {}, "kernels": kernels}
+
+
+def test_report_is_read(tmp_path):
+    (tmp_path / "x.ptxas.txt").write_text(REPORT)
+    assert check_ptxas.gather(tmp_path) == {
+        "join<64>": {"sm_90a": usage(registers=40, shared=4096)},
+        KERNEL: {"sm_80": usage(registers=255, stack=672, spill_stores=668, spill_loads=1080)},
+    }
+
+
+def test_a_sound_build_passes():
+    found = {KERNEL: {arch: usage() for arch in ARCHS}}
+    assert check_ptxas.check(found, table(found), "13.0.88") == ([], [])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [({"spill_loads": 4}, "spills"), ({"shared": 164 * 1024}, "shared memory"), ({"registers": 65}, "table")],
+)
+def test_a_worse_build_fails(change, message):
+    before = {KERNEL: {arch: usage() for arch in ARCHS}}
+    after = {KERNEL: {**before[KERNEL], "sm_80": usage(**change)}}
+    errors, _ = check_ptxas.check(after, table(before), "13.0.88")
+    assert any(message in error and "sm_80" in error for error in errors)
+    if "registers" in change:  # another compiler may take other registers
+        errors, remarks = check_ptxas.check(after, table(before), "13.1.0")
+        assert not errors and any("table" in remark for remark in remarks)
+
+
+def test_spills_need_a_reason():
+    found = {KERNEL: {arch: usage(spill_stores=8) for arch in ARCHS}}
+    assert len(check_ptxas.check(found, table(found), "13.0.88")[0]) == 3
+    assert not check_ptxas.check(found, table(found, may_spill={"walk<*>": "why"}), "13.0.88")[0]
+
+
+def test_every_architecture_and_kernel_is_there():
+    found = {KERNEL: {arch: usage() for arch in ARCHS}}
+    assert check_ptxas.check({KERNEL: {"sm_80": usage()}}, table(found), "13.0.88")[0] == [
+        f"{KERNEL} was not compiled for sm_100a", f"{KERNEL} was not compiled for sm_90a",
+    ]  # fmt: skip
+    assert "in the table only" in check_ptxas.check({}, table(found), "13.0.88")[0][0]
