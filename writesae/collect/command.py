@@ -95,14 +95,7 @@ def _corpus(args: argparse.Namespace):
     if args.dataset is not None:
         name, _, config = args.dataset.partition(":")
         return Corpus.from_dataset(name, args.field, args.split, config or None)
-    if args.corpus.startswith("stdlib:"):
-        from ..default.corpus import SPLITS, stdlib_files, stdlib_folder
-
-        split = args.corpus.removeprefix("stdlib:")
-        if split not in SPLITS:
-            raise ValueError(f"corpus: expected stdlib:{', stdlib:'.join(SPLITS)}, got {args.corpus}")
-        return Corpus.from_files(stdlib_files(split), root=stdlib_folder())
-    return Corpus.from_path(args.corpus, args.field)
+    return Corpus.from_name(args.corpus, args.field)
 
 
 def _dictionaries(args: argparse.Namespace) -> dict:

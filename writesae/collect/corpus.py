@@ -18,6 +18,8 @@ from typing import BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..default.corpus import SPLITS, stdlib_files, stdlib_folder
+
 _SNIFF = 65_536
 _KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 
@@ -47,6 +49,20 @@ class Corpus:
     text_field: str = "text"
     skipped: list[str] = field(default_factory=list)
     dataset: tuple[str, str | None, str] | None = None
+
+    @classmethod
+    def from_name(cls, name: str, text_field: str = "text", argument: str = "corpus") -> Corpus:
+        """What a command's `argument` names: a path, or `stdlib:SPLIT`, the Python standard library's sources.
+
+        Raises:
+            ValueError: no such split, and what `from_path` raises.
+        """
+        if not name.startswith("stdlib:"):
+            return cls.from_path(name, text_field)
+        split = name.removeprefix("stdlib:")
+        if split not in SPLITS:
+            raise ValueError(f"{argument}: expected stdlib:{', stdlib:'.join(SPLITS)}, got {name}")
+        return cls.from_files(stdlib_files(split), root=stdlib_folder())
 
     @classmethod
     def from_path(cls, path: str | os.PathLike, text_field: str = "text") -> Corpus:

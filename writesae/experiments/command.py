@@ -90,17 +90,10 @@ def _bytes(text: str) -> int:
 
 def _texts(name: str, argument: str) -> list[tuple[str, str]]:
     """(document, text) of a corpus argument."""
-    if name.startswith("stdlib:"):
-        from ..default.corpus import SPLITS, documents
-
-        split = name.removeprefix("stdlib:")
-        if split not in SPLITS:
-            raise ValueError(f"{argument}: expected stdlib: and one of {', '.join(SPLITS)}, got {name!r}")
-        return documents(split)
     from ..collect.corpus import Corpus
 
     found = []
-    for document in Corpus.from_path(name).documents():
+    for document in Corpus.from_name(name, argument=argument).documents():
         with document.open() as stream:
             found.append((document.source, stream.read().decode()))
     return found
