@@ -39,7 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
                       "the index by feature in mode all (100)")  # fmt: skip
     what.add_argument("--seed", type=int, default=0, help="of the reservoir")
     what.add_argument("--context", type=int, default=512, help="tokens a passage")
-    what.add_argument("--batch", type=int, default=16, help="passages run together")
+    what.add_argument("--batch", type=int, default=4, help="passages run together; more pay off on a GPU only")
     what.add_argument("--max-tokens", type=int, help="stop after this many tokens")
     what.add_argument("--no-bos", action="store_true", help="no beginning-of-text token before a document")
     what.add_argument(

@@ -37,7 +37,7 @@ def collect(
     n: int | None = None,
     seed: int = 0,
     context: int = 512,
-    batch: int = 16,
+    batch: int = 4,
     max_tokens: int | None = None,
     bos: bool = True,
     shard_passages: int | None = None,
@@ -56,7 +56,7 @@ def collect(
             the index by (feature, -activation) beside the complete log (default 100).
         seed: of the reservoir.
         context: tokens a passage. Every passage starts from an empty state.
-        batch: passages run together.
+        batch: passages run together. More of them take more memory, and pay off on a GPU only.
         max_tokens: stop after this many.
         bos: put the tokenizer's beginning-of-text token, where it has one, before each document.
         shard_passages: passages a shard, the unit of work that is redone after a kill; default about 500,000 firings.
@@ -142,7 +142,7 @@ class _Session:
                 stop = stack.enter_context(_interrupt())
                 for shard in _shards(self._events(corpus, state.cursor), state.shards, shard_passages):
                     under_way: list = []  # the batch before, whose firings are fetched once the next one runs
-                    for rows, tokens, mask in batches(shard.passages, self.batch):
+                    for rows, tokens, mask in batches(shard.passages, self.batch, self.context):
                         if not entered:  # what is left may be ends of documents only, and a source wants to run
                             stack.enter_context(self.source)
                             entered = True
