@@ -1,8 +1,9 @@
 """Files that exist whole or not at all, the folder's lock, and the Parquet layout of every table.
 
-Encodings are chosen by measurement (1 M firings of simulated decaying states, F = 2,048, k = 32): a shard sorted by
-(layer, head, feature, document, row, position) with byte-stream-split columns takes 3.5 to 4.4 bytes a firing with the
-activation kept exactly; 3.0 to 3.2 of them are the float32 activation, whose low mantissa bytes nothing compresses.
+Encodings are chosen by measurement (the default model's dictionary, F = 4,096, k = 8, on real text): a shard sorted by
+(layer, head, feature, document, row, position) with byte-stream-split columns takes 4.6 bytes a firing with the
+activation kept exactly; 3.1 of them are the float32 activation, whose low mantissa bytes nothing compresses, 1.15 the
+position, and 0.35 the passage.
 """
 
 from __future__ import annotations
