@@ -62,13 +62,16 @@ def source_digest() -> str:
 
 
 def commit() -> str | None:
-    """The clone's commit, "+" where the work tree differs from it; None outside a clone."""
+    """The clone's commit, "+" where its code (not its results) differs from that; None outside a clone."""
     if not (PACKAGE.parent / ".git").exists():
         return None
-    done = subprocess.run(
-        ["git", "describe", "--always", "--abbrev=12", "--dirty=+"], cwd=PACKAGE, capture_output=True, text=True
-    )
-    return done.stdout.strip() or None
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=PACKAGE.parent, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    head = git("rev-parse", "--short=12", "HEAD")
+    return head + ("+" if git("status", "--porcelain", "--", "writesae", "csrc") else "") if head else None
 
 
 def record(rows: list[Row], status: str = "measured", **extra) -> dict:
