@@ -163,6 +163,14 @@ def test_readme_without_its_markers_is_left_alone(tmp_path, text):
     assert page.read_text() == text
 
 
+def test_a_readme_shows_what_was_asked_for_outrun_or_lacking():
+    shown = [Row("asked", "p", 2.0, "x time", 3), Row("outrun", "p", 2.0, "x faster"), Row("lacking", "p", None, "")]
+    found = [record([*shown, Row("aside", "the same without", 1.1, "x time")], case="a")]
+    for all_rows in (False, True):
+        text = show.report(found, all_rows)
+        assert [name in text for name in ("asked", "outrun", "lacking", "aside")] == [True] * 3 + [all_rows]
+
+
 def test_figures_of_two_machines_share_no_table():
     here, there = (record([Row(name, "peer", 2.0, "x faster", 1)], case=name) for name in ("here", "there"))
     there["machine"] = {**there["machine"], "device": "A card"}

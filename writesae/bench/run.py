@@ -71,7 +71,8 @@ def _measure(case: Case, options: Options, path: Path, run: str) -> dict:
     given = json.dumps(vars(options) | {"record": {"run": run}})
     command = [sys.executable, "-m", "writesae.bench.child", case.module, case.name, str(path), given]
     # The peers' remarks that they are fallbacks are known: the table names them so.
-    process = subprocess.Popen(command, env={"TRANSFORMERS_VERBOSITY": "error", **os.environ})
+    quiet = {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
+    process = subprocess.Popen(command, env=quiet | dict(os.environ))
     try:
         status = process.wait()
     except BaseException:

@@ -121,15 +121,20 @@ def caption(records: Sequence[dict]) -> str:
     return text + (f" What the machine gave around these runs: {', '.join(limits)}." if limits else "")
 
 
+def headline(row: dict) -> bool:
+    """Whether the README shows it: asked for, a peer outrun, or a figure that is lacking."""
+    return row["target"] is not None or row["unit"] == "x faster" or row["value"] is None
+
+
 def table(records: Sequence[dict], all_rows: bool = True) -> str:
     """A Markdown table of one machine's records, columns aligned so that it reads in a terminal too.
 
-    all_rows: also the rows without a target.
+    all_rows: also the rows that are no `headline`.
     """
     rows = [["figure", "against", "measured", "spread", "asked for", "", "rate and share of the ceiling, remarks"]]
     for found in records:
         for row in found["rows"]:
-            if all_rows or row["target"] is not None or row["value"] is None:
+            if all_rows or headline(row):
                 remarks = "; ".join(x for x in (rate(row), row.get("note", "")) if x)
                 cells = [row["name"], row["peer"], measured(row), spread(row), asked(row), verdict(row), remarks]
                 rows.append([cell.replace("|", "\\|") for cell in cells])
@@ -172,7 +177,7 @@ def _speed(row: dict, value: float) -> float:
 
 
 def picture(records: Sequence[dict], path: Path) -> Path | None:
-    """Speed over the peer of every ratio with a target. None where there is no such ratio.
+    """Speed over the peer of every `headline` that is a ratio. None where there is none.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -180,7 +185,7 @@ def picture(records: Sequence[dict], path: Path) -> Path | None:
     from ..report.plots import _draw
 
     ratios = ("x faster", "x time")
-    rows = [r for found in records for r in found["rows"] if r["unit"] in ratios and r["value"] and r["target"]]
+    rows = [r for found in records for r in found["rows"] if r["unit"] in ratios and r["value"] and headline(r)]
     if not rows:
         return None
 
@@ -189,7 +194,7 @@ def picture(records: Sequence[dict], path: Path) -> Path | None:
 
         at = list(range(len(rows), 0, -1))
         speeds = [_speed(row, row["value"]) for row in rows]
-        colours = ["#0072B2" if row["met"] else "#D55E00" for row in rows]
+        colours = [{True: "#0072B2", False: "#D55E00", None: "#A9B2BC"}[row["met"]] for row in rows]
         axes.barh(at, [s - 1 for s in speeds], left=1, height=0.62, color=colours)
         axes.set_xscale("log")
         marked = speeds[:]
@@ -198,7 +203,7 @@ def picture(records: Sequence[dict], path: Path) -> Path | None:
             for goal, width, style in zip(goals, (2, 1), ("-", (0, (1.5, 1))), strict=False):
                 axes.plot([goal, goal], [y - 0.42, y + 0.42], color="black", linewidth=width, linestyle=style,
                           solid_capstyle="butt")  # fmt: skip
-            right = max(1, speed)
+            right = float(max(1, speed))
             for goal in sorted(goals):  # beside the bar, unless a mark is in the way
                 right = goal if right < goal < 1.7 * right else right
             axes.annotate(f"{number(speed)}×", (right, y), (5, 0), textcoords="offset points", va="center")
@@ -211,7 +216,7 @@ def picture(records: Sequence[dict], path: Path) -> Path | None:
         axes.set_yticks(at, [f"{row['name']}\nagainst {row['peer']}" for row in rows], fontsize=7.5, linespacing=1.1)
         axes.set_ylim(0.4, len(rows) + 0.6)
         axes.grid(axis="y", visible=False)
-        axes.set_xlabel("times as fast as the peer (blue: target met; orange: missed)\n"
+        axes.set_xlabel("times as fast as the peer (blue: target met; orange: missed; grey: none set)\n"
                         "thick mark: asked for; thin broken mark: aimed at")  # fmt: skip
 
     return _draw(path, (10, 1.2 + 0.37 * len(rows)), paint)
