@@ -3,15 +3,17 @@
 #   scripts/check_wheel.sh PYTHON [PYTHON...]      each a Python with torch, numpy, pyarrow, safetensors, transformers, pytest
 # The first also needs setuptools, wheel and ninja; WRITESAE_CUDA=0|1 says whether the CUDA kernels are in.
 set -euo pipefail
-cd "$(dirname "$0")/.."
 [ $# -ge 1 ] || { echo "usage: $0 PYTHON [PYTHON...]"; exit 2; }
+pythons=()
+for python in "$@"; do pythons+=("$(cd "$(dirname "$(command -v "$python")")" && pwd)/$(basename "$python")"); done
+cd "$(dirname "$0")/.."
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-"$1" -m pip wheel -q --no-build-isolation --no-deps -w "$work" .
+"${pythons[0]}" -m pip wheel -q --no-build-isolation --no-deps -w "$work" .
 ls "$work"/*.whl
 cp -r tests pyproject.toml "$work"
 failed=0
-for python in "$@"; do
+for python in "${pythons[@]}"; do
   rm -rf "$work/site"
   "$python" -m pip install -q --no-deps --no-index --target "$work/site" "$work"/*.whl
   printf '%s: ' "$("$python" -c 'import torch; print("torch", torch.__version__)')"
