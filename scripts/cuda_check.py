@@ -5,7 +5,7 @@
 Steps, all by default: library (every kernel compiled by nvcc for every architecture, linked, and bound to torch's
 stable C interface only), ptxas (scripts/check_ptxas.py), twin (the operators' tests on the kernels compiled for the
 host, in both orders of execution), sanitized (the same under the address and undefined-behaviour sanitizers), planted
-(faults put into a kernel on purpose are noticed). Without nvcc the first two fail;
+(faults put into a kernel on purpose are noticed), dry (bench/gpu.sh without a GPU). Without nvcc the first two fail;
 WRITESAE_WITHOUT_NVCC=1 leaves them out, and says so.
 """
 
@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -104,7 +105,12 @@ def planted() -> None:
         print(f"planted and seen: {what}")
 
 
-STEPS = {f.__name__: f for f in (library, ptxas, twin, sanitized, planted)}
+def dry() -> None:
+    with tempfile.TemporaryDirectory() as out:
+        run(["bash", "bench/gpu.sh", "--dry", out], env={**os.environ, "PYTHON": sys.executable})
+
+
+STEPS = {f.__name__: f for f in (library, ptxas, twin, sanitized, planted, dry)}
 
 
 def main() -> None:

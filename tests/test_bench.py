@@ -265,3 +265,21 @@ def test_two_cases_of_one_name(monkeypatch):
 
 def test_rounds():
     assert (Options().rounds(), Options(quick=True).rounds(5), Options(repeats=7).rounds(5)) == (9, 3, 7)
+
+
+def test_gpu_cases_are_listed(capsys):
+    parser = argparse.ArgumentParser()
+    command.configure(parser)
+    assert command.run(parser.parse_args(["--gpu", "--list"])) == 0
+    assert "gpu-scan" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="dry: expected together with --gpu"):
+        command.run(parser.parse_args(["--dry", "twin.so"]))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing without a GPU")
+def test_without_a_gpu_no_figure_is_claimed(tmp_path):
+    parser = argparse.ArgumentParser()
+    command.configure(parser)
+    assert command.run(parser.parse_args(["--gpu", "gpu-scan", "--out", str(tmp_path)])) == 0
+    (row,) = rows_of(tmp_path / "gpu-scan.json")
+    assert row["value"] is None and row["note"].startswith("not measured: the CUDA kernels: ")

@@ -10,3 +10,6 @@ STEMS = (
     "gated_delta_rule", "backward", "causal_conv", "encode", "model", "collect", "replace", "sae_training", "accuracy",
 )  # fmt: skip
 MODULES = tuple(f"writesae.bench.bench_{stem}" for stem in STEMS)
+
+# Of a CUDA device, for `writesae bench --gpu` (bench/gpu.sh).
+GPU_MODULES = tuple(f"writesae.bench.bench_gpu_{stem}" for stem in ("scan", "encode", "model"))

@@ -77,11 +77,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Options:
-    """repeats: rounds of interleaved runs, or None for the case's own number. quick: the smallest size that runs."""
+    """repeats: rounds of interleaved runs, or None for the case's own number. quick: the smallest size that runs.
+
+    dry: path of the CUDA kernels' host twin, on which the cases of a GPU then run without being measured.
+    """
 
     repeats: int | None = None
     quick: bool = False
     threads: int | None = None
+    dry: str = ""
 
     def rounds(self, usual: int = 9) -> int:
         return self.repeats or (3 if self.quick else usual)

@@ -7,7 +7,7 @@ import fnmatch
 import sys
 from pathlib import Path
 
-from . import MODULES
+from . import GPU_MODULES, MODULES
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,6 +21,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="torch threads (default: torch's choice)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the JSON files and the picture (default: "
                         "bench/results in a clone, else ./bench-results; with --quick runs/bench-quick)")  # fmt: skip
+    parser.add_argument("--gpu", action="store_true", help="the cases of a CUDA device instead")
+    parser.add_argument("--dry", default="", metavar="TWIN", help="with --gpu: no GPU, no figures; every case runs "
+                        "on the kernels' host twin, the library that scripts/build_twin.py prints")  # fmt: skip
     parser.add_argument("--fresh", action="store_true", help="do not go on with an interrupted run")
     parser.add_argument("--readme", type=Path, metavar="FILE", help="put table and picture between the markers of FILE")
 
@@ -32,7 +35,7 @@ def default_out(quick: bool) -> Path:
     return clone if clone.is_dir() and (ROOT / "pyproject.toml").is_file() else Path("bench-results")
 
 
-def run(args: argparse.Namespace, modules=MODULES) -> int:
+def run(args: argparse.Namespace, modules=None) -> int:
     """Returns 0, or 1 where a case failed or its results disagree (a missed target is a result, not a failure)."""
     from .case import Options, load_cases
     from .record import read_records
@@ -43,7 +46,9 @@ def run(args: argparse.Namespace, modules=MODULES) -> int:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
-    cases = load_cases(modules)
+    if args.dry and not args.gpu:
+        raise ValueError("dry: expected together with --gpu; on a CPU use --quick")
+    cases = load_cases(modules or (GPU_MODULES if args.gpu else MODULES))
     out = args.out or default_out(args.quick)
     if args.list:
         took = {r["case"]: r.get("seconds") for r in read_records(out)} if out.is_dir() else {}
@@ -52,7 +57,8 @@ def run(args: argparse.Namespace, modules=MODULES) -> int:
         return 0
     bad = 0
     if not args.show:
-        bad = run_cases(_chosen(cases, args.names), Options(args.repeats, args.quick, args.threads), out, args.fresh)
+        options = Options(args.repeats, args.quick, args.threads, args.dry)
+        bad = run_cases(_chosen(cases, args.names), options, out, args.fresh)
     elif not out.is_dir():
         raise FileNotFoundError(f"out: expected a folder of results, got {out}, which is not there")
     records = ordered(read_records(out), [case.name for case in cases])

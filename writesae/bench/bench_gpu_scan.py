@@ -1,0 +1,143 @@
+"""`gated_delta_rule` and its step on a GPU against flash-linear-attention in the same run, bf16, K = V = 128.
+
+Rates count the least that must move: q, k, v, g, beta read and o written once; the step's state read and written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from .. import Edits, ops
+from ..testing import gated_delta_rule_inputs
+from .case import Case, Disagree, Missing, Options, Row, agree
+from .gpu import Gpu, peer
+
+SIZE, AGREE = 128, 2e-2  # relative RMS of two bf16 computations
+FLA = "flash-linear-attention"
+SHAPES = ((1, 32768, 16, 64), (4, 8192, 16, 64), (1, 8192, 16, 16))
+
+
+def _inputs(gpu: Gpu, B: int, T: int, Hk: int, H: int) -> dict[str, torch.Tensor]:
+    x = gpu.put(gated_delta_rule_inputs(B, T, Hk, H, SIZE, SIZE, dtype=torch.bfloat16))
+    return x | {"g": x["g"].float(), "beta": x["beta"]}
+
+
+def _shape(gpu: Gpu, B: int, T: int, Hk: int, H: int) -> tuple[int, int, int, int]:
+    return (min(B, 2), 70, 1, 2) if gpu.dry else (B, T, Hk, H)
+
+
+def _chunked(gpu: Gpu, x: dict[str, torch.Tensor]):
+    """fla's chunked kernel on the same inputs, with as many key heads as value heads (repeated before timing)."""
+    rule = peer("fla.ops.gated_delta_rule", "chunk_gated_delta_rule", FLA)
+    groups = x["v"].shape[2] // x["q"].shape[2]
+    q, k = (x[name].repeat_interleave(groups, 2) for name in "qk")
+    return lambda: rule(
+        q, k, x["v"], x["g"], x["beta"], scale=SIZE**-0.5, output_final_state=True, use_qk_l2norm_in_kernel=True
+    )
+
+
+@torch.no_grad()
+def sequences(options: Options) -> Iterator[Row]:
+    gpu = Gpu(options)
+    for shape in SHAPES:
+        B, T, Hk, H = _shape(gpu, *shape)
+        x = _inputs(gpu, B, T, Hk, H)
+        name = "scan, {} x {:,}, {} / {} heads, bf16".format(*shape)
+
+        def ours(x=x):
+            return ops.gated_delta_rule(**x, use_qk_l2norm=True, output_final_state=True, backend=gpu.backend)
+
+        few = {key: value[:, :300] for key, value in x.items()}
+        exact = ops.gated_delta_rule(**few, use_qk_l2norm=True, backend="reference")
+        agree(f"{name} against the reference", ours(few).o, exact.o, AGREE)
+        try:
+            theirs = _chunked(gpu, x)
+            o, state = theirs()
+            out = ours()
+            agree(name, out.o, o, AGREE)
+            agree(f"{name}: final state", out.final_state, state, AGREE)
+            row = gpu.ratio(name, FLA, "x faster", ours, theirs, target=1.0, aim=2.0)
+        except Missing as error:
+            row = Row(name, FLA, None, "x faster", 1.0, seconds=gpu.seconds(ours), note=f"no peer: {error}")
+        moved = 2 * (2 * B * T * Hk * SIZE + 2 * B * T * H * SIZE) + 6 * B * T * H
+        yield gpu.bound(row, moved, "GB/s", "copy")
+
+
+@torch.no_grad()
+def writes(options: Options) -> Iterator[Row]:
+    """What writes cost, and 100 edits a sequence."""
+    gpu = Gpu(options)
+    for shape in SHAPES[:2]:
+        B, T, Hk, H = _shape(gpu, *shape)
+        x = _inputs(gpu, B, T, Hk, H)
+        count = 8 if gpu.dry else 100
+        generator = torch.Generator().manual_seed(0)
+        row = torch.arange(B).repeat_interleave(count)
+        edits = Edits(
+            row, torch.randint(T // 2, T, (B * count,), generator=generator),
+            torch.randint(H, (B * count,), generator=generator),
+            torch.randn(B * count, SIZE, generator=generator), torch.randn(B * count, SIZE, generator=generator),
+        )  # fmt: skip
+        call = {"use_qk_l2norm": True, "backend": gpu.backend}
+
+        def plain(x=x, call=call):
+            return ops.gated_delta_rule(**x, **call)
+
+        def with_writes(x=x, call=call):
+            return ops.gated_delta_rule(**x, **call, return_writes=True)
+
+        def with_edits(x=x, call=call, edits=edits):
+            return ops.gated_delta_rule(**x, **call, edits=edits)
+
+        name = "scan, {} x {:,}, {} / {} heads, bf16".format(*shape)
+        o, edited = plain().o, with_edits().o
+        agree(f"{name} returning its writes", with_writes().o, o, AGREE)
+        agree(f"{name} with edits, before the first of them", edited[:, : T // 2], o[:, : T // 2], AGREE)
+        if torch.equal(edited[:, T // 2 :], o[:, T // 2 :]):
+            raise Disagree("the edits changed nothing")
+        same = "the same without"
+        yield gpu.ratio(f"{name}: returning the writes", same, "x time", with_writes, plain, target=1.10)
+        yield gpu.ratio(f"{name}: {count} edits a sequence", same, "x time", with_edits, plain, target=1.05)
+
+
+@torch.no_grad()
+def step(options: Options) -> Iterator[Row]:
+    gpu = Gpu(options)
+    B, H = (2, 2) if gpu.dry else (64, 64)
+    Hk = H if gpu.dry else 16
+    x = _inputs(gpu, B, 1, Hk, H)
+    now = {name: value[:, 0].contiguous() for name, value in x.items()}
+    start = torch.randn(B, H, SIZE, SIZE, generator=torch.Generator().manual_seed(0)).to(gpu.device)
+    state = start.clone()
+
+    def ours():
+        return ops.gated_delta_rule_step(**now, state=state, use_qk_l2norm=True, backend=gpu.backend).o
+
+    name = f"one token of 64 sequences, 16 / 64 heads of {SIZE} x {SIZE}, bf16"
+    exact = ops.gated_delta_rule(**x, initial_state=start, use_qk_l2norm=True, backend="reference")
+    agree(f"{name} against the reference", ours(), exact.o[:, 0], AGREE)
+    try:
+        rule = peer("fla.ops.gated_delta_rule", "fused_recurrent_gated_delta_rule", FLA)
+        groups = H // Hk
+        q, k = (x[key].repeat_interleave(groups, 2) for key in "qk")
+
+        def theirs():
+            return rule(
+                q, k, x["v"], x["g"], x["beta"], scale=SIZE**-0.5, initial_state=start, output_final_state=True,
+                use_qk_l2norm_in_kernel=True,
+            )[0]  # fmt: skip
+
+        agree(name, exact.o, theirs(), AGREE)
+        row = gpu.ratio(name, f"{FLA}'s recurrent kernel", "x faster", ours, theirs, target=1.0)
+    except Missing as error:
+        row = Row(name, FLA, None, "x faster", 1.0, seconds=gpu.seconds(ours), note=f"no peer: {error}")
+    yield gpu.bound(row, 8 * state.numel(), "GB/s", "copy")
+
+
+CASES = [
+    Case("gpu-scan", "scan on a GPU, bf16", sequences, FLA, ()),
+    Case("gpu-scan-writes", "scan on a GPU: writes and edits", writes, "the same without", ()),
+    Case("gpu-step", "one token on a GPU, bf16", step, FLA, ()),
+]
