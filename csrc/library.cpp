@@ -55,6 +55,16 @@ STABLE_TORCH_LIBRARY(writesae, m) {
       "encode_at(Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc, Tensor w_enc, Tensor indices, "
       "Tensor? carry, Tensor? cu_seqlens, Tensor? edit_index, Tensor? edit_left, Tensor? edit_right) "
       "-> (Tensor values, Tensor carry)");
+  m.def(
+      "encode_backward(Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc, Tensor w_enc, "
+      "Tensor indices, Tensor grad, Tensor? cu_seqlens, Tensor? edit_index, Tensor? edit_left, Tensor? edit_right) "
+      "-> (Tensor dv_enc, Tensor dw_enc, Tensor d_carry)");
+  m.def(
+      "factored_loss(Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor values, Tensor indices, "
+      "Tensor v_dec, Tensor w_dec, Tensor? offset, Tensor? on_offset, Tensor? weight, Tensor? initial_state, "
+      "Tensor? cu_seqlens, Tensor? v_enc, Tensor? w_enc, bool gradients) "
+      "-> (Tensor error, Tensor d_values, Tensor dv_dec, Tensor dw_dec, Tensor usage, Tensor state_sum, "
+      "Tensor dv_enc, Tensor dw_enc, Tensor db_enc)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(writesae, CompositeExplicitAutograd, m) {
@@ -72,4 +82,6 @@ STABLE_TORCH_LIBRARY_IMPL(writesae, CPU, m) {
   m.impl("encode_topk", TORCH_BOX(&writesae::encode_topk));
   m.impl("encode_threshold", TORCH_BOX(&writesae::encode_threshold));
   m.impl("encode_at", TORCH_BOX(&writesae::encode_at));
+  m.impl("encode_backward", TORCH_BOX(&writesae::encode_backward));
+  m.impl("factored_loss", TORCH_BOX(&writesae::factored_loss));
 }

@@ -11,6 +11,7 @@ from .gated_delta_rule import (
     gated_delta_rule_step,
 )
 from .loss import factored_loss
+from .sae_training import Step, training_loss
 from .selective_scan import selective_scan
 from .ssd import ssd
 
@@ -18,6 +19,7 @@ __all__ = [
     "Codes",
     "GatedDeltaRuleOutput",
     "GatedDeltaRuleStepOutput",
+    "Step",
     "activations",
     "causal_conv",
     "dplr",
@@ -28,4 +30,5 @@ __all__ = [
     "gated_delta_rule_step",
     "selective_scan",
     "ssd",
+    "training_loss",
 ]

@@ -110,7 +110,7 @@ def encode(
                 *_arguments(writes, heads, v_enc, w_enc), _float(b_enc), threshold, *_rest(writes, carry), bf16
             )
     if threshold is None:
-        values = _attach_gradient(values, indices, writes, v_enc, w_enc, b_enc, carry, heads, relu=True)
+        values = _attach_gradient(values, indices, writes, v_enc, w_enc, b_enc, carry, heads, True, chosen)
         values = attach_writes_gradient(values, indices, writes, v_enc, w_enc, carry, heads, relu=True)
         return Codes(values, indices, None, last, tuple(heads))
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
@@ -149,13 +149,8 @@ def activations(
 def chosen_activations(writes, v, w, indices, b, heads, initial_state, carry, backend, names) -> Tensor:
     """`activations`, for callers whose own arguments have other names, which messages should use."""
     writes, v, w, b, heads, carry = _prepare(writes, v, w, b, heads, initial_state, carry, names)
-    (Hs, F), (B, T) = v.shape[:2], writes.shape[:2]
-    if indices.ndim != 4 or indices.shape[:3] != (B, T, Hs) or indices.dtype != torch.int64:
-        raise ValueError(
-            f"indices: expected int64 [B={B}, T={T}, Hs={Hs}, m], got {indices.dtype} of shape {tuple(indices.shape)}"
-        )
-    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < F:
-        raise ValueError(f"indices: expected 0 <= index < F={F}, got {int(indices.min())} to {int(indices.max())}")
+    Hs = len(v)
+    check_indices(writes, v, indices)
     chosen = _dispatch.choose("activations", backend, _tensors(writes, v, w, b, carry))
     with torch.no_grad():
         if chosen == "reference":
@@ -169,8 +164,19 @@ def chosen_activations(writes, v, w, indices, b, heads, initial_state, carry, ba
             )
         if b is not None:
             values = values + b.to(values)[torch.arange(Hs, device=b.device)[:, None], indices]
-    values = _attach_gradient(values, indices, writes, v, w, b, carry, heads, relu=False)
+    values = _attach_gradient(values, indices, writes, v, w, b, carry, heads, False, chosen)
     return attach_writes_gradient(values, indices, writes, v, w, carry, heads, relu=False)
+
+
+def check_indices(writes: Writes, v: Tensor, indices: Tensor) -> None:
+    """Features `[B, T, Hs, m]` chosen at every token, of a dictionary `v [Hs, F, r, K]`."""
+    (Hs, F), (B, T) = v.shape[:2], writes.shape[:2]
+    if indices.ndim != 4 or indices.shape[:3] != (B, T, Hs) or indices.dtype != torch.int64:
+        raise ValueError(
+            f"indices: expected int64 [B={B}, T={T}, Hs={Hs}, m], got {indices.dtype} of shape {tuple(indices.shape)}"
+        )
+    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < F:
+        raise ValueError(f"indices: expected 0 <= index < F={F}, got {int(indices.min())} to {int(indices.max())}")
 
 
 # ---- inputs ---------------------------------------------------------------------------------------------------------
@@ -362,9 +368,9 @@ class _Gradient(torch.autograd.Function):
     """Passes `values` through and knows their gradient: which features were taken is constant, as in torch.topk."""
 
     @staticmethod
-    def forward(ctx, v, w, b, carry, values, indices, writes, heads, relu):
+    def forward(ctx, v, w, b, carry, values, indices, writes, heads, relu, backend):
         ctx.save_for_backward(v, w, indices, values if relu else None)
-        ctx.writes, ctx.heads = writes, heads
+        ctx.writes, ctx.heads, ctx.backend = writes, heads, backend
         ctx.bias = None if b is None else b.dtype
         return values.view_as(values)
 
@@ -381,18 +387,26 @@ class _Gradient(torch.autograd.Function):
                 db[i].index_add_(0, indices[:, :, i].flatten(), grad[:, :, i].flatten().to(v))
             db = db.to(ctx.bias)
         if any(ctx.needs_input_grad[i] for i in (0, 1, 3)):
-            dv, dw, d_carry = reference.backward(ctx.writes, v, w, ctx.heads, indices, grad)
-        return dv, dw, db, d_carry if ctx.needs_input_grad[3] else None, None, None, None, None, None
+            if ctx.backend != "cpu":
+                dv, dw, d_carry = reference.backward(ctx.writes, v, w, ctx.heads, indices, grad)
+            else:
+                dv, dw, d_carry = torch.ops.writesae.encode_backward(
+                    *_arguments(ctx.writes, ctx.heads, v, w), indices.contiguous(), _float(grad),
+                    *_rest(ctx.writes, None)[1:],
+                )  # fmt: skip
+        return dv, dw, db, d_carry if ctx.needs_input_grad[3] else None, None, None, None, None, None, None
 
 
-def _attach_gradient(values, indices, writes, v_enc, w_enc, b_enc, carry, heads, relu: bool) -> Tensor:
+def _attach_gradient(
+    values, indices, writes, v_enc, w_enc, b_enc, carry, heads, relu: bool, backend: str
+) -> Tensor:
     asked = (x is not None and x.requires_grad for x in (v_enc, w_enc, b_enc, carry))
     if not torch.is_grad_enabled() or not any(asked):
         return values
     compute = values.dtype
     cast = None if carry is None else carry.to(compute)
     return _Gradient.apply(
-        v_enc.to(compute), w_enc.to(compute), b_enc, cast, values, indices, writes, heads, relu
+        v_enc.to(compute), w_enc.to(compute), b_enc, cast, values, indices, writes, heads, relu, backend
     )
 
 

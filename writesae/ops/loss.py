@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..writes import Writes
 from . import _dispatch
-from .encode import chosen_activations
+from .encode import _float, _prepare, check_indices, chosen_activations
 from .reference.encode import decay_matrix
+from .sae_training import Offset, loss_kernel
 
 _BLOCK = 64  # tokens of one triangular product
 _GATHERED = 1 << 22  # numbers gathered at a time for the Gram matrix of the active set
@@ -75,6 +76,9 @@ def factored_loss(
     if mask is not None:
         values = values * mask[:, :, None, None]
     names = ("v_dec", "w_dec", "b_dec")
+    tensors = {"right": writes.right, "values": values, "v_dec": v_dec, "w_dec": w_dec, "bias": bias}
+    if _dispatch.choose("factored_loss", backend, tensors) == "cpu":
+        return _kernel_loss(writes, values, indices, v_dec, w_dec, bias, heads, mask)
     projected = chosen_activations(writes, v_dec, w_dec, indices, None, heads, None, None, backend, names)  # <A_i, S_t>
     v, w = (x[:, :, None] if x.ndim == 3 else x for x in (v_dec, w_dec))
     own = _select(writes, heads).to(projected.dtype)
@@ -88,6 +92,42 @@ def factored_loss(
         error = error - 2 * state_product(own, bias) + bias.square().sum((1, 2))
     error = error - 2 * (values * projected).sum(-1) + _reconstruction_norm(values, indices, v, w)
     return error if mask is None else error * mask[:, :, None]
+
+
+def _kernel_loss(writes, values, indices, v_dec, w_dec, bias, heads, mask) -> Tensor:
+    """The same by the kernel, which neither sums over all atoms nor keeps anything for the backward pass."""
+    plain = replace(writes, initial_state=None)
+    _, v, w, _, _, _ = _prepare(plain, v_dec, w_dec, None, heads, None, None, ("v_dec", "w_dec", ""))
+    check_indices(writes, v, indices)
+    return _Loss.apply(values, v, w, bias, indices, writes, heads, mask)
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, v, w, bias, indices, writes, heads, mask):
+        ctx.save_for_backward(values, v, w, bias, indices)
+        ctx.rest = writes, heads, mask
+        weight = None if mask is None else mask[:, :, None].expand(values.shape[:3])
+        matrix = Offset(_float(bias), v.float(), w.float())
+        return loss_kernel(
+            writes, heads, values, indices, v, w, matrix.matrix, matrix.on_atoms, weight, grad=False
+        )[0]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):  # [B, T, Hs]
+        values, v, w, bias, indices = ctx.saved_tensors
+        writes, heads, mask = ctx.rest
+        weight = grad if mask is None else grad * mask[:, :, None]
+        factors = v.float(), w.float()
+        matrix = Offset(_float(bias), *factors)
+        _, d_values, dv, dw, usage, states, _, _, _ = loss_kernel(
+            writes, heads, values, indices, *factors, matrix.matrix, matrix.on_atoms, weight
+        )
+        d_bias = matrix.finish(dv, dw, *factors, usage, states, weight)
+        if d_bias is not None:
+            d_bias = d_bias.to(bias.dtype)
+        return d_values.to(values.dtype), dv.to(v.dtype), dw.to(w.dtype), d_bias, None, None, None, None
 
 
 def state_product(writes: Writes, matrix: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from ..ops import encode, factored_loss
+from ..ops import encode, factored_loss, training_loss
 from .block import Block
 from .sae import BILINEAR, KINDS, RANK_ONE, SAE
 from .sparse import BilinearAt, Decode, exact_topk
@@ -160,7 +160,7 @@ class SiteTrainer:
         self.silent = torch.zeros(config.F, dtype=torch.int64)  # steps since each atom fired
         self.resampled = 0
         self._prepare(block)
-        self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=config.lr)
+        self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=config.lr, fused=True)
 
     # ---- start ------------------------------------------------------------------------------------------------
 
@@ -282,11 +282,15 @@ class SiteTrainer:
         mean = sae.mean * self.scale
         v, w = self._factors()
         bias = sae.b_enc - torch.einsum("frk,kv,frv->f", v, mean, w)
-        codes = encode(writes, v[None], w[None], bias[None], k=c.k, heads=[0])
         v_dec, w_dec, offset = _unit(sae.v_dec), _unit(sae.w_dec), mean + sae.bias
-        errors = factored_loss(
-            writes, codes.values, codes.indices, v_dec[None], w_dec[None], offset[None], heads=[0], mask=mask
-        )[inverse, batch.positions, 0]
+        # A state drawn twice weighs twice.
+        weight = torch.zeros(mask.shape, dtype=mean.dtype).index_put_(
+            (inverse, batch.positions), mean.new_full((), 1 / len(inverse)), accumulate=True
+        )
+        step = training_loss(
+            writes, v[None], w[None], bias[None], v_dec[None], w_dec[None], offset[None], c.k, weight, heads=[0]
+        )
+        codes, errors = step.codes, step.errors[inverse, batch.positions, 0]
         aux = errors.new_zeros(())
         dead = self.dead().nonzero().flatten()
         if len(dead) and c.aux > 0:
@@ -294,12 +298,12 @@ class SiteTrainer:
             extra = encode(writes, *some, k=min(c.k_aux, len(dead)), heads=[0])
             # The residual is what the detached dictionary leaves; the dead atoms stand behind it as atoms F, F + 1, ...
             behind = [torch.cat([x.detach(), x.index_select(0, dead)])[None] for x in (v_dec, w_dec)]
-            values = torch.cat([codes.values.detach(), extra.values], -1)
+            values = torch.cat([codes.values, extra.values], -1)
             indices = torch.cat([codes.indices, extra.indices + sae.F], -1)
             left = factored_loss(writes, values, indices, *behind, offset.detach()[None], heads=[0], mask=mask)
             aux = left[inverse, batch.positions, 0].mean()
         values, indices = (x[inverse, batch.positions, 0] for x in (codes.values, codes.indices))
-        return Losses(errors.mean(), aux, errors.detach(), self._fired(values, indices))
+        return Losses(step.loss, aux, errors, self._fired(values, indices))
 
     def _fired(self, values: Tensor, indices: Tensor) -> Tensor:
         fired = torch.zeros(self.sae.F, dtype=torch.bool)

@@ -1,0 +1,92 @@
+// A head's tokens as a stream of rows, one for each rank-1 addition to its state: R writes a token, then its edits.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "encode.h"
+
+namespace writesae::cpu {
+
+// One rank-1 addition to a head's state.
+struct Row {
+  const void *left, *right;
+  Element left_type, right_type;
+  float gate;     // what the running sum is multiplied by first: e^g, or 1 for the second and later rows of a token
+  int32_t slot;   // the token's place in the block when this is its last row, else -1
+  int64_t begin;  // the sequence whose first row this is, else -1
+  int64_t end;    // the sequence whose last row this is, else -1
+};
+
+struct Block {
+  std::vector<Row> rows;
+  std::vector<int64_t> tokens;  // b * T + t of each slot
+};
+
+// All rows of one head, sequence after sequence.
+class Stream {
+ public:
+  Stream(const EncodeParams& p, int64_t head) : p_(p), head_(head), left_(head / (p.H / p.Hl)) {}
+
+  // Up to `limit` more rows; false when there are none.
+  bool next(Block& block, int64_t limit) {
+    block.rows.clear();
+    block.tokens.clear();
+    while (n_ < p_.N && static_cast<int64_t>(block.rows.size()) < limit) {
+      const int64_t origin = p_.cu_seqlens != nullptr ? p_.cu_seqlens[n_] : 0;
+      const int64_t length = p_.cu_seqlens != nullptr ? p_.cu_seqlens[n_ + 1] - origin : p_.T;
+      if (length == 0) {
+        n_++;
+        continue;
+      }
+      if (t_ == 0 && sub_ == 0) edit_ = first_edit();
+      const int64_t b = p_.cu_seqlens != nullptr ? 0 : n_, t = origin + t_, edit = edit_ + sub_ - p_.R;
+      Row row;
+      if (sub_ < p_.R) {
+        row.left = p_.left.at(b, t, left_, sub_), row.left_type = p_.left.type;
+        row.right = p_.right.at(b, t, head_, sub_), row.right_type = p_.right.type;
+      } else {
+        row.left = p_.edits.left + edit * p_.K, row.right = p_.edits.right + edit * p_.V;
+        row.left_type = row.right_type = Element::f32;
+      }
+      row.gate = sub_ == 0 ? std::exp(p_.decay[(b * p_.T + t) * p_.H + head_]) : 1.0f;
+      row.begin = t_ == 0 && sub_ == 0 ? n_ : -1;
+      sub_++;
+      const bool last = sub_ >= p_.R && !edit_here(edit_ + sub_ - p_.R);
+      row.slot = last ? static_cast<int32_t>(block.tokens.size()) : -1;
+      row.end = last && t_ == length - 1 ? n_ : -1;
+      block.rows.push_back(row);
+      if (!last) continue;
+      block.tokens.push_back(b * p_.T + t);
+      edit_ += sub_ - p_.R;
+      sub_ = 0;
+      if (++t_ == length) t_ = 0, n_++;
+    }
+    return !block.rows.empty();
+  }
+
+ private:
+  bool edit_here(int64_t e) const {
+    const int64_t* x = p_.edits.index + 4 * e;
+    return e < p_.edits.count && x[0] == n_ && x[1] == t_ && x[2] == head_;
+  }
+
+  // The first edit of (sequence, head) or after; they are sorted by (row, head, position).
+  int64_t first_edit() const {
+    int64_t low = 0, high = p_.edits.count;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      const int64_t* x = p_.edits.index + 4 * middle;
+      const bool before = x[0] != n_ ? x[0] < n_ : x[2] < head_;
+      (before ? low : high) = before ? middle + 1 : middle;
+    }
+    return low;
+  }
+
+  const EncodeParams& p_;
+  int64_t head_, left_;
+  int64_t n_ = 0, t_ = 0, sub_ = 0, edit_ = 0;
+};
+
+}  // namespace writesae::cpu

@@ -1,0 +1,182 @@
+"""`training_loss`: one training step's loss and every gradient of a dictionary from writes, without a state a token.
+
+Encoding looks at all atoms, everything after it at those that fired, chunk by chunk: `csrc/cpu/sae_training_kernel.h`
+has the arithmetic. Loss and gradients come out of one pass, because what a token weighs in the loss is known before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .._library import CPU_ERROR
+from ..writes import Writes
+from . import _dispatch
+from .encode import Codes, _arguments, _float, _prepare, _rest, _tensors
+from .reference import sae_training as reference
+
+
+@dataclass(frozen=True)
+class Step:
+    """loss: scalar with gradients. errors: `[B, T, Hs]` squared error of every token of weight other than 0, else 0.
+    codes: of every token, without gradients."""
+
+    loss: Tensor
+    errors: Tensor
+    codes: Codes
+
+
+def training_loss(
+    writes: Writes,
+    v_enc: Tensor,  # [Hs, F, K] or [Hs, F, r, K]
+    w_enc: Tensor,  # [Hs, F, V] or [Hs, F, r, V]
+    b_enc: Tensor | None,  # [Hs, F]
+    v_dec: Tensor,  # as v_enc
+    w_dec: Tensor,  # as w_enc
+    offset: Tensor | None = None,  # [Hs, K, V]
+    k: int = 32,
+    weight: Tensor | None = None,  # [B, T]
+    heads: Sequence[int] | None = None,
+    backend: str | None = None,
+) -> Step:
+    """`sum_t weight_t ||S_t - offset - sum_j a_j(t) v_j w_j^T||_F^2`, over encoded heads; a as `encode` has them.
+
+    Args:
+        writes: the trace of one layer (scalar gate, no edits).
+        v_enc, w_enc, b_enc, k, heads: as in `encode`.
+        v_dec, w_dec: decoder factors, of the encoder's F and r; a rank axis r is summed over.
+        offset: decoder bias (with the mean state), default 0.
+        weight: of each token in the loss, any sign; default 1 / (B T), the mean.
+        backend: "reference", "cpu", "cuda" or None.
+
+    Returns:
+        `Step`. The loss is differentiable, once, in v_enc, w_enc, b_enc, v_dec, w_dec and offset.
+
+    Raises:
+        ValueError: a wrong shape, dtype or size, naming the argument; or writes with edits.
+        RuntimeError: a gradient asked for the writes.
+    """
+    if writes.edits is not None and len(writes.edits):
+        raise ValueError("writes: training_loss is not defined for writes with edits")
+    of_writes = {name: getattr(writes, name) for name in ("decay", "left", "right", "initial_state")}
+    _dispatch.refuse_gradient("training_loss", of_writes, "only the dictionary has one; detach the writes")
+    plain = replace(writes, initial_state=None)  # the kernel takes the state itself, not what the encoder makes of it
+    _, v_enc, w_enc, b_enc, heads, _ = _prepare(plain, v_enc, w_enc, b_enc, heads, None, None)
+    _, v_dec, w_dec, _, _, _ = _prepare(plain, v_dec, w_dec, None, heads, None, None, ("v_dec", "w_dec", ""))
+    (Hs, F, r), (B, T, _, K, V) = v_enc.shape[:3], writes.shape
+    if v_dec.shape != v_enc.shape:
+        raise ValueError(
+            f"v_dec: expected the features and rank of v_enc, F={F} and r={r}, got shape {tuple(v_dec.shape)}"
+        )
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= F:
+        raise ValueError(f"k: expected an integer, 1 <= k <= F={F}, got {k!r}")
+    if offset is not None and tuple(offset.shape) != (Hs, K, V):
+        raise ValueError(f"offset: expected [Hs={Hs}, K={K}, V={V}], got shape {tuple(offset.shape)}")
+    if weight is None:
+        weight = torch.full((B, T), 1 / (B * T), device=writes.right.device)
+    elif tuple(weight.shape) != (B, T) or not weight.is_floating_point():
+        raise ValueError(f"weight: expected floating [B={B}, T={T}], got {weight.dtype} of shape {tuple(weight.shape)}")
+    tensors = _tensors(writes, v_enc, w_enc, b_enc, None) | {"v_dec": v_dec, "w_dec": w_dec, "offset": offset}
+    chosen = _dispatch.choose("training_loss", backend, tensors)
+    if chosen != "cpu":  # from two operators: slower, and there on every device
+        loss, errors, codes = reference.step(
+            writes, v_enc, w_enc, b_enc, v_dec, w_dec, offset, k, weight, heads, chosen
+        )
+        return Step(loss, errors.detach(), replace(codes, values=codes.values.detach()))
+    with torch.no_grad():
+        carried = _prepare(writes, v_enc, w_enc, None, heads, None, None)[-1]
+        values, indices, last = torch.ops.writesae.encode_topk(
+            *_arguments(writes, heads, v_enc, w_enc), _float(b_enc), k, *_rest(writes, carried), False
+        )
+    loss, errors = _Loss.apply(v_enc, w_enc, b_enc, v_dec, w_dec, offset, writes, values, indices, weight, heads)
+    return Step(loss, errors, Codes(values, indices, None, last, tuple(heads)))
+
+
+def loss_kernel(
+    writes: Writes, heads, values, indices, v, w, offset, on_offset, weight, encoder=(None, None), grad=True
+):
+    """`torch.ops.writesae.factored_loss` on a trace: weight `[B, T, Hs]`, factors with a rank axis."""
+    arguments = _arguments(writes, heads, v, w)
+    cu, state = writes.cu_seqlens, writes.initial_state
+    return torch.ops.writesae.factored_loss(
+        *arguments[:4], _float(values), indices.contiguous(), *arguments[4:], _float(offset), _float(on_offset),
+        _float(weight), _float(state), None if cu is None else cu.to(torch.int64).contiguous(), *encoder, grad,
+    )  # fmt: skip
+
+
+class Offset:
+    """The decoder bias M among atoms: what <A_i, M> adds to loss and gradients, once a step instead of once a token."""
+
+    def __init__(self, offset: Tensor | None, v: Tensor, w: Tensor):
+        self.matrix, self.on_atoms = offset, None
+        if offset is not None:
+            size = v.shape[1:3]
+            self.left = (v.flatten(1, 2) @ offset).unflatten(1, size)  # v_i^T M  [Hs, F, r, V]
+            self.right = (w.flatten(1, 2) @ offset.mT).unflatten(1, size)  # M w_i  [Hs, F, r, K]
+            self.on_atoms = (self.left * w).sum((2, 3))  # [Hs, F]
+
+    def finish(self, dv: Tensor, dw: Tensor, v: Tensor, w: Tensor, usage: Tensor, states: Tensor, weight: Tensor):
+        """Adds its share to dv and dw in place; returns its own gradient from sum_t weight_t S_t and the `weight`s."""
+        if self.matrix is None:
+            return None
+        share = 2 * usage[:, :, None, None]
+        dv.addcmul_(share, self.right)
+        dw.addcmul_(share, self.left)
+        made = (share / 2 * v).flatten(1, 2).mT @ w.flatten(1, 2)
+        return 2 * (weight.sum((0, 1))[:, None, None] * self.matrix - states + made)
+
+
+class _Loss(torch.autograd.Function):
+    """Loss and errors; the gradients are made in the forward pass and scaled in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, v_enc, w_enc, b_enc, v_dec, w_dec, offset, writes, values, indices, weight, heads):
+        factors = [x.float() for x in (v_enc, w_enc, v_dec, w_dec)]
+        matrix = Offset(_float(offset), *factors[2:])
+        weight = weight.float()[:, :, None].expand(*values.shape[:3])
+        wanted = any(ctx.needs_input_grad)
+        encoder = factors[:2] if any(ctx.needs_input_grad[:3]) else (None, None)
+        errors, _, dv_dec, dw_dec, usage, states, dv_enc, dw_enc, db_enc = loss_kernel(
+            writes, heads, values, indices, *factors[2:], matrix.matrix, matrix.on_atoms, weight, encoder, wanted
+        )
+        if wanted:
+            d_offset = matrix.finish(dv_dec, dw_dec, *factors[2:], usage, states, weight)
+            grads = (dv_enc, dw_enc, db_enc, dv_dec, dw_dec, d_offset)
+            inputs = (v_enc, w_enc, b_enc, v_dec, w_dec, offset)
+            ctx.grads = tuple(
+                g.to(x.dtype) if need else None
+                for g, x, need in zip(grads, inputs, ctx.needs_input_grad[:6], strict=True)
+            )
+        ctx.mark_non_differentiable(errors)
+        return (errors * weight).sum(), errors
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, _):
+        return *(None if g is None else g * grad for g in ctx.grads), *[None] * 5
+
+
+# ---- fake implementations -------------------------------------------------------------------------------------------
+
+if CPU_ERROR is None:
+
+    @torch.library.register_fake("writesae::encode_backward")
+    def _(decay, left, right, heads, v_enc, w_enc, indices, grad, cu_seqlens, edit_index, edit_left, edit_right):
+        N = decay.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        made = [decay.new_empty(x, dtype=torch.float32) for x in (v_enc.shape, w_enc.shape, (N, *v_enc.shape[:2]))]
+        return tuple(made)
+
+    @torch.library.register_fake("writesae::factored_loss")
+    def _(decay, left, right, heads, values, indices, v_dec, w_dec, offset, on_offset, weight, initial_state,
+          cu_seqlens, v_enc, w_enc, gradients):  # fmt: skip
+        (Hs, F), K, V = v_dec.shape[:2], v_dec.shape[-1], w_dec.shape[-1]
+        encoder = v_enc is not None
+        shapes = (
+            (True, values.shape[:3]), (gradients and not encoder, values.shape), (gradients, v_dec.shape),
+            (gradients, w_dec.shape), (gradients, (Hs, F)), (gradients, (Hs, K, V)), (encoder, v_dec.shape),
+            (encoder, w_dec.shape), (encoder, (Hs, F)),
+        )  # fmt: skip
+        return tuple(decay.new_empty(shape if on else (0,), dtype=torch.float32) for on, shape in shapes)
