@@ -49,7 +49,7 @@ inline EncodeParams encode_arguments(const char* op, const Tensor& decay, const 
   p.left = rows_view(op, "left", left, keep);
   p.right = rows_view(op, "right", right, keep);
   p.heads = static_cast<const int64_t*>(data_as(op, "heads", heads, ScalarType::Long, keep));
-  for (int64_t i = 0; i < p.Hs; i++)
+  for (int64_t i = 0; READABLE && i < p.Hs; i++)
     STD_TORCH_CHECK(p.heads[i] >= 0 && p.heads[i] < p.H, op, ": head ", p.heads[i], " is out of range");
   p.v_enc = view(op, "v_enc", v_enc, true, keep);
   p.w_enc = view(op, "w_enc", w_enc, true, keep);
@@ -60,7 +60,7 @@ inline EncodeParams encode_arguments(const char* op, const Tensor& decay, const 
     p.cu_seqlens = sequence_offsets(op, *cu_seqlens, p.B, p.T, keep);
     p.N = cu_seqlens->size(0) - 1;
     lengths.clear();
-    for (int64_t n = 0; n < p.N; n++) lengths.push_back(p.cu_seqlens[n + 1] - p.cu_seqlens[n]);
+    for (int64_t n = 0; READABLE && n < p.N; n++) lengths.push_back(p.cu_seqlens[n + 1] - p.cu_seqlens[n]);
   }
   if (carry.has_value()) check_shape(op, "carry", *carry, {p.N, p.Hs, p.F});
   p.carry_in = static_cast<const float*>(data_as(op, "carry", carry, ScalarType::Float, keep));
