@@ -32,7 +32,7 @@ if compgen -G ".whl/*.whl" >/dev/null; then
 fi
 
 if [ $dry = 1 ]; then
-  twin=$("$python" scripts/build_twin.py 2>"$out/build.log") || { tail "$out/build.log"; exit 1; }
+  twin=${TWIN:-$("$python" scripts/build_twin.py 2>"$out/build.log")} || { tail "$out/build.log"; exit 1; }
   step tests 300 "$python" -m pytest -q -p no:cacheprovider --targets twin --twin "$twin" tests/test_gated_delta_rule.py -k "test_sizes"
   echo "skipped compute-sanitizer (dry run)" | tee -a "$out/summary.txt"
   step benchmark 300 "$python" -m writesae.cli bench --gpu --dry "$twin" --fresh --out "$out/rows"

@@ -2,11 +2,11 @@
 
     python scripts/cuda_check.py [STEP ...]
 
-Steps, all by default: library (every kernel compiled by nvcc for every architecture, linked, and bound to torch's
-stable C interface only), ptxas (scripts/check_ptxas.py), twin (the operators' tests on the kernels compiled for the
-host, in both orders of execution), sanitized (the same under the address and undefined-behaviour sanitizers), planted
-(faults put into a kernel on purpose are noticed), dry (bench/gpu.sh without a GPU). Without nvcc the first two fail;
-WRITESAE_WITHOUT_NVCC=1 leaves them out, and says so.
+Steps: library (every kernel compiled by nvcc for every architecture, linked, and bound to torch's stable C interface
+only), ptxas (scripts/check_ptxas.py), twin (the operators' tests on the kernels compiled for the host, in both orders
+of execution, under the address and undefined-behaviour sanitizers), planted (faults put into a kernel on purpose are
+noticed), dry (bench/gpu.sh without a GPU). Without nvcc the first two fail; WRITESAE_WITHOUT_NVCC=1 leaves them out,
+and says so.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = ["tests/test_gated_delta_rule.py"]
 LIBRARIES = ROOT / "build" / "cuda-check"
 
-# What each planted fault of the kernels (WRITESAE_PLANT) is, whether it takes the sanitizers to see it, how it shows.
+# What each planted fault of the kernels (WRITESAE_PLANT) is, and how it shows.
 PLANTS = {
-    1: ("a wrong carry between segments of a sequence", False, "relative RMS error"),
-    2: ("a missing barrier", False, "relative RMS error"),
-    3: ("a write out of bounds", True, "heap-buffer-overflow"),
+    1: ("a wrong carry between segments of a sequence", "relative RMS error"),
+    2: ("a missing barrier", "relative RMS error"),
+    3: ("a write out of bounds", "heap-buffer-overflow"),
 }
 
 
@@ -38,20 +38,18 @@ def run(command: list[str], **options) -> None:
     subprocess.run(command, check=True, cwd=ROOT, **options)
 
 
-def environment(sanitize: bool) -> dict[str, str]:
+def environment() -> dict[str, str]:
     """Of a Python that may load a library built with sanitizers; Python's own leaks are not looked at."""
-    found = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    if sanitize:
-        compiler = os.environ.get("CXX", "c++").split()[0]
-        asked = [compiler, "-print-file-name=libasan.so"]
-        library = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
-        found |= {"LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1"}
-    return found
+    asked = [os.environ.get("CXX", "c++").split()[0], "-print-file-name=libasan.so"]
+    library = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    sanitizers = {"LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1"}
+    return {**os.environ, "PYTHONPATH": path, **sanitizers}
 
 
-def pytest(twin: Path, sanitize: bool, *options: str, **given) -> subprocess.CompletedProcess:
+def pytest(twin: Path, *options: str, **given) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--targets", "twin", "--twin", str(twin)]
-    return subprocess.run([*command, *options], cwd=ROOT, env=environment(sanitize), **given)
+    return subprocess.run([*command, *options], cwd=ROOT, env=environment(), **given)
 
 
 def library() -> None:
@@ -85,19 +83,14 @@ def have_nvcc() -> bool:
 
 
 def twin() -> None:
-    if pytest(build(), False, *TESTS).returncode:
-        sys.exit("the operators' tests fail on the host twin")
-
-
-def sanitized() -> None:
-    if pytest(build(sanitize=True), True, *TESTS).returncode:
+    if pytest(build(sanitize=True), *TESTS).returncode:
         sys.exit("the operators' tests fail on the host twin under the sanitizers")
 
 
 def planted() -> None:
-    for plant, (what, sanitize, shown) in PLANTS.items():
+    for plant, (what, shown) in PLANTS.items():
         done = pytest(
-            build(sanitize, plant), sanitize, "-x", "tests/test_gated_delta_rule.py", "-k", "test_long or test_lengths",
+            build(True, plant), "-x", "tests/test_gated_delta_rule.py", "-k", "test_long or test_lengths",
             capture_output=True, text=True,
         )  # fmt: skip
         if done.returncode == 0 or shown not in done.stdout + done.stderr:
@@ -106,11 +99,12 @@ def planted() -> None:
 
 
 def dry() -> None:
+    given = {**environment(), "PYTHON": sys.executable, "TWIN": str(build(sanitize=True))}
     with tempfile.TemporaryDirectory() as out:
-        run(["bash", "bench/gpu.sh", "--dry", out], env={**os.environ, "PYTHON": sys.executable})
+        run(["bash", "bench/gpu.sh", "--dry", out], env=given)
 
 
-STEPS = {f.__name__: f for f in (library, ptxas, twin, sanitized, planted, dry)}
+STEPS = {f.__name__: f for f in (library, ptxas, twin, planted, dry)}
 
 
 def main() -> None:
