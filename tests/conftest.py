@@ -1,8 +1,13 @@
 """Fixtures every test file may use, and what the operators' tests run on."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import targets
 import torch
+
+from writesae._library import load_twin
 
 
 def pytest_addoption(parser):
@@ -18,6 +23,19 @@ def pytest_generate_tests(metafunc):
     for name, found in (("target", targets.FEW), ("each_target", targets.ALL)):
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, found, ids=[x.name for x in found])
+
+
+@pytest.fixture(scope="session")
+def twin(request):
+    """The operators of the CUDA kernels' host twin: the one that was given, else built here."""
+    path = request.config.getoption("--twin")
+    if path is None:
+        sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+        from build_twin import build
+
+        path = build()
+    load_twin(path)
+    return torch.ops.writesae_twin
 
 
 @pytest.fixture(autouse=True)
