@@ -69,7 +69,7 @@ FEW: list[Target] = []  # the best instruction set of the CPU, and all that is n
 
 def setup(twin: str | None, names: str | None) -> None:
     """Fills ALL and FEW in place. Raises where a target was asked for that is not there."""
-    found = [Target(name, "cpu") for name in cpu_isa()["supported"].split(",")]
+    found = [Target(name, "cpu") for name in cpu_isa().get("supported", "").split(",") if name]
     if twin:
         load_twin(twin)
         found += [Target("twin", "twin"), Target("twin-reverse", "twin")]
