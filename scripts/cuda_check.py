@@ -49,6 +49,7 @@ def environment() -> dict[str, str]:
 
 def pytest(twin: Path, *options: str, **given) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--targets", "twin", "--twin", str(twin)]
+    command.append("--capture=sys")  # a sanitizer writes its report past Python, and ends it
     return subprocess.run([*command, *options], cwd=ROOT, env=environment(), **given)
 
 
