@@ -30,7 +30,7 @@ PYTHON_TARGET = "0x030A0000"
 ARCHITECTURES = os.environ.get("WRITESAE_CUDA_ARCHITECTURES") or "80 90a 100a 90-ptx"
 FLAGS = ["-O3", "-g0", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
 # Operators on tensors that are compiled once more for CUDA.
-BOTH_SIDES = ["csrc/gated_delta_rule.cpp"]
+BOTH_SIDES = ["csrc/gated_delta_rule.cpp", "csrc/encode.cpp"]
 
 
 def nvcc() -> str | None:

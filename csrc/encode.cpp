@@ -1,16 +1,44 @@
 // encode on tensors: checks, allocation, and the kernel's parameters.
 #include "encode.h"
 
+#include <limits>
+#include <string>
+
 #include "encode_arguments.h"
 #include "operators.h"
 
 namespace writesae {
+namespace {
+
+Precision precision_of(const char* op, const std::string& name) {
+  STD_TORCH_CHECK(name == "fp32" || name == "bf16" || (name == "tf32" && WRITESAE_SIDE != 0), op,
+                  ": precision must be ", WRITESAE_SIDE == 0 ? "fp32 or bf16" : "fp32, tf32 or bf16", ", got ", name);
+  return name == "fp32" ? Precision::fp32 : name == "tf32" ? Precision::tf32 : Precision::bf16;
+}
+
+#if WRITESAE_SIDE != 0
+
+// The kernel's limits, and one launch of it with the memory it needs.
+void run(const char* op, const EncodeParams& p, Precision precision, cuda::EncodeMode mode,
+         const cuda::EncodeFindings& findings) {
+  constexpr int64_t most = std::numeric_limits<int32_t>::max();
+  STD_TORCH_CHECK(p.K <= 256 && p.V <= 256, op, ": the CUDA kernel takes K and V up to 256, got ", p.K, " and ", p.V);
+  STD_TORCH_CHECK(p.B * p.T * p.Hs <= most && p.B * p.T * p.R + p.edits.count <= most - 65536, op,
+                  ": B * T * Hs and the rows of the writes must be below 2^31");
+  const Workspace workspace(cuda::encode_scratch(p, precision, mode));
+  cuda::encode(p, precision, mode, findings, workspace.data(), stream());
+}
+
+#endif
+
+}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> encode_topk(
     Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc, Tensor w_enc, std::optional<Tensor> b_enc,
     int64_t k, std::optional<Tensor> carry, std::optional<Tensor> cu_seqlens, std::optional<Tensor> edit_index,
-    std::optional<Tensor> edit_left, std::optional<Tensor> edit_right, bool bf16) {
+    std::optional<Tensor> edit_left, std::optional<Tensor> edit_right, std::string precision) {
   const char* op = "encode_topk";
+  const OnDeviceOf device(right);
   std::vector<Tensor> keep;
   EncodeParams p = encode_arguments(op, decay, left, right, heads, v_enc, w_enc, b_enc, carry, cu_seqlens, edit_index,
                                     edit_left, edit_right, keep);
@@ -19,28 +47,50 @@ std::tuple<Tensor, Tensor, Tensor> encode_topk(
   Tensor indices = empty({p.B, p.T, p.Hs, k}, ScalarType::Long);
   Tensor carry_out = empty({p.N, p.Hs, p.F}, ScalarType::Float);
   p.k = k;
-  p.bf16 = bf16;
+  const Precision products = precision_of(op, precision);
+  p.bf16 = products == Precision::bf16;
   p.values = floats(values);
   p.indices = static_cast<int64_t*>(indices.mutable_data_ptr());
   p.carry_out = floats(carry_out);
+#if WRITESAE_SIDE == 0
   cpu::encode(p, nullptr, torch_threads());
+#else
+  run(op, p, products, cuda::EncodeMode::topk, {});
+#endif
   return {values, indices, carry_out};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> encode_threshold(
     Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc, Tensor w_enc, std::optional<Tensor> b_enc,
     Tensor threshold, std::optional<Tensor> carry, std::optional<Tensor> cu_seqlens, std::optional<Tensor> edit_index,
-    std::optional<Tensor> edit_left, std::optional<Tensor> edit_right, bool bf16) {
+    std::optional<Tensor> edit_left, std::optional<Tensor> edit_right, std::string precision) {
   const char* op = "encode_threshold";
+  const OnDeviceOf device(right);
   std::vector<Tensor> keep;
   EncodeParams p = encode_arguments(op, decay, left, right, heads, v_enc, w_enc, b_enc, carry, cu_seqlens, edit_index,
                                     edit_left, edit_right, keep);
-  p.bf16 = bf16;
+  const Precision products = precision_of(op, precision);
+  p.bf16 = products == Precision::bf16;
   check_shape(op, "threshold", threshold, {p.Hs, p.F});
   p.threshold = static_cast<const float*>(data_as(op, "threshold", threshold, ScalarType::Float, keep));
   Tensor counts = empty({p.B * p.T * p.Hs}, ScalarType::Long);
   Tensor carry_out = empty({p.N, p.Hs, p.F}, ScalarType::Float);
   p.carry_out = floats(carry_out);
+#if WRITESAE_SIDE != 0
+  // Once to count, once to fill; between them this waits for one number, which says how much memory the findings take.
+  cuda::EncodeFindings findings = {};
+  findings.counts = static_cast<int64_t*>(counts.mutable_data_ptr());
+  run(op, p, products, cuda::EncodeMode::count, findings);
+  Tensor offsets = empty({p.B * p.T * p.Hs + 1}, ScalarType::Long);
+  auto* const offset = static_cast<int64_t*>(offsets.mutable_data_ptr());
+  const int64_t total = cuda::encode_offsets(findings.counts, p.B * p.T * p.Hs, offset, stream());
+  Tensor values = empty({total}, ScalarType::Float);
+  Tensor indices = empty({total}, ScalarType::Long);
+  findings.offsets = offset;
+  findings.values = floats(values);
+  findings.indices = static_cast<int64_t*>(indices.mutable_data_ptr());
+  run(op, p, products, cuda::EncodeMode::fill, findings);
+#else
   EncodeFound found;
   found.values.resize(p.Hs);
   found.indices.resize(p.Hs);
@@ -62,6 +112,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> encode_threshold(
       }
       at[h] += count;
     }
+#endif
   return {values, indices, counts, carry_out};
 }
 
@@ -70,6 +121,7 @@ std::tuple<Tensor, Tensor> encode_at(
     std::optional<Tensor> carry, std::optional<Tensor> cu_seqlens, std::optional<Tensor> edit_index,
     std::optional<Tensor> edit_left, std::optional<Tensor> edit_right) {
   const char* op = "encode_at";
+  const OnDeviceOf device(right);
   std::vector<Tensor> keep;
   EncodeParams p = encode_arguments(op, decay, left, right, heads, v_enc, w_enc, std::nullopt, carry, cu_seqlens,
                                     edit_index, edit_left, edit_right, keep);
@@ -78,13 +130,17 @@ std::tuple<Tensor, Tensor> encode_at(
   check_shape(op, "indices", indices, {p.B, p.T, p.Hs, p.m});
   check_dtype(op, "indices", indices, ScalarType::Long);
   p.at = static_cast<const int64_t*>(data_as(op, "indices", indices, ScalarType::Long, keep));
-  for (int64_t i = 0; i < p.B * p.T * p.Hs * p.m; i++)
+  for (int64_t i = 0; READABLE && i < p.B * p.T * p.Hs * p.m; i++)
     STD_TORCH_CHECK(p.at[i] >= 0 && p.at[i] < p.F, op, ": index ", p.at[i], " is out of range");
   Tensor values = empty({p.B, p.T, p.Hs, p.m}, ScalarType::Float);
   Tensor carry_out = empty({p.N, p.Hs, p.F}, ScalarType::Float);
   p.values = floats(values);
   p.carry_out = floats(carry_out);
+#if WRITESAE_SIDE == 0
   cpu::encode(p, nullptr, torch_threads());
+#else
+  run(op, p, Precision::fp32, cuda::EncodeMode::at, {});  // an index out of range gives NaN
+#endif
   return {values, carry_out};
 }
 

@@ -68,12 +68,12 @@ struct EncodeFindings {
 // Bytes of device memory a call needs beside its outputs.
 int64_t encode_scratch(const EncodeParams& p, Precision precision, EncodeMode mode);
 
-// Everything p points to is on the device, and `scratch`. Does not wait. Every mode writes carry_out.
+// Everything p points to is on the device, and `scratch`. Does not wait. Every mode writes carry_out. p.bf16 is not read.
 void encode(const EncodeParams& p, Precision precision, EncodeMode mode, const EncodeFindings& findings, void* scratch,
             void* stream);
 
-// offsets[i] = counts[0] + .. + counts[i - 1], i up to n.
-void encode_offsets(const int64_t* counts, int64_t n, int64_t* offsets, void* stream);
+// offsets[i] = counts[0] + .. + counts[i - 1], i up to n; returns the last, and waits for it.
+int64_t encode_offsets(const int64_t* counts, int64_t n, int64_t* offsets, void* stream);
 
 // Cuts sequences into segments of this many tokens from now on; 0 for the length that takes the least time. For tests.
 void encode_force_segment(int tokens);

@@ -44,18 +44,6 @@ STABLE_TORCH_LIBRARY(writesae, m) {
       "Tensor? d_right, Tensor? d_snapshots) -> (Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_g, Tensor d_beta, "
       "Tensor d_initial_state, Tensor d_edit_left, Tensor d_edit_right)");
   m.def(
-      "encode_topk(Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc, Tensor w_enc, Tensor? b_enc, "
-      "int k, Tensor? carry, Tensor? cu_seqlens, Tensor? edit_index, Tensor? edit_left, Tensor? edit_right, "
-      "bool bf16=False) -> (Tensor values, Tensor indices, Tensor carry)");
-  m.def(
-      "encode_threshold(Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc, Tensor w_enc, "
-      "Tensor? b_enc, Tensor threshold, Tensor? carry, Tensor? cu_seqlens, Tensor? edit_index, Tensor? edit_left, "
-      "Tensor? edit_right, bool bf16=False) -> (Tensor values, Tensor indices, Tensor counts, Tensor carry)");
-  m.def(
-      "encode_at(Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc, Tensor w_enc, Tensor indices, "
-      "Tensor? carry, Tensor? cu_seqlens, Tensor? edit_index, Tensor? edit_left, Tensor? edit_right) "
-      "-> (Tensor values, Tensor carry)");
-  m.def(
       "encode_backward(Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc, Tensor w_enc, "
       "Tensor indices, Tensor grad, Tensor? cu_seqlens, Tensor? edit_index, Tensor? edit_left, Tensor? edit_right) "
       "-> (Tensor dv_enc, Tensor dw_enc, Tensor d_carry)");

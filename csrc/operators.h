@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <string>
 #include <tuple>
 
 namespace writesae {
@@ -33,12 +34,12 @@ std::tuple<Tensor, Tensor, Tensor> gated_delta_rule_step(
 std::tuple<Tensor, Tensor, Tensor> encode_topk(
     Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc, Tensor w_enc, std::optional<Tensor> b_enc,
     int64_t k, std::optional<Tensor> carry, std::optional<Tensor> cu_seqlens, std::optional<Tensor> edit_index,
-    std::optional<Tensor> edit_left, std::optional<Tensor> edit_right, bool bf16);
+    std::optional<Tensor> edit_left, std::optional<Tensor> edit_right, std::string precision);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> encode_threshold(
     Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc, Tensor w_enc, std::optional<Tensor> b_enc,
     Tensor threshold, std::optional<Tensor> carry, std::optional<Tensor> cu_seqlens, std::optional<Tensor> edit_index,
-    std::optional<Tensor> edit_left, std::optional<Tensor> edit_right, bool bf16);
+    std::optional<Tensor> edit_left, std::optional<Tensor> edit_right, std::string precision);
 
 std::tuple<Tensor, Tensor> encode_at(
     Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc, Tensor w_enc, Tensor indices,

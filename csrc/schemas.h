@@ -14,6 +14,18 @@ void define_device_operators(Module& m) {
       "gated_delta_rule_step(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor(a!) state, float scale, "
       "bool use_qk_l2norm, Tensor? edit_index, Tensor? edit_left, Tensor? edit_right, bool return_writes) "
       "-> (Tensor o, Tensor left, Tensor right)");
+  m.def(
+      "encode_topk(Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc, Tensor w_enc, Tensor? b_enc, "
+      "int k, Tensor? carry, Tensor? cu_seqlens, Tensor? edit_index, Tensor? edit_left, Tensor? edit_right, "
+      "str precision=\"fp32\") -> (Tensor values, Tensor indices, Tensor carry)");
+  m.def(
+      "encode_threshold(Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc, Tensor w_enc, "
+      "Tensor? b_enc, Tensor threshold, Tensor? carry, Tensor? cu_seqlens, Tensor? edit_index, Tensor? edit_left, "
+      "Tensor? edit_right, str precision=\"fp32\") -> (Tensor values, Tensor indices, Tensor counts, Tensor carry)");
+  m.def(
+      "encode_at(Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc, Tensor w_enc, Tensor indices, "
+      "Tensor? carry, Tensor? cu_seqlens, Tensor? edit_index, Tensor? edit_left, Tensor? edit_right) "
+      "-> (Tensor values, Tensor carry)");
 }
 
 }  // namespace writesae

@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PLANTED = "gated_delta_rule_f32.cu"
-BOTH_SIDES = ("gated_delta_rule.cpp",)
+BOTH_SIDES = ("gated_delta_rule.cpp", "encode.cpp")
 
 
 def build(sanitize: bool = False, plant: int = 0, quiet: bool = True) -> Path:

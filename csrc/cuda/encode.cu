@@ -60,7 +60,7 @@ Machine machine() {
 #endif
 }
 
-bool decodes(const EncodeParams& p) { return p.T == 1 && p.cu_seqlens == nullptr; }
+bool decodes(const EncodeParams& p) { return p.T == 1 && p.cu_seqlens == nullptr && p.N <= 65535; }
 
 Kernel kernel_of(const EncodeParams& p, Precision precision) {
   const int depth = padded_size(p.K, p.V);
@@ -154,9 +154,12 @@ void encode(const EncodeParams& p, Precision precision, EncodeMode mode, const E
   }
 }
 
-void encode_offsets(const int64_t* counts, int64_t n, int64_t* offsets, void* stream) {
-  tile::launch("encode: offsets", offsets_kernel, {1, 1, 1}, SCAN_THREADS, 256, static_cast<tile::Stream>(stream), counts, n,
-               offsets);
+int64_t encode_offsets(const int64_t* counts, int64_t n, int64_t* offsets, void* stream_) {
+  const auto stream = static_cast<tile::Stream>(stream_);
+  tile::launch("encode: offsets", offsets_kernel, {1, 1, 1}, SCAN_THREADS, 256, stream, counts, n, offsets);
+  int64_t total = 0;
+  tile::read(&total, offsets + n, sizeof(total), stream);
+  return total;
 }
 
 void encode_force_segment(int tokens) { forced_segment = tokens; }

@@ -29,8 +29,8 @@ struct EncodePlan {
 };
 
 constexpr int MAX_SIZE = 256;            // of K and V
-constexpr int64_t SCRATCH = 16 << 20;    // bytes that each of dictionary and states may take of any call
-constexpr double SCRATCH_SHARE = 0.004;  // and as a share of the pre-activations (float32) that are not stored
+constexpr int64_t SCRATCH = 17 << 20;  // bytes that each of dictionary and states may take of any call; or, of the
+constexpr double DICTIONARY_SHARE = 0.004, STATES_SHARE = 0.005;  // pre-activations (float32) not stored, these shares
 
 inline int padded_size(int64_t K, int64_t V) {
   const int64_t size = std::max(K, V);
@@ -53,18 +53,21 @@ inline EncodePlan plan_encode(const EncodeParams& p, Precision precision, const 
   plan.precision = precision;
   plan.depth = padded_size(p.K, p.V);
   plan.tiles = static_cast<int>((p.F + 15) / 16);
-  // Shared memory: two blocks a processor where a buffer twice as large as needed fits, else one; fewer warps if need be.
+  // Shared memory: as many warps a processor as fit with the candidates they need, in two blocks rather than in one.
   const int most = std::max(16, std::min(plan.tiles * 16, 4 * candidates));
   const int least = std::min(candidates, most), stride = traits.rows + 1;
   const auto room = [&](int limit, int warps) {
     return (limit - traits.fixed_shared(warps) - 256) / (warps * stride * 8);
   };
-  const int half = machine.processor_shared / 2 - 1024;
-  plan.warps = 4;
-  plan.capacity = room(half, 4);
-  if (plan.capacity < std::min(2 * least, most))
-    for (plan.capacity = room(machine.block_shared, 4); plan.capacity < least && plan.warps > 1;)
-      plan.capacity = room(machine.block_shared, plan.warps /= 2);
+  const int half = machine.processor_shared / 2 - 1024, whole = machine.block_shared;
+  const struct {
+    int limit, warps, spare;  // spare: where few more candidates fit than are needed, the bar is raised too often
+  } ways[] = {{half, 4, 8}, {half, 3, 8}, {whole, 4, 0}, {half, 2, 0}, {whole, 3, 0}, {whole, 2, 0}, {whole, 1, 0}};
+  for (const auto& way : ways) {
+    plan.warps = way.warps;
+    plan.capacity = room(way.limit, way.warps);
+    if (plan.capacity >= std::min(least + way.spare, most)) break;
+  }
   if (plan.capacity < least)
     throw std::runtime_error("encode: k = " + std::to_string(p.k) + " needs more shared memory than this device has (" +
                              std::to_string(machine.block_shared) + " bytes); use a smaller k or backend=\"reference\"");
@@ -73,7 +76,10 @@ inline EncodePlan plan_encode(const EncodeParams& p, Precision precision, const 
   const int blocks = (plan.shared <= half ? 2 : 1) * machine.processors;
 
   // Heads at a time, by what their packed dictionaries take; then the segment that takes the least time.
-  const int64_t budget = std::max<int64_t>(SCRATCH, static_cast<int64_t>(SCRATCH_SHARE * 4 * p.B * p.T * p.Hs * p.F));
+  const auto budget_of = [&](double share) {
+    return std::max<int64_t>(SCRATCH, static_cast<int64_t>(share * 4 * p.B * p.T * p.Hs * p.F));
+  };
+  const int64_t budget = budget_of(DICTIONARY_SHARE), states_budget = budget_of(STATES_SHARE);
   const int64_t dictionary = static_cast<int64_t>(plan.tiles) * p.rank * traits.tile_bytes;
   const int64_t groups = (p.Hs + std::max<int64_t>(1, budget / dictionary) - 1) / std::max<int64_t>(1, budget / dictionary);
   plan.heads = static_cast<int>(std::min<int64_t>((p.Hs + groups - 1) / groups, 65535));
@@ -88,7 +94,7 @@ inline EncodePlan plan_encode(const EncodeParams& p, Precision precision, const 
     return (count(length) * plan.heads + blocks - 1) / blocks * rows;
   };
   for (int64_t length = 512; length < longest; length *= 2)
-    if (state_bytes(length) <= budget && cost(length) < cost(best)) best = length;
+    if (state_bytes(length) <= states_budget && cost(length) < cost(best)) best = length;
   if (forced_segment > 0) best = std::min<int64_t>(forced_segment, longest);
   plan.segment = static_cast<int>(best);
   plan.split = best < longest;

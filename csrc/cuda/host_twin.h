@@ -274,6 +274,7 @@ void launch(const char* name, void (*kernel)(P...), Grid grid, int threads, size
   twin::run(name, grid, threads, shared, [](void* context) { (*static_cast<decltype(call)*>(context))(); }, &call);
 }
 
+inline void read(void* to, const void* from, size_t bytes, Stream) { std::memcpy(to, from, bytes); }
 inline void zero(void* p, size_t bytes, Stream) { std::memset(p, 0, bytes); }
 
 }  // namespace writesae::tile

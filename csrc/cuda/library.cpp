@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "encode.h"
 #include "operators.h"
 #include "schemas.h"
 #if WRITESAE_SIDE == 2
@@ -17,6 +18,9 @@ template <class Module>
 void implement_device_operators(Module& m) {
   m.impl("gated_delta_rule", TORCH_BOX(&gated_delta_rule));
   m.impl("gated_delta_rule_step", TORCH_BOX(&gated_delta_rule_step));
+  m.impl("encode_topk", TORCH_BOX(&encode_topk));
+  m.impl("encode_threshold", TORCH_BOX(&encode_threshold));
+  m.impl("encode_at", TORCH_BOX(&encode_at));
 }
 
 #if WRITESAE_SIDE == 2
@@ -38,6 +42,12 @@ std::vector<int64_t> statistics() {
   return {s.launches, s.blocks, s.barriers, s.products, s.matrix_loads, s.conflicts, s.copies, s.shared_bytes};
 }
 
+// Tokens of encode's segments from now on; 0 for the kernel's own choice.
+int64_t encode_segment(int64_t tokens) {
+  cuda::encode_force_segment(static_cast<int>(tokens));
+  return tokens;
+}
+
 }  // namespace
 #endif
 
@@ -53,6 +63,7 @@ STABLE_TORCH_LIBRARY(writesae_twin, m) {
   writesae::define_device_operators(m);
   m.def("schedule(str name) -> str");
   m.def("statistics() -> int[]");
+  m.def("encode_segment(int tokens) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(writesae_twin, CPU, m) { writesae::implement_device_operators(m); }
@@ -60,6 +71,7 @@ STABLE_TORCH_LIBRARY_IMPL(writesae_twin, CPU, m) { writesae::implement_device_op
 STABLE_TORCH_LIBRARY_IMPL(writesae_twin, CompositeExplicitAutograd, m) {
   m.impl("schedule", TORCH_BOX(&writesae::schedule));
   m.impl("statistics", TORCH_BOX(&writesae::statistics));
+  m.impl("encode_segment", TORCH_BOX(&writesae::encode_segment));
 }
 
 #endif

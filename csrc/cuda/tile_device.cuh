@@ -230,6 +230,12 @@ void launch(const char* name, void (*kernel)(P...), Grid grid, int threads, size
   check(cudaGetLastError(), name);
 }
 
+// Copies device memory to the host when the stream has come so far, and waits for it.
+inline void read(void* to, const void* from, size_t bytes, Stream stream) {
+  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream), "read");
+  check(cudaStreamSynchronize(stream), "read");
+}
+
 // Sets memory to zero, in the stream's order.
 inline void zero(void* p, size_t bytes, Stream stream) { check(cudaMemsetAsync(p, 0, bytes, stream), "zero"); }
 

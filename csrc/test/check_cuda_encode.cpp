@@ -266,6 +266,21 @@ void check_order(Precision precision) {
   expect("all NaN", [](int64_t i) { return i; });
 }
 
+// Memory beside the outputs, where it matters: 16 heads x 32,768 tokens x 2,048 features, packed or not.
+void check_memory() {
+  EncodeParams p = {};
+  p.B = p.N = 1, p.T = 32768, p.H = p.Hs = p.Hl = 16, p.R = p.rank = 1, p.K = p.V = 128, p.F = 2048, p.k = 32;
+  const int64_t offsets[] = {0, 32768};
+  for (const int64_t* cu : {static_cast<const int64_t*>(nullptr), offsets})
+    for (Precision precision : {Precision::fp32, Precision::tf32, Precision::bf16}) {
+      p.cu_seqlens = cu;
+      const double share = static_cast<double>(cuda::encode_scratch(p, precision, EncodeMode::topk)) /
+                           (4.0 * static_cast<double>(p.B * p.T * p.Hs * p.F));
+      std::printf("scratch: %.2f %% of the pre-activations\n", 100 * share);
+      if (share > 0.01) fail({"memory"}, "scratch takes more than 1 % of the pre-activations");
+    }
+}
+
 }  // namespace
 
 // With an argument, from 0 to 2: which precision the first case has.
@@ -285,7 +300,7 @@ int main(int count, char** arguments) {
   cases.push_back({"one", 1, 33, 1, 1, 1, 64, 50, 300, 1, 1});
   cases.push_back({"many features", 1, 20, 1, 1, 1, 4, 4, 2048, 1, 32});
   cases.push_back({"k is F", 1, 20, 1, 1, 1, 8, 4, 61, 1, 61});
-  cases.push_back({"large k", 1, 12, 1, 1, 1, 4, 4, 900, 1, 128});
+  for (int64_t k : {128, 220, 400}) cases.push_back({"large k", 1, 12, 1, 1, 1, 4, 4, 900, 1, k});
   cases.push_back({"wide", 1, 20, 1, 1, 1, 128, 65, 40, 1, 4});
   cases.push_back({"widest", 1, 20, 1, 1, 1, 130, 256, 40, 1, 4, {}, {}, false, 0, 8});
   cases.push_back({"decode", 9, 1, 2, 1, 2, 37, 21, 130, 2, 9, {}, {}, true, 12});
@@ -297,6 +312,7 @@ int main(int count, char** arguments) {
     const auto& [precision, tolerance] = precisions[(i + turn) % 3];
     check(cases[i], precision, tolerance);
   }
+  check_memory();
   for (Precision precision : {Precision::fp32, Precision::tf32, Precision::bf16}) check_order(precision);
   std::printf("check_cuda_encode: all hold\n");
   return 0;

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from ._encode_gradient import attach_writes_gradient
 from .gated_delta_rule import pack_edits
 from .reference import encode as reference
 
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "tf32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,10 @@ def encode(
         backend: "reference", "cpu", "cuda" or None.
         heads: value heads that row i of the factors belongs to; default all H heads in order.
         carry: pre-activations before the first token (an earlier call's `codes.carry`), in place of a state.
-        precision: of the products, "fp32" or "bf16": operands rounded to bfloat16, sums in float32. Faster only where
-            the processor multiplies bfloat16 (`writesae info`: AMX, AVX-512 BF16); activations are then off by some
-            1e-3 of the largest, so that features nearly tied at rank k may be exchanged.
+        precision: of the products, "fp32", "bf16" or, on CUDA only, "tf32": operands rounded to bfloat16 or to
+            TensorFloat-32, sums in float32. On a CPU faster only where it multiplies bfloat16 (`writesae info`: AMX,
+            AVX-512 BF16). Activations are then off by some 1e-3 (tf32: 1e-4) of the largest, so that features nearly
+            tied at rank k may be exchanged.
 
     Returns:
         `Codes`. In top-k mode `values` are differentiable, with the features taken held fixed: in v_enc, w_enc, b_enc,
@@ -94,6 +96,9 @@ def encode(
     elif isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= F:
         raise ValueError(f"k: expected an integer, 1 <= k <= F={F}, got {k!r}")
     chosen = _dispatch.choose("encode", backend, tensors)
+    if precision == "tf32" and chosen in ("cpu", "reference"):
+        raise ValueError(f'precision: expected "fp32" or "bf16" with backend="{chosen}", got "tf32"')
+    operators = _dispatch.operators(chosen)
     with torch.no_grad():
         if chosen == "reference":
             rounded = _rounded(writes, v_enc, w_enc) if bf16 else (writes, v_enc, w_enc)
@@ -102,12 +107,12 @@ def encode(
             else:
                 values, indices, counts, last = _reference_threshold(*rounded, b_enc, heads, carry, threshold)
         elif threshold is None:
-            values, indices, last = torch.ops.writesae.encode_topk(
-                *_arguments(writes, heads, v_enc, w_enc), _float(b_enc), k, *_rest(writes, carry), bf16
+            values, indices, last = operators.encode_topk(
+                *_arguments(writes, heads, v_enc, w_enc), _float(b_enc), k, *_rest(writes, carry), precision
             )
         else:
-            values, indices, counts, last = torch.ops.writesae.encode_threshold(
-                *_arguments(writes, heads, v_enc, w_enc), _float(b_enc), threshold, *_rest(writes, carry), bf16
+            values, indices, counts, last = operators.encode_threshold(
+                *_arguments(writes, heads, v_enc, w_enc), _float(b_enc), threshold, *_rest(writes, carry), precision
             )
     if threshold is None:
         values = _attach_gradient(values, indices, writes, v_enc, w_enc, b_enc, carry, heads, True, chosen)
@@ -159,7 +164,7 @@ def chosen_activations(writes, v, w, indices, b, heads, initial_state, carry, ba
             for row, lo, hi, pre in reference.blocks(writes, v_, w_, heads, a):
                 values[row, lo:hi] = pre.gather(-1, indices[row, lo:hi])
         else:
-            values, _ = torch.ops.writesae.encode_at(
+            values, _ = _dispatch.operators(chosen).encode_at(
                 *_arguments(writes, heads, v, w), indices.contiguous(), *_rest(writes, carry)
             )
         if b is not None:
@@ -175,7 +180,8 @@ def check_indices(writes: Writes, v: Tensor, indices: Tensor) -> None:
         raise ValueError(
             f"indices: expected int64 [B={B}, T={T}, Hs={Hs}, m], got {indices.dtype} of shape {tuple(indices.shape)}"
         )
-    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < F:
+    # On a device nobody waits to look: an index out of range gives NaN there.
+    if indices.numel() and indices.device.type == "cpu" and not 0 <= int(indices.min()) <= int(indices.max()) < F:
         raise ValueError(f"indices: expected 0 <= index < F={F}, got {int(indices.min())} to {int(indices.max())}")
 
 
@@ -282,10 +288,16 @@ def _float(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.detach().float().contiguous()
 
 
+@lru_cache(maxsize=256)
+def _heads_on(heads: tuple[int, ...], device: torch.device) -> Tensor:
+    """Kept: a copy to a device cannot be captured in a graph."""
+    return torch.tensor(heads).to(device, non_blocking=True)
+
+
 def _arguments(writes: Writes, heads: list[int], v_enc: Tensor, w_enc: Tensor) -> tuple:
     """What every kernel takes first: decay, left, right, heads, v_enc, w_enc. Small ones in float32; the kernel
     converts left, right and the factors as it packs them."""
-    heads = torch.tensor(heads).to(v_enc.device, non_blocking=True)
+    heads = _heads_on(tuple(heads), v_enc.device)
     return _float(writes.decay), writes.left, writes.right, heads, v_enc.detach(), w_enc.detach()
 
 
