@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from test_encode import CASES, build, dictionary, make_writes, random, same_up_to_ties
 
-from writesae._library import load_twin
 from writesae.ops.encode import activations, encode
 from writesae.ops.reference.encode import preactivations, topk
 from writesae.writes import Writes
@@ -20,14 +17,7 @@ from writesae.writes import Writes
 TOLERANCE = {"fp32": 2e-6, "tf32": 2e-3, "bf16": 2e-2}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def twin():
-    path = Path(__file__).resolve().parents[1] / "scripts" / "build_twin.py"
-    spec = importlib.util.spec_from_file_location("build_twin", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    load_twin(module.build())
-    return torch.ops.writesae_twin
+pytestmark = pytest.mark.usefixtures("twin")
 
 
 @pytest.fixture(params=["forward", "reverse"])

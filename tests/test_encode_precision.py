@@ -108,7 +108,7 @@ def test_threshold_and_threads():
 def test_opcheck():
     writes, v, w, b = problem(T=20, F=20)
     arguments = (writes.decay, writes.left, writes.right, torch.arange(2), v, w, b)
-    rest = (None, None, None, None, None, True)
+    rest = (None, None, None, None, None, "bf16")
     torch.library.opcheck(torch.ops.writesae.encode_topk.default, (*arguments, 3, *rest))
     torch.library.opcheck(torch.ops.writesae.encode_threshold.default, (*arguments, torch.zeros_like(b), *rest))
 
@@ -126,7 +126,7 @@ def test_gradient_is_that_of_the_factors():
 
 def test_refusals():
     writes, v, w, b = problem(T=5, F=4)
-    with pytest.raises(ValueError, match="precision: expected one of 'fp32', 'bf16', got 'fp16'"):
+    with pytest.raises(ValueError, match="precision: expected one of 'fp32', 'tf32', 'bf16', got 'fp16'"):
         ops.encode(writes, v, w, b, k=2, precision="fp16")
     with pytest.raises(RuntimeError, match="bf16: expected amx, avx512_bf16, tiles or rounded"):
         torch.ops.writesae.cpu_bf16("mmx")

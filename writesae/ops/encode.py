@@ -297,7 +297,8 @@ def _heads_on(heads: tuple[int, ...], device: torch.device) -> Tensor:
 def _arguments(writes: Writes, heads: list[int], v_enc: Tensor, w_enc: Tensor) -> tuple:
     """What every kernel takes first: decay, left, right, heads, v_enc, w_enc. Small ones in float32; the kernel
     converts left, right and the factors as it packs them."""
-    heads = _heads_on(tuple(heads), v_enc.device)
+    where = v_enc.device
+    heads = torch.tensor(heads) if where.type == "cpu" else _heads_on(tuple(heads), where)
     return _float(writes.decay), writes.left, writes.right, heads, v_enc.detach(), w_enc.detach()
 
 
