@@ -85,8 +85,8 @@ def test_segments_change_nothing(name, length, segments, schedule):
 @pytest.mark.parametrize("decay", [0.002, 1.0])
 @pytest.mark.parametrize("precision", TOLERANCE)
 def test_top_32_of_2048(precision, decay, record_property):
-    """With fp32 products the set is float64's wherever rank 32 is decided by more than rounding; agreement of the others
-    is recorded: the share of float64's features that are found."""
+    """With fp32 products the set is float64's wherever rank 32 is decided by more than rounding; of the others the share
+    of float64's features that they miss is recorded."""
     gen = torch.Generator().manual_seed(3)
     T, K, V, F = 40, 128, 128, 2048
     writes = make_writes(gen, 1, T, 1, 1, K, V, decay=decay)
@@ -121,10 +121,11 @@ def test_65536_tokens_keep_their_carry(decay, record_property):
             want[t] = last = gate * last + increments[t]
     got = torch.empty(T, 16).scatter_(1, codes.indices[0, :, 0], codes.values[0, :, 0])
     error = (got - want.relu()).norm(dim=0) / want.norm(dim=0)
-    record_property("carry over 65,536 tokens", float((codes.carry[0, 0] - want[-1]).abs().max() / want[-1].abs().max()))
+    off = (codes.carry[0, 0] - want[-1]).abs().max() / want[-1].abs().max()
+    record_property("carry over 65,536 tokens", float(off))
     record_property("65,536 tokens", float(error.max()))
     assert float(error.max()) <= 1e-4  # measured 6.0e-7, without decay
-    assert float((codes.carry[0, 0] - want[-1]).abs().max()) <= 1e-4 * float(want[-1].abs().max())
+    assert float(off) <= 1e-4
 
 
 @pytest.mark.parametrize("precision", TOLERANCE)
