@@ -85,8 +85,8 @@ def test_segments_change_nothing(name, length, segments, schedule):
 @pytest.mark.parametrize("decay", [0.002, 1.0])
 @pytest.mark.parametrize("precision", TOLERANCE)
 def test_top_32_of_2048(precision, decay, record_property):
-    """With fp32 products the set is float64's wherever rank 32 is decided by more than rounding; of the others the share
-    of float64's features that they miss is recorded."""
+    """With fp32 products the set is float64's wherever more than rounding decides rank 32; of the others the share of
+    float64's features that they miss is recorded."""
     gen = torch.Generator().manual_seed(3)
     T, K, V, F = 40, 128, 128, 2048
     writes = make_writes(gen, 1, T, 1, 1, K, V, decay=decay)
