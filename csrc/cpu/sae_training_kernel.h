@@ -229,6 +229,18 @@ inline void distances(const SaeTrainingParams& p, const Block& block, const Chun
   }
 }
 
+// x x^T of x [count][size], rows up to `width` zero: the columns of a tile down to its diagonal, the rest mirrored.
+inline void gram_matrix(int64_t count, int64_t width, int64_t size, const float* x, int64_t ld, float* out, Work& w) {
+  transpose(width, size, x, ld, w.group_t, w.ldg);
+  for (int64_t at = 0; at < width; at += 2 * LANES) {
+    const int64_t columns = width - at < 2 * LANES ? width - at : 2 * LANES;
+    const int64_t rows = count < at + columns ? count : at + columns;
+    pointers(out + at, w.ldg, rows, w.rows);
+    gemm(rows, columns, size, x, ld, w.group_t + at, w.ldg, w.rows, 0);
+    transpose(at, columns, out + at, w.ldg, out + at * w.ldg, w.ldg);
+  }
+}
+
 // Tokens [first, last) together: Gram matrices of the atoms they use, `made` += Gram a, and their share of the gradient.
 inline void gram(int64_t first, int64_t last, int64_t count, bool gradients, Work& w) {
   const int64_t width = (count + 15) / 16 * 16;
@@ -240,12 +252,8 @@ inline void gram(int64_t first, int64_t last, int64_t count, bool gradients, Wor
     std::memset(w.group_v + i * w.ldk, 0, w.Kp * sizeof(float));
     std::memset(w.group_w + i * w.ldv, 0, w.Vp * sizeof(float));
   }
-  transpose(width, w.Kp, w.group_v, w.ldk, w.group_t, w.ldg);
-  pointers(w.gram_v, w.ldg, count, w.rows);
-  gemm(count, width, w.Kp, w.group_v, w.ldk, w.group_t, w.ldg, w.rows, 0);
-  transpose(width, w.Vp, w.group_w, w.ldv, w.group_t, w.ldg);
-  pointers(w.gram_w, w.ldg, count, w.rows);
-  gemm(count, width, w.Vp, w.group_w, w.ldv, w.group_t, w.ldg, w.rows, 0);
+  gram_matrix(count, width, w.Kp, w.group_v, w.ldk, w.gram_v, w);
+  gram_matrix(count, width, w.Vp, w.group_w, w.ldv, w.gram_w, w);
   // Codes both ways round: [count][16] and [tokens][width].
   std::memset(w.code_columns, 0, width * GROUP * sizeof(float));
   std::memset(w.code_rows, 0, GROUP * w.ldg * sizeof(float));

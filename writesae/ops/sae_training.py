@@ -107,6 +107,32 @@ def loss_kernel(
     )  # fmt: skip
 
 
+def atoms_on(
+    matrix: Tensor,  # [Hs, K, V]
+    v: Tensor,  # [Hs, F, r, K]
+    w: Tensor,  # [Hs, F, r, V]
+) -> Tensor:
+    """`<A_i, matrix>` of every atom, `[Hs, F]`, with gradients for v and w. An encoder of S_t - M is one of S_t with
+    this much less bias."""
+    return _AtomsOn.apply(v, w, matrix.detach())
+
+
+class _AtomsOn(torch.autograd.Function):
+    """Keeps both products, which are the gradients: an einsum would make them again."""
+
+    @staticmethod
+    def forward(ctx, v, w, matrix):
+        found = Offset(matrix, v, w)
+        ctx.save_for_backward(found.left, found.right)
+        return found.on_atoms
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        left, right = ctx.saved_tensors
+        return grad[:, :, None, None] * right, grad[:, :, None, None] * left, None
+
+
 class Offset:
     """The decoder bias M among atoms: what <A_i, M> adds to loss and gradients, once a step instead of once a token."""
 

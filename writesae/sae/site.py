@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..ops import encode, factored_loss, training_loss
+from ..ops.sae_training import atoms_on
 from .block import Block
 from .sae import BILINEAR, KINDS, RANK_ONE, SAE
 from .sparse import BilinearAt, Decode, exact_topk
@@ -281,7 +282,7 @@ class SiteTrainer:
         mask[inverse, batch.positions] = True
         mean = sae.mean * self.scale
         v, w = self._factors()
-        bias = sae.b_enc - torch.einsum("frk,kv,frv->f", v, mean, w)
+        bias = sae.b_enc - atoms_on(mean[None], v[None], w[None])[0]
         v_dec, w_dec, offset = _unit(sae.v_dec), _unit(sae.w_dec), mean + sae.bias
         # A state drawn twice weighs twice.
         weight = torch.zeros(mask.shape, dtype=mean.dtype).index_put_(
