@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(32 * JOIN_WARPS) join(const __grid_constant__ 
   const Tile<float, KP> rows = {shared.template take<float>(32 * KP)};
   const int tiles = (p.V + 16 * JOIN_WARPS - 1) / (16 * JOIN_WARPS);
   const int64_t head = tile::block_x() / tiles, n = head / p.H;
-  const int column = (tile::block_x() % tiles * JOIN_WARPS + tile::warp()) * 16, columns = p.V - column;
+  const int column = (tile::block_x() % tiles * JOIN_WARPS + tile::warp()) * 16;
   const int64_t length = p.cu_seqlens == nullptr ? p.T : p.cu_seqlens[n + 1] - p.cu_seqlens[n];
   const int64_t per_segment = static_cast<int64_t>(p.segment_chunks) * chunk_tokens;
   const int64_t segments = (length + per_segment - 1) / per_segment, size = static_cast<int64_t>(p.K) * p.V;
@@ -26,9 +26,10 @@ __global__ void __launch_bounds__(32 * JOIN_WARPS) join(const __grid_constant__ 
   for (int64_t segment = 0; segment + 1 < segments; segment++) {
     const float* moves = p.moves + (head * p.segments + segment) * p.K * p.K;
     float* adds = p.adds + (head * p.segments + segment) * size;
+    const int along = tile::fresh(Op::lane_place_along(rows));
     float state[KP / 8][4] = {};
     if (from != nullptr)
-      each_owned<KP>(p.K, columns, [&](int i, int e, int k, int v) { state[i][e] = from[static_cast<int64_t>(k) * p.V + column + v]; });
+      each_owned<KP>(p.K, p.V, column, [&](int i, int e, int64_t at) { state[i][e] = from[at]; });
     for (int top = 0; top < p.K; top += 32) {
       tile::sync();
       for (int i = tile::thread(); i < 32 * KP; i += 32 * JOIN_WARPS) {
@@ -43,13 +44,12 @@ __global__ void __launch_bounds__(32 * JOIN_WARPS) join(const __grid_constant__ 
 #pragma unroll
         for (int j = 0; j < 4; j += 2) {
           Op::B b[2];
-          Op::load_rows(b, rows, 8 * j, step);
+          Op::load_rows(b, rows, along, 8 * j, step);
           Op::multiply(x[j], a, b[0]), Op::multiply(x[j + 1], a, b[1]);
         }
       }
-      each_owned<32>(p.K - top, columns, [&](int i, int e, int k, int v) {
-        adds[static_cast<int64_t>(top + k) * p.V + column + v] += x[i][e];
-      });
+      float* to = adds + static_cast<int64_t>(top) * p.V;
+      each_owned<32>(p.K - top, p.V, column, [&](int i, int e, int64_t at) { to[at] += x[i][e]; });
     }
     from = adds;  // every lane reads back what it wrote itself
   }

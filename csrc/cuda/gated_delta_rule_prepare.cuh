@@ -8,7 +8,7 @@
 // Arithmetic at C = 64, K = 128, bf16, per (chunk, value head), group 4 (1): 320 / 4 (320) bf16 products of 4 kFLOP, 192 tf32
 // products of 2 kFLOP, 1.1 k exponentials a warp; 32 KB / 4 (32 KB) read, 14 KB written. 1 x 32768 with 16 / 64 heads:
 // 32,768 such, 2.4 kB a token and value head... in sum 0.73 GB, so 0.22 ms at an H100's 3.35 TB/s; instructions about as
-// long (1.2 k a warp and value head, 4 warps, 248 chunks an SM). 4 blocks of 128 threads fit an SM (49 KB shared).
+// long (1.2 k a warp and value head, 4 warps, 248 chunks an SM). 4 blocks of 128 threads fit an SM (55 KB shared).
 #pragma once
 
 #include "gated_delta_rule.cuh"
@@ -19,9 +19,8 @@ template <class T, int KP>
 struct PrepareShared {
   static constexpr int C = Operand<T>::CHUNK, WARPS = C / 16;
   static constexpr int IMAGE = Triangle<T, C>::SIZE;
-  static constexpr int ROWS = KP > IMAGE ? KP * C : IMAGE;  // elements of k's and of q's piece
-  static constexpr int PIECE = KP * C > IMAGE ? KP * C : IMAGE;
-  static constexpr size_t BYTES = 2 * PIECE * sizeof(T) + C * C * 4 + 2 * C * 4 + WARPS * 3 * C * 4;
+  static constexpr int PIECE = KP * C > IMAGE ? KP * C : IMAGE;  // of k or q, and then of an image: elements
+  static constexpr size_t BYTES = 2 * PIECE * sizeof(T) + C * Padded<C>::STRIDE * 4 + 2 * C * 4 + WARPS * 3 * C * 4;
 };
 
 // One value head's gates in a lane's registers: C / 32 neighbouring tokens a lane.
@@ -72,8 +71,7 @@ __device__ __forceinline__ float decay_between(float whole_to, float rest_to, fl
 
 // Inverts the 16 x 16 unit lower triangle I + A at (at, at) of m, in place, its zeros above the diagonal included.
 template <class Matrix>
-__device__ __forceinline__ void invert_diagonal(const Matrix& m, int at) {
-  const int column = tile::lane();
+__device__ __forceinline__ void invert_diagonal(const Matrix& m, int at, int column) {
   float x[16];
   if (column < 16) {
 #pragma unroll
@@ -93,7 +91,7 @@ __device__ __forceinline__ void invert_diagonal(const Matrix& m, int at) {
 }
 
 template <class T, int KP>
-__global__ void __launch_bounds__(2 * Operand<T>::CHUNK) prepare(const __grid_constant__ Problem p) {
+__global__ void __launch_bounds__(2 * Operand<T>::CHUNK, KP <= 128 ? 3 : 2) prepare(const __grid_constant__ Problem p) {
   using Op = Operand<T>;
   using Op32 = Operand<float>;
   constexpr int C = Op::CHUNK, WARPS = C / 16, THREADS = 32 * WARPS, EACH = Tile<T, KP>::EACH;
@@ -102,7 +100,7 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK) prepare(const __grid_co
   tile::Shared shared;
   const Tile<T, KP> k = {shared.template take<T>(Size::PIECE)}, q = {shared.template take<T>(Size::PIECE)};
   const Triangle<T, C> solve = {k.data}, reach = {q.data};  // once the products are in registers
-  const Tile<float, C> a = {shared.template take<float>(C * C)};
+  const Padded<C> a = {shared.template take<float>(C * Padded<C>::STRIDE)};
   float* key = shared.template take<float>(C);    // r_j
   float* query = shared.template take<float>(C);  // scale / |q_j|
   float* gates = shared.template take<float>(WARPS * 3 * C);
@@ -112,7 +110,7 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK) prepare(const __grid_co
   const int64_t slot = tile::block_x() / p.Hk;
   const int64_t n = sequence_at<C>(p, slot);
   const Sequence s = sequence<C>(p, n);
-  const int64_t first = (slot - s.first_slot) * C;
+  const int first = static_cast<int>(slot - s.first_slot) * C;
   if (first >= s.length) return;
   const int count = s.length - first < C ? static_cast<int>(s.length - first) : C;
 
@@ -121,8 +119,8 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK) prepare(const __grid_co
 #pragma unroll 4
   for (int i = thread; i < C * (KP / EACH); i += THREADS) {
     const int row = i / (KP / EACH), unit = i % (KP / EACH);
-    tile::copy_16(k.unit(row, unit), from_k + row * p.k.stride[1] + unit * EACH, row < count && unit * EACH < p.k.width);
-    tile::copy_16(q.unit(row, unit), from_q + row * p.q.stride[1] + unit * EACH, row < count && unit * EACH < p.q.width);
+    tile::copy_16(k.at(row, unit * EACH), from_k + row * p.k.stride[1] + unit * EACH, row < count && unit * EACH < p.k.width);
+    tile::copy_16(q.at(row, unit * EACH), from_q + row * p.q.stride[1] + unit * EACH, row < count && unit * EACH < p.q.width);
   }
   tile::commit_copies();
   Gates<C> mine;
@@ -130,16 +128,18 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK) prepare(const __grid_co
   tile::wait_copies<0>();
   tile::sync();
 
+  const auto down = Op::lane_place_down(k);
+  const int along = Op::lane_place_along(k);
   float kk[C / 8][4] = {}, qk[C / 8][4] = {}, squares_k[2] = {}, squares_q[2] = {};
 #pragma unroll
   for (int step = 0; step < KP; step += Op::STEP) {
-    const auto left_k = Op::load_left(k, 16 * warp, step), left_q = Op::load_left(q, 16 * warp, step);
+    const auto left_k = Op::load_left(k, down, 16 * warp, step), left_q = Op::load_left(q, down, 16 * warp, step);
     Op::add_squares(squares_k, left_k), Op::add_squares(squares_q, left_q);
 #pragma unroll
     for (int j = 0; j < WARPS; j++) {
       if (j > warp) continue;
       typename Op::B b[2];
-      Op::load_rows(b, k, 16 * j, step);
+      Op::load_rows(b, k, along, 16 * j, step);
 #pragma unroll
       for (int i = 0; i < 2; i++) Op::multiply(kk[2 * j + i], left_k, b[i]), Op::multiply(qk[2 * j + i], left_q, b[i]);
     }
@@ -185,11 +185,13 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK) prepare(const __grid_co
       if (batch + warp < group && lane < 4) to[F::DECAY + lane] = lane == 0 ? decay_between(whole_end, rest_end, 0, 0) : 0.0f;
     }
     for (int member = 0; member < WARPS && batch + member < group; member++) {
-      const int64_t h = hk * group + batch + member;
+      const int h = hk * group + batch + member;
       tile::sync();  // the gates are there, and the last member's images are out
+      const int warp = tile::fresh(tile::warp()), lane = tile::fresh(tile::lane()), g = lane / 4, c = 2 * (lane % 4);
       const float *beta = gates + member * 3 * C, *whole = beta + C, *rest = whole + C;
 #pragma unroll
       for (int e = 0; e < 4; e += 2) {
+        tile::sync_warp();  // one half of the rows after the other: fewer registers
         const int row = 16 * warp + g + 4 * e;
         const float in = beta[row] * key[row], out = query[row], whole_row = whole[row], rest_row = rest[row];
 #pragma unroll
@@ -205,8 +207,9 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK) prepare(const __grid_co
         }
       }
       tile::sync_warp();
-      invert_diagonal(a, 16 * warp);
+      invert_diagonal(a, 16 * warp, lane);
       tile::sync();
+      const int along_a = a.place(g, c);
       // Block column `warp` of the inverse, transposed: t[m] is block row warp + m.
       float t[WARPS][2][4];
 #pragma unroll
@@ -225,7 +228,7 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK) prepare(const __grid_co
           for (int l = 0; l < m; l++)
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-              Op32::load_rows(b, a, row, 16 * (warp + l) + 8 * i);
+              Op32::load_rows(b, a, along_a, row, 16 * (warp + l) + 8 * i);
               const auto left = Op32::accumulators(&t[l][i]);
               Op32::multiply(sum[0], left, b[0]), Op32::multiply(sum[1], left, b[1]);
             }
@@ -235,7 +238,7 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK) prepare(const __grid_co
             for (int e = 0; e < 4; e++) t[m][i][e] = 0, sum[i][e] = -sum[i][e];
 #pragma unroll
           for (int i = 0; i < 2; i++) {
-            Op32::load_rows(b, a, row, row + 8 * i);
+            Op32::load_rows(b, a, along_a, row, row + 8 * i);
             const auto left = Op32::accumulators(&sum[i]);
             Op32::multiply(t[m][0], left, b[0]), Op32::multiply(t[m][1], left, b[1]);
           }

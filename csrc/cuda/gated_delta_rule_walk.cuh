@@ -29,31 +29,28 @@ struct WalkShared {
                                   (Factors<C>::HOT * 4 + 127) / 128 * 128;
 };
 
-// What a warp's lanes own of [K, columns] states in memory: element (k, v) = (8 n + c + e % 2, g + 8 (e / 2)).
+// What a warp's lanes own of states [K, width] in memory, 16 columns from `column`: f(n, e, offset) for their element
+// (k, v) = (8 n + c + e % 2, column + g + 8 (e / 2)).
 template <int KP, class F>
-__device__ __forceinline__ void each_owned(int K, int columns, const F& f) {
-  const int g = tile::lane() / 4, c = 2 * (tile::lane() % 4);
+__device__ __forceinline__ void each_owned(int K, int width, int column, const F& f) {
+  const int lane = tile::fresh(tile::lane()), v = column + lane / 4, c = 2 * (lane % 4);
+  const int64_t apart = tile::fresh(static_cast<int64_t>(width));
+  int64_t at = c * apart + v;
 #pragma unroll
-  for (int n = 0; n < KP / 8; n++)
+  for (int n = 0; n < KP / 8; n++, at += 8 * apart)
 #pragma unroll
-    for (int e = 0; e < 4; e++) {
-      const int k = 8 * n + c + e % 2, v = g + e / 2 * 8;
-      if (k < K && v < columns) f(n, e, k, v);
-    }
+    for (int e = 0; e < 4; e++)
+      if (8 * n + c + e % 2 < K && v + e / 2 * 8 < width) f(n, e, at + e % 2 * apart + e / 2 * 8);
 }
 
 // The edits of one (sequence, value head), passed in order of position.
 struct EditWalk {
-  int64_t n, h, at, position;
+  int at, position;
 
-  __device__ __forceinline__ EditWalk(const EditList& edits, int64_t sequence, int64_t head, int64_t from)
-      : n(sequence), h(head), at(edits.count > 0 ? first_edit(edits, sequence, head, from) : 0) {
-    look(edits);
-  }
   // The position of edit `at`, or none.
-  __device__ __forceinline__ void look(const EditList& edits) {
-    const int64_t* x = edits.index + 4 * at;
-    position = at < edits.count && x[0] == n && x[2] == h ? x[1] : INT64_MAX;
+  __device__ __forceinline__ void look(const EditList& edits, int n, int h) {
+    const int64_t* x = edits.index + 4 * static_cast<int64_t>(at);
+    position = at < edits.count && x[0] == n && x[2] == h ? static_cast<int>(x[1]) : INT32_MAX;
   }
 };
 
@@ -64,13 +61,13 @@ __global__ void __launch_bounds__(32 * WARPS) walk(const __grid_constant__ Probl
   using Op = Operand<T>;
   constexpr int C = Op::CHUNK, STEP = Op::STEP, THREADS = 32 * WARPS, EACH = Tile<T, KP>::EACH;
   constexpr int IMAGE = Triangle<T, C>::SIZE, FACTORS = (Factors<C>::HOT + 31) / 32 * 32, NC = C / 8, NK = KP / 8;
+  constexpr int PART = KP > 128 ? NC / 2 : NC;  // outputs at a time: a large state leaves few registers
   using F = Factors<C>;
   using E = EditFactors<C>;
-  using Slab = Tile<T, 16>;
   struct Stage {
     Tile<T, KP> k, q;
     Triangle<T, C> solve, reach;
-    T* v;
+    Tile<T, 16> v;  // of the warp
     float* factors;
   };
   tile::Shared shared;
@@ -81,69 +78,67 @@ __global__ void __launch_bounds__(32 * WARPS) walk(const __grid_constant__ Probl
   T* const shared_q = FULL ? shared.template take<T>(p.stages * KP * C) : nullptr;
   T* const shared_reach = FULL ? shared.template take<T>(p.stages * IMAGE) : nullptr;
   const auto stage = [&](int i) -> Stage {
-    return {{shared_k + i * KP * C}, {shared_q + i * KP * C}, {shared_solve + i * IMAGE}, {shared_reach + i * IMAGE},
-            shared_v + i * WARPS * C * 16, shared_factors + i * FACTORS};
+    const int at = i * KP * C, image = i * IMAGE;
+    return {{shared_k, at}, {shared_q, at}, {shared_solve, image}, {shared_reach, image},
+            {shared_v, (i * WARPS + tile::warp()) * C * 16}, shared_factors + i * FACTORS};
   };
 
   // ---- where -------------------------------------------------------------------------------------------------------
-  const int warp = tile::warp(), lane = tile::lane(), thread = tile::thread(), g = lane / 4, c = 2 * (lane % 4);
+  const int warp = tile::warp(), lane = tile::lane(), thread = tile::thread();
   const int value_tiles = (p.V + 16 * WARPS - 1) / (16 * WARPS);
   const int tiles = value_tiles + (FULL ? 0 : (p.K + 16 * WARPS - 1) / (16 * WARPS));
-  int64_t rest_of = tile::block_x();
+  int rest_of = tile::block_x();
   const int column_tile = rest_of % tiles;
   rest_of /= tiles;
   const int h = rest_of % p.H;
   rest_of /= p.H;
-  const int segment = rest_of % p.segments;
-  const int64_t n = rest_of / p.segments;
-  const int hk = h / (p.H / p.Hk);
+  const int segment = rest_of % p.segments, n = rest_of / p.segments, hk = h / (p.H / p.Hk);
   const Sequence s = sequence<C>(p, n);
-  const int64_t chunks = (s.length + C - 1) / C;
-  const int64_t begin = static_cast<int64_t>(segment) * p.segment_chunks;
-  const int64_t end = chunks - begin < p.segment_chunks ? chunks : begin + p.segment_chunks;
+  const int64_t origin = s.row * p.T + s.origin;  // the sequence's first token, of all tokens
+  const int length = static_cast<int>(s.length), chunks = (length + C - 1) / C, begin = segment * p.segment_chunks;
+  const int end = chunks - begin < p.segment_chunks ? chunks : begin + p.segment_chunks;
   if (segment > 0 && begin >= chunks) return;
   if (!FULL && end == chunks) return;  // nobody starts where the last segment ends
   const bool moves = !FULL && column_tile >= value_tiles;
   const int column = (column_tile - (moves ? value_tiles : 0)) * 16 * WARPS + 16 * warp;  // of the warp
   const int columns = (moves ? p.K : p.V) - column;                                      // may be <= 0
-  const int64_t head = n * p.H + h;
+  const int64_t head = static_cast<int64_t>(n) * p.H + h;
 
   // ---- the next chunk's copies --------------------------------------------------------------------------------------
-  const auto issue = [&](const Stage& to, int64_t chunk) {
-    const int64_t first = chunk * C, left = s.length - first, at = (s.first_slot + chunk) * p.H + h;
-    const T* from_k = p.k.template at<T>(s.row, s.origin + first, hk);
-    const T* from_q = FULL ? p.q.template at<T>(s.row, s.origin + first, hk) : nullptr;
-    constexpr int UNITS = KP / EACH;
+  const auto issue = [&](const Stage& to, int chunk) {
+    const int first = chunk * C, left = length - first;
+    const int64_t at = (s.first_slot + chunk) * p.H + h;
+    constexpr int UNITS = KP / EACH, SLAB_UNITS = 16 / EACH, APART = THREADS / UNITS, SLAB_APART = 32 / SLAB_UNITS;
+    const auto rows = [&](const Tile<T, KP>& tile, const Rows& from) {
+      const int row = thread / UNITS, column = thread % UNITS * EACH;
+      const int64_t step = tile::fresh(APART * from.stride[1]);
+      const T* x = from.template at<T>(s.row, s.origin + first + row, hk) + column;
 #pragma unroll
-    for (int i = thread; i < C * UNITS; i += THREADS) {
-      const int row = i / UNITS, unit = i % UNITS;
-      tile::copy_16(to.k.unit(row, unit), from_k + row * p.k.stride[1] + unit * EACH, row < left && unit * EACH < p.k.width);
-    }
-    const T* images = static_cast<const T*>(p.solve) + at * IMAGE;
+      for (int i = 0; i < C / APART; i++, x += step)
+        tile::copy_16(tile.at(row + i * APART, column), x, row + i * APART < left && column < from.width);
+    };
+    const auto image = [&](const Triangle<T, C>& to, const void* from) {
+      const T* x = static_cast<const T*>(from) + at * IMAGE + thread * EACH;
 #pragma unroll
-    for (int i = thread; i < IMAGE / EACH; i += THREADS) tile::copy_16(to.solve.data + i * EACH, images + i * EACH);
+      for (int i = 0; i < IMAGE / EACH; i += THREADS)
+        if (i + THREADS <= IMAGE / EACH || i + thread < IMAGE / EACH)
+          tile::copy_16(to.data + to.start + (i + thread) * EACH, x + i * EACH);
+    };
+    rows(to.k, p.k);
+    image(to.solve, p.solve);
     if (!moves) {
-      const T* from_v = p.v.template at<T>(s.row, s.origin + first, h) + column;
-      const Slab slab = {to.v + warp * C * 16};
-      constexpr int SLAB_UNITS = 16 / EACH;
+      const int row = lane / SLAB_UNITS, unit = lane % SLAB_UNITS * EACH;
+      const int64_t step = tile::fresh(SLAB_APART * p.v.stride[1]);
+      const T* x = p.v.template at<T>(s.row, s.origin + first + row, h) + column + unit;
 #pragma unroll
-      for (int i = lane; i < C * SLAB_UNITS; i += tile::WARP) {
-        const int row = i / SLAB_UNITS, unit = i % SLAB_UNITS;
-        tile::copy_16(slab.unit(row, unit), from_v + row * p.v.stride[1] + unit * EACH,
-                      row < left && column + unit * EACH < p.v.width);
-      }
+      for (int i = 0; i < C / SLAB_APART; i++, x += step)
+        tile::copy_16(to.v.at(row + i * SLAB_APART, unit), x, row + i * SLAB_APART < left && column + unit < p.v.width);
     }
     const float* factors = p.factors + at * F::SIZE;
-    for (int i = thread; i < F::HOT / 4; i += THREADS) tile::copy_16(to.factors + 4 * i, factors + 4 * i);
+    if (thread < F::HOT / 4) tile::copy_16(to.factors + 4 * thread, factors + 4 * thread);
     if constexpr (FULL) {
-#pragma unroll
-      for (int i = thread; i < C * UNITS; i += THREADS) {
-        const int row = i / UNITS, unit = i % UNITS;
-        tile::copy_16(to.q.unit(row, unit), from_q + row * p.q.stride[1] + unit * EACH, row < left && unit * EACH < p.q.width);
-      }
-      images = static_cast<const T*>(p.reach) + at * IMAGE;
-#pragma unroll
-      for (int i = thread; i < IMAGE / EACH; i += THREADS) tile::copy_16(to.reach.data + i * EACH, images + i * EACH);
+      rows(to.q, p.q);
+      image(to.reach, p.reach);
     }
     tile::commit_copies();
   };
@@ -152,55 +147,59 @@ __global__ void __launch_bounds__(32 * WARPS) walk(const __grid_constant__ Probl
   // ---- the state before the first chunk ------------------------------------------------------------------------------
   float state[NK][4] = {};
   if (moves) {
-    each_owned<KP>(p.K, columns, [&](int i, int e, int k, int v) { state[i][e] = k == column + v ? 1.0f : 0.0f; });
+    each_owned<KP>(p.K, p.K, column, [&](int i, int e, int64_t at) { state[i][e] = static_cast<int>(at) % (p.K + 1) == 0 ? 1.0f : 0.0f; });
   } else if (FULL && (segment > 0 || p.initial_state != nullptr)) {
     const float* from = segment > 0 ? p.adds + (head * p.segments + segment - 1) * p.K * p.V : p.initial_state + head * p.K * p.V;
 #if WRITESAE_PLANT == 1  // a wrong carry: segments start from the state one further back
     if (segment > 1) from -= p.K * p.V;
 #endif
-    each_owned<KP>(p.K, columns, [&](int i, int e, int k, int v) { state[i][e] = from[static_cast<int64_t>(k) * p.V + column + v]; });
+    each_owned<KP>(p.K, p.V, column, [&](int i, int e, int64_t at) { state[i][e] = from[at]; });
   }
-  EditWalk edit(p.edits, n, h, begin * C);
+  EditWalk edit = {p.edits.count > 0 ? static_cast<int>(first_edit(p.edits, n, h, begin * C)) : 0, INT32_MAX};
+  if (p.edits.count > 0) edit.look(p.edits, n, h);
 
-  for (int64_t chunk = begin; chunk < end; chunk++) {
+  for (int chunk = begin; chunk < end; chunk++) {
     const int half = p.stages == 2 ? (chunk - begin) % 2 : 0;
     const Stage now = stage(half);
-    const int64_t first = chunk * C, slot = s.first_slot + chunk;
-    const int count = s.length - first < C ? static_cast<int>(s.length - first) : C;
+    const int first = chunk * C, count = length - first < C ? length - first : C;
+    const int64_t slot = s.first_slot + chunk;
     tile::wait_copies<0>();
 #if WRITESAE_PLANT != 2  // a missing barrier
     tile::sync();
 #endif
     if (p.stages == 2 && chunk + 1 < end) issue(stage(1 - half), chunk + 1);
-    const Slab slab = {now.v + warp * C * 16};
+    const int lane = tile::fresh(tile::lane()), g = lane / 4, c = 2 * (lane % 4);
+    const int along = Op::lane_place_along(now.k), along_image = Op::lane_place_along(now.solve);
+    const auto down = Op::lane_place_down(now.k);
     const bool edited = !moves && edit.position < first + count;
-    const int64_t edits_begin = edit.at;
-    int64_t edits_end = edit.at;
+    const int edits_begin = edit.at;
+    int edits_end = edit.at;
     int place = -1;
     if (FULL && p.first_place != nullptr) place = p.first_place[slot] - 1;
 
     // ---- X^T = S^T K^T and Y^T = S^T Q^T ---------------------------------------------------------------------------
-    float x[NC][4] = {}, y[NC][4] = {};
-    const auto read_state = [&](const Tile<T, KP>& rows, float (&to)[NC][4], int step, const typename Op::A& a) {
+    float x[NC][4] = {}, y[PART][4] = {};
+    const auto read_state = [&](const Tile<T, KP>& rows, float (*to)[4], int token, int tokens, int step, const typename Op::A& a) {
 #pragma unroll
-      for (int j = 0; j < NC; j += 2) {
+      for (int j = 0; j < tokens / 8; j += 2) {
         typename Op::B b[2];
-        Op::load_rows(b, rows, 8 * j, step);
+        Op::load_rows(b, rows, along, token + 8 * j, step);
         Op::multiply(to[j], a, b[0]), Op::multiply(to[j + 1], a, b[1]);
       }
     };
 #pragma unroll
     for (int step = 0; step < KP; step += STEP) {
       const auto a = Op::accumulators(&state[step / 8]);
-      read_state(now.k, x, step, a);
-      if constexpr (FULL && KP <= 128) read_state(now.q, y, step, a);
+      read_state(now.k, x, 0, C, step, a);
+      if constexpr (FULL && PART == NC) read_state(now.q, y, 0, C, step, a);
     }
 
+    const int along_slab = Op::lane_place_along(now.v);
     // ---- V^T - e^G r X^T ---------------------------------------------------------------------------------------------
 #pragma unroll
     for (int j = 0; j < NC; j += 2) {
       float v[2][4] = {};
-      if (!moves) Op::load_transposed(v, slab, 8 * j);
+      if (!moves) Op::load_transposed(v, now.v, along_slab, 8 * j);
 #pragma unroll
       for (int i = 0; i < 2; i++)
 #pragma unroll
@@ -208,21 +207,23 @@ __global__ void __launch_bounds__(32 * WARPS) walk(const __grid_constant__ Probl
           x[j + i][e] = v[i][e] - now.factors[F::READ + 8 * (j + i) + c + e % 2] * x[j + i][e];
     }
     // Adds factor (token) times the value side of every added edit of this chunk: rows of the edit list at `kind`.
-    const auto add_edits = [&](float (&to)[NC][4], int kind, float sign) {
+    const auto add_edits = [&](float (*to)[4], int token, int tokens, int kind, float sign) {
+      const int lane = tile::fresh(tile::lane()), g = lane / 4, c = 2 * (lane % 4);
+#pragma unroll 1
       for (int64_t e = edits_begin; e < edits_end; e++) {
         if (p.edits.index[4 * e + 3] == 1) continue;
         const float* right = p.edits.right + e * p.V + column;
-        const float* factors = p.edit_factors + e * E::SIZE + kind;
+        const float* factors = p.edit_factors + e * E::SIZE + kind + token;
         const float w[2] = {g < columns ? sign * right[g] : 0.0f, g + 8 < columns ? sign * right[g + 8] : 0.0f};
 #pragma unroll
-        for (int j = 0; j < NC; j++)
+        for (int j = 0; j < tokens / 8; j++)
 #pragma unroll
           for (int i = 0; i < 4; i++) to[j][i] += factors[8 * j + c + i % 2] * w[i / 2];
       }
     };
     if (edited) {
-      for (; edit.position < first + count; edits_end = edit.at) edit.at++, edit.look(p.edits);
-      add_edits(x, E::RIGHT, -1.0f);
+      for (; edit.position < first + count; edits_end = edit.at) edit.at++, edit.look(p.edits, n, h);
+      add_edits(x, 0, C, E::RIGHT, -1.0f);
     }
 
     // ---- U^T = x solve^T -----------------------------------------------------------------------------------------------
@@ -233,114 +234,132 @@ __global__ void __launch_bounds__(32 * WARPS) walk(const __grid_constant__ Probl
 #pragma unroll
       for (int j = step / 16 * 2; j < NC; j += 2) {
         typename Op::B b[2];
-        Op::load_rows(b, now.solve, 8 * j, step);
+        Op::load_rows(b, now.solve, along_image, 8 * j, step);
         Op::multiply(u[j], a, b[0]), Op::multiply(u[j + 1], a, b[1]);
       }
     }
     if (FULL && p.right != nullptr) {
+      const int64_t apart = tile::fresh(static_cast<int64_t>(p.H) * p.V);
+      float* to = p.right + ((origin + first + c) * p.H + h) * p.V + column + g;
 #pragma unroll
-      for (int j = 0; j < NC; j++)
+      for (int j = 0; j < NC; j++, to += 8 * apart)
 #pragma unroll
-        for (int e = 0; e < 4; e++) {
-          const int token = 8 * j + c + e % 2, v = g + e / 2 * 8;
-          if (token < count && v < columns)
-            p.right[((s.row * p.T + s.origin + first + token) * p.H + h) * p.V + column + v] = u[j][e];
-        }
+        for (int e = 0; e < 4; e++)
+          if (8 * j + c + e % 2 < count && g + e / 2 * 8 < columns) to[e % 2 * apart + e / 2 * 8] = u[j][e];
     }
 
     // ---- O^T = e^G scale / |q| Y^T + U^T reach^T -------------------------------------------------------------------------
     if constexpr (FULL) {
-      if constexpr (KP > 128) {
+      tile::sync_warp();  // outputs go through the warp's own values, which it has read: a token's columns leave together
 #pragma unroll
-        for (int step = 0; step < KP; step += STEP) read_state(now.q, y, step, Op::accumulators(&state[step / 8]));
-      }
+      for (int first_tile = 0; first_tile < NC; first_tile += PART) {
+        if constexpr (PART < NC) {
 #pragma unroll
-      for (int j = 0; j < NC; j++)
+          for (int j = 0; j < PART; j++)
 #pragma unroll
-        for (int e = 0; e < 4; e++) y[j][e] *= now.factors[F::ASK + 8 * j + c + e % 2];
+            for (int e = 0; e < 4; e++) y[j][e] = 0;
 #pragma unroll
-      for (int step = 0; step < C; step += STEP) {
-        const auto a = Op::accumulators(&u[step / 8]);
-#pragma unroll
-        for (int j = step / 16 * 2; j < NC; j += 2) {
-          typename Op::B b[2];
-          Op::load_rows(b, now.reach, 8 * j, step);
-          Op::multiply(y[j], a, b[0]), Op::multiply(y[j + 1], a, b[1]);
+          for (int step = 0; step < KP; step += STEP)
+            read_state(now.q, y, 8 * first_tile, 8 * PART, step, Op::accumulators(&state[step / 8]));
         }
+#pragma unroll
+        for (int j = 0; j < PART; j++)
+#pragma unroll
+          for (int e = 0; e < 4; e++) y[j][e] *= now.factors[F::ASK + 8 * (first_tile + j) + c + e % 2];
+#pragma unroll
+        for (int step = 0; step < C; step += STEP) {
+          const auto a = Op::accumulators(&u[step / 8]);
+#pragma unroll
+          for (int j = 0; j < PART; j += 2) {
+            if (8 * (first_tile + j) + 16 <= step) continue;
+            typename Op::B b[2];
+            Op::load_rows(b, now.reach, along_image, 8 * (first_tile + j), step);
+            Op::multiply(y[j], a, b[0]), Op::multiply(y[j + 1], a, b[1]);
+          }
+        }
+        if (edited) add_edits(y, 8 * first_tile, 8 * PART, E::OUT, 1.0f);
+#pragma unroll
+        for (int j = 0; j < PART; j++)
+#pragma unroll
+          for (int e = 0; e < 4; e++) *now.v.at(8 * (first_tile + j) + c + e % 2, g + e / 2 * 8) = Op::narrow(y[j][e]);
       }
-      if (edited) add_edits(y, E::OUT, 1.0f);
-      // Through the warp's own values, which it has read, so that a token's columns leave together.
       tile::sync_warp();
-#pragma unroll
-      for (int j = 0; j < NC; j++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) *slab.at(8 * j + c + e % 2, g + e / 2 * 8) = Op::narrow(y[j][e]);
-      tile::sync_warp();
-      constexpr int SLAB_UNITS = 16 / EACH;
-      const int64_t out = ((s.row * p.T + s.origin + first) * p.H + h) * p.V + column, row_stride = static_cast<int64_t>(p.H) * p.V;
+      constexpr int SLAB_UNITS = 16 / EACH, APART = 32 / SLAB_UNITS;
       const bool whole = p.V % EACH == 0 && (sizeof(T) == 2 || p.o_type == Element::f32);
+      const int row = lane / SLAB_UNITS, unit = lane % SLAB_UNITS * EACH;
+      const int64_t apart = tile::fresh(static_cast<int64_t>(p.H) * p.V);
+      int64_t out = ((origin + first + row) * p.H + h) * p.V + column + unit;
 #pragma unroll
-      for (int i = lane; i < C * SLAB_UNITS; i += tile::WARP) {
-        const int row = i / SLAB_UNITS, unit = i % SLAB_UNITS;
-        if (row >= count || unit * EACH >= columns) continue;
-        const T* from = slab.unit(row, unit);
+      for (int i = 0; i < C / APART; i++, out += APART * apart) {
+        if (row + i * APART >= count || unit >= columns) continue;
+        const T* from = now.v.at(row + i * APART, unit);
         if (whole) {
-          *reinterpret_cast<tile::Vec16*>(static_cast<T*>(p.o) + out + row * row_stride + unit * EACH) =
-              *reinterpret_cast<const tile::Vec16*>(from);
+          *reinterpret_cast<tile::Vec16*>(static_cast<T*>(p.o) + out) = *reinterpret_cast<const tile::Vec16*>(from);
         } else {
-          for (int l = 0; l < EACH && unit * EACH + l < columns; l++)
-            write(p.o, p.o_type, out + row * row_stride + unit * EACH + l, tile::load_float(from + l));
+#pragma unroll 1
+          for (int l = 0; l < EACH && unit + l < columns; l++) write(p.o, p.o_type, out + l, tile::load_float(from + l));
         }
       }
     }
 
     // ---- states asked for --------------------------------------------------------------------------------------------------
-    if (FULL && place >= 0) {
+#pragma unroll 1
+    for (; FULL && place >= 0; place = p.next_place[place] - 1) {
+      const int lane = tile::fresh(tile::lane()), g = lane / 4, c = 2 * (lane % 4);
       const float* factors = p.factors + (slot * p.H + h) * F::SIZE;
-      for (; place >= 0; place = p.next_place[place] - 1) {
-        const int token = static_cast<int>(p.places[2 * place + 1] - first);
-        const auto since = [&](int j) {
-          return tile::exponential((factors[F::WHOLE + token] - factors[F::WHOLE + j]) + (factors[F::REST + token] - factors[F::REST + j]));
-        };
-        const float decay = tile::exponential(factors[F::WHOLE + token] + factors[F::REST + token]);
-        float* to = p.snapshots + (static_cast<int64_t>(place) * p.H + h) * p.K * p.V + column;
-        float part[NC][4];
+      const int token = static_cast<int>(p.places[2 * static_cast<int64_t>(place) + 1]) - first;
+      const float whole = factors[F::WHOLE + token], rest = factors[F::REST + token];
+      const auto since = [&](int j) {
+        return tile::exponential((whole - factors[F::WHOLE + j]) + (rest - factors[F::REST + j]));
+      };
+      const int64_t apart = tile::fresh(static_cast<int64_t>(p.V));
+      float* const from = p.snapshots + (static_cast<int64_t>(place) * p.H + h) * p.K * apart + column + c * apart + g;
+      typename Op::A part[C / STEP];
 #pragma unroll
-        for (int j = 0; j < NC; j++)
+      for (int step = 0; step < C; step += STEP) {
+        float scaled[STEP / 8][4];
+#pragma unroll
+        for (int i = 0; i < STEP / 8; i++)
 #pragma unroll
           for (int e = 0; e < 4; e++) {
-            const int from = 8 * j + c + e % 2;
-            part[j][e] = from <= token ? since(from) * factors[F::KEY + from] * u[j][e] : 0.0f;
+            const int j = step + 8 * i + c + e % 2;
+            scaled[i][e] = j <= token ? since(j) * factors[F::KEY + j] * u[step / 8 + i][e] : 0.0f;
           }
+        part[step / STEP] = Op::accumulators(scaled);
+        tile::sync_warp();  // here and below: one round after the other, or their loads take all registers
+      }
+      const float decay = tile::exponential(whole + rest);
+      float* to = from;
 #pragma unroll
-        for (int m = 0; m < NK; m += 2) {
-          float shot[2][4];
+      for (int m = 0; m < NK; m += 2) {
+        tile::sync_warp();
+        float shot[2][4];
 #pragma unroll
-          for (int i = 0; i < 2; i++)
+        for (int i = 0; i < 2; i++)
 #pragma unroll
-            for (int e = 0; e < 4; e++) shot[i][e] = decay * state[m + i][e];
+          for (int e = 0; e < 4; e++) shot[i][e] = decay * state[m + i][e];
 #pragma unroll
-          for (int step = 0; step < C; step += STEP) {
-            const auto a = Op::accumulators(&part[step / 8]);
-            typename Op::B b[2];
-            Op::load_columns(b, now.k, step, 8 * m);
-            Op::multiply(shot[0], a, b[0]), Op::multiply(shot[1], a, b[1]);
-          }
-#pragma unroll
-          for (int i = 0; i < 2; i++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-              const int k = 8 * (m + i) + c + e % 2, v = g + e / 2 * 8;
-              if (k >= p.K || v >= columns) continue;
-              float total = shot[i][e];
-              for (int64_t x = edits_begin; x < edits_end; x++) {
-                const int at = static_cast<int>(p.edits.index[4 * x + 1] - first);
-                if (at > token || p.edits.index[4 * x + 3] == 1) continue;
-                total += since(at) * p.edits.left[x * p.K + k] * p.edits.right[x * p.V + column + v];
-              }
-              to[static_cast<int64_t>(k) * p.V + v] = total;
-            }
+        for (int step = 0; step < C; step += STEP) {
+          typename Op::B b[2];
+          Op::load_columns(b, now.k, down, step, 8 * m);
+          Op::multiply(shot[0], part[step / STEP], b[0]), Op::multiply(shot[1], part[step / STEP], b[1]);
         }
+#pragma unroll
+        for (int i = 0; i < 2; i++, to += 8 * apart)
+#pragma unroll
+          for (int e = 0; e < 4; e++)
+            if (8 * (m + i) + c + e % 2 < p.K && g + e / 2 * 8 < columns) to[e % 2 * apart + e / 2 * 8] = shot[i][e];
+      }
+#pragma unroll 1
+      for (int64_t x = edits_begin; x < edits_end; x++) {  // each lane adds to what it wrote
+        const int at = static_cast<int>(p.edits.index[4 * x + 1]) - first;
+        if (at > token || p.edits.index[4 * x + 3] == 1) continue;
+        const float d = since(at);
+#pragma unroll 1
+        for (int k = c; k < p.K; k += k % 2 == 0 ? 1 : 7)
+#pragma unroll 1
+          for (int v = g; v < 16 && v < columns; v += 8)
+            from[(k - c) * apart + v - g] += d * p.edits.left[x * p.K + k] * p.edits.right[x * p.V + column + v];
       }
     }
 
@@ -360,11 +379,13 @@ __global__ void __launch_bounds__(32 * WARPS) walk(const __grid_constant__ Probl
 #pragma unroll
       for (int m = 0; m < NK; m += 2) {
         typename Op::B b[2];
-        Op::load_columns(b, now.k, step, 8 * m);
+        Op::load_columns(b, now.k, down, step, 8 * m);
         Op::multiply(state[m], a, b[0]), Op::multiply(state[m + 1], a, b[1]);
       }
     }
     if (edited) {
+      const int lane = tile::fresh(tile::lane()), g = lane / 4, c = 2 * (lane % 4);
+#pragma unroll 1
       for (int64_t e = edits_begin; e < edits_end; e++) {
         if (p.edits.index[4 * e + 3] == 1) continue;
         const float decayed = p.edit_factors[e * E::SIZE + E::END];
@@ -390,9 +411,8 @@ __global__ void __launch_bounds__(32 * WARPS) walk(const __grid_constant__ Probl
   if (FULL && end < chunks) return;
   const int width = moves ? p.K : p.V;
   float* to = FULL ? p.final_state + head * p.K * p.V : (moves ? p.moves : p.adds) + (head * p.segments + segment) * p.K * width;
-  each_owned<KP>(p.K, columns, [&](int i, int e, int k, int v) {
-    // PLANT 3, out of bounds: one row further
-    to[(static_cast<int64_t>(k) + (WRITESAE_PLANT == 3)) * width + column + v] = state[i][e];
+  each_owned<KP>(p.K, width, column, [&](int i, int e, int64_t at) {
+    to[at + (WRITESAE_PLANT == 3 ? width : 0)] = state[i][e];  // PLANT 3: out of bounds by a row
   });
 }
 

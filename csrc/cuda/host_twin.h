@@ -205,6 +205,9 @@ inline float exponential(float x) { return std::exp(x); }
 inline float round_to_whole(float x) { return std::rint(x); }
 inline float reciprocal_root(float x) { return 1.0f / std::sqrt(x); }
 
+inline int fresh(int x) { return x; }
+inline int64_t fresh(int64_t x) { return x; }
+
 // ---- matrix products; shares as tile_device.cuh has them ------------------------------------------------------------
 
 namespace twin {

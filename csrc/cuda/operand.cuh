@@ -16,39 +16,62 @@ using tile::f16;
 
 // Rows of COLUMNS elements in shared memory, in units of 16 bytes placed so that eight rows at one unit lie in different
 // banks: no padding, and matrix loads without conflicts.
+//
+// `start` tells tiles of one piece of memory apart (the stages of a loop). A lane's place in a pattern of loads (`lane_place`,
+// made once per tile) is moved to another row and column by one exclusive or and constants (`moved`); since places hold
+// `start`, which changes from round to round, the compiler does not keep a register for every address.
 template <class T, int COLUMNS>
 struct Tile {
   static constexpr int EACH = 16 / static_cast<int>(sizeof(T));  // elements of a unit
   static constexpr int UNITS = COLUMNS / EACH;
+  static constexpr int REPEAT = UNITS < 8 ? 8 / UNITS : 1, MASK = (UNITS < 8 ? UNITS : 8) - 1;
   T* data;
+  int start = 0;
 
-  static __device__ __forceinline__ int place(int row, int unit) {
-    constexpr int REPEAT = UNITS < 8 ? 8 / UNITS : 1, MASK = (UNITS < 8 ? UNITS : 8) - 1;
-    return (row * UNITS + (unit ^ (row / REPEAT & MASK))) * EACH;
+  __device__ __forceinline__ int place(int row, int column) const {
+    return start + row * COLUMNS + (column / EACH ^ (row / REPEAT & MASK)) * EACH + column % EACH;
   }
-  __device__ __forceinline__ T* unit(int row, int unit) const { return data + place(row, unit); }
-  __device__ __forceinline__ T* at(int row, int column) const { return unit(row, column / EACH) + column % EACH; }
+  __device__ __forceinline__ T* at(int row, int column) const { return data + place(row, column); }
+  // From the place of (r, x), r < 16 and x < 2 EACH, to that of (row + r, column + x): row a multiple of 8, column of 2 EACH.
+  static __device__ __forceinline__ int moved(int place, int row, int column) {
+    const int unit = column / EACH;
+    return (place ^ (unit & MASK) * EACH) + row * COLUMNS + (unit & ~MASK) * EACH;
+  }
 };
 
 // A lower triangular C x C matrix, its upper blocks of 16 x 16 left out where that saves memory: with C = 64 block row 0
-// (one block) lies in the two blocks that block row 2 leaves free. A tile of ROWS rows.
+// (one block) lies in the two blocks that block row 2 leaves free, and block rows 1, 2, 3 come first.
 template <class T, int C>
 struct Triangle {
   static constexpr int EACH = 16 / static_cast<int>(sizeof(T));
   static constexpr int ROWS = C == 64 ? 48 : C;
   static constexpr int SIZE = ROWS * C;
   T* data;
+  int start = 0;
 
-  // `row` and the row that `unit` is asked for lie in one block row.
-  __device__ __forceinline__ T* unit(int row, int unit) const {
-    if constexpr (C == 64) {
-      constexpr int SHIFT = 48 / EACH;
-      return row < 16 ? data + Tile<T, C>::place(row + 16, unit + SHIFT) : data + Tile<T, C>::place(row - 16, unit);
-    } else {
-      return data + Tile<T, C>::place(row, unit);
-    }
+  __device__ __forceinline__ T* at(int row, int column) const {
+    const Tile<T, C> whole = {data, start};
+    if constexpr (C == 64) return row < 16 ? whole.at(row + 16, column + 48) : whole.at(row - 16, column);
+    return whole.at(row, column);
   }
-  __device__ __forceinline__ T* at(int row, int column) const { return unit(row, column / EACH) + column % EACH; }
+  // The place of (row, column) seen as an ordinary tile; `moved` knows better.
+  __device__ __forceinline__ int place(int row, int column) const { return Tile<T, C>{data, start}.place(row, column); }
+  static __device__ __forceinline__ int moved(int place, int row, int column) {
+    if constexpr (C == 64)
+      return row < 16 ? Tile<T, C>::moved(place, row + 16, column + 48) : Tile<T, C>::moved(place, row - 16, column);
+    return Tile<T, C>::moved(place, row, column);
+  }
+};
+
+// Rows of COLUMNS floats, 8 more apart: pairs of floats down a column of tiles lie in different banks.
+template <int COLUMNS>
+struct Padded {
+  static constexpr int STRIDE = COLUMNS + 8;
+  float* data;
+
+  __device__ __forceinline__ int place(int row, int column) const { return row * STRIDE + column; }
+  __device__ __forceinline__ float* at(int row, int column) const { return data + place(row, column); }
+  static __device__ __forceinline__ int moved(int place, int row, int column) { return place + row * STRIDE + column; }
 };
 
 // T = bf16 or f16. A: 16 x STEP, B: STEP x 8.
@@ -72,36 +95,41 @@ struct Operand {
   static __device__ __forceinline__ A accumulators(const float (*c)[4]) {
     return {{pack(c[0][0], c[0][1]), pack(c[0][2], c[0][3]), pack(c[1][0], c[1][1]), pack(c[1][2], c[1][3])}};
   }
+  // Where a lane reads: of left operands and of right operands down columns; of right operands along rows.
+  template <class Matrix>
+  static __device__ __forceinline__ int lane_place_down(const Matrix& m) {
+    return m.place(tile::lane() % 16, tile::lane() / 16 * 8);
+  }
+  template <class Matrix>
+  static __device__ __forceinline__ int lane_place_along(const Matrix& m) {
+    return m.place(tile::lane() % 8 + tile::lane() / 16 * 8, tile::lane() / 8 % 2 * 8);
+  }
   // Rows row.. and columns column.. of a tile, as a left operand.
   template <class Matrix>
-  static __device__ __forceinline__ A load_left(const Matrix& m, int row, int column) {
-    const int lane = tile::lane();
+  static __device__ __forceinline__ A load_left(const Matrix& m, int place_down, int row, int column) {
     A a;
-    tile::load_matrices(a.x, m.unit(row + lane % 16, column / 8 + lane / 16));
+    tile::load_matrices(a.x, m.data + Matrix::moved(place_down, row, column));
     return a;
   }
   // Two right operands whose columns are rows row.. and row + 8.. of a tile; the sum runs along columns column... .
   template <class Matrix>
-  static __device__ __forceinline__ void load_rows(B (&b)[2], const Matrix& m, int row, int column) {
-    const int lane = tile::lane();
+  static __device__ __forceinline__ void load_rows(B (&b)[2], const Matrix& m, int place_along, int row, int column) {
     uint32_t r[4];
-    tile::load_matrices(r, m.unit(row + lane % 8 + lane / 16 * 8, column / 8 + lane / 8 % 2));
+    tile::load_matrices(r, m.data + Matrix::moved(place_along, row, column));
     b[0].x[0] = r[0], b[0].x[1] = r[1], b[1].x[0] = r[2], b[1].x[1] = r[3];
   }
   // Two right operands whose columns are columns column.. and column + 8.. of a tile; the sum runs along rows row... .
   template <class Matrix>
-  static __device__ __forceinline__ void load_columns(B (&b)[2], const Matrix& m, int row, int column) {
-    const int lane = tile::lane();
+  static __device__ __forceinline__ void load_columns(B (&b)[2], const Matrix& m, int place_down, int row, int column) {
     uint32_t r[4];
-    tile::load_matrices_transposed(r, m.unit(row + lane % 16, column / 8 + lane / 16));
+    tile::load_matrices_transposed(r, m.data + Matrix::moved(place_down, row, column));
     b[0].x[0] = r[0], b[0].x[1] = r[1], b[1].x[0] = r[2], b[1].x[1] = r[3];
   }
   // Columns 0..15 of rows row..row + 15, transposed: c[i] is the 16 x 8 tile of rows row + 8 i... .
   template <class Matrix>
-  static __device__ __forceinline__ void load_transposed(float (&c)[2][4], const Matrix& m, int row) {
-    const int lane = tile::lane();
+  static __device__ __forceinline__ void load_transposed(float (&c)[2][4], const Matrix& m, int place_along, int row) {
     uint32_t r[4];
-    tile::load_matrices_transposed(r, m.unit(row + lane % 8 + lane / 16 * 8, lane / 8 % 2));
+    tile::load_matrices_transposed(r, m.data + Matrix::moved(place_along, row, 0));
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       c[i / 2][2 * (i % 2)] = half(r[i], 0);
@@ -152,30 +180,44 @@ struct Operand<float> {
 
   static __device__ __forceinline__ float narrow(float x) { return x; }
   static __device__ __forceinline__ A accumulators(const float (*c)[4]) { return {{c[0][0], c[0][2], c[0][1], c[0][3]}}; }
+  // `along` is the place of (g, 2 c), for left operands too; down columns rows 2 c and 2 c + 1 differ in how they are placed.
   template <class Matrix>
-  static __device__ __forceinline__ A load_left(const Matrix& m, int row, int column) {
-    const int g = tile::lane() / 4, c = column + 2 * (tile::lane() % 4);
-    const float* low = m.at(row + g, c);
-    const float* high = m.at(row + g + 8, c);
+  static __device__ __forceinline__ int lane_place_along(const Matrix& m) {
+    return m.place(tile::lane() / 4, 2 * (tile::lane() % 4));
+  }
+  struct Down {
+    int even, odd;
+  };
+  template <class Matrix>
+  static __device__ __forceinline__ Down lane_place_down(const Matrix& m) {
+    const int c = 2 * (tile::lane() % 4), g = tile::lane() / 4;
+    return {m.place(c, g), m.place(c + 1, g)};
+  }
+  template <class Matrix>
+  static __device__ __forceinline__ A load_left(const Matrix& m, Down, int row, int column) {
+    const int along = lane_place_along(m);
+    const float* low = m.data + Matrix::moved(along, row, column);
+    const float* high = m.data + Matrix::moved(along, row + 8, column);
     return {{low[0], high[0], low[1], high[1]}};
   }
   template <class Matrix>
-  static __device__ __forceinline__ void load_rows(B (&b)[2], const Matrix& m, int row, int column) {
-    const int g = tile::lane() / 4, c = column + 2 * (tile::lane() % 4);
+  static __device__ __forceinline__ void load_rows(B (&b)[2], const Matrix& m, int place_along, int row, int column) {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      const float* from = m.at(row + 8 * i + g, c);
+      const float* from = m.data + Matrix::moved(place_along, row + 8 * i, column);
       b[i].x[0] = from[0], b[i].x[1] = from[1];
     }
   }
   template <class Matrix>
-  static __device__ __forceinline__ void load_columns(B (&b)[2], const Matrix& m, int row, int column) {
-    const int g = tile::lane() / 4, c = row + 2 * (tile::lane() % 4);
+  static __device__ __forceinline__ void load_columns(B (&b)[2], const Matrix& m, Down down, int row, int column) {
 #pragma unroll
-    for (int i = 0; i < 2; i++) b[i].x[0] = *m.at(c, column + 8 * i + g), b[i].x[1] = *m.at(c + 1, column + 8 * i + g);
+    for (int i = 0; i < 2; i++) {
+      b[i].x[0] = m.data[Matrix::moved(down.even, row, column + 8 * i)];
+      b[i].x[1] = m.data[Matrix::moved(down.odd, row, column + 8 * i)];
+    }
   }
   template <class Matrix>
-  static __device__ __forceinline__ void load_transposed(float (&d)[2][4], const Matrix& m, int row) {
+  static __device__ __forceinline__ void load_transposed(float (&d)[2][4], const Matrix& m, int, int row) {
     const int g = tile::lane() / 4, c = row + 2 * (tile::lane() % 4);
 #pragma unroll
     for (int i = 0; i < 2; i++)

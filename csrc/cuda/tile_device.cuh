@@ -130,6 +130,17 @@ __device__ __forceinline__ float exponential(float x) { return expf(x); }
 __device__ __forceinline__ float round_to_whole(float x) { return rintf(x); }
 __device__ __forceinline__ float reciprocal_root(float x) { return 1.0f / sqrtf(x); }
 
+// x, of which the compiler knows nothing: what is computed from it stays where it is written instead of moving out of loops
+// into registers that are needed there.
+__device__ __forceinline__ int fresh(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+__device__ __forceinline__ int64_t fresh(int64_t x) {
+  asm volatile("" : "+l"(x));
+  return x;
+}
+
 // ---- matrix products: d += a b on a 16 x 8 tile ---------------------------------------------------------------------
 // Shares of a thread, g = lane / 4, c = lane % 4 (PTX ISA, "Matrix Fragments"):
 //   16 x 8 x 16 (bf16, f16), two numbers a register: a[0] (g, 2c..) a[1] (g + 8, 2c..) a[2] (g, 2c + 8..) a[3] (g + 8, 2c + 8..);
