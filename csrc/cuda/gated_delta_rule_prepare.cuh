@@ -70,20 +70,24 @@ __device__ __forceinline__ float decay_between(float whole_to, float rest_to, fl
 }
 
 // Inverts the 16 x 16 unit lower triangle I + A at (at, at) of m, in place, its zeros above the diagonal included.
+// Lanes 16.. repeat what lanes 0..15 do, so that all can meet.
 template <class Matrix>
-__device__ __forceinline__ void invert_diagonal(const Matrix& m, int at, int column) {
+__device__ __forceinline__ void invert_diagonal(const Matrix& m, int at, int lane) {
+  const int column = lane % 16;
   float x[16];
-  if (column < 16) {
 #pragma unroll
-    for (int i = 0; i < 16; i++) {
-      float sum = i == column ? 1.0f : 0.0f;
+  for (int i = 0; i < 16; i++) {
+    float sum = i == column ? 1.0f : 0.0f;
 #pragma unroll
-      for (int j = 0; j < i; j++) sum -= *m.at(at + i, at + j) * x[j];
-      x[i] = sum;
+    for (int j = 0; j < i; j += 4) {
+      const auto row = *reinterpret_cast<const tile::Vec16*>(m.at(at + i, at + j));
+#pragma unroll
+      for (int l = 0; l < 4 && j + l < i; l++) sum -= tile::bits_to_float(row.x[l]) * x[j + l];
     }
+    x[i] = sum;
+    if (i % 4 == 3) tile::sync_warp();  // or all loads come first, and fill the registers
   }
-  tile::sync_warp();
-  if (column < 16) {
+  if (lane < 16) {
 #pragma unroll
     for (int i = 0; i < 16; i++) *m.at(at + i, at + column) = x[i];
   }

@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(32 * WARPS) walk(const __grid_constant__ Probl
   using Op = Operand<T>;
   constexpr int C = Op::CHUNK, STEP = Op::STEP, THREADS = 32 * WARPS, EACH = Tile<T, KP>::EACH;
   constexpr int IMAGE = Triangle<T, C>::SIZE, FACTORS = (Factors<C>::HOT + 31) / 32 * 32, NC = C / 8, NK = KP / 8;
-  constexpr int PART = KP > 128 ? NC / 2 : NC;  // outputs at a time: a large state leaves few registers
+  constexpr int PART = KP > 128 ? (NC >= 8 ? NC / 4 : NC / 2) : NC;  // outputs at a time: a large state leaves few registers
   using F = Factors<C>;
   using E = EditFactors<C>;
   struct Stage {

@@ -27,8 +27,8 @@ struct f16 {
   uint16_t bits;
 };
 
-// 16 bytes, the widest access of a thread.
-struct alignas(16) Vec16 {
+// 16 bytes of anything, the widest access of a thread.
+struct alignas(16) __attribute__((may_alias)) Vec16 {
   uint32_t x[4];
 };
 
