@@ -86,9 +86,10 @@ def compare(x, record=None, targets=FEW, **options):
         found = [
             check_close(f"{name} with {target.name}", a, b, tolerance(target, x, a)) for name, (a, b) in pairs.items()
         ]
-        if record is not None and x["v"].dtype == torch.float32:
-            record(f"relative_rms {target.kind}", max(f.rms for f in found))
-            record(f"worst_element {target.kind}", max(f.worst for f in found))
+        if record is not None and (target.kind != "cpu" or x["v"].dtype == torch.float32):
+            label = target.kind if target.kind == "cpu" else f"{target.kind} {x['v'].dtype}".replace("torch.", "")
+            record(f"relative_rms {label}", max(f.rms for f in found))
+            record(f"worst_element {label}", max(f.worst for f in found))
     return outs
 
 

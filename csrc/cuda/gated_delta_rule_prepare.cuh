@@ -5,10 +5,10 @@
 // diagonal (a lane per column, exact order), then block columns by products in three-fold tf32, each warp its own column:
 //     T_ij = -T_ii sum_{j <= k < i} A_ik T_kj,  computed transposed so that every result is a left operand in place.
 //
-// Arithmetic at C = 64, K = 128, bf16, per (chunk, value head), group 4 (1): 320 / 4 (320) bf16 products of 4 kFLOP, 192 tf32
-// products of 2 kFLOP, 1.1 k exponentials a warp; 32 KB / 4 (32 KB) read, 14 KB written. 1 x 32768 with 16 / 64 heads:
-// 32,768 such, 2.4 kB a token and value head... in sum 0.73 GB, so 0.22 ms at an H100's 3.35 TB/s; instructions about as
-// long (1.2 k a warp and value head, 4 warps, 248 chunks an SM). 4 blocks of 128 threads fit an SM (55 KB shared).
+// Arithmetic at C = 64, K = 128, bf16, a (chunk, value head) in groups of 4 (alone): 80 (320) bf16 products of 4 kFLOP, 192
+// tf32 products of 2 kFLOP; 8 KB (32 KB) of q and k read, 14 KB of images and factors written; about 1.2 k instructions a
+// warp. 1 x 32768 with 16 / 64 heads is 32,768 of them: 0.72 GB, 0.22 ms at an H100's 3.35 TB/s, and by instructions (4 warps,
+// 248 chunks an SM, one a cycle and scheduler) 0.17 ms. 3 blocks of 128 threads an SM by registers (168), 55 KB shared each.
 #pragma once
 
 #include "gated_delta_rule.cuh"
