@@ -59,10 +59,11 @@ def backends() -> dict[str, str | None]:
 def load_twin(path: str | Path) -> None:
     """Loads the CUDA kernels compiled for the CPU (scripts/build_twin.py); backend="twin" then runs them. For tests."""
     global _twin
+    path = Path(path).resolve()
     if _twin is None:
         torch.ops.load_library(str(path))
-        _twin = Path(path)
-    elif _twin != Path(path):
+        _twin = path
+    elif _twin != path:
         raise RuntimeError(f"load_twin: {_twin} is loaded already, and a process takes one: got {path}")
 
 

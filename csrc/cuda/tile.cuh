@@ -28,7 +28,7 @@ struct f16 {
 };
 
 // 16 bytes of anything, the widest access of a thread.
-struct alignas(16) __attribute__((may_alias)) Vec16 {
+struct __attribute__((aligned(16), may_alias)) Vec16 {
   uint32_t x[4];
 };
 
