@@ -56,13 +56,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"skipped {name}", file=sys.stderr)
     if corpus.skipped:
         print(f"skipped {len(corpus.skipped)} files that are not text, {len(corpus.files)} left", file=sys.stderr)
-    if args.device != "cpu":
-        from .._library import backends
-
-        reason = backends().get(args.device, "expected cpu or cuda")
-        if reason is not None:
-            raise ValueError(f"device: {args.device} cannot be used: {reason}")
-
+    require_device(args.device)
     from ..models import load
     from .run import collect
     from .source import ModelSource
@@ -152,3 +146,14 @@ def _size(text: str) -> int:
         return int(float(number.removesuffix(unit)) * _UNITS[unit])
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a size such as 500MB or 2GB, got {text!r}") from None
+
+
+def require_device(name: str) -> None:
+    """Raises ValueError, with the reason, unless models can run on the device "cpu" or "cuda"."""
+    if name == "cpu":
+        return
+    from .._library import backends
+
+    reason = backends()["cuda"] if name == "cuda" else "expected cpu or cuda"
+    if reason is not None:
+        raise ValueError(f"device: {name} cannot be used: {reason}")

@@ -39,6 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--conditions", choices=CONDITIONS, nargs="+", default=list(DEFAULT_CONDITIONS),
                      help="what is put in its place")  # fmt: skip
     how.add_argument("--seed", type=int, default=0, help="of the choice of firings, the random control, the bootstraps")
+    how.add_argument("--device", default="cpu", help="cpu or cuda")
     how.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model's weights")
     how.add_argument("--memory", type=_bytes, default="1G", help="memory of a batch of forks, about")
     how.add_argument("--out", required=True, help="folder for summary.json, firings.parquet, plots and "
@@ -50,18 +51,19 @@ def run(args: argparse.Namespace) -> int:
     """Prints the headline as JSON. Returns 0."""
     import torch
 
-    from ..collect.command import _dictionaries
+    from ..collect.command import _dictionaries, require_device
     from ..models import load
     from .replace import passages_of, run_replacement
     from .statistics import need
 
+    require_device(args.device)
     need("scipy.stats"), need("statsmodels.stats.proportion"), need("matplotlib")  # missing extras say so before work
     test = _texts(args.corpus, "corpus")
     select = None if args.select == "none" else _texts(args.select, "select")
     saes = _dictionaries(args)
     model, tokenizer = load(args.model, getattr(torch, args.dtype))
     result = run_replacement(
-        model, tokenizer, saes, passages_of(test, tokenizer, args.context),
+        model.to(args.device), tokenizer, saes, passages_of(test, tokenizer, args.context),
         select=None if select is None else passages_of(select, tokenizer, args.context),
         min_selected=args.min_selected, firings=args.firings, each=args.each, horizon=args.horizon, natives=args.native,
         scales=args.scale, conditions=args.conditions, seed=args.seed, memory=args.memory, out=args.out,
