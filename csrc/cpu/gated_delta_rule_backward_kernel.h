@@ -14,7 +14,9 @@
 // about 3.5 C (K + V) / 2 = 29 k inside the piece, against 49 k of the forward. C = 64 keeps the transposes of S and D, the
 // only work that is not a product, under a tenth.
 //
-// Predicted on one Zen 4 core at 75 of its 93 GFLOP/s: 4.3 us a token and head. Measured: see bench/bench_gated_delta_rule.py.
+// Predicted on one Zen 4 core at 75 of its 93 GFLOP/s: 4.3 us a token and head. Measured, one thread, least CPU time of 5 at
+// T = 2,048 on a machine in use: 4.6 (8 heads), 4.9 (16), 5.5 (1, in two column blocks). A profile has a fifth of the time
+// in copies of rows that lie a token apart, which nothing prefetches yet.
 
 namespace scan_backward {
 
