@@ -13,8 +13,9 @@ OLD_TRANSFORMERS ?= 5.14.1
 demo: $(VENV)/.built
 	$(BIN)/writesae demo
 
+# The CUDA kernels too, compiled for the CPU.
 test: $(VENV)/.built
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q --twin $$($(BIN)/python scripts/build_twin.py 2> /dev/null) tests
 
 # The hooks against the last release that kept the recurrence as an attribute of the layer.
 test-old-transformers: .venv-old/.installed $(VENV)/.built
