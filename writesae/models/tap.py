@@ -203,11 +203,9 @@ class Tap:
             with self._lock:
                 self._checks.append(check)
             return
-        if bool(torch.isfinite(right.sum())):  # a sum of finite terms may overflow; then the full look decides
-            return
-        bad = (~torch.isfinite(right)).any(-1).any(-1)  # [B, T, H]
-        if bool(bad.any()):
-            _Place.of(writes, frame).refuse(*bad.nonzero()[0].tolist())
+        first = ops.first_nonfinite(right.flatten(3))
+        if first is not None:
+            _Place.of(writes, frame).refuse(*first)
 
     def record(self, frame: Frame, writes: Writes, initial_state: Tensor | None, final_state: Tensor | None) -> None:
         """Takes in one call of one hooked layer. Thread-safe."""
