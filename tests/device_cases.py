@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from simulated_device import OnDevice, SimulatedDevice
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from simulated_device import DEVICES, OnDevice, SimulatedDevice
 from test_attach import FAMILIES, Dictionary
 from test_engine import CASES, fork_changes
 from tiny_models import tiny_model, tokens
@@ -34,14 +35,25 @@ def dictionaries(threshold=None):
     return made
 
 
-def both(model, run, sites=None, edits=None, **options):
+def spread(device, model):
+    """The model as `from_pretrained(device_map=...)` leaves it: its first two layers on one device, the rest on the
+    next, accelerate's hooks around every block (accelerate's own mover of weights does not know wrappers)."""
+    trunk = model.model
+    parts = [(trunk.embed_tokens, 0), (trunk.rotary_emb, 0), (trunk.norm, 1), (model.lm_head, 1)]
+    for block, index in [*parts, *((layer, int(i >= 2)) for i, layer in enumerate(trunk.layers))]:
+        device.move(block, index)
+        add_hook_to_module(block, AlignDevicesHook(execution_device=DEVICES[index], place_submodules=False))
+    add_hook_to_module(model, AlignDevicesHook(execution_device=DEVICES[0], io_same_device=True))
+
+
+def both(model, run, sites=None, edits=None, place=SimulatedDevice.move, **options):
     """(tensor, firings) of `run(model, move)` hooked on the CPU and on the device, and what the device waited for."""
     sites = dictionaries() if sites is None else sites
     with torch.no_grad(), writesae.attach(model, sites, edits, accelerate=True, **options) as tap:
         expected = run(model, lambda x: x), tap.firings.sort()
     device = SimulatedDevice()
     with device:
-        device.move(model)
+        place(device, model)
         with torch.no_grad(), writesae.attach(model, sites, edits, accelerate=True, **options) as tap:
             device.waits.clear()
             out = run(model, device.move)
@@ -70,6 +82,18 @@ def test_prefill_waits_for_nothing(family):
     expected, got, waits = both(tiny_model(family), lambda model, move: model(move(ids)).logits)
     same(expected, got)
     assert not ours(waits), waits
+
+
+def test_several_devices():
+    """Layers on two devices, as a device_map puts them: every site's work stays with its layer."""
+    ids = tokens(2, 12)
+    expected, got, waits = both(tiny_model(), lambda model, move: model(move(ids)).logits, place=spread)
+    same(expected, got)
+    assert {0, 3} <= set(got[1].layer.tolist()) and not ours(waits), waits
+    expected, got, _ = both(
+        tiny_model(), lambda m, move: m.generate(move(ids), max_new_tokens=4, do_sample=False), place=spread
+    )
+    same(expected, got)
 
 
 def test_padding():
@@ -130,15 +154,18 @@ def test_nan_is_named():
 def test_device_refuses_mixing():
     with SimulatedDevice() as device:
         x = device.move(torch.ones(3))
-        with pytest.raises(RuntimeError, match="expected all tensors on one device"):
-            x + torch.ones(3)
+        for other in (torch.ones(3), device.move(torch.ones(3), 1)):
+            with pytest.raises(RuntimeError, match="expected all tensors on one device"):
+                x + other
+        assert (x.to(DEVICES[1]) + device.move(torch.ones(3), 1)).device == DEVICES[1]
         assert float((x + 1).sum()) == 6 and sum(device.waits.values()) == 1
         assert isinstance(torch.arange(3, device=x.device), OnDevice)
         assert not isinstance(x.cpu(), OnDevice)
 
 
+@pytest.mark.parametrize("place", [SimulatedDevice.move, spread], ids=["one", "several"])
 @pytest.mark.parametrize("family, layers, layer", CASES, ids=lambda x: x if isinstance(x, str) else None)
-def test_fork_engine(family, layers, layer):
+def test_fork_engine(family, layers, layer, place):
     """The replacement test's engine keeps everything on the device and finds what it finds on the CPU."""
     if family not in FAMILIES:
         pytest.skip(f"this transformers has no {family}")
@@ -154,7 +181,7 @@ def test_fork_engine(family, layers, layer):
     model = tiny_model(family, layers)
     expected = divergences(model)
     with SimulatedDevice() as device:
-        device.move(model)
+        place(device, model)
         got = divergences(model)
     for name, pair in expected.items():
         for a, b in zip(got[name], pair, strict=True):
@@ -162,7 +189,8 @@ def test_fork_engine(family, layers, layer):
     assert all(float(x.inner.nan_to_num().abs().max()) == 0 for x in got["native"])
 
 
-def test_collection_feeds_the_next_batch_first(monkeypatch):
+@pytest.mark.parametrize("place", [SimulatedDevice.move, spread], ids=["one", "several"])
+def test_collection_feeds_the_next_batch_first(monkeypatch, place):
     """A source on a device begins the next batch before the last one's firings are there, and does not wait."""
     monkeypatch.setattr(torch, "inference_mode", torch.no_grad)  # which wrappers of tensors cannot enter
     model, batches = tiny_model(), [tokens(2, 12, seed=i) for i in range(3)]
@@ -171,8 +199,9 @@ def test_collection_feeds_the_next_batch_first(monkeypatch):
     with ModelSource(model, saes, accelerate=True) as source:
         expected = [source.firings(ids, mask).sort() for ids in batches]
     with SimulatedDevice() as device:
-        device.move(model)
+        place(device, model)
         with ModelSource(model, saes, accelerate=True) as source:
+            assert source.asynchronous
             device.waits.clear()
             later = [source.begin(ids, mask) for ids in batches]
             assert not ours(device.waits), device.waits

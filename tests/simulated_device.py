@@ -1,7 +1,7 @@
-"""A device made of CPU memory, to test code for GPUs where there is none.
+"""Two devices made of CPU memory, to test code for GPUs where there is none.
 
-Inside `SimulatedDevice`, tensors made on or moved to the device "simulated" are wrappers that say so and compute on
-the CPU. An operation that mixes them with CPU tensors fails as it would on a GPU, and everything that makes the host
+Inside `SimulatedDevice`, tensors made on or moved to a device "simulated:0" or "simulated:1" are wrappers that say so
+and compute on the CPU. An operation that mixes them, or one with CPU tensors, fails as it would on a GPU, and everything that makes the host
 wait for the device (a value read back, a size that depends on data, a blocking copy) is written down with the line that
 asked for it. torch's "cuda" cannot be had without a build for it, so the device is torch's one for backends in Python;
 the process is marked by it, so tests use it in a process of their own.
@@ -31,7 +31,7 @@ class _Module(_DummyBackendModule):
 
 
 _setup_privateuseone_for_python_backend("simulated", _Module())
-DEVICE = torch.device("simulated", 0)
+DEVICES = torch.device("simulated", 0), torch.device("simulated", 1)
 _aten = torch.ops.aten
 _PACKAGE = str(Path(writesae.__file__).parent)
 
@@ -46,19 +46,19 @@ _INDEXING = {_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.defau
 
 
 class OnDevice(Tensor):
-    """A tensor of the simulated device; `inner` holds its numbers."""
+    """A tensor of a simulated device; `inner` holds its numbers."""
 
     @staticmethod
-    def __new__(cls, inner: Tensor):
+    def __new__(cls, inner: Tensor, device: torch.device):
         made = Tensor._make_wrapper_subclass(
             cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
-            device=DEVICE,
+            device=device,
         )  # fmt: skip
         made.inner = inner
         return made
 
     def __repr__(self):
-        return f"OnDevice({self.inner!r})"
+        return f"OnDevice({self.inner!r}, {self.device})"
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -66,11 +66,15 @@ class OnDevice(Tensor):
 
 
 def _is_device(device) -> bool:
-    return device is not None and torch.device(device).type == DEVICE.type
+    return device is not None and torch.device(device).type == DEVICES[0].type
+
+
+def _numbered(device) -> torch.device:
+    return DEVICES[torch.device(device).index or 0]
 
 
 class SimulatedDevice(TorchDispatchMode):
-    """The device, while active. `waits`: `Counter` of (operation, "file:line in function") that made the host wait."""
+    """The devices, while active. `waits`: `Counter` of (operation, "file:line in function") that made the host wait."""
 
     def __init__(self):
         super().__init__()
@@ -86,17 +90,17 @@ class SimulatedDevice(TorchDispatchMode):
         torch._C._set_only_lift_cpu_tensors(self._before.pop())
         return super().__exit__(*exception)
 
-    def move(self, x):
-        """A tensor on the device, or a module with all its parameters and buffers there (in place)."""
+    def move(self, x, index: int = 0):
+        """A tensor on a device, or a module with all its parameters and buffers there (in place)."""
         if isinstance(x, Tensor):
-            return x if isinstance(x, OnDevice) else OnDevice(x.detach().clone())
+            return x if isinstance(x, OnDevice) else OnDevice(x.detach().clone(), DEVICES[index])
         for module in x.modules():
             for name, p in module._parameters.items():
                 if p is not None:
-                    module._parameters[name] = nn.Parameter(self.move(p), requires_grad=p.requires_grad)
+                    module._parameters[name] = nn.Parameter(self.move(p, index), requires_grad=p.requires_grad)
             for name, b in module._buffers.items():
                 if b is not None:
-                    module._buffers[name] = self.move(b)
+                    module._buffers[name] = self.move(b, index)
         return x
 
     def _wait(self, what: str) -> None:
@@ -120,12 +124,14 @@ class SimulatedDevice(TorchDispatchMode):
         if not ours and not _is_device(target):
             return func(*args, **kwargs)
         if target is not None and not _is_device(target) and ours and func not in _COPIES:
-            raise RuntimeError(f"{func}: device={target} with an input on {DEVICE}")
-        self._check_mixed(func, args, kwargs, tensors, ours)
+            raise RuntimeError(f"{func}: device={target} with an input on {ours[0].device}")
+        self._check_mixed(func, args, tensors, ours)
         to_host = self._note_waits(func, args, kwargs, ours, target)
         unwrap = tree_map(lambda x: x.inner if isinstance(x, OnDevice) else x, (args, kwargs))
         inner_args, inner_kwargs = unwrap
+        where = ours[0].device if ours else None
         if _is_device(inner_kwargs.get("device")):
+            where = _numbered(inner_kwargs["device"])
             inner_kwargs["device"] = torch.device("cpu")
         inner_kwargs.pop("pin_memory", None)
         if func is _aten.histc.default and not inner_args[0].is_floating_point():  # a GPU has it for integers
@@ -138,20 +144,22 @@ class SimulatedDevice(TorchDispatchMode):
             return out
         # An in-place operation returns the tensor it was given.
         known = {id(x.inner): x for x in ours}
-        return tree_map(lambda x: known.get(id(x), OnDevice(x)) if isinstance(x, Tensor) else x, out)
+        return tree_map(
+            lambda x: (known[id(x)] if id(x) in known else OnDevice(x, where)) if isinstance(x, Tensor) else x, out
+        )
 
-    def _check_mixed(self, func, args, kwargs, tensors, ours) -> None:
+    def _check_mixed(self, func, args, tensors, ours) -> None:
         if func in _COPIES or not ours:
             return
         for x in tensors:
-            if isinstance(x, OnDevice) or x.ndim == 0:
+            if x.device == ours[0].device or x.ndim == 0 and not isinstance(x, OnDevice):
                 continue
-            if func in _INDEXING and x is not args[0]:
+            if func in _INDEXING and x is not args[0] and not isinstance(x, OnDevice):
                 self._wait(f"{func} with an index on the CPU")
                 continue
             raise RuntimeError(
-                f"{func}: expected all tensors on one device, found {DEVICE} {tuple(ours[0].shape)} and cpu "
-                f"{tuple(x.shape)}"
+                f"{func}: expected all tensors on one device, found {ours[0].device} {tuple(ours[0].shape)} and "
+                f"{x.device} {tuple(x.shape)}"
             )
 
     def _note_waits(self, func, args, kwargs, ours, target) -> bool:

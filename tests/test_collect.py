@@ -361,6 +361,31 @@ def test_two_runs_on_one_folder(text, tmp_path):
     assert collect(Corpus.from_path(text), words, FakeSource(), tmp_path / "out", **SETTINGS)["complete"]
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_only_a_device_holds_two_batches(text, tmp_path, asynchronous):
+    """Batches under way at once: one, and two where the next one is to run while the last one's firings arrive."""
+
+    class Slow(FakeSource):
+        held = most = 0
+
+        def begin(self, tokens, mask):
+            self.held += 1
+            self.most = max(self.most, self.held)
+
+            def firings():
+                self.held -= 1
+                return self.firings(tokens, mask)
+
+            return firings
+
+    source = Slow()
+    source.asynchronous = asynchronous
+    collect(Corpus.from_path(text), words, source, tmp_path / "out", **SETTINGS)
+    assert (source.held, source.most) == (0, 1 + asynchronous)
+    collect(Corpus.from_path(text), words, FakeSource(), tmp_path / "plain", **SETTINGS)
+    assert_same(tmp_path / "out", rows(tmp_path / "plain"))
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_full_disk(text, tmp_path, monkeypatch, code):
     original, calls = pq.write_table, []

@@ -136,12 +136,13 @@ class _Session:
         )  # fmt: skip
         writer = Writer(state)
         entered = False
+        ahead = int(getattr(self.source, "asynchronous", False))
         try:
             with ExitStack() as stack:
                 stack.enter_context(bar)
                 stop = stack.enter_context(_interrupt())
                 for shard in _shards(self._events(corpus, state.cursor), state.shards, shard_passages):
-                    under_way: list = []  # the batch before, whose firings are fetched once the next one runs
+                    under_way: list = []  # on a device, the batch before: fetched once the next one runs
                     for rows, tokens, mask in batches(shard.passages, self.batch, self.context):
                         if not entered:  # what is left may be ends of documents only, and a source wants to run
                             stack.enter_context(self.source)
@@ -149,7 +150,7 @@ class _Session:
                         writer.check()
                         began = time.perf_counter()
                         under_way.append((rows, begin(self.source, tokens, mask)))
-                        if len(under_way) > 1:
+                        if len(under_way) > ahead:
                             shard.found.append(_fetch(under_way.pop(0)))
                         self.forward += time.perf_counter() - began
                         real = int(mask.sum())

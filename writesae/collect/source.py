@@ -35,8 +35,8 @@ class Source(Protocol):
     def firings(self, tokens: Tensor, mask: Tensor) -> Firings:
         """Firings of one batch: tokens, mask `[B, T]` int64, padded right; `row` of a firing is the batch row."""
 
-    # A source may also have `begin(tokens, mask)`, which returns a function that returns the firings: one on a device
-    # is then given the next batch before the last one's firings are asked for.
+    # A source may also have `begin(tokens, mask)`, which returns a function that returns the firings. One that sets
+    # `asynchronous` (a model on a device) is given the next batch before the last one's firings are asked for.
 
 
 def begin(source: Source, tokens: Tensor, mask: Tensor) -> Callable[[], Firings]:
@@ -62,6 +62,8 @@ class ModelSource:
         self.model = model
         self.dictionaries = dict(sorted(dictionaries.items()))
         self.accelerate = accelerate
+        # On the CPU a batch is done when `begin` returns: a second one would only be held in memory.
+        self.asynchronous = any(p.device.type != "cpu" for p in model.parameters())
         self.sites = [Site(layer, head, sae.F, sae.k) for (layer, head), sae in self.dictionaries.items()]
         self.fingerprint = {
             "model": weights_fingerprint(model),
