@@ -23,7 +23,8 @@ from pathlib import Path
 from build_twin import build
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ["tests/test_gated_delta_rule.py", *sorted(str(p) for p in (ROOT / "tests").glob("test_cuda_*.py"))]
+OPERATORS = ("gated_delta_rule", "encode", "encode_gradient")
+TESTS = [*(f"tests/test_{x}.py" for x in OPERATORS), *sorted(str(p) for p in (ROOT / "tests").glob("test_cuda_*.py"))]
 LIBRARIES = ROOT / "build" / "cuda-check"
 
 # What each planted fault of the kernels (WRITESAE_PLANT) is, and how it shows.

@@ -20,7 +20,9 @@ def pytest_configure(config):
 
 
 def pytest_generate_tests(metafunc):
-    for name, found in (("target", targets.FEW), ("each_target", targets.ALL)):
+    for name, found in (
+        ("target", targets.FEW), ("each_target", targets.ALL), ("device_target", targets.DEVICES),
+    ):  # fmt: skip
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, found, ids=[x.name for x in found])
 

@@ -1,8 +1,9 @@
 """What the operators' tests run on: every instruction set of the CPU kernels, the CUDA kernels' host twin where one was
 given (`pytest --twin PATH`), and the GPU where there is one.
 
-A test that takes the fixture `target` runs once on each of FEW, `each_target` on each of ALL; others go through them
-themselves, so that the reference is computed once. `pytest --targets twin,cuda` leaves only those.
+A test that takes the fixture `target` runs once on each of FEW, `each_target` on each of ALL, `device_target` on each
+of DEVICES; others go through them themselves, so that the reference is computed once. `pytest --targets twin,cuda`
+leaves only those.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ def to_cpu(x):
 
 ALL: list[Target] = []
 FEW: list[Target] = []  # the best instruction set of the CPU, and all that is not the CPU
+DEVICES: list[Target] = []  # all that is not the CPU
 
 
 def setup(twin: str | None, names: str | None) -> None:
@@ -81,4 +83,5 @@ def setup(twin: str | None, names: str | None) -> None:
         raise ValueError(f"--targets: {', '.join(sorted(missing))} not here (found {', '.join(x.name for x in found)})")
     ALL[:] = [x for x in found if x.kind in wanted or x.name in wanted]
     cpu = [x for x in ALL if x.kind == "cpu"][:1]
-    FEW[:] = cpu + [x for x in ALL if x.kind != "cpu"]
+    DEVICES[:] = [x for x in ALL if x.kind != "cpu"]
+    FEW[:] = cpu + DEVICES

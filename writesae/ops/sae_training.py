@@ -88,7 +88,7 @@ def training_loss(
         return Step(loss, errors.detach(), replace(codes, values=codes.values.detach()))
     with torch.no_grad():
         carried = _prepare(writes, v_enc, w_enc, None, heads, None, None)[-1]
-        values, indices, last = torch.ops.writesae.encode_topk(
+        values, indices, last = _dispatch.operators(chosen).encode_topk(
             *_arguments(writes, heads, v_enc, w_enc), _float(b_enc), k, *_rest(writes, carried), "fp32"
         )
     loss, errors = _Loss.apply(v_enc, w_enc, b_enc, v_dec, w_dec, offset, writes, values, indices, weight, heads)
