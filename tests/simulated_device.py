@@ -1,10 +1,10 @@
 """Two devices made of CPU memory, to test code for GPUs where there is none.
 
 Inside `SimulatedDevice`, tensors made on or moved to a device "simulated:0" or "simulated:1" are wrappers that say so
-and compute on the CPU. An operation that mixes them, or one with CPU tensors, fails as it would on a GPU, and everything that makes the host
-wait for the device (a value read back, a size that depends on data, a blocking copy) is written down with the line that
-asked for it. torch's "cuda" cannot be had without a build for it, so the device is torch's one for backends in Python;
-the process is marked by it, so tests use it in a process of their own.
+and compute on the CPU. An operation that mixes them, or one with CPU tensors, fails as it would on a GPU, and
+everything that makes the host wait for the device (a value read back, a size that depends on data, a blocking copy) is
+written down with the line that asked for it. torch's "cuda" cannot be had without a build for it, so the device is
+torch's one for backends in Python; the process is marked by it, so tests use it in a process of their own.
 """
 
 from __future__ import annotations
