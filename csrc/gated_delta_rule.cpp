@@ -38,8 +38,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_delta_rule(
   return {o, final_state, left, right, shots};
 }
 
-#if WRITESAE_SIDE == 0
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_delta_rule_backward(
     Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, double scale, std::optional<Tensor> initial_state,
     bool use_qk_l2norm, std::optional<Tensor> cu_seqlens, std::optional<Tensor> edit_index,
@@ -47,6 +45,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated
     std::optional<Tensor> d_o, std::optional<Tensor> d_final_state, std::optional<Tensor> d_left,
     std::optional<Tensor> d_right, std::optional<Tensor> d_snapshots) {
   const char* op = "gated_delta_rule_backward";
+  const OnDeviceOf device(v);
   std::vector<Tensor> keep;
   GatedDeltaRuleBackwardParams p = {};
   p.in = gated_delta_rule_inputs(op, q, k, v, g, beta, scale, initial_state, use_qk_l2norm, cu_seqlens, edit_index,
@@ -75,11 +74,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated
   p.d_g = d_g.mutable_data_ptr(), p.d_beta = d_beta.mutable_data_ptr();
   p.d_initial_state = floats(d_initial_state);
   p.d_edit_left = floats(d_edit_left), p.d_edit_right = floats(d_edit_right);
+#if WRITESAE_SIDE == 0
   cpu::gated_delta_rule_backward(p, torch_threads());
+#else
+  const Workspace workspace(cuda::gated_delta_rule_backward_workspace(p));
+  cuda::gated_delta_rule_backward(p, workspace.data(), stream());
+#endif
   return {d_q, d_k, d_v, d_g, d_beta, d_initial_state, d_edit_left, d_edit_right};
 }
-
-#endif
 
 std::tuple<Tensor, Tensor, Tensor> gated_delta_rule_step(
     Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor state, double scale, bool use_qk_l2norm,

@@ -87,6 +87,8 @@ struct Plan {
 // has gated_delta_rule_workspace bytes, 256-byte aligned. K <= 256.
 int64_t gated_delta_rule_workspace(const GatedDeltaRuleParams& p, Plan plan = {});
 void gated_delta_rule(const GatedDeltaRuleParams& p, void* workspace, void* stream, Plan plan = {});
+int64_t gated_delta_rule_backward_workspace(const GatedDeltaRuleBackwardParams& p);
+void gated_delta_rule_backward(const GatedDeltaRuleBackwardParams& p, void* workspace, void* stream);
 void gated_delta_rule_step(const GatedDeltaRuleStepParams& p, void* stream);
 
 }  // namespace cuda

@@ -38,12 +38,6 @@ STABLE_TORCH_LIBRARY(writesae, m) {
   m.def("cpu_bf16_list() -> str");
   m.def("causal_conv(Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? cu_seqlens) -> Tensor");
   m.def(
-      "gated_delta_rule_backward(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, float scale, "
-      "Tensor? initial_state, bool use_qk_l2norm, Tensor? cu_seqlens, Tensor? edit_index, Tensor? edit_left, "
-      "Tensor? edit_right, Tensor? snapshots, Tensor right, Tensor? d_o, Tensor? d_final_state, Tensor? d_left, "
-      "Tensor? d_right, Tensor? d_snapshots) -> (Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_g, Tensor d_beta, "
-      "Tensor d_initial_state, Tensor d_edit_left, Tensor d_edit_right)");
-  m.def(
       "encode_backward(Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc, Tensor w_enc, "
       "Tensor indices, Tensor grad, Tensor? cu_seqlens, Tensor? edit_index, Tensor? edit_left, Tensor? edit_right) "
       "-> (Tensor dv_enc, Tensor dw_enc, Tensor d_carry)");

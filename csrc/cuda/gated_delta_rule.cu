@@ -2,30 +2,10 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "gated_delta_rule.cuh"
+#include "gated_delta_rule_layout.cuh"
 
 namespace writesae::cuda {
 namespace {
-
-// Copies rows that the chunks' kernels cannot load as they lie (another type, odd sizes or strides) into dense ones of whole
-// 16-byte units, filled up with zeros. Normalises on request. A warp per (row, token, head).
-template <class T>
-__global__ void __launch_bounds__(128) pack(View from, T* to, int64_t rows, int64_t T_, int heads, int size, int width, bool normalise) {
-  const int64_t i = static_cast<int64_t>(tile::block_x()) * 4 + tile::warp();
-  if (i >= rows) return;
-  const int64_t head = i % heads, token = i / heads % T_, row = i / heads / T_;
-  float factor = 1;
-  if (normalise) {
-    float squares = 0;
-    for (int e = tile::lane(); e < size; e += tile::WARP) {
-      const float x = read(from, row, token, head, e);
-      squares += x * x;
-    }
-    factor = tile::reciprocal_root(tile::warp_sum(squares) + 1e-6f);
-  }
-  for (int e = tile::lane(); e < width; e += tile::WARP)
-    tile::store_float(to + i * width + e, e < size ? factor * read(from, row, token, head, e) : 0.0f);
-}
 
 // Which native writes are not made, and which snapshots a chunk has.
 __global__ void __launch_bounds__(128) mark(const __grid_constant__ Problem p, int chunk) {
@@ -42,47 +22,13 @@ __global__ void __launch_bounds__(128) mark(const __grid_constant__ Problem p, i
   }
 }
 
-int64_t up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
-int64_t parts(int64_t x, int64_t size) { return (x + size - 1) / size; }
-
-// Hands out the workspace; with none, counts.
-struct Workspace {
-  char* base;
-  int64_t used = 0;
-  template <class T>
-  T* take(int64_t count) {
-    T* piece = base == nullptr ? nullptr : reinterpret_cast<T*>(base + used);
-    used += up(count * static_cast<int64_t>(sizeof(T)), 256);
-    return piece;
-  }
-};
-
 struct Call {
   Problem p;
   Element type;  // of computation
   int warps, chunk;
-  struct Packed {
-    bool needed, normalise;
-    View from;
-    int heads, size;
-  } packed[3];
+  Packing packing[3];
   int64_t workspace;
 };
-
-template <class F>
-auto with_type(Element type, const F& f) {
-  if (type == Element::bf16) return f(bf16{});
-  if (type == Element::f16) return f(f16{});
-  return f(0.0f);
-}
-
-// A view as rows, where they may be loaded as they lie.
-bool loadable(const View& x, Element type, int64_t size) {
-  const int64_t each = 16 / element_size(type);
-  bool whole = x.type == type && size % each == 0 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
-  for (int axis = 0; axis < 3; axis++) whole = whole && x.stride[axis] % each == 0;
-  return whole;
-}
 
 Call lay_out(const GatedDeltaRuleParams& from, void* workspace, Plan plan) {
   if (from.K > 256)
@@ -96,7 +42,7 @@ Call lay_out(const GatedDeltaRuleParams& from, void* workspace, Plan plan) {
   p.left = from.left, p.right = from.right, p.snapshots = from.snapshots;
   const bool alike = from.q.type == from.k.type && from.k.type == from.v.type;
   call.type = alike ? from.v.type : Element::f32;
-  const int64_t bytes = element_size(call.type), each = 16 / bytes;
+  const int64_t bytes = element_size(call.type);
   const int C = call.chunk = call.type == Element::f32 ? Operand<float>::CHUNK : Operand<bf16>::CHUNK;
   p.slots = p.cu_seqlens == nullptr ? p.B * parts(p.T, C) : p.T / C + p.N;
 
@@ -125,20 +71,12 @@ Call lay_out(const GatedDeltaRuleParams& from, void* workspace, Plan plan) {
   // f16 cannot hold r_j u_j for every r_j, so there keys and queries are normalised before the chunks.
   const bool early = from.use_qk_l2norm && call.type == Element::f16;
   p.normalise = from.use_qk_l2norm && !early;
-  const auto rows = [&](int i, const View& x, Rows& to, int64_t head_count, int64_t size, bool normalise) {
-    const bool needed = normalise || !loadable(x, call.type, size);
-    to = {x.data, {x.stride[0], x.stride[1], x.stride[2]}, static_cast<int>(size)};
-    if (needed) {
-      const int64_t width = up(size, each);
-      to.data = space.take<char>(p.B * p.T * head_count * width * bytes);
-      to.stride[0] = p.T * head_count * width, to.stride[1] = head_count * width, to.stride[2] = width;
-      to.width = static_cast<int>(width);
-    }
-    call.packed[i] = {needed, normalise, x, static_cast<int>(head_count), static_cast<int>(size)};
+  const auto rows = [&](const View& x, int64_t heads, int64_t size, bool normalise, Rows& to) {
+    return lay_rows(x, call.type, p.B, p.T, heads, size, normalise, space, to);
   };
-  rows(0, from.q, p.q, p.Hk, p.K, early);
-  rows(1, from.k, p.k, p.Hk, p.K, early);
-  rows(2, from.v, p.v, p.H, p.V, false);
+  call.packing[0] = rows(from.q, p.Hk, p.K, early, p.q);
+  call.packing[1] = rows(from.k, p.Hk, p.K, early, p.k);
+  call.packing[2] = rows(from.v, p.H, p.V, false, p.v);
   const int64_t image = C == 64 ? Triangle<bf16, 64>::SIZE : Triangle<float, 32>::SIZE;
   p.solve = space.take<char>(p.slots * p.H * image * bytes);
   p.reach = space.take<char>(p.slots * p.H * image * bytes);
@@ -165,17 +103,7 @@ void gated_delta_rule(const GatedDeltaRuleParams& from, void* workspace, void* s
   Call call = lay_out(from, workspace, plan);
   Problem& p = call.p;
   const Rows* const targets[3] = {&p.q, &p.k, &p.v};
-  for (int i = 0; i < 3; i++) {
-    const auto& one = call.packed[i];
-    if (!one.needed) continue;
-    const int64_t count = p.B * p.T * one.heads;
-    with_type(call.type, [&](auto x) {
-      using T = decltype(x);
-      tile::launch("gated_delta_rule pack", pack<T>, {static_cast<unsigned>(parts(count, 4)), 1, 1}, 128, 0, stream, one.from,
-                   static_cast<T*>(const_cast<void*>(targets[i]->data)), count, p.T, one.heads, one.size, targets[i]->width,
-                   one.normalise);
-    });
-  }
+  for (int i = 0; i < 3; i++) run_packing(call.packing[i], call.type, p.B, p.T, *targets[i], stream);
   if (p.removed != nullptr) tile::zero(p.removed, p.B * p.T * p.H, stream);
   if (p.first_place != nullptr) tile::zero(p.first_place, p.slots * sizeof(int), stream);
   const int64_t marks = std::max(p.edits.count, p.P);

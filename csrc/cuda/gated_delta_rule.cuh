@@ -40,6 +40,11 @@ struct Rows {
   }
 };
 
+// Tokens [first, first + count) of sequence n; a slot without tokens has count 0.
+struct Cut {
+  int n, first, count;
+};
+
 struct Problem {
   int B, Hk, H, K, V, N;
   int64_t T;
@@ -58,6 +63,8 @@ struct Problem {
   // Workspace. A chunk's slot: see Sequence.
   int64_t slots;
   void *solve, *reach;      // [slots, H, Triangle::SIZE] of the type of computation
+  bool plain;               // `solve` is to lack its diag(beta)
+  const Cut* cuts;          // [slots] where chunks are not all of C tokens (the backward's), or null
   float* factors;           // [slots, H, Factors::SIZE]
   uint8_t* removed;         // [B, T, H] not 0 where the native write is not made; null without edits
   float* edit_factors;      // [E, EditFactors::SIZE]
@@ -81,7 +88,8 @@ struct Factors {
   static constexpr int REST = HOT + C;         // and what is left
   static constexpr int KEY = HOT + 2 * C;      // r_j
   static constexpr int QUERY = HOT + 3 * C;    // scale / |q_j|
-  static constexpr int SIZE = HOT + 4 * C;
+  static constexpr int BETA = HOT + 4 * C;     // 0 where the native write is not made
+  static constexpr int SIZE = HOT + 5 * C;
 };
 
 // One added edit's factors: how it reaches the chunk's increments and outputs by token, and its end.
@@ -120,6 +128,25 @@ __device__ __forceinline__ int64_t sequence_at(const Problem& p, int64_t slot) {
   return low;
 }
 
+struct Chunk {
+  int64_t n;
+  Sequence s;
+  int first, count;
+};
+
+// What `slot` is; count <= 0: nothing.
+template <int C>
+__device__ __forceinline__ Chunk chunk_at(const Problem& p, int64_t slot) {
+  if (p.cuts != nullptr) {
+    const Cut cut = p.cuts[slot];
+    return {cut.n, sequence<C>(p, cut.n), cut.first, cut.count};
+  }
+  const int64_t n = sequence_at<C>(p, slot);
+  const Sequence s = sequence<C>(p, n);
+  const int first = static_cast<int>(slot - s.first_slot) * C;
+  return {n, s, first, s.length - first < C ? static_cast<int>(s.length - first) : C};
+}
+
 // The first edit at or after (row, head, position).
 __device__ __forceinline__ int64_t first_edit(const EditList& edits, int64_t row, int64_t head, int64_t position) {
   int64_t low = 0, high = edits.count;
@@ -154,6 +181,8 @@ __device__ __forceinline__ void write(void* to, Element type, int64_t i, float x
 }
 
 // Host: prepare and walk in one type of computation (gated_delta_rule_<type>.cu).
+template <class T>
+void run_prepare(const Problem& p, tile::Stream stream);
 template <class T>
 void run_chunks(const Problem& p, int warps, tile::Stream stream);
 // Shared memory of a walk, in bytes.

@@ -3,6 +3,7 @@
 
 namespace writesae::cuda {
 
+template void run_prepare<bf16>(const Problem&, tile::Stream);
 template void run_chunks<bf16>(const Problem&, int, tile::Stream);
 template size_t walk_shared<bf16>(int64_t, int, int);
 

@@ -52,10 +52,29 @@ void launch_walk(const Problem& p, tile::Stream stream) {
 }
 
 template <class T, int KP>
+void launch_prepare(const Problem& p, tile::Stream stream) {
+  tile::launch("gated_delta_rule prepare", prepare<T, KP>, {static_cast<unsigned>(p.slots * p.Hk), 1, 1},
+               2 * Operand<T>::CHUNK, PrepareShared<T, KP>::BYTES, stream, p);
+}
+
+template <class T>
+void run_prepare(const Problem& p, tile::Stream stream) {
+  switch (padded_keys(p.K)) {
+    case 32:
+      return launch_prepare<T, 32>(p, stream);
+    case 64:
+      return launch_prepare<T, 64>(p, stream);
+    case 128:
+      return launch_prepare<T, 128>(p, stream);
+    default:
+      return launch_prepare<T, 256>(p, stream);
+  }
+}
+
+template <class T, int KP>
 void run_keys(const Problem& p, int warps, tile::Stream stream) {
   constexpr int C = Operand<T>::CHUNK;
-  tile::launch("gated_delta_rule prepare", prepare<T, KP>, {static_cast<unsigned>(p.slots * p.Hk), 1, 1}, 2 * C,
-               PrepareShared<T, KP>::BYTES, stream, p);
+  launch_prepare<T, KP>(p, stream);
   if (p.edits.count > 0)
     tile::launch("gated_delta_rule edit_factors", edit_factors<T>, {static_cast<unsigned>(p.edits.count), 1, 1}, 128, 0, stream, p);
   if (p.segments > 1) {

@@ -29,12 +29,12 @@ struct Gates {
   static constexpr int EACH = C / tile::WARP;
   float g[EACH], beta[EACH];
 
-  __device__ __forceinline__ void load(const Problem& p, const Sequence& s, int64_t first, int64_t h) {
+  __device__ __forceinline__ void load(const Problem& p, const Sequence& s, int64_t first, int64_t end, int64_t h) {
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
       const int64_t at = first + tile::lane() * EACH + i;
       g[i] = beta[i] = 0;
-      if (at >= s.length || h >= p.H) continue;
+      if (at >= end || h >= p.H) continue;
       const int64_t t = s.origin + at;
       g[i] = read(p.g, s.row, t, h);
       // e^-150 is 0 in float, and a bound keeps sums finite. NaN passes.
@@ -112,11 +112,10 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK, KP <= 128 ? 3 : 2) prep
   const int warp = tile::warp(), lane = tile::lane(), thread = tile::thread(), g = lane / 4, c = 2 * (lane % 4);
   const int hk = tile::block_x() % p.Hk, group = p.H / p.Hk;
   const int64_t slot = tile::block_x() / p.Hk;
-  const int64_t n = sequence_at<C>(p, slot);
-  const Sequence s = sequence<C>(p, n);
-  const int first = static_cast<int>(slot - s.first_slot) * C;
-  if (first >= s.length) return;
-  const int count = s.length - first < C ? static_cast<int>(s.length - first) : C;
+  const Chunk at = chunk_at<C>(p, slot);
+  const Sequence& s = at.s;
+  const int first = at.first, count = at.count;
+  if (count <= 0) return;
 
   const T* from_k = p.k.template at<T>(s.row, s.origin + first, hk);
   const T* from_q = p.q.template at<T>(s.row, s.origin + first, hk);
@@ -128,7 +127,7 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK, KP <= 128 ? 3 : 2) prep
   }
   tile::commit_copies();
   Gates<C> mine;
-  mine.load(p, s, first, warp < group ? hk * group + warp : p.H);
+  mine.load(p, s, first, first + count, warp < group ? hk * group + warp : p.H);
   tile::wait_copies<0>();
   tile::sync();
 
@@ -167,7 +166,7 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK, KP <= 128 ? 3 : 2) prep
 
   for (int batch = 0; batch < group; batch += WARPS) {
     // Gates: a warp per value head.
-    if (batch > 0) mine.load(p, s, first, batch + warp < group ? hk * group + batch + warp : p.H);
+    if (batch > 0) mine.load(p, s, first, first + count, batch + warp < group ? hk * group + batch + warp : p.H);
     {
       constexpr int EACH_GATE = Gates<C>::EACH;
       float whole[EACH_GATE], rest[EACH_GATE];
@@ -185,6 +184,7 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK, KP <= 128 ? 3 : 2) prep
         to[F::ASK + j] = since * query[j];
         to[F::WRITE + j] = decay_between(whole_end, rest_end, whole[i], rest[i]) * key[j];
         to[F::WHOLE + j] = whole[i], to[F::REST + j] = rest[i], to[F::KEY + j] = key[j], to[F::QUERY + j] = query[j];
+        to[F::BETA + j] = mine.beta[i];
       }
       if (batch + warp < group && lane < 4) to[F::DECAY + lane] = lane == 0 ? decay_between(whole_end, rest_end, 0, 0) : 0.0f;
     }
@@ -252,7 +252,7 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK, KP <= 128 ? 3 : 2) prep
 #pragma unroll
           for (int e = 0; e < 4; e++) {
             const int column = 16 * warp + g + e / 2 * 8;
-            *solve.at(row + 8 * i + c + e % 2, column) = Op::narrow(t[m][i][e] * beta[column]);
+            *solve.at(row + 8 * i + c + e % 2, column) = Op::narrow(p.plain ? t[m][i][e] : t[m][i][e] * beta[column]);
           }
       }
       tile::sync();

@@ -17,6 +17,7 @@ namespace writesae {
 template <class Module>
 void implement_device_operators(Module& m) {
   m.impl("gated_delta_rule", TORCH_BOX(&gated_delta_rule));
+  m.impl("gated_delta_rule_backward", TORCH_BOX(&gated_delta_rule_backward));
   m.impl("gated_delta_rule_step", TORCH_BOX(&gated_delta_rule_step));
   m.impl("encode_topk", TORCH_BOX(&encode_topk));
   m.impl("encode_threshold", TORCH_BOX(&encode_threshold));

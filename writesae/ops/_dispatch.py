@@ -11,6 +11,7 @@ from .._library import backends, twin_error
 
 BACKENDS = ("reference", "cpu", "cuda")
 _said: set[str] = set()
+_guards: dict[str, torch.library.Library] = {}
 
 
 def can_run(backend: str, op: str, tensors: dict[str, Tensor | None], raise_error: bool = False) -> bool:
@@ -75,9 +76,9 @@ def _say_once(message: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
-def guard_autograd(op: str, advice: str) -> None:
-    """Makes `torch.ops.writesae.<op>` itself raise when a gradient would be asked of it, instead of returning none."""
-    packet = getattr(torch.ops.writesae, op)
+def guard_autograd(op: str, advice: str, namespace: str = "writesae") -> None:
+    """Makes `torch.ops.<namespace>.<op>` itself raise when a gradient would be asked of it, instead of returning none."""
+    packet = getattr(getattr(torch.ops, namespace), op)
 
     def forward(*args):
         asked = any(isinstance(x, Tensor) and x.requires_grad for x in args)
@@ -86,10 +87,9 @@ def guard_autograd(op: str, advice: str) -> None:
         with torch._C._AutoDispatchBelowAutograd():
             return packet.default(*args)
 
-    _guards.impl(op, forward, "Autograd")
-
-
-_guards = torch.library.Library("writesae", "IMPL")
+    if namespace not in _guards:
+        _guards[namespace] = torch.library.Library(namespace, "IMPL")
+    _guards[namespace].impl(op, forward, "Autograd")
 
 
 def refuse_gradient(op: str, tensors: dict[str, Tensor | None], advice: str) -> None:

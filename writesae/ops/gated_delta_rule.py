@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -93,9 +94,8 @@ def gated_delta_rule(
         if edits is not None and len(edits):
             index, edit_left, edit_right = pack_edits(edits, v.device)
         places = None if places is None else places.to(v.device, non_blocking=True)
-        if chosen != "cpu":
-            sides = {**tensors, "edits.left": edit_left, "edits.right": edit_right}
-            _dispatch.refuse_gradient("gated_delta_rule", sides, 'use backend="reference", or torch.no_grad()')
+        if chosen == "twin":
+            _register_gradients("writesae_twin")
         # The backward needs the increments; writing them out is cheaper than running the scan once more for them.
         differentiable = (*tensors.values(), edit_left, edit_right)
         keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable)
@@ -320,25 +320,36 @@ def _save(ctx, inputs, output) -> None:
     ctx.scale, ctx.use_qk_l2norm = inputs[5], inputs[7]
 
 
-def _backward(ctx, d_o, d_final_state, d_left, d_right, d_snapshots):
-    q, k, v, g, beta, initial_state, cu_seqlens, *edits_and_places, right = ctx.saved_tensors
-    inputs = (q, k, v, g, beta, ctx.scale, initial_state, ctx.use_qk_l2norm, cu_seqlens, *edits_and_places)
-    if right is None:  # called with return_writes=False: left and right came out empty
-        d_left = d_right = None
-        with torch.no_grad():
-            right = torch.ops.writesae.gated_delta_rule(*inputs, True)[3]
-    given = (d_o, d_final_state, d_left, d_right, d_snapshots)
-    *grads, d_initial, d_edit_left, d_edit_right = torch.ops.writesae.gated_delta_rule_backward(*inputs, right, *given)
-    states = None if initial_state is None else d_initial.to(initial_state.dtype)
-    _, edit_left, edit_right, _ = edits_and_places
-    sides = (None if x is None else d.to(x.dtype) for x, d in ((edit_left, d_edit_left), (edit_right, d_edit_right)))
-    return *grads, None, states, None, None, None, *sides, None, None
+def _backward_with(operators):
+    def backward(ctx, d_o, d_final_state, d_left, d_right, d_snapshots):
+        q, k, v, g, beta, initial_state, cu_seqlens, *edits_and_places, right = ctx.saved_tensors
+        inputs = (q, k, v, g, beta, ctx.scale, initial_state, ctx.use_qk_l2norm, cu_seqlens, *edits_and_places)
+        if right is None:  # called with return_writes=False: left and right came out empty
+            d_left = d_right = None
+            with torch.no_grad():
+                right = operators.gated_delta_rule(*inputs, True)[3]
+        given = (d_o, d_final_state, d_left, d_right, d_snapshots)
+        *grads, d_initial, d_edit_left, d_edit_right = operators.gated_delta_rule_backward(*inputs, right, *given)
+        states = None if initial_state is None else d_initial.to(initial_state.dtype)
+        _, edit_left, edit_right, _ = edits_and_places
+        sides = (None if x is None else d.to(x.dtype) for x, d in ((edit_left, d_edit_left), (edit_right, d_edit_right)))
+        return *grads, None, states, None, None, None, *sides, None, None
+
+    return backward
+
+
+@cache
+def _register_gradients(namespace: str) -> None:
+    """Of a library's operators, once it is loaded. On CUDA they are the namespace `writesae`, as on the CPU."""
+    backward = _backward_with(getattr(torch.ops, namespace))
+    torch.library.register_autograd(f"{namespace}::gated_delta_rule", backward, setup_context=_save)
+    advice = 'for a second derivative use backend="reference"'
+    _dispatch.guard_autograd("gated_delta_rule_backward", advice, namespace)
 
 
 if CPU_ERROR is None:
     torch.library.register_fake("writesae::gated_delta_rule", _fake)
     torch.library.register_fake("writesae::gated_delta_rule_step", _fake_step)
     torch.library.register_fake("writesae::gated_delta_rule_backward", _fake_backward)
-    torch.library.register_autograd("writesae::gated_delta_rule", _backward, setup_context=_save)
-    _dispatch.guard_autograd("gated_delta_rule_backward", 'for a second derivative use backend="reference"')
+    _register_gradients("writesae")
     _dispatch.guard_autograd("gated_delta_rule_step", "use torch.no_grad()")

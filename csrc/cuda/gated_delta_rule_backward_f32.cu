@@ -1,0 +1,8 @@
+// The backward of gated_delta_rule computed with float operands (three-fold tf32).
+#include "gated_delta_rule_backward_chunks.cuh"
+
+namespace writesae::cuda {
+
+template void run_backward<float>(const Backward&, tile::Stream);
+
+}  // namespace writesae::cuda

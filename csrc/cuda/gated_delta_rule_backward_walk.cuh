@@ -1,0 +1,338 @@
+// The backward of gated_delta_rule, the two walks along the chunks of a sequence: `starts` forward, which leaves the state
+// before every chunk, and `reverse` backward, which leaves the adjoint of the state after every chunk and dY. See
+// gated_delta_rule_backward.cuh.
+//
+// As in the forward's walk a warp owns 16 value columns and keeps everything transposed: S^T and D^T [16, K] in its
+// registers as results of 16 x 8 tiles, and results of one product are the left operand of the next. Increments are known,
+// so that `starts` has one product a chunk. A state leaves through the warp's own shared memory, in rows of K.
+//
+// Products (16 x 8 x 16) of `reverse`, bf16, K = 128, a warp and chunk of 64 tokens: 64 K D + 20 reach + 20 N + 64 Q + 64 K, as
+// the forward's. Shared memory of a block: 102 KB with the states' ways out (K = 128, bf16), so two fit an SM of sm_90.
+#pragma once
+
+#include "gated_delta_rule_backward.cuh"
+#include "gated_delta_rule_walk.cuh"
+
+namespace writesae::cuda {
+
+constexpr int BACK_WARPS = 4;  // of a walk's block
+
+template <class T, int KP>
+struct StartsShared {
+  static constexpr int C = Operand<T>::CHUNK;
+  static constexpr size_t BYTES = (KP * C + BACK_WARPS * 16 * KP) * sizeof(T) + (Factors<C>::SIZE * 4 + 127) / 128 * 128;
+};
+template <class T, int KP>
+struct ReverseShared {
+  static constexpr int C = Operand<T>::CHUNK;
+  static constexpr size_t BYTES = StartsShared<T, KP>::BYTES +
+                                  (KP * C + 2 * Triangle<T, C>::SIZE + BACK_WARPS * C * 16) * sizeof(T);
+};
+
+// Where a walk's block and warp are.
+struct Lane {
+  int n, h, hk, column;  // column: of the warp
+  __device__ __forceinline__ explicit Lane(const Problem& p) {
+    const int tiles = (p.V + 16 * BACK_WARPS - 1) / (16 * BACK_WARPS);
+    int rest = tile::block_x();
+    column = (rest % tiles * BACK_WARPS + tile::warp()) * 16;
+    rest /= tiles;
+    h = rest % p.H, n = rest / p.H, hk = h / (p.H / p.Hk);
+  }
+};
+
+// Rows of keys or queries of a chunk, and its factors, on the way to shared memory.
+template <class T, int KP>
+__device__ __forceinline__ void issue_rows(const Tile<T, KP>& to, const Rows& from, int64_t row, int64_t token, int head,
+                                           int count) {
+  constexpr int EACH = Tile<T, KP>::EACH, UNITS = KP / EACH;
+  const T* x = from.template at<T>(row, token, head);
+#pragma unroll 4
+  for (int i = tile::thread(); i < Operand<T>::CHUNK * UNITS; i += 32 * BACK_WARPS) {
+    const int j = i / UNITS, unit = i % UNITS * EACH;
+    tile::copy_16(to.at(j, unit), x + j * from.stride[1] + unit, j < count && unit < from.width);
+  }
+}
+
+template <int C>
+__device__ __forceinline__ void issue_factors(float* to, const Problem& p, int64_t slot, int h) {
+  const float* from = p.factors + (slot * p.H + h) * Factors<C>::SIZE;
+  for (int i = 4 * tile::thread(); i < Factors<C>::SIZE; i += 4 * 32 * BACK_WARPS) tile::copy_16(to + i, from + i);
+}
+
+// The warp's columns of a state, transposed, to [V, width] in memory.
+template <class T, int KP>
+__device__ __forceinline__ void leave_state(const float (&state)[KP / 8][4], const Tile<T, KP>& slab, T* to, int width,
+                                            int column, int V) {
+  constexpr int EACH = Tile<T, KP>::EACH, UNITS = KP / EACH;
+  const int lane = tile::fresh(tile::lane()), g = lane / 4, c = 2 * (lane % 4);
+  tile::sync_warp();
+#pragma unroll
+  for (int m = 0; m < KP / 8; m++)
+#pragma unroll
+    for (int i = 0; i < 2; i++) store_pair(slab.at(g + 8 * i, 8 * m + c), state[m][2 * i], state[m][2 * i + 1]);
+  tile::sync_warp();
+#pragma unroll 4
+  for (int i = lane; i < 16 * UNITS; i += tile::WARP) {
+    const int v = column + i / UNITS, unit = i % UNITS * EACH;
+    if (v < V && unit < width)
+      *reinterpret_cast<tile::Vec16*>(to + static_cast<int64_t>(v) * width + unit) =
+          *reinterpret_cast<const tile::Vec16*>(slab.at(i / UNITS, unit));
+  }
+}
+
+template <class T, int KP>
+__global__ void __launch_bounds__(32 * BACK_WARPS) starts(const __grid_constant__ Backward b) {
+  using Op = Operand<T>;
+  constexpr int C = Op::CHUNK, STEP = Op::STEP, NK = KP / 8;
+  using F = Factors<C>;
+  const Problem& p = b.p;
+  tile::Shared shared;
+  const Tile<T, KP> k = {shared.template take<T>(KP * C)};
+  const Tile<T, KP> slab = {shared.template take<T>(BACK_WARPS * 16 * KP), tile::warp() * 16 * KP};
+  float* const factors = shared.template take<float>(F::SIZE);
+  const Lane at(p);
+  const Span span = span_of<C>(b, at.n);
+  const int64_t head = static_cast<int64_t>(at.n) * p.H + at.h;
+  const int columns = p.V - at.column;
+
+  float state[NK][4] = {};
+  if (p.initial_state != nullptr) {
+    const float* from = p.initial_state + head * p.K * p.V;
+    each_owned<KP>(p.K, p.V, at.column, [&](int i, int e, int64_t x) { state[i][e] = from[x]; });
+  }
+  for (int chunk = 0; chunk < span.chunks; chunk++) {
+    const Cut cut = cut_of<C>(b, span, chunk);
+    const int64_t slot = span.first_slot + chunk, token = span.s.origin + cut.first;
+    const bool last = chunk + 1 == span.chunks;
+    tile::sync();
+    if (!last) {
+      issue_rows<T, KP>(k, p.k, span.s.row, token, at.hk, cut.count);
+      issue_factors<C>(factors, p, slot, at.h);
+      tile::commit_copies();
+    }
+    leave_state<T, KP>(state, slab, static_cast<T*>(b.starts) + (slot * p.H + at.h) * p.V * b.key_width, b.key_width,
+                       at.column, p.V);
+    if (last) break;
+    const int lane = tile::fresh(tile::lane()), g = lane / 4, c = 2 * (lane % 4);
+    float u[C / 8][4];
+#pragma unroll
+    for (int j = 0; j < C / 8; j++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const int i = 8 * j + c + e % 2, v = g + e / 2 * 8;
+        u[j][e] = i < cut.count && v < columns ? read(b.right, span.s.row, token + i, at.h, at.column + v) : 0.0f;
+      }
+    tile::wait_copies<0>();
+    tile::sync();
+    const float decay = factors[F::DECAY];
+#pragma unroll
+    for (int m = 0; m < NK; m++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) state[m][e] *= decay;
+    const auto down = Op::lane_place_down(k);
+#pragma unroll
+    for (int j = 0; j < C / 8; j++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) u[j][e] *= factors[F::WRITE + 8 * j + c + e % 2];
+#pragma unroll
+    for (int step = 0; step < C; step += STEP) {
+      const auto a = Op::accumulators(&u[step / 8]);
+#pragma unroll
+      for (int m = 0; m < NK; m += 2) {
+        typename Op::B x[2];
+        Op::load_columns(x, k, down, step, 8 * m);
+        Op::multiply(state[m], a, x[0]), Op::multiply(state[m + 1], a, x[1]);
+      }
+    }
+    const EditRange range = edits_at(p.edits, at.n, at.h, cut.first + cut.count - 1);
+#pragma unroll 1
+    for (int64_t e = range.begin; e < range.end; e++) {
+      if (p.edits.index[4 * e + 3] == 1) continue;
+      const float* right = p.edits.right + e * p.V + at.column;
+      const float w[2] = {g < columns ? right[g] : 0.0f, g + 8 < columns ? right[g + 8] : 0.0f};
+#pragma unroll
+      for (int m = 0; m < NK; m++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          const int key = 8 * m + c + i;
+          const float left = key < p.K ? p.edits.left[e * p.K + key] : 0.0f;
+          state[m][i] += left * w[0], state[m][2 + i] += left * w[1];
+        }
+    }
+  }
+}
+
+template <class T, int KP>
+__global__ void __launch_bounds__(32 * BACK_WARPS) reverse(const __grid_constant__ Backward b) {
+  using Op = Operand<T>;
+  constexpr int C = Op::CHUNK, STEP = Op::STEP, NK = KP / 8, NC = C / 8, EACH = Tile<T, KP>::EACH;
+  constexpr int IMAGE = Triangle<T, C>::SIZE, SLAB_UNITS = 16 / EACH;
+  using F = Factors<C>;
+  const Problem& p = b.p;
+  tile::Shared shared;
+  const Tile<T, KP> k = {shared.template take<T>(KP * C)}, q = {shared.template take<T>(KP * C)};
+  const Triangle<T, C> inverse = {shared.template take<T>(IMAGE)}, reach = {shared.template take<T>(IMAGE)};
+  const Tile<T, 16> rows = {shared.template take<T>(BACK_WARPS * C * 16), tile::warp() * C * 16};  // of dO, then of dY
+  const Tile<T, KP> slab = {shared.template take<T>(BACK_WARPS * 16 * KP), tile::warp() * 16 * KP};
+  float* const factors = shared.template take<float>(F::SIZE);
+  const Lane at(p);
+  const Span span = span_of<C>(b, at.n);
+  const int64_t head = static_cast<int64_t>(at.n) * p.H + at.h;
+  const int columns = p.V - at.column;
+
+  float state[NK][4] = {};  // D^T
+  if (b.d_final_state != nullptr) {
+    const float* from = b.d_final_state + head * p.K * p.V;
+    each_owned<KP>(p.K, p.V, at.column, [&](int i, int e, int64_t x) { state[i][e] = from[x]; });
+  }
+  for (int chunk = span.chunks - 1; chunk >= 0; chunk--) {
+    const Cut cut = cut_of<C>(b, span, chunk);
+    const int64_t slot = span.first_slot + chunk, token = span.s.origin + cut.first;
+    tile::sync();
+    issue_rows<T, KP>(k, p.k, span.s.row, token, at.hk, cut.count);
+    issue_rows<T, KP>(q, p.q, span.s.row, token, at.hk, cut.count);
+    issue_factors<C>(factors, p, slot, at.h);
+    const auto image = [&](const Triangle<T, C>& to, const void* from) {
+      const T* x = static_cast<const T*>(from) + (slot * p.H + at.h) * IMAGE;
+#pragma unroll 4
+      for (int i = tile::thread() * EACH; i < IMAGE; i += 32 * BACK_WARPS * EACH) tile::copy_16(to.data + i, x + i);
+    };
+    image(inverse, p.solve), image(reach, p.reach);
+    {
+      const T* x = b.d_o.template at<T>(span.s.row, token, at.h) + at.column;
+#pragma unroll 4
+      for (int i = tile::lane(); i < C * SLAB_UNITS; i += tile::WARP) {
+        const int j = i / SLAB_UNITS, unit = i % SLAB_UNITS * EACH;
+        tile::copy_16(rows.at(j, unit), x + j * b.d_o.stride[1] + unit, j < cut.count && at.column + unit < b.d_o.width);
+      }
+    }
+    tile::commit_copies();
+
+    // ---- what snapshots add, and the adjoint as it stands ---------------------------------------------------------------
+#pragma unroll 1
+    for (int shot = b.first_shot == nullptr ? 0 : b.first_shot[slot]; shot > 0; shot = b.next_shot[shot - 1]) {
+      const float* from = b.d_snapshots + ((shot - 1) * static_cast<int64_t>(p.H) + at.h) * p.K * p.V;
+      each_owned<KP>(p.K, p.V, at.column, [&](int i, int e, int64_t x) { state[i][e] += from[x]; });
+    }
+    leave_state<T, KP>(state, slab, static_cast<T*>(b.ends) + (slot * p.H + at.h) * p.V * b.key_width, b.key_width,
+                       at.column, p.V);
+    tile::wait_copies<0>();
+    tile::sync();
+    const int lane = tile::fresh(tile::lane()), g = lane / 4, c = 2 * (lane % 4);
+    const int along = Op::lane_place_along(k), along_rows = Op::lane_place_along(rows);
+    const auto down = Op::lane_place_down(k), down_image = Op::lane_place_down(inverse);
+
+    // ---- R^T = dR^T + e^{G_C - G} r D^T K^T + dO^T reach ------------------------------------------------------------------
+    float r[NC][4] = {};
+#pragma unroll
+    for (int step = 0; step < KP; step += STEP) {
+      const auto a = Op::accumulators(&state[step / 8]);
+#pragma unroll
+      for (int j = 0; j < NC; j += 2) {
+        typename Op::B x[2];
+        Op::load_rows(x, k, along, 8 * j, step);
+        Op::multiply(r[j], a, x[0]), Op::multiply(r[j + 1], a, x[1]);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < NC; j++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) r[j][e] *= factors[F::WRITE + 8 * j + c + e % 2];
+#pragma unroll
+    for (int j = 0; j < C; j += 16) {
+      float o[2][4];
+      Op::load_transposed(o, rows, along_rows, j);
+#pragma unroll
+      for (int step = 0; step < 16; step += STEP) {
+        const auto a = Op::accumulators(&o[step / 8]);
+#pragma unroll
+        for (int i = 0; i < j / 8 + 2; i += 2) {
+          typename Op::B x[2];
+          Op::load_columns(x, reach, down_image, j + step, 8 * i);
+          Op::multiply(r[i], a, x[0]), Op::multiply(r[i + 1], a, x[1]);
+        }
+      }
+    }
+    if (b.d_right.data != nullptr) {
+#pragma unroll
+      for (int j = 0; j < NC; j++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          const int i = 8 * j + c + e % 2, v = g + e / 2 * 8;
+          if (i < cut.count && v < columns) r[j][e] += read(b.d_right, span.s.row, token + i, at.h, at.column + v);
+        }
+    }
+
+    // ---- D^T <- e^{G_C} D^T + (e^G scale / |q| dO)^T Q -------------------------------------------------------------------------
+    const float decay = factors[F::DECAY];
+#pragma unroll
+    for (int m = 0; m < NK; m++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) state[m][e] *= decay;
+    const auto add_rows = [&](const Tile<T, KP>& from, int token, const float (*x)[4]) {
+#pragma unroll
+      for (int step = 0; step < 16; step += STEP) {
+        const auto a = Op::accumulators(x + step / 8);
+#pragma unroll
+        for (int m = 0; m < NK; m += 2) {
+          typename Op::B y[2];
+          Op::load_columns(y, from, down, token + step, 8 * m);
+          Op::multiply(state[m], a, y[0]), Op::multiply(state[m + 1], a, y[1]);
+        }
+      }
+    };
+#pragma unroll
+    for (int j = 0; j < C; j += 16) {
+      float o[2][4];
+      Op::load_transposed(o, rows, along_rows, j);
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) o[i][e] *= factors[F::ASK + j + 8 * i + c + e % 2];
+      add_rows(q, j, o);
+    }
+
+    // ---- dY^T = R^T N, and out ----------------------------------------------------------------------------------------------
+    float y[NC][4] = {};
+#pragma unroll
+    for (int step = 0; step < C; step += STEP) {
+      const auto a = Op::accumulators(&r[step / 8]);
+#pragma unroll
+      for (int i = 0; i < step / 16 * 2 + 2; i += 2) {
+        typename Op::B x[2];
+        Op::load_columns(x, inverse, down_image, step, 8 * i);
+        Op::multiply(y[i], a, x[0]), Op::multiply(y[i + 1], a, x[1]);
+      }
+    }
+    tile::sync_warp();
+#pragma unroll
+    for (int j = 0; j < NC; j++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) *rows.at(8 * j + c + e % 2, g + e / 2 * 8) = Op::narrow(y[j][e]);
+    tile::sync_warp();
+    T* to = static_cast<T*>(b.d_y) + ((span.s.row * p.T + token) * p.H + at.h) * b.value_width + at.column;
+#pragma unroll 4
+    for (int i = lane; i < C * SLAB_UNITS; i += tile::WARP) {
+      const int j = i / SLAB_UNITS, unit = i % SLAB_UNITS * EACH;
+      if (j < cut.count && at.column + unit < b.value_width)
+        *reinterpret_cast<tile::Vec16*>(to + static_cast<int64_t>(j) * p.H * b.value_width + unit) =
+            *reinterpret_cast<const tile::Vec16*>(rows.at(j, unit));
+    }
+
+    // ---- D^T <- D^T - (e^G r beta dY)^T K ---------------------------------------------------------------------------------------
+#pragma unroll
+    for (int j = 0; j < NC; j++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const int i = 8 * j + c + e % 2;
+        y[j][e] *= -factors[F::READ + i] * factors[F::BETA + i];
+      }
+#pragma unroll
+    for (int j = 0; j < C; j += 16) add_rows(k, j, &y[j / 8]);
+  }
+  float* to = b.d_initial_state + head * p.K * p.V;
+  each_owned<KP>(p.K, p.V, at.column, [&](int i, int e, int64_t x) { to[x] = state[i][e]; });
+}
+
+}  // namespace writesae::cuda
