@@ -1,80 +1,95 @@
-"""The backward of `gated_delta_rule` on the CPU against autograd through the float64 reference."""
+"""The backward of `gated_delta_rule`, CPU and CUDA kernels, against autograd through the float64 reference."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from targets import ALL, FEW, to_cpu
 from test_gated_delta_rule import edits_for, operator_arguments
 
 from writesae import ops
-from writesae._library import cpu_isa
 from writesae.edits import Edits
-from writesae.testing import check_close, gated_delta_rule_inputs, poisoned_memory
-from writesae.testing import cpu_isa as forced_isa
-
-ISAS = cpu_isa()["supported"].split(",")
+from writesae.testing import DEVICE_TOLERANCE, check_close, gated_delta_rule_inputs, poisoned_memory
 
 # Relative RMS error allowed, by the dtype of the gradient. Measured over every case below on AVX-512, AVX2 and portable
 # code: float32 at most 1.9e-6, worst element 2.5e-6 of the largest; the halves' is the rounding of the gradient itself.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
 
-def gradients(x, initial_state=None, edits=None, backend=None, wanted=None, use_qk_l2norm=True, **options):
-    """Gradients of a random linear function of every output (or of the `wanted` ones), by input name."""
-    leaves = {name: value.detach().requires_grad_() for name, value in x.items()}
+def gradients(x, initial_state=None, edits=None, target=None, wanted=None, use_qk_l2norm=True, **options):
+    """Gradients of a random linear function of every output (or of the `wanted` ones), by input name, as CPU tensors.
+
+    Without a target, of the reference.
+    """
+    put = (lambda value: value) if target is None else target.put
+    leaves = {name: put(value.detach()).requires_grad_() for name, value in x.items()}
     if initial_state is not None:
-        leaves["initial_state"] = initial_state.detach().requires_grad_()
+        leaves["initial_state"] = put(initial_state.detach()).requires_grad_()
     if edits is not None:
         leaves["left"], leaves["right"] = edits.left.detach().requires_grad_(), edits.right.detach().requires_grad_()
         edits = Edits(edits.row, edits.position, edits.head, leaves["left"], leaves["right"], edits.kind)
     arguments = {name: value for name, value in leaves.items() if name not in ("left", "right")}
-    out = ops.gated_delta_rule(
-        **arguments, edits=edits, output_final_state=True, return_writes=True, use_qk_l2norm=use_qk_l2norm,
-        backend=backend, **options,
-    )  # fmt: skip
-    outputs = {
-        "o": out.o, "final_state": out.final_state, "left": out.writes.left, "right": out.writes.right,
-        "snapshots": out.snapshots,
-    }  # fmt: skip
-    generator = torch.Generator().manual_seed(7)
-    loss = 0
-    for name, value in outputs.items():
-        if value is None:
-            continue
-        weight = torch.randn(value.shape, generator=generator).bfloat16().double()  # the same number in every dtype
-        if wanted is None or name in wanted:
-            loss = loss + (value.double() * weight).sum()
-    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    return dict(zip(leaves, found, strict=True))
+    with nullcontext() if target is None else target.in_use():
+        out = ops.gated_delta_rule(
+            **arguments, edits=edits, output_final_state=True, return_writes=True, use_qk_l2norm=use_qk_l2norm,
+            backend="reference" if target is None else target.kind, **put(options),
+        )  # fmt: skip
+        outputs = {
+            "o": out.o, "final_state": out.final_state, "left": out.writes.left, "right": out.writes.right,
+            "snapshots": out.snapshots,
+        }  # fmt: skip
+        generator = torch.Generator().manual_seed(7)
+        loss = 0
+        for name, value in outputs.items():
+            if value is None:
+                continue
+            weight = torch.randn(value.shape, generator=generator).bfloat16().double()  # the same number in every dtype
+            if wanted is None or name in wanted:
+                loss = loss + (value.double() * put(weight)).sum()
+        found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    return {name: to_cpu(value) for name, value in zip(leaves, found, strict=True)}
 
 
-def compare(x, record=None, isas=ISAS[:1], initial_state=None, edits=None, **options):
-    """The kernel's gradients on poisoned memory, then the reference's in float64 on the same numbers."""
+def tolerance(target, x, dtype):
+    """Allowed of a gradient. All compute in float32, but for the CUDA kernels where q, k and v are bfloat16."""
+    if target.kind == "cpu" or any(x[name].dtype != torch.bfloat16 for name in "qkv"):
+        return TOLERANCE[dtype]
+    return DEVICE_TOLERANCE[torch.bfloat16]
+
+
+def compare(x, record=None, targets=FEW, initial_state=None, edits=None, **options):
+    """The kernels' gradients on poisoned memory, then the reference's in float64 on the same numbers.
+
+    Returns the gradients by target.
+    """
     found = []
-    for isa in isas:
-        with poisoned_memory(), forced_isa(isa):
-            found.append(gradients(x, initial_state, edits, "cpu", **options))
+    for target in targets:
+        with poisoned_memory():
+            found.append(gradients(x, initial_state, edits, target, **options))
     wide = {name: value.double() for name, value in x.items()}
     initial = None if initial_state is None else initial_state.double()
     if edits is not None:
         edits = Edits(edits.row, edits.position, edits.head, edits.left.double(), edits.right.double(), edits.kind)
-    expected = gradients(wide, initial, edits, "reference", **options)
-    for isa, got in zip(isas, found, strict=True):
+    expected = gradients(wide, initial, edits, **options)
+    for target, got in zip(targets, found, strict=True):
         for name, value in got.items():
             given = x.get(name, initial_state if name == "initial_state" else None)
             assert value.dtype == (torch.float32 if given is None else given.dtype)
             truth = expected[name] if expected[name] is not None else torch.zeros_like(value)
-            error = check_close(f"d_{name} with {isa}", value, truth, TOLERANCE[value.dtype])
-            if record is not None and value.dtype == torch.float32:
-                record("relative_rms", error.rms)
-                record("worst_element", error.worst)
-    return found[-1]
+            error = check_close(f"d_{name} with {target.name}", value, truth, tolerance(target, x, value.dtype))
+            if record is not None and (target.kind != "cpu" or value.dtype == torch.float32):
+                label = target.kind if target.kind == "cpu" else f"{target.kind} {x['v'].dtype}".replace("torch.", "")
+                record(f"relative_rms {label}", error.rms)
+                record(f"worst_element {label}", error.worst)
+    return found
 
 
 @pytest.mark.parametrize("T", [1, 2, 3, 63, 64, 65, 127])
 def test_lengths(T, record_property):
     x = gated_delta_rule_inputs(2, T, 2, 4, 24, 40)
-    compare(x, record_property, ISAS, torch.randn(2, 4, 24, 40), snapshots=[0, T // 2, T - 1])
+    compare(x, record_property, ALL, torch.randn(2, 4, 24, 40), snapshots=[0, T // 2, T - 1])
 
 
 @pytest.mark.parametrize("K, V", [(32, 64), (64, 40), (20, 12), (7, 5), (1, 1), (128, 33), (33, 256)])
@@ -82,7 +97,7 @@ def test_sizes(K, V, record_property):
     x = gated_delta_rule_inputs(1, 37, 1, 2, K, V)
     # A normalised number is 1 or -1: its gradient is what cancellation leaves.
     options = {"snapshots": [3, 36], "use_qk_l2norm": K > 1}
-    compare(x, record_property, ISAS, torch.randn(1, 2, K, V), edits_for(1, [37], 2, K, V), **options)
+    compare(x, record_property, ALL, torch.randn(1, 2, K, V), edits_for(1, [37], 2, K, V), **options)
 
 
 @pytest.mark.parametrize("Hk, H", [(1, 1), (1, 6), (2, 6), (4, 4)])
@@ -94,14 +109,14 @@ def test_grouped_heads(Hk, H, record_property):
 @pytest.mark.parametrize("decay", ["none", "weak", "usual", "strong"])
 def test_decay(decay, correlated, record_property):
     x = gated_delta_rule_inputs(1, 130, 1, 2, 32, 48, decay=decay, correlated=correlated)
-    compare(x, record_property, ISAS, torch.randn(1, 2, 32, 48), snapshots=[64, 129])
+    compare(x, record_property, ALL, torch.randn(1, 2, 32, 48), snapshots=[64, 129])
 
 
 def test_underflowing_decay(record_property):
     x = gated_delta_rule_inputs(1, 70, 1, 1, 16, 16)
     x["g"][:, 5::7] = -200.0
     x["g"][:, 6::7] = -float("inf")
-    compare(x, record_property, ISAS)
+    compare(x, record_property, ALL)
 
 
 def test_zero_beta_and_keys(record_property):
@@ -109,13 +124,13 @@ def test_zero_beta_and_keys(record_property):
     x = gated_delta_rule_inputs(1, 40, 1, 2, 16, 24)
     x["beta"][:, ::3] = 0
     x["k"][:, ::5] = 0
-    compare(x, record_property, ISAS)
+    compare(x, record_property, ALL)
 
 
 def test_keys_as_given(record_property):
     x = gated_delta_rule_inputs(2, 50, 1, 2, 24, 40, correlated=True)
     x["k"] = torch.nn.functional.normalize(x["k"], dim=-1)
-    compare(x, record_property, ISAS, use_qk_l2norm=False)
+    compare(x, record_property, ALL, use_qk_l2norm=False)
 
 
 def test_segments(record_property):
@@ -123,7 +138,7 @@ def test_segments(record_property):
     x = gated_delta_rule_inputs(1, 1100, 1, 1, 16, 80, correlated=True, decay="weak")
     edits = edits_for(1, [1100], 1, 16, 80)
     edits.position[2], edits.position[3:8] = 511, 512
-    compare(x, record_property, ISAS, torch.randn(1, 1, 16, 80), edits, snapshots=[511, 512, 1023, 1099])
+    compare(x, record_property, ALL, torch.randn(1, 1, 16, 80), edits, snapshots=[511, 512, 1023, 1099])
 
 
 def test_packed(record_property):
@@ -133,7 +148,7 @@ def test_packed(record_property):
     places = torch.tensor([[5, 126], [0, 0], [3, 65], [3, 3], [6, 0], [3, 3]])
     edits = edits_for(8, lengths, 4, 24, 40, count=20)
     compare(
-        x, record_property, ISAS, torch.randn(8, 4, 24, 40), edits, cu_seqlens=offsets, snapshots=places
+        x, record_property, ALL, torch.randn(8, 4, 24, 40), edits, cu_seqlens=offsets, snapshots=places
     )
     compare(x, record_property, cu_seqlens=offsets.int())
 
@@ -141,7 +156,7 @@ def test_packed(record_property):
 @pytest.mark.parametrize("wanted", ["o", "final_state", "left", "right", "snapshots"])
 def test_one_output_alone(wanted, record_property):
     x = gated_delta_rule_inputs(1, 30, 1, 2, 16, 24)
-    compare(x, record_property, ISAS[:1], torch.randn(1, 2, 16, 24), snapshots=[11], wanted=[wanted])
+    compare(x, record_property, FEW, torch.randn(1, 2, 16, 24), snapshots=[11], wanted=[wanted])
 
 
 @pytest.mark.parametrize("kind", ["add", "delete", "replace"])
@@ -150,9 +165,9 @@ def test_edit_kinds(kind, record_property):
     x = gated_delta_rule_inputs(B, T, 1, H, K, V, decay="weak", correlated=True)
     row, position = [0, 1, 2, 2, -1, -1], [0, T - 1, 7, 7, 8, 3]
     edits = Edits(row, position, [0, 1, 1, 1, 0, 1], torch.randn(6, K), torch.randn(6, V), kind)
-    got = compare(x, record_property, ISAS, edits=edits, snapshots=[0, 7, 8, T - 1])
-    removed = got["v"][2, 7, 1].abs().sum() + got["beta"][2, 7, 1].abs()
-    assert (removed == 0) == (kind != "add")
+    for got in compare(x, record_property, ALL, edits=edits, snapshots=[0, 7, 8, T - 1]):
+        removed = got["v"][2, 7, 1].abs().sum() + got["beta"][2, 7, 1].abs()
+        assert (removed == 0) == (kind != "add")
 
 
 def test_an_edit_at_every_token(record_property):
@@ -160,12 +175,12 @@ def test_an_edit_at_every_token(record_property):
     x = gated_delta_rule_inputs(1, T, 1, 1, K, V)
     kinds = (["add", "replace", "delete"] * T)[:T]
     edits = Edits([0] * T, range(T), [0] * T, torch.randn(T, K), torch.randn(T, V), kinds)
-    compare(x, record_property, ISAS, edits=edits, snapshots=range(T))
+    compare(x, record_property, ALL, edits=edits, snapshots=range(T))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_inputs(dtype):
-    compare(gated_delta_rule_inputs(1, 70, 2, 4, 32, 40, dtype=dtype), isas=ISAS, snapshots=[69])
+    compare(gated_delta_rule_inputs(1, 70, 2, 4, 32, 40, dtype=dtype), targets=ALL, snapshots=[69])
 
 
 def test_mixed_dtypes():
@@ -181,15 +196,18 @@ def test_strided_inputs():
     expected = compare(x)
     strided = {name: value.transpose(1, -1).contiguous().transpose(1, -1) for name, value in x.items()}
     assert not any(value.is_contiguous() for value in strided.values())
-    for name, value in compare(strided).items():
-        assert torch.equal(value, expected[name])
+    for got, of_dense in zip(compare(strided), expected, strict=True):
+        for name, value in got.items():
+            assert torch.equal(value, of_dense[name])
     # A gradient that is one number expanded, as sum() sends it.
-    leaf = x["v"].clone().requires_grad_()
-    ops.gated_delta_rule(**{**x, "v": leaf}).o.sum().backward()
     wide = {name: value.double() for name, value in x.items()}
     truth = wide["v"].requires_grad_()
     ops.gated_delta_rule(**wide, backend="reference").o.sum().backward()
-    check_close("d_v", leaf.grad, truth.grad)
+    for target in FEW:
+        leaf = target.put(x["v"].clone()).requires_grad_()
+        with target.in_use():
+            ops.gated_delta_rule(**target.put({**x, "v": leaf}), backend=target.kind).o.sum().backward()
+        check_close("d_v", to_cpu(leaf.grad), truth.grad)
 
 
 @pytest.mark.parametrize("H", [1, 8])
@@ -200,7 +218,7 @@ def test_threads_agree(H):
     try:
         for threads in (1, 2, 7):
             torch.set_num_threads(threads)
-            found.append(gradients(x))
+            found.append(gradients(x, target=FEW[0]))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
@@ -208,14 +226,15 @@ def test_threads_agree(H):
             assert torch.equal(value, found[0][name]), name
 
 
-def test_a_head_alone_and_among_others():
+def test_a_head_alone_and_among_others(target):
     """NaN in one head's gradient stays in that head (and its key head)."""
     x = gated_delta_rule_inputs(1, 70, 2, 4, 16, 24)
-    leaves = {name: value.requires_grad_() for name, value in x.items()}
-    out = ops.gated_delta_rule(**leaves).o
-    weight = torch.ones_like(out)
-    weight[0, 30, 3, 2] = float("nan")
-    out.backward(weight)
+    leaves = {name: target.put(value).requires_grad_() for name, value in x.items()}
+    with target.in_use():
+        out = ops.gated_delta_rule(**leaves, backend=target.kind).o
+        weight = torch.ones_like(out)
+        weight[0, 30, 3, 2] = float("nan")
+        out.backward(weight)
     for name in ("v", "g", "beta"):
         finite = torch.isfinite(leaves[name].grad)
         assert finite[:, :, :3].all() and not finite[:, :31, 3].all()
