@@ -77,7 +77,7 @@ def _say_once(message: str) -> None:
 
 
 def guard_autograd(op: str, advice: str, namespace: str = "writesae") -> None:
-    """Makes `torch.ops.<namespace>.<op>` itself raise when a gradient would be asked of it, instead of returning none."""
+    """Makes `torch.ops.<namespace>.<op>` raise when a gradient would be asked of it, instead of returning none."""
     packet = getattr(getattr(torch.ops, namespace), op)
 
     def forward(*args):

@@ -332,7 +332,8 @@ def _backward_with(operators):
         *grads, d_initial, d_edit_left, d_edit_right = operators.gated_delta_rule_backward(*inputs, right, *given)
         states = None if initial_state is None else d_initial.to(initial_state.dtype)
         _, edit_left, edit_right, _ = edits_and_places
-        sides = (None if x is None else d.to(x.dtype) for x, d in ((edit_left, d_edit_left), (edit_right, d_edit_right)))
+        pairs = (edit_left, d_edit_left), (edit_right, d_edit_right)
+        sides = (None if x is None else d.to(x.dtype) for x, d in pairs)
         return *grads, None, states, None, None, None, *sides, None, None
 
     return backward
