@@ -23,7 +23,7 @@ from pathlib import Path
 from build_twin import build
 
 ROOT = Path(__file__).resolve().parents[1]
-OPERATORS = ("gated_delta_rule", "encode", "encode_gradient")
+OPERATORS = ("gated_delta_rule", "gated_delta_rule_backward", "encode", "encode_gradient")
 TESTS = [*(f"tests/test_{x}.py" for x in OPERATORS), *sorted(str(p) for p in (ROOT / "tests").glob("test_cuda_*.py"))]
 LIBRARIES = ROOT / "build" / "cuda-check"
 
