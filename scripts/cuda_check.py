@@ -41,11 +41,15 @@ def run(command: list[str], **options) -> None:
 
 def environment() -> dict[str, str]:
     """Of a Python that may load a library built with sanitizers; Python's own leaks are not looked at."""
-    asked = [os.environ.get("CXX", "c++").split()[0], "-print-file-name=libasan.so"]
-    library = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    # The second because the first looks for the function that throws when it is loaded, and Python itself has none.
+    libraries = [
+        subprocess.run([compiler, f"-print-file-name={x}"], capture_output=True, text=True, check=True).stdout.strip()
+        for x in ("libasan.so", "libstdc++.so")
+    ]
     path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    sanitizers = {"LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1"}
-    return {**os.environ, "PYTHONPATH": path, **sanitizers}
+    sanitizers = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1"}
+    return {**os.environ, "PYTHONPATH": path, "LD_PRELOAD": " ".join(libraries), **sanitizers}
 
 
 def pytest(twin: Path, *options: str, **given) -> subprocess.CompletedProcess:

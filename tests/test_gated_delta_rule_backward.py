@@ -213,13 +213,16 @@ def test_strided_inputs():
 
 @pytest.mark.parametrize("H", [1, 8])
 def test_threads_agree(H):
+    cpu = next((target for target in FEW if target.kind == "cpu"), None)
+    if cpu is None:
+        pytest.skip("of the CPU's kernels")
     x = gated_delta_rule_inputs(1, 600, 1, H, 16, 72)
     before = torch.get_num_threads()
     found = []
     try:
         for threads in (1, 2, 7):
             torch.set_num_threads(threads)
-            found.append(gradients(x, target=FEW[0]))
+            found.append(gradients(x, target=cpu))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:

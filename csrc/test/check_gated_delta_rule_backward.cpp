@@ -1,13 +1,17 @@
-// The backward of gated_delta_rule against a plain reverse loop in double, over awkward sizes, packed rows, edits and
-// snapshots.
+// The backward of gated_delta_rule, the CPU's and the CUDA kernels under the host twin, against a plain reverse loop in double,
+// over awkward sizes, packed rows, edits and snapshots.
 #include <algorithm>
 #include <array>
+#include <cstdlib>
+#include <cstring>
 
+#include "cuda/tile.cuh"
 #include "gated_delta_rule.h"
 #include "harness.h"
 
 using namespace writesae;
 using namespace writesae::test;
+namespace tile = writesae::tile;
 
 namespace {
 
@@ -133,6 +137,7 @@ Gradients plain(const GatedDeltaRuleBackwardParams& p, const Sequences& sequence
   return out;
 }
 
+// threads: of the CPU's kernels; 0 for the CUDA kernels.
 void check(const Case& c, int thread_count) {
   GatedDeltaRuleBackwardParams p = {};
   GatedDeltaRuleParams& in = p.in;
@@ -188,7 +193,16 @@ void check(const Case& c, int thread_count) {
   auto left = poison(edit_left.size()), added = poison(edit_right.size());
   p.d_q = q.data(), p.d_k = k.data(), p.d_v = v.data(), p.d_g = dg.data(), p.d_beta = db.data();
   p.d_initial_state = start.data(), p.d_edit_left = left.data(), p.d_edit_right = added.data();
-  cpu::gated_delta_rule_backward(p, threads(thread_count));
+  if (thread_count > 0) {
+    cpu::gated_delta_rule_backward(p, threads(thread_count));
+  } else {
+    // Exactly as many bytes as asked for, full of NaN.
+    const int64_t bytes = cuda::gated_delta_rule_backward_workspace(p);
+    auto* workspace = static_cast<char*>(std::aligned_alloc(256, bytes));
+    std::memset(workspace, 0xff, bytes);
+    cuda::gated_delta_rule_backward(p, workspace, nullptr);
+    std::free(workspace);
+  }
   expect_close("d_q", q, expected.q);
   expect_close("d_k", k, expected.k);
   expect_close("d_v", v, expected.v);
@@ -218,4 +232,9 @@ int main() {
       for (int thread_count : {1, 3}) check(c, thread_count);
     std::printf("gated_delta_rule_backward, %s: %zu cases agree\n", name.c_str(), cases.size());
   });
+  for (const auto schedule : {tile::twin::Schedule::forward, tile::twin::Schedule::reverse}) {
+    tile::twin::schedule = schedule;
+    for (const Case& c : cases) check(c, 0);
+  }
+  std::printf("gated_delta_rule_backward, CUDA kernels under the host twin: %zu cases agree\n", cases.size());
 }
