@@ -24,9 +24,10 @@ def parameter_gradients(model, ids, **inputs):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def compare(model, ids, tolerance=TOLERANCE, record=None, **inputs):
+def compare(target, model, ids, tolerance=TOLERANCE, record=None, **inputs):
+    model, ids, inputs = model.to(target.device), target.put(ids), target.put(inputs)
     plain = parameter_gradients(model, ids, **inputs)
-    with attach(model, {(0, 1): None}, accelerate=True):
+    with target.in_use(), attach(model, {(0, 1): None}, accelerate=True, backend=target.kind):
         hooked = parameter_gradients(model, ids, **inputs)
     assert hooked.keys() == plain.keys()
     error = sum(float((hooked[n].double() - plain[n].double()).square().sum()) for n in plain) ** 0.5
@@ -40,32 +41,48 @@ def compare(model, ids, tolerance=TOLERANCE, record=None, **inputs):
 
 
 @pytest.mark.parametrize("family", families())
-def test_every_family(family, record_property):
-    compare(tiny_model(family), tokens(2, 33), record=record_property)
+def test_every_family(family, target, record_property):
+    compare(target, tiny_model(family), tokens(2, 33), record=record_property)
 
 
-def test_training_mode(record_property):
-    compare(tiny_model().train(), tokens(2, 70), record=record_property)
+def test_training_mode(target, record_property):
+    compare(target, tiny_model().train(), tokens(2, 70), record=record_property)
 
 
-def test_padded():
+def test_padded(target):
     mask = torch.ones(2, 20, dtype=torch.int64)
     mask[1, :6] = 0
-    compare(tiny_model(), tokens(2, 20), attention_mask=mask)
+    compare(target, tiny_model(), tokens(2, 20), attention_mask=mask)
 
 
-def test_half_precision():
-    compare(tiny_model(dtype=torch.bfloat16), tokens(2, 33), tolerance=0.05)
+def test_half_precision(target):
+    """The CPU's kernels compute in float32, as the plain model does. The CUDA kernels do not, and this model multiplies
+    what they round: their gradients are compared with those of the same weights in float32, from which the plain
+    model's are 12 to 20 % away. Measured over three models: 1.1 to 2.6 times that, no less with the CPU's backward.
+    """
+    model, ids = tiny_model(dtype=torch.bfloat16), tokens(2, 33)
+    if target.kind == "cpu":
+        return compare(target, model, ids, tolerance=0.05)
+    model, ids = model.to(target.device), target.put(ids)
+    found = {"plain": parameter_gradients(model, ids)}
+    with target.in_use(), attach(model, {(0, 1): None}, accelerate=True, backend=target.kind):
+        found["hooked"] = parameter_gradients(model, ids)
+    exact = parameter_gradients(model.float(), ids)
+    error = {
+        key: sum(float((got[n].double() - exact[n].double()).square().sum()) for n in exact) ** 0.5
+        for key, got in found.items()
+    }
+    assert error["hooked"] <= 3 * error["plain"], error
 
 
-def test_packed_equals_alone():
-    model = tiny_model()
-    parts = tokens(1, 12), tokens(1, 9, seed=1)
+def test_packed_equals_alone(target):
+    model = tiny_model().to(target.device)
+    parts = target.put(tokens(1, 12)), target.put(tokens(1, 9, seed=1))
     ids = torch.cat(parts, 1)
-    position = torch.cat([torch.arange(12), torch.arange(9)])[None]
-    weights = [torch.randn(1, part.shape[1], 97) for part in parts]
+    position = target.put(torch.cat([torch.arange(12), torch.arange(9)])[None])
+    weights = [target.put(torch.randn(1, part.shape[1], 97)) for part in parts]
     found = []
-    with attach(model, {}, accelerate=True):
+    with target.in_use(), attach(model, {}, accelerate=True, backend=target.kind):
         for packed in (True, False):
             model.zero_grad(set_to_none=True)
             if packed:
@@ -97,10 +114,11 @@ def test_a_step_of_training_learns():
 # ---- attribution ----------------------------------------------------------------------------------------------------
 
 
-def test_write_gradients_by_finite_differences():
+def test_write_gradients_by_finite_differences(target):
     """right . gradient is the slope of the loss as one write grows; an edit along the write's own key grows it."""
-    model, ids = tiny_model(), tokens(2, 9)
-    with attach(model, {(0, 0): None, (1, 0): None}, write_gradients=True) as tap:
+    model, ids = tiny_model().to(target.device), target.put(tokens(2, 9))
+    sites = {(0, 0): None, (1, 0): None}
+    with target.in_use(), attach(model, sites, write_gradients=True, backend=target.kind) as tap:
         loss_of(model, ids).backward()
         writes = {layer: tap.writes[layer] for layer in (0, 1)}
         gradients = dict(tap.write_gradients)
@@ -111,7 +129,7 @@ def test_write_gradients_by_finite_differences():
         slope = float((right * gradients[layer][row, position, head]).sum())
         losses = []
         for step in (0.05, -0.05):
-            edit = Edits([row], [position], [head], left[None], step * right[None])
+            edit = Edits([row], [position], [head], left[None].cpu(), step * right[None].cpu())
             with torch.no_grad(), attach(model, {}, edits={layer: edit}, self_test=False):
                 losses.append(float(loss_of(model, ids)))
         measured = (losses[0] - losses[1]) / 0.1
@@ -136,13 +154,14 @@ def test_write_gradients_need_no_parameter_gradients():
     assert tap.write_gradients[0].dtype == torch.float32
 
 
-def test_gradient_of_an_edit():
+def test_gradient_of_an_edit(target):
     """d loss / d coefficient of an atom added somewhere, against finite differences."""
-    model, ids = tiny_model(), tokens(1, 9)
+    model, ids = tiny_model().to(target.device), target.put(tokens(1, 9))
     generator = torch.Generator().manual_seed(3)
     left, right = torch.randn(1, 8, generator=generator), torch.randn(1, 6, generator=generator)
     coefficient = torch.zeros(1, requires_grad=True)
-    with attach(model, {}, edits={1: Edits([0], [4], [2], left, coefficient[:, None] * right)}):
+    edits = {1: Edits([0], [4], [2], left, coefficient[:, None] * right)}
+    with target.in_use(), attach(model, {}, edits=edits, backend=target.kind):
         loss_of(model, ids).backward()
     losses = []
     for step in (0.02, -0.02):
