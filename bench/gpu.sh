@@ -40,13 +40,15 @@ else
   nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | tee -a "$out/summary.txt"
   card=$("$python" -c 'import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}{b}" + "a" * (a >= 9))') || exit 1
   step build 240 env WRITESAE_CUDA=1 WRITESAE_CUDA_ARCHITECTURES="$card" "$python" setup.py build_ext --inplace
-  step tests 150 "$python" -m pytest -q -p no:cacheprovider --targets cuda \
-    tests/test_gated_delta_rule.py tests/test_encode.py tests/test_encode_gradient.py tests/test_cuda_encode.py
+  step tests 200 "$python" -m pytest -q -p no:cacheprovider --targets cuda \
+    tests/test_gated_delta_rule.py tests/test_gated_delta_rule_backward.py tests/test_encode.py \
+    tests/test_encode_gradient.py tests/test_cuda_*.py
   # Small cases: the sanitizers run kernels some hundred times slower.
   few='test_lengths or test_packed or test_edit_kinds or (test_against_states and (T65 or edits or few))'
   for tool in memcheck racecheck initcheck; do
-    step $tool 60 compute-sanitizer --tool $tool --error-exitcode 9 --target-processes all \
-      "$python" -m pytest -q -x -p no:cacheprovider --targets cuda tests/test_gated_delta_rule.py tests/test_encode.py -k "$few"
+    step $tool 90 compute-sanitizer --tool $tool --error-exitcode 9 --target-processes all \
+      "$python" -m pytest -q -x -p no:cacheprovider --targets cuda tests/test_gated_delta_rule.py \
+      tests/test_gated_delta_rule_backward.py tests/test_encode.py -k "$few"
   done
   step benchmark 300 "$python" -m writesae.cli bench --gpu --fresh --out "$out/rows"
 fi

@@ -65,6 +65,50 @@ def sequences(options: Options) -> Iterator[Row]:
         yield gpu.bound(row, moved, "GB/s", "copy")
 
 
+def backward(options: Options) -> Iterator[Row]:
+    """From the gradients of o and of the final state to those of q, k, v, g and beta."""
+    gpu = Gpu(options)
+    for shape in SHAPES:
+        B, T, Hk, H = _shape(gpu, *shape)
+        x = {name: value.requires_grad_() for name, value in _inputs(gpu, B, T, Hk, H).items()}
+        name = "scan's backward, {} x {:,}, {} / {} heads, bf16".format(*shape)
+        generator = torch.Generator().manual_seed(0)
+        d_o = torch.randn(x["v"].shape, generator=generator).to(gpu.device, torch.bfloat16)
+        d_state = torch.randn(B, H, SIZE, SIZE, generator=generator).to(gpu.device)
+
+        def of(outputs, leaves, d_o=d_o, d_state=d_state):
+            return torch.autograd.grad(outputs, leaves, (d_o, d_state), retain_graph=True)
+
+        def run(x, backend):
+            out = ops.gated_delta_rule(**x, use_qk_l2norm=True, output_final_state=True, backend=backend)
+            return out.o, out.final_state
+
+        few = {key: value.detach()[:, :300].requires_grad_() for key, value in x.items()}
+        given = {"d_o": d_o[:, :300], "d_state": d_state}
+        found = (of(run(few, backend), list(few.values()), **given) for backend in (gpu.backend, "reference"))
+        for key, got, exact in zip(few, *found, strict=True):
+            agree(f"{name} against the reference: d{key}", got, exact, AGREE)
+        outputs, leaves = run(x, gpu.backend), list(x.values())
+
+        def ours(outputs=outputs, leaves=leaves, of=of):
+            return of(outputs, leaves)
+
+        try:
+            peers = _chunked(gpu, x)()
+
+            def theirs(outputs=peers, leaves=leaves, of=of):
+                return of(outputs, leaves)
+
+            for key, got, other in zip(x, ours(), theirs(), strict=True):
+                agree(f"{name}: d{key}", got, other, 2 * AGREE)
+            row = gpu.ratio(name, FLA, "x faster", ours, theirs, target=1.0, aim=1.5)
+        except Missing as error:
+            row = Row(name, FLA, None, "x faster", 1.0, seconds=gpu.seconds(ours), note=f"no peer: {error}")
+        # q, k, v, g, beta and dO read, dq, dk, dv, dg and dbeta written, once.
+        moved = 2 * (4 * B * T * Hk * SIZE + 3 * B * T * H * SIZE) + 12 * B * T * H
+        yield gpu.bound(row, moved, "GB/s", "copy")
+
+
 @torch.no_grad()
 def writes(options: Options) -> Iterator[Row]:
     """What writes cost, and 100 edits a sequence."""
@@ -138,6 +182,7 @@ def step(options: Options) -> Iterator[Row]:
 
 CASES = [
     Case("gpu-scan", "scan on a GPU, bf16", sequences, FLA, ()),
+    Case("gpu-scan-backward", "the scan's backward on a GPU, bf16", backward, FLA, ()),
     Case("gpu-scan-writes", "scan on a GPU: writes and edits", writes, "the same without", ()),
     Case("gpu-step", "one token on a GPU, bf16", step, FLA, ()),
 ]
