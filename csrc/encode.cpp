@@ -6,6 +6,7 @@
 
 #include "encode_arguments.h"
 #include "operators.h"
+#include "sae_training.h"
 
 namespace writesae {
 namespace {
@@ -18,13 +19,17 @@ Precision precision_of(const char* op, const std::string& name) {
 
 #if WRITESAE_SIDE != 0
 
-// The kernel's limits, and one launch of it with the memory it needs.
-void run(const char* op, const EncodeParams& p, Precision precision, cuda::EncodeMode mode,
-         const cuda::EncodeFindings& findings) {
+void check_limits(const char* op, const EncodeParams& p) {
   constexpr int64_t most = std::numeric_limits<int32_t>::max();
   STD_TORCH_CHECK(p.K <= 256 && p.V <= 256, op, ": the CUDA kernel takes K and V up to 256, got ", p.K, " and ", p.V);
   STD_TORCH_CHECK(p.B * p.T * p.Hs <= most && p.B * p.T * p.R + p.edits.count <= most - 65536, op,
                   ": B * T * Hs and the rows of the writes must be below 2^31");
+}
+
+// One launch, with the memory it needs.
+void run(const char* op, const EncodeParams& p, Precision precision, cuda::EncodeMode mode,
+         const cuda::EncodeFindings& findings) {
+  check_limits(op, p);
   const Workspace workspace(cuda::encode_scratch(p, precision, mode));
   cuda::encode(p, precision, mode, findings, workspace.data(), stream());
 }
@@ -125,13 +130,7 @@ std::tuple<Tensor, Tensor> encode_at(
   std::vector<Tensor> keep;
   EncodeParams p = encode_arguments(op, decay, left, right, heads, v_enc, w_enc, std::nullopt, carry, cu_seqlens,
                                     edit_index, edit_left, edit_right, keep);
-  STD_TORCH_CHECK(indices.dim() == 4, op, ": indices must be [B, T, Hs, m]");
-  p.m = indices.size(3);
-  check_shape(op, "indices", indices, {p.B, p.T, p.Hs, p.m});
-  check_dtype(op, "indices", indices, ScalarType::Long);
-  p.at = static_cast<const int64_t*>(data_as(op, "indices", indices, ScalarType::Long, keep));
-  for (int64_t i = 0; READABLE && i < p.B * p.T * p.Hs * p.m; i++)
-    STD_TORCH_CHECK(p.at[i] >= 0 && p.at[i] < p.F, op, ": index ", p.at[i], " is out of range");
+  take_indices(op, indices, p, keep);
   Tensor values = empty({p.B, p.T, p.Hs, p.m}, ScalarType::Float);
   Tensor carry_out = empty({p.N, p.Hs, p.F}, ScalarType::Float);
   p.values = floats(values);
@@ -143,5 +142,58 @@ std::tuple<Tensor, Tensor> encode_at(
 #endif
   return {values, carry_out};
 }
+
+std::tuple<Tensor, Tensor, Tensor> encode_backward(
+    Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc, Tensor w_enc, Tensor indices, Tensor grad,
+    std::optional<Tensor> cu_seqlens, std::optional<Tensor> edit_index, std::optional<Tensor> edit_left,
+    std::optional<Tensor> edit_right) {
+  const char* op = "encode_backward";
+  const OnDeviceOf device(right);
+  std::vector<Tensor> keep;
+  EncodeParams e = encode_arguments(op, decay, left, right, heads, v_enc, w_enc, std::nullopt, std::nullopt, cu_seqlens,
+                                    edit_index, edit_left, edit_right, keep);
+  take_indices(op, indices, e, keep);
+  const float* d_values = take_floats(op, "grad", grad, {e.B, e.T, e.Hs, e.m}, keep);
+  Tensor dv = empty({e.Hs, e.F, e.rank, e.K}, ScalarType::Float);
+  Tensor dw = empty({e.Hs, e.F, e.rank, e.V}, ScalarType::Float);
+  Tensor d_carry = empty({e.N, e.Hs, e.F}, ScalarType::Float);
+#if WRITESAE_SIDE == 0
+  SaeTrainingParams p = {};
+  p.rows = e, p.grad = d_values;
+  p.encoder = p.gradients = true;
+  p.dv_enc = floats(dv), p.dw_enc = floats(dw), p.d_carry = floats(d_carry);
+  cpu::sae_training(p, torch_threads());
+#else
+  STD_TORCH_CHECK(e.edits.count == 0, op, ": the CUDA kernel takes no edits, got ", e.edits.count);
+  check_limits(op, e);
+  const EncodeBackwardParams p = {e, d_values, floats(dv), floats(dw), floats(d_carry), nullptr, nullptr};
+  const Workspace workspace(cuda::encode_backward_scratch(p));
+  cuda::encode_backward(p, workspace.data(), stream());
+#endif
+  return {dv, dw, d_carry};
+}
+
+#if WRITESAE_SIDE != 0
+
+std::tuple<Tensor, Tensor> encode_writes_backward(
+    Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc, Tensor w_enc, Tensor indices, Tensor grad,
+    std::optional<Tensor> cu_seqlens) {
+  const char* op = "encode_writes_backward";
+  const OnDeviceOf device(right);
+  std::vector<Tensor> keep;
+  EncodeParams e = encode_arguments(op, decay, left, right, heads, v_enc, w_enc, std::nullopt, std::nullopt, cu_seqlens,
+                                    std::nullopt, std::nullopt, std::nullopt, keep);
+  take_indices(op, indices, e, keep);
+  const float* d_values = take_floats(op, "grad", grad, {e.B, e.T, e.Hs, e.m}, keep);
+  check_limits(op, e);
+  Tensor d_left = empty({e.B, e.T, e.Hs, e.R, e.K}, ScalarType::Float);
+  Tensor d_right = empty({e.B, e.T, e.Hs, e.R, e.V}, ScalarType::Float);
+  const EncodeBackwardParams p = {e, d_values, nullptr, nullptr, nullptr, floats(d_left), floats(d_right)};
+  const Workspace workspace(cuda::encode_backward_scratch(p));
+  cuda::encode_backward(p, workspace.data(), stream());
+  return {d_left, d_right};
+}
+
+#endif
 
 }  // namespace writesae

@@ -44,6 +44,18 @@ struct EncodeFound {
   int64_t* counts;                            // [B * T * Hs]
 };
 
+// Gradients of a function of activations at chosen features, on a device: those of the factors (dv, dw, d_carry) or those of
+// the writes (d_left, d_right); the pointers of the others are null. No edits.
+struct EncodeBackwardParams {
+  EncodeParams rows;   // with `at`, m
+  const float* grad;   // [B, T, Hs, m] gradient of the activations at `at`
+  float* dv;           // [Hs, F, r, K]
+  float* dw;           // [Hs, F, r, V]
+  float* d_carry;      // [N, Hs, F] of the activations before each sequence's first token
+  float* d_left;       // [B, T, Hs, R, K] each encoded head's share
+  float* d_right;      // [B, T, Hs, R, V]
+};
+
 // How the two products are taken. Sums are float32 in all of them.
 enum class Precision : int { bf16, tf32, fp32 };
 
@@ -71,6 +83,9 @@ int64_t encode_scratch(const EncodeParams& p, Precision precision, EncodeMode mo
 // Everything p points to is on the device, and `scratch`. Does not wait. Every mode writes carry_out. p.bf16 is not read.
 void encode(const EncodeParams& p, Precision precision, EncodeMode mode, const EncodeFindings& findings, void* scratch,
             void* stream);
+
+int64_t encode_backward_scratch(const EncodeBackwardParams& p);
+void encode_backward(const EncodeBackwardParams& p, void* scratch, void* stream);
 
 // offsets[i] = counts[0] + .. + counts[i - 1], i up to n; returns the last, and waits for it.
 int64_t encode_offsets(const int64_t* counts, int64_t n, int64_t* offsets, void* stream);

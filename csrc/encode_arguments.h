@@ -68,4 +68,21 @@ inline EncodeParams encode_arguments(const char* op, const Tensor& decay, const 
   return p;
 }
 
+// `indices [B, T, Hs, m]`, each checked where an operator may look: CPU kernels read the factors there.
+inline void take_indices(const char* op, const Tensor& indices, EncodeParams& p, std::vector<Tensor>& keep) {
+  STD_TORCH_CHECK(indices.dim() == 4, op, ": indices must be [B, T, Hs, m]");
+  p.m = indices.size(3);
+  check_shape(op, "indices", indices, {p.B, p.T, p.Hs, p.m});
+  check_dtype(op, "indices", indices, ScalarType::Long);
+  p.at = static_cast<const int64_t*>(data_as(op, "indices", indices, ScalarType::Long, keep));
+  for (int64_t i = 0; READABLE && i < p.B * p.T * p.Hs * p.m; i++)
+    STD_TORCH_CHECK(p.at[i] >= 0 && p.at[i] < p.F, op, ": index ", p.at[i], " is out of range");
+}
+
+inline const float* take_floats(const char* op, const char* name, const std::optional<Tensor>& x,
+                         std::initializer_list<int64_t> shape, std::vector<Tensor>& keep) {
+  if (x.has_value()) check_shape(op, name, *x, shape);
+  return static_cast<const float*>(data_as(op, name, x, ScalarType::Float, keep));
+}
+
 }  // namespace writesae

@@ -38,10 +38,6 @@ STABLE_TORCH_LIBRARY(writesae, m) {
   m.def("cpu_bf16_list() -> str");
   m.def("causal_conv(Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? cu_seqlens) -> Tensor");
   m.def(
-      "encode_backward(Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc, Tensor w_enc, "
-      "Tensor indices, Tensor grad, Tensor? cu_seqlens, Tensor? edit_index, Tensor? edit_left, Tensor? edit_right) "
-      "-> (Tensor dv_enc, Tensor dw_enc, Tensor d_carry)");
-  m.def(
       "factored_loss(Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor values, Tensor indices, "
       "Tensor v_dec, Tensor w_dec, Tensor? offset, Tensor? on_offset, Tensor? weight, Tensor? initial_state, "
       "Tensor? cu_seqlens, Tensor? v_enc, Tensor? w_enc, bool gradients) "

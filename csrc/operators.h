@@ -51,6 +51,10 @@ std::tuple<Tensor, Tensor, Tensor> encode_backward(
     std::optional<Tensor> cu_seqlens, std::optional<Tensor> edit_index, std::optional<Tensor> edit_left,
     std::optional<Tensor> edit_right);
 
+std::tuple<Tensor, Tensor> encode_writes_backward(
+    Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc, Tensor w_enc, Tensor indices, Tensor grad,
+    std::optional<Tensor> cu_seqlens);
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> factored_loss(
     Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor values, Tensor indices, Tensor v_dec, Tensor w_dec,
     std::optional<Tensor> offset, std::optional<Tensor> on_offset, std::optional<Tensor> weight,

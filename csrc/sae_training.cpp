@@ -5,47 +5,6 @@
 #include "operators.h"
 
 namespace writesae {
-namespace {
-
-// `indices [B, T, Hs, m]`, each checked: the kernel reads the factors there.
-void take_indices(const char* op, const Tensor& indices, EncodeParams& p, std::vector<Tensor>& keep) {
-  STD_TORCH_CHECK(indices.dim() == 4, op, ": indices must be [B, T, Hs, m]");
-  p.m = indices.size(3);
-  check_shape(op, "indices", indices, {p.B, p.T, p.Hs, p.m});
-  check_dtype(op, "indices", indices, ScalarType::Long);
-  p.at = static_cast<const int64_t*>(data_as(op, "indices", indices, ScalarType::Long, keep));
-  for (int64_t i = 0; i < p.B * p.T * p.Hs * p.m; i++)
-    STD_TORCH_CHECK(p.at[i] >= 0 && p.at[i] < p.F, op, ": index ", p.at[i], " is out of range");
-}
-
-const float* take_floats(const char* op, const char* name, const std::optional<Tensor>& x,
-                         std::initializer_list<int64_t> shape, std::vector<Tensor>& keep) {
-  if (x.has_value()) check_shape(op, name, *x, shape);
-  return static_cast<const float*>(data_as(op, name, x, ScalarType::Float, keep));
-}
-
-}  // namespace
-
-std::tuple<Tensor, Tensor, Tensor> encode_backward(
-    Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc, Tensor w_enc, Tensor indices, Tensor grad,
-    std::optional<Tensor> cu_seqlens, std::optional<Tensor> edit_index, std::optional<Tensor> edit_left,
-    std::optional<Tensor> edit_right) {
-  const char* op = "encode_backward";
-  std::vector<Tensor> keep;
-  SaeTrainingParams p = {};
-  p.rows = encode_arguments(op, decay, left, right, heads, v_enc, w_enc, std::nullopt, std::nullopt, cu_seqlens,
-                            edit_index, edit_left, edit_right, keep);
-  EncodeParams& e = p.rows;
-  take_indices(op, indices, e, keep);
-  p.grad = take_floats(op, "grad", grad, {e.B, e.T, e.Hs, e.m}, keep);
-  p.encoder = p.gradients = true;
-  Tensor dv = empty({e.Hs, e.F, e.rank, e.K}, ScalarType::Float);
-  Tensor dw = empty({e.Hs, e.F, e.rank, e.V}, ScalarType::Float);
-  Tensor d_carry = empty({e.N, e.Hs, e.F}, ScalarType::Float);
-  p.dv_enc = floats(dv), p.dw_enc = floats(dw), p.d_carry = floats(d_carry);
-  cpu::sae_training(p, torch_threads());
-  return {dv, dw, d_carry};
-}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> factored_loss(
     Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor values, Tensor indices, Tensor v_dec, Tensor w_dec,

@@ -32,6 +32,13 @@ void define_device_operators(Module& m) {
       "encode_at(Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc, Tensor w_enc, Tensor indices, "
       "Tensor? carry, Tensor? cu_seqlens, Tensor? edit_index, Tensor? edit_left, Tensor? edit_right) "
       "-> (Tensor values, Tensor carry)");
+  m.def(
+      "encode_backward(Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc, Tensor w_enc, "
+      "Tensor indices, Tensor grad, Tensor? cu_seqlens, Tensor? edit_index, Tensor? edit_left, Tensor? edit_right) "
+      "-> (Tensor dv_enc, Tensor dw_enc, Tensor d_carry)");
+  m.def(
+      "encode_writes_backward(Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc, Tensor w_enc, "
+      "Tensor indices, Tensor grad, Tensor? cu_seqlens) -> (Tensor d_left, Tensor d_right)");
 }
 
 }  // namespace writesae

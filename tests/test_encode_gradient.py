@@ -6,15 +6,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from targets import DEVICES, FEW, to_cpu
 from test_encode import CASES, GRADIENT_CASES, build
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from writesae import Edits, ops
-from writesae.ops import activations, encode, factored_loss
+from writesae.ops import _dispatch, activations, encode, factored_loss
+from writesae.ops.gated_delta_rule import pack_edits
 from writesae.ops.reference.encode import preactivations
-from writesae.testing import check_close, gated_delta_rule_inputs
+from writesae.testing import check_close, dictionary, gated_delta_rule_inputs, make_writes, poisoned_memory
 
-# Relative RMS error allowed for float32. Measured: at most 2.7e-7.
-TOLERANCE = {"reference": 1e-11, "cpu": 2e-5}
+# Relative RMS error allowed. Measured for float32: CPU at most 1.3e-6, host twin see the tests' summary line.
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5}
 
 
 def leaves_of(writes, dtype, params=()):
@@ -35,47 +38,76 @@ def leaves_of(writes, dtype, params=()):
     return out, made
 
 
-def compare(writes, params, k, heads, backend, record=None):
-    dtype = torch.float64 if backend == "reference" else torch.float32
-    used, given = leaves_of(writes, dtype, params)
+def compare(writes, params, k, heads, target, record=None):
+    """Gradients of codes and activations against float64. target: None for the reference backend."""
+    dtype = torch.float64 if target is None else torch.float32
     exact, truth = leaves_of(writes, torch.float64, params)
-    codes = encode(used, given["v"], given["w"], given["b"], k=k, heads=heads, backend=backend)
-    m = torch.randint(params[0].shape[1], (*codes.values.shape[:3], 4))  # repeats included
-    chosen = activations(used, given["v"], given["w"], m, given["b"], heads=heads, backend=backend)
-    weights = torch.randn_like(codes.values), torch.randn_like(chosen)
-    loss = (codes.values * weights[0]).sum() + (chosen * weights[1]).sum()
-    found = torch.autograd.grad(loss, list(given.values()))
+    m = torch.randint(params[0].shape[1], (*writes.shape[:2], len(heads), 4))  # repeats included
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(*writes.shape[:2], len(heads), size, generator=generator) for size in (k, 4)]
+    if target is None:
+        indices, given, found = _gradients(leaves_of(writes, dtype, params), m, weights, k, heads, "reference")
+    else:
+        with poisoned_memory(), target.in_use():
+            put = [target.put(x) for x in (m, *weights)]
+            used = target.put(writes), [target.put(x) for x in params]
+            leaves = leaves_of(used[0], dtype, used[1])
+            indices, given, found = to_cpu_all(_gradients(leaves, put[0], put[1:], k, heads, target.kind))
 
     v, w = (x[:, :, None] if x.ndim == 3 else x for x in (truth["v"], truth["w"]))
     pre, _ = preactivations(exact, v, w, heads, exact.initial_state)
     pre = pre + truth["b"]
-    loss = (pre.gather(-1, codes.indices).relu() * weights[0]).sum() + (pre.gather(-1, m) * weights[1]).sum()
+    loss = (pre.gather(-1, indices).relu() * weights[0]).sum() + (pre.gather(-1, m) * weights[1]).sum()
     expected = torch.autograd.grad(loss, list(truth.values()))
     for name, got, want in zip(given, found, expected, strict=True):
         assert got.dtype == dtype
-        error = check_close(name, got, want, TOLERANCE[backend])
+        if name == "decay" and target in DEVICES:
+            # A difference of sums, as exact as they are: of the codes' and activations' own shares of the loss.
+            plain = (pre - truth["b"]).detach()
+            shares = (plain.gather(-1, at).mul(x).square().sum(-1) for at, x in zip((indices, m), weights, strict=True))
+            error = float((got - want).abs().max() / sum(shares).max().sqrt())
+            assert error <= TOLERANCE[dtype], f"decay: {error:.2e} of the largest share"
+        else:
+            error = check_close(name, got, want, TOLERANCE[dtype]).rms
         if record is not None and dtype == torch.float32:
-            record("relative_rms", error.rms)
+            record(f"{target.kind}, {'decay' if name == 'decay' else 'others'}", error)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def _gradients(leaves, m, weights, k, heads, backend):
+    used, given = leaves
+    codes = encode(used, given["v"], given["w"], given["b"], k=k, heads=heads, backend=backend)
+    chosen = activations(used, given["v"], given["w"], m, given["b"], heads=heads, backend=backend)
+    loss = (codes.values * weights[0]).sum() + (chosen * weights[1]).sum()
+    return codes.indices, list(given), torch.autograd.grad(loss, list(given.values()))
+
+
+def to_cpu_all(made):
+    indices, names, tensors = made
+    return to_cpu(indices), names, [to_cpu(x) for x in tensors]
+
+
+on_all = pytest.mark.parametrize("on", [None, *FEW], ids=lambda x: "reference" if x is None else x.name)
+
+
+@on_all
 @pytest.mark.parametrize("name", [*GRADIENT_CASES, "two writes", "k is F"])
-def test_gradients_equal_autograd(name, backend, record_property):
+def test_gradients_equal_autograd(name, on, record_property):
     writes, v, w, b, k, heads = build(CASES[name], seed=2)
-    compare(writes, (v, w, b), k, heads, backend, record_property)
+    compare(writes, (v, w, b), k, heads, on, record_property)
 
 
+@on_all
 @pytest.mark.parametrize("decay", [0.0, -1e-3, -20.0, -float("inf"), "mixed"])
-def test_decays(decay, record_property):
+def test_decays(decay, on, record_property):
     case = dict(B=1, T=300, H=2, Hl=1, K=8, V=6, F=30, k=5, state=True)
     writes, v, w, b, k, heads = build(case, seed=3)
     if decay == "mixed":
         strong = torch.rand(writes.decay.shape) < 0.1
         writes = replace(writes, decay=torch.where(strong, -50.0, 0.1 * writes.decay))
+        writes.decay[0, 100], writes.decay[0, 200] = -float("inf"), -120.0
     else:
         writes = replace(writes, decay=torch.full_like(writes.decay, decay))
-    for backend in ("reference", "cpu"):
-        compare(writes, (v, w, b), k, heads, backend, record_property)
+    compare(writes, (v, w, b), k, heads, on, record_property)
 
 
 def test_gradcheck():
@@ -88,6 +120,48 @@ def test_gradcheck():
 
     inputs = (writes.decay, writes.left, writes.right, writes.initial_state, v, w)
     assert torch.autograd.gradcheck(run, [x.detach().requires_grad_() for x in inputs])
+
+
+@pytest.mark.parametrize("K, V", [(32, 33), (64, 20), (65, 128), (128, 128), (129, 256), (256, 7)])
+def test_sizes(K, V, device_target, record_property):
+    """The padded sizes the kernels are built for, features that fill no tile, packed, with rank and two writes."""
+    generator = torch.Generator().manual_seed(14)
+    cu = torch.tensor([0, 0, 31, 32, 75, 75])
+    writes = make_writes(generator, 1, 75, 4, 2, K, V, R=2, state=True, cu=cu)
+    params = dictionary(generator, 2, 70, K, V, 2)
+    compare(writes, params, 8, [3, 0], device_target, record_property)
+
+
+def test_kernels_take_edits_by_torch_and_refuse_them_themselves(device_target):
+    writes, v, w, _, _, heads = build(CASES["edits"], seed=2)
+    writes, v, w = writes.to(torch.float32), v.float(), w.float()
+    at = torch.zeros(2, 70, 3, 1, dtype=torch.int64)
+    first = (writes.decay, writes.left, writes.right, torch.tensor(heads), v, w, at, torch.ones(2, 70, 3, 1))
+    packed = pack_edits(writes.edits)
+    with device_target.in_use(), pytest.raises(RuntimeError, match="the CUDA kernel takes no edits, got 30"):
+        _dispatch.operators(device_target.kind).encode_backward(*map(device_target.put, (*first, None, *packed)))
+
+
+def test_kernels_are_deterministic(device_target):
+    """Bit for bit, in whatever order blocks and threads run; features of a token may repeat."""
+    writes, v, w, _, _, heads = build(CASES["grouped"], seed=2)
+    at = torch.randint(5, (1, 130, 4, 40))
+    grad = torch.randn(1, 130, 4, 40)
+    given = (writes.decay, writes.left, writes.right, v, w, grad)
+    decay, left, right, v, w, grad = (x.float() for x in given)
+    arguments = [device_target.put(x) for x in (decay, left, right, torch.tensor(heads), v, w, at, grad)]
+    operators, found = _dispatch.operators(device_target.kind), []
+    for other in (x for x in DEVICES if x.kind == device_target.kind):
+        with poisoned_memory(), other.in_use():
+            made = operators.encode_backward(*arguments, None, None, None, None)
+            found.append([*made, *operators.encode_writes_backward(*arguments, None)])
+    for again in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], again, strict=True))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = [mode.from_tensor(x) for x in arguments]
+        shapes = torch.ops.writesae.encode_backward(*fakes, None, None, None, None)
+        shapes = [*shapes, *torch.ops.writesae.encode_writes_backward(*fakes, None)]
+    assert [(x.shape, x.dtype) for x in shapes] == [(x.shape, x.dtype) for x in found[0]]
 
 
 def test_from_codes_to_the_inputs_of_the_scan():

@@ -22,6 +22,8 @@ void implement_device_operators(Module& m) {
   m.impl("encode_topk", TORCH_BOX(&encode_topk));
   m.impl("encode_threshold", TORCH_BOX(&encode_threshold));
   m.impl("encode_at", TORCH_BOX(&encode_at));
+  m.impl("encode_backward", TORCH_BOX(&encode_backward));
+  m.impl("encode_writes_backward", TORCH_BOX(&encode_writes_backward));
 }
 
 #if WRITESAE_SIDE == 2

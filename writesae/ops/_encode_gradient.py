@@ -5,7 +5,8 @@
     d left_r = sum_ix lambda_i (right_r . w_ix) v_ix     d right_r = sum_ix lambda_i (left_r . v_ix) w_ix
     d g_t = e^g_t sum_i lambda_i(t) a_i(t-1)
 
-Block by block from the end; [block, F] is the largest thing held, besides [F] activations for each block's start. At
+On a device, without edits, by kernels (`csrc/cuda/encode_backward.cuh`): see `device_gradient`. Else here, in torch,
+block by block from the end; [block, F] is the largest thing held, besides [F] activations for each block's start. At
 K = V = 128 that is seven products of [tokens, 128] and [128, F]: two for what the writes read, two for the sides'
 gradients, two triangular ones in time (lambda, a) and one for the starts, through the block's own state. Without a
 gradient of g it is five.
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from ..edits import Edits
 from ..writes import Writes
+from . import _dispatch
+from ._encode_arguments import _arguments, _float, _rest
 from .reference.encode import _Factors, decay_matrix
 
 _BLOCK = 128  # tokens held at a time, times F; [F] activations are kept for each
@@ -28,7 +31,7 @@ class _WritesGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, values, decay, left, right, edit_left, edit_right, v, w, indices, carry, rest):
-        ctx.writes, ctx.heads, relu = rest
+        ctx.writes, ctx.heads, relu, ctx.backend = rest
         ctx.save_for_backward(decay, left, right, edit_left, edit_right, v, w, indices, carry, values if relu else None)
         return values.view_as(values)
 
@@ -41,12 +44,18 @@ class _WritesGradient(torch.autograd.Function):
             edits = Edits(edits.row, edits.position, edits.head, edit_left, edit_right)
         writes = Writes(decay, left, right, cu_seqlens=ctx.writes.cu_seqlens, edits=edits)
         taken = grad if values is None else grad * (values > 0)
-        found = writes_gradient(writes, v, w, ctx.heads, indices, taken, carry, ctx.needs_input_grad[1])
+        arguments = (writes, v, w, ctx.heads, indices, taken, carry, ctx.needs_input_grad[1])
+        if ctx.backend in ("cuda", "twin") and edits is None:
+            found = device_gradient(ctx.backend, *arguments)
+        else:
+            found = writes_gradient(*arguments)
         kept = (d if needed else None for d, needed in zip(found, ctx.needs_input_grad[1:6], strict=True))
         return grad, *kept, None, None, None, None, None
 
 
-def attach_writes_gradient(values, indices, writes: Writes, v, w, carry, heads: list[int], relu: bool) -> Tensor:
+def attach_writes_gradient(
+    values, indices, writes: Writes, v, w, carry, heads: list[int], relu: bool, backend: str
+) -> Tensor:
     """`values` with the gradient of the writes (and of their edits) behind them, where one is asked for."""
     edits = writes.edits
     sides = (None, None) if edits is None else (edits.left, edits.right)
@@ -59,7 +68,7 @@ def attach_writes_gradient(values, indices, writes: Writes, v, w, carry, heads: 
         writes.decay.detach(), writes.left.detach(), writes.right.detach(), cu_seqlens=writes.cu_seqlens,
         edits=None if edits is None else Edits(edits.row, edits.position, edits.head, *(x.detach() for x in sides)),
     )  # fmt: skip
-    return _WritesGradient.apply(values, *inputs, v, w, indices, carry, (plain, heads, relu))
+    return _WritesGradient.apply(values, *inputs, v, w, indices, carry, (plain, heads, relu, backend))
 
 
 def writes_gradient(
@@ -110,6 +119,67 @@ def writes_gradient(
     if edits is not None:
         sides = [d.to(x.dtype) for d, x in zip(sides, (edits.left, edits.right), strict=True)]
     return *out, *sides
+
+
+def device_gradient(
+    backend: str,
+    writes: Writes,
+    v: Tensor,
+    w: Tensor,
+    heads: list[int],
+    indices: Tensor,
+    grad: Tensor,
+    carry: Tensor | None,
+    with_decay: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    """The same by kernels, which give d left and d right of every encoded head. Nothing waits for the device.
+
+    Nobody holds all activations for d g. With D_t = d g_t, s_t = <left_t, d left_t> = sum_i lambda_i(t) (a_i(t) - e^g_t
+    a_i(t-1)) and c_t = sum_i da_i(t) a_i(t), which looks at the chosen features only:
+
+        D_t = D_{t+1} + c_t - s_t
+
+    So its error is that of these sums, some 1e-7 of |c|, and a D_t far below them (a gate of e^-20) has it too. D_t is
+    0 where the gate is, and at the first token where there is no carry; sums do not run across either.
+    """
+    operators = _dispatch.operators(backend)
+    arguments, offsets = _arguments(writes, heads, v, w), _rest(writes, None)[1]
+    indices = indices.contiguous()
+    d_left, d_right = operators.encode_writes_backward(*arguments, indices, _float(grad), offsets)
+    group = writes.shape[2] // writes.left.shape[2]
+    out = [torch.zeros_like(x, dtype=torch.float32) for x in (writes.decay, writes.left, writes.right)]
+    d_decay = None
+    if with_decay:
+        chosen, _ = operators.encode_at(*arguments, indices, _float(carry), offsets, None, None, None)
+        rise = (grad * chosen).sum(-1, dtype=torch.float64)
+        for i, head in enumerate(heads):
+            rise[:, :, i] -= (writes.left[:, :, head // group] * d_left[:, :, i]).sum((2, 3), dtype=torch.float64)
+        d_decay = _decay_gradient(rise, torch.stack([writes.decay[:, :, head] for head in heads], 2), offsets, carry)
+    for i, head in enumerate(heads):  # in a fixed order where heads share
+        if d_decay is not None:
+            out[0][:, :, head] += d_decay[:, :, i]
+        out[1][:, :, head // group] += d_left[:, :, i]
+        out[2][:, :, head] += d_right[:, :, i]
+    out = [d.to(x.dtype) for d, x in zip(out, (writes.decay, writes.left, writes.right), strict=True)]
+    return *out, None, None
+
+
+def _decay_gradient(rise: Tensor, decay: Tensor, offsets: Tensor | None, carry: Tensor | None) -> Tensor:
+    """D_t of `device_gradient` from c_t - s_t (float64) and the log-decays, `[B, T, Hs]` both: a sum from the end,
+    which begins anew at closed gates and at borders of sequences."""
+    T = rise.shape[1]
+    closed = decay.float().exp() == 0
+    first = torch.zeros(T + 1, dtype=torch.bool, device=rise.device)
+    first[:1] = True
+    if offsets is not None:
+        first.index_fill_(0, offsets, True)
+    first = first[:T, None]
+    zero = closed | first if carry is None else closed
+    place = torch.arange(T, device=rise.device)[:, None].expand_as(rise)
+    stops = torch.where(closed | first, place, T).flip(1).cummin(1).values.flip(1)  # of such places the next, or this
+    after = torch.cat([stops[:, 1:], torch.full_like(stops[:, :1], T)], 1)
+    sums = torch.cat([rise.flip(1).cumsum(1).flip(1), torch.zeros_like(rise[:, :1])], 1)
+    return (sums[:, :-1] - sums.gather(1, after)).masked_fill(zero, 0)
 
 
 def _edits_of(edits: Edits | None, n: int, head: int) -> list[tuple[int, int]]:

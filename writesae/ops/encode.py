@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -16,8 +15,8 @@ from torch import Tensor
 from .._library import CPU_ERROR
 from ..writes import Writes
 from . import _dispatch
+from ._encode_arguments import _arguments, _float, _rest
 from ._encode_gradient import attach_writes_gradient
-from .gated_delta_rule import pack_edits
 from .reference import encode as reference
 
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -116,7 +115,7 @@ def encode(
             )
     if threshold is None:
         values = _attach_gradient(values, indices, writes, v_enc, w_enc, b_enc, carry, heads, True, chosen)
-        values = attach_writes_gradient(values, indices, writes, v_enc, w_enc, carry, heads, relu=True)
+        values = attach_writes_gradient(values, indices, writes, v_enc, w_enc, carry, heads, True, chosen)
         return Codes(values, indices, None, last, tuple(heads))
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     return Codes(values, indices, offsets, last, tuple(heads))
@@ -170,7 +169,7 @@ def chosen_activations(writes, v, w, indices, b, heads, initial_state, carry, ba
         if b is not None:
             values = values + b.to(values)[torch.arange(Hs, device=b.device)[:, None], indices]
     values = _attach_gradient(values, indices, writes, v, w, b, carry, heads, False, chosen)
-    return attach_writes_gradient(values, indices, writes, v, w, carry, heads, relu=False)
+    return attach_writes_gradient(values, indices, writes, v, w, carry, heads, False, chosen)
 
 
 def check_indices(writes: Writes, v: Tensor, indices: Tensor) -> None:
@@ -284,32 +283,6 @@ def _tensors(writes, v_enc, w_enc, b_enc, carry) -> dict[str, Tensor | None]:
     }  # fmt: skip
 
 
-def _float(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.detach().float().contiguous()
-
-
-@lru_cache(maxsize=256)
-def _heads_on(heads: tuple[int, ...], device: torch.device) -> Tensor:
-    """Kept: a copy to a device cannot be captured in a graph."""
-    return torch.tensor(heads).to(device, non_blocking=True)
-
-
-def _arguments(writes: Writes, heads: list[int], v_enc: Tensor, w_enc: Tensor) -> tuple:
-    """What every kernel takes first: decay, left, right, heads, v_enc, w_enc. Small ones in float32; the kernel
-    converts left, right and the factors as it packs them."""
-    where = v_enc.device
-    heads = torch.tensor(heads) if where.type == "cpu" else _heads_on(tuple(heads), where)
-    return _float(writes.decay), writes.left, writes.right, heads, v_enc.detach(), w_enc.detach()
-
-
-def _rest(writes: Writes, carry: Tensor | None) -> tuple:
-    """What every kernel takes last: carry, cu_seqlens, edit_index, edit_left, edit_right."""
-    edits = writes.edits
-    packed = (None, None, None) if edits is None or not len(edits) else pack_edits(edits, writes.right.device)
-    offsets = None if writes.cu_seqlens is None else writes.cu_seqlens.to(torch.int64).contiguous()
-    return _float(carry), offsets, *packed
-
-
 # ---- the reference backend ------------------------------------------------------------------------------------------
 
 
@@ -400,10 +373,10 @@ class _Gradient(torch.autograd.Function):
                 db[i].index_add_(0, indices[:, :, i].flatten(), grad[:, :, i].flatten().to(v))
             db = db.to(ctx.bias)
         if any(ctx.needs_input_grad[i] for i in (0, 1, 3)):
-            if ctx.backend != "cpu":
+            if ctx.backend == "reference" or (ctx.backend != "cpu" and ctx.writes.edits is not None):
                 dv, dw, d_carry = reference.backward(ctx.writes, v, w, ctx.heads, indices, grad)
             else:
-                dv, dw, d_carry = torch.ops.writesae.encode_backward(
+                dv, dw, d_carry = _dispatch.operators(ctx.backend).encode_backward(
                     *_arguments(ctx.writes, ctx.heads, v, w), indices.contiguous(), _float(grad),
                     *_rest(ctx.writes, None)[1:],
                 )  # fmt: skip
@@ -448,3 +421,9 @@ if CPU_ERROR is None:
         Hs, F = v_enc.shape[:2]
         N = decay.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         return decay.new_empty(indices.shape, dtype=torch.float32), decay.new_empty(N, Hs, F, dtype=torch.float32)
+
+    @torch.library.register_fake("writesae::encode_writes_backward")
+    def _(decay, left, right, heads, v_enc, w_enc, indices, grad, cu_seqlens):
+        (B, T), Hs, R = decay.shape[:2], len(v_enc), right.shape[3]
+        sizes = v_enc.shape[-1], w_enc.shape[-1]
+        return tuple(decay.new_empty(B, T, Hs, R, size, dtype=torch.float32) for size in sizes)

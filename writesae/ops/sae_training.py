@@ -15,7 +15,8 @@ from torch import Tensor
 from .._library import CPU_ERROR
 from ..writes import Writes
 from . import _dispatch
-from .encode import Codes, _arguments, _float, _prepare, _rest, _tensors
+from ._encode_arguments import _arguments, _float, _rest
+from .encode import Codes, _prepare, _tensors
 from .reference import sae_training as reference
 
 

@@ -1,0 +1,98 @@
+// encode's backward on CUDA: what it costs, and its launches.
+//
+// A token and head at K = V = 128, F = 2,048: four products of 2 K F (or V F) FLOP for the factors, as many for the writes:
+// 2.1 MFLOP each, in three tf32 products 6.3. At the 350 TFLOP/s that tf32 could reach, 16 heads x 32,768 tokens would take
+// 9.4 ms each; operands are split in registers as they are read (8 instructions for each 16 x 8 x 8 step's left operand and
+// 4 for the right) and nothing is fetched ahead, so a third of that is to be expected. Computed, not measured.
+// Finding the gradients that fall into a tile reads the m indices of every token once for each tile: 12 KB a token and head
+// at m = 32 (32 to 64 tiles), from L2.
+// Stored beside the outputs: for the factors the table of segments; for the writes F floats a chunk of 64 tokens as well,
+// 1.6 % of the pre-activations. Blocks: for the factors one for every 64 features of a head, which starves the chip with few
+// heads; for the writes one for every 64 tokens.
+#include "encode_backward.cuh"
+
+#include "encode_launch.h"
+
+namespace writesae::cuda {
+namespace {
+
+struct Layout {
+  int depth, length;  // K and V padded to; tokens of a segment
+  int segments;
+  int64_t table_at, unit_at, tails_at, bytes;
+};
+
+Layout layout_of(const EncodeBackwardParams& p) {
+  const EncodeParams& e = p.rows;
+  Layout x = {};
+  x.depth = padded_size(e.K, e.V);
+  x.length = p.d_left != nullptr ? owned_rows(x.depth) : OTHERS;
+  x.segments = static_cast<int>(e.cu_seqlens != nullptr ? e.T / x.length + e.N : e.B * ((e.T + x.length - 1) / x.length));
+  x.unit_at = padded(x.segments * int64_t{sizeof(Segment)});
+  x.tails_at = x.unit_at + padded(4 * UNIT_SIZE);
+  x.bytes = x.tails_at + (p.d_left != nullptr ? padded(4 * int64_t{x.segments} * e.Hs * e.F) : 0);
+  return x;
+}
+
+template <int D, bool FEATURES_OWN>
+void run(const EncodeBackwardParams& p, const Layout& x, const Segment* segments, const float* tails, tile::Stream stream) {
+  constexpr int OWN = owned_rows(D);
+  using Lambdas = Lambda<FEATURES_OWN ? OTHERS : OWN, FEATURES_OWN ? OWN : OTHERS>;
+  const EncodeParams& e = p.rows;
+  const auto piece = [](int floats) { return (4 * floats + 127) / 128 * 128; };
+  const int shared = piece(2 * OWN * D) + piece(2 * OTHERS * D) + piece(2 * OWN * OTHERS) + piece(Lambdas::SIZE) +
+                     piece(OWN) + piece(OTHERS);
+  const int64_t blocks = FEATURES_OWN ? (e.F + OWN - 1) / OWN * e.rank : x.segments * e.R;
+  const tile::Grid grid = {static_cast<unsigned>(blocks), static_cast<unsigned>(e.Hs), 1};
+  tile::launch(FEATURES_OWN ? "encode_backward" : "encode_backward: writes", encode_backward_kernel<D, FEATURES_OWN>, grid,
+               BACKWARD_THREADS, static_cast<size_t>(shared), stream, p, segments, x.segments, tails);
+}
+
+template <bool FEATURES_OWN>
+void run(const EncodeBackwardParams& p, const Layout& x, const Segment* segments, const float* tails, tile::Stream stream) {
+  switch (x.depth) {
+    case 32:
+      return run<32, FEATURES_OWN>(p, x, segments, tails, stream);
+    case 64:
+      return run<64, FEATURES_OWN>(p, x, segments, tails, stream);
+    case 128:
+      return run<128, FEATURES_OWN>(p, x, segments, tails, stream);
+    default:
+      return run<256, FEATURES_OWN>(p, x, segments, tails, stream);
+  }
+}
+
+template <int TOKENS>
+void run_tails(const EncodeBackwardParams& p, const Layout& x, const Segment* segments, float* tails, tile::Stream stream) {
+  const EncodeParams& e = p.rows;
+  const auto piece = [](int floats) { return (4 * floats + 127) / 128 * 128; };
+  const int shared = piece(Lambda<TOKENS, TAIL_FEATURES>::SIZE) + piece(TOKENS) + piece(TAIL_FEATURES);
+  const tile::Grid grid = {static_cast<unsigned>((e.F + TAIL_FEATURES - 1) / TAIL_FEATURES), static_cast<unsigned>(e.Hs),
+                           static_cast<unsigned>(e.N < TAIL_SEQUENCES ? e.N : TAIL_SEQUENCES)};
+  tile::launch("encode_backward: tails", tails_kernel<TOKENS>, grid, BACKWARD_THREADS, static_cast<size_t>(shared), stream, p,
+               segments, x.segments, tails);
+}
+
+}  // namespace
+
+int64_t encode_backward_scratch(const EncodeBackwardParams& p) { return layout_of(p).bytes; }
+
+void encode_backward(const EncodeBackwardParams& p, void* scratch, void* stream_) {
+  const auto stream = static_cast<tile::Stream>(stream_);
+  const Layout x = layout_of(p);
+  char* memory = static_cast<char*>(scratch);
+  auto* segments = reinterpret_cast<Segment*>(memory);
+  EncodePlan plan = {};
+  plan.segment = x.length, plan.segments = x.segments;
+  cut_sequences(p.rows, plan, segments, reinterpret_cast<float*>(memory + x.unit_at), stream);
+  if (p.d_left == nullptr) return run<true>(p, x, segments, nullptr, stream);
+  auto* tails = reinterpret_cast<float*>(memory + x.tails_at);
+  if (x.length == 64) {
+    run_tails<64>(p, x, segments, tails, stream);
+  } else {
+    run_tails<32>(p, x, segments, tails, stream);
+  }
+  run<false>(p, x, segments, tails, stream);
+}
+
+}  // namespace writesae::cuda
