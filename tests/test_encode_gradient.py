@@ -164,27 +164,33 @@ def test_kernels_are_deterministic(device_target):
     assert [(x.shape, x.dtype) for x in shapes] == [(x.shape, x.dtype) for x in found[0]]
 
 
-def test_from_codes_to_the_inputs_of_the_scan():
+def test_from_codes_to_the_inputs_of_the_scan(target):
     """scan, its writes, codes, loss: every gradient against float64 through both references."""
     x = gated_delta_rule_inputs(2, 50, 1, 2, 12, 20, correlated=True)
     initial = torch.randn(2, 2, 12, 20)
     v, w = torch.randn(2, 40, 12), torch.randn(2, 40, 20)
-    indices, found = None, []
-    for backend, dtype in (("cpu", torch.float32), ("reference", torch.float64)):
-        leaves = {name: value.detach().to(dtype).requires_grad_() for name, value in (*x.items(), ("state", initial))}
-        arguments = {name: leaves[name] for name in x}
-        out = ops.gated_delta_rule(
-            **arguments, initial_state=leaves["state"], use_qk_l2norm=True, return_writes=True, backend=backend
-        )
-        if indices is None:
-            codes = encode(out.writes, v, w, k=6, backend=backend)
-            indices, values = codes.indices, codes.values
-        else:
-            values = activations(out.writes, v.to(dtype), w.to(dtype), indices, backend=backend).relu()
-        (values.square().sum() + out.o.sum()).backward()
-        found.append({name: leaf.grad for name, leaf in leaves.items()})
-    for name, got in found[0].items():
-        check_close(name, got, found[1][name])
+    with poisoned_memory(), target.in_use():
+        got, indices = _through_the_scan(target.put(x), *map(target.put, (initial, v, w)), None, target.kind)
+    wide = {name: value.double() for name, value in x.items()}
+    want, _ = _through_the_scan(wide, initial.double(), v.double(), w.double(), indices.cpu(), "reference")
+    for name, expected in want.items():
+        check_close(name, got[name].cpu(), expected)
+
+
+def _through_the_scan(x, initial, v, w, indices, backend):
+    """Gradients of inputs and initial state; at `indices`, or those that fire."""
+    leaves = {name: value.detach().requires_grad_() for name, value in (*x.items(), ("state", initial))}
+    out = ops.gated_delta_rule(
+        **{name: leaves[name] for name in x}, initial_state=leaves["state"], use_qk_l2norm=True, return_writes=True,
+        backend=backend,
+    )  # fmt: skip
+    if indices is None:
+        codes = encode(out.writes, v, w, k=6, backend=backend)
+        indices, values = codes.indices, codes.values
+    else:
+        values = activations(out.writes, v, w, indices, backend=backend).relu()
+    (values.square().sum() + out.o.sum()).backward()
+    return {name: leaf.grad for name, leaf in leaves.items()}, indices
 
 
 def test_half_precision_writes():

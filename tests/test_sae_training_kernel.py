@@ -10,6 +10,7 @@ import torch
 from writesae.edits import Edits
 from writesae.ops import encode, factored_loss, training_loss
 from writesae.ops.reference.encode import preactivations
+from writesae.testing import poisoned_memory
 from writesae.writes import Writes
 
 ISAS = torch.ops.writesae.cpu_isa_list().split(",")
@@ -122,6 +123,25 @@ def inputs_of(params, dtype):
 
 def gradients(loss, inputs):
     return torch.autograd.grad(loss, [x for x in inputs if x is not None])
+
+
+@pytest.mark.parametrize("name", ["33", "grouped", "state", "packed", "rank 2", "two writes", "strong decay"])
+def test_training_loss_on_devices(name, device_target):
+    """Made of encode's kernels and torch there: against the reference in float64."""
+    writes, params, weight, k, heads = build(name)
+    exact = inputs_of(params, torch.float64)
+    want = training_loss(writes, *exact, k=k, weight=weight, heads=heads, backend="reference")
+    with poisoned_memory(), device_target.in_use():
+        mine = [None if x is None else x.requires_grad_() for x in map(device_target.put, (x.float() for x in params))]
+        given = device_target.put(writes.to(torch.float32))
+        options = {"k": k, "weight": device_target.put(weight.float()), "heads": heads, "backend": device_target.kind}
+        step = training_loss(given, *mine, **options)
+        got = gradients(step.loss, mine)
+    assert torch.equal(step.codes.indices.cpu(), want.codes.indices)
+    near("errors", step.errors.cpu(), want.errors, 1e-5)
+    names = ("v_enc", "w_enc", "b_enc", "v_dec", "w_dec", "offset")
+    for side, a, c in zip(names, got, gradients(want.loss, exact), strict=True):
+        near(side, a.cpu(), c, 1e-5)
 
 
 @pytest.mark.parametrize("threads", [1, 3])

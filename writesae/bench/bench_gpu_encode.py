@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import torch
 
 from .. import Writes, ops
+from ..ops._encode_gradient import writes_gradient
+from ..ops.reference.encode import backward as factors_gradient
 from ..ops.reference.encode import decay_matrix
 from ..testing import dictionary, make_writes
 from .case import Case, Options, Row, agree
@@ -17,6 +19,7 @@ from .gpu import Gpu
 
 SIZE, F, TOP, HEADS, TOKENS = 128, 2048, 32, 16, 32768
 AGREE = 2e-2  # relative RMS of the values kept, bf16 products both
+BACKWARD_AGREE = 1e-4  # float32 both
 BLOCK = 64
 
 
@@ -97,6 +100,49 @@ def encode(options: Options) -> Iterator[Row]:
     )  # fmt: skip
 
 
+def backward(options: Options) -> Iterator[Row]:
+    """From the gradient of the codes to those of the dictionary, and to those of the writes; float32."""
+    gpu = Gpu(options)
+    k, T = (8, 128) if gpu.dry else (TOP, TOKENS)
+    writes, v, w, b = _inputs(gpu, T)
+    H, features = v.shape[:2]
+    heads, peer = list(range(H)), "the same in torch, block by block"
+    leaves = {
+        "dictionary": {"v_enc": v, "w_enc": w},
+        "writes": {"decay": writes.decay, "left": writes.left, "right": writes.right},
+    }
+    for of, given in leaves.items():
+        length = T if of == "dictionary" else T // 4  # torch goes head by head: shorter suffices
+        part = Writes(*(x[:, :length] for x in (writes.decay, writes.left, writes.right)))
+        given = {name: (x if of == "dictionary" else getattr(part, name)).detach() for name, x in given.items()}
+        given = {name: x.requires_grad_() for name, x in given.items()}
+        used = part if of == "dictionary" else Writes(**given)
+        factors = list(given.values()) if of == "dictionary" else [v, w]
+        values, indices = _values(used, *factors, b, k, gpu.backend)
+        grad = torch.randn(values.shape, generator=torch.Generator().manual_seed(1)).to(gpu.device)
+        taken = grad * (values.detach() > 0)
+
+        def ours(values=values, given=given, grad=grad):
+            return torch.autograd.grad(values, list(given.values()), grad, retain_graph=True)
+
+        def theirs(of=of, part=part, indices=indices, taken=taken):
+            if of == "dictionary":
+                return factors_gradient(part, v, w, heads, indices, taken)[:2]
+            return writes_gradient(part, v, w, heads, indices, taken, None)[:3]
+
+        name = f"encode's backward, {HEADS} heads x {TOKENS if of == 'dictionary' else TOKENS // 4:,} tokens: {of}"
+        with torch.no_grad():
+            for key, got, expected in zip(given, ours(), theirs(), strict=True):
+                agree(f"{name}: d{key}", got, expected, BACKWARD_AGREE)
+            row = gpu.ratio(name, peer, "x faster", ours, theirs, target=1.0)
+        yield gpu.bound(row, 8 * SIZE * features * length * H, "GFLOP/s", "float32")
+
+
+def _values(writes: Writes, v, w, b, k: int, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    codes = ops.encode(writes, v, w, b, k=k, backend=backend)
+    return codes.values, codes.indices
+
+
 def _memory(name: str, ours, writes: Writes, features: int) -> Row:
     """What a call takes at its peak beyond its inputs and outputs, over the pre-activations it never stores."""
     torch.cuda.synchronize()
@@ -111,4 +157,7 @@ def _memory(name: str, ours, writes: Writes, features: int) -> Row:
     return Row(f"{name}: peak extra memory", "the pre-activations", share, "relative", 0.01)
 
 
-CASES = [Case("gpu-encode", "encode on a GPU, bf16", encode, "two products, running sum, torch.topk", ())]
+CASES = [
+    Case("gpu-encode", "encode on a GPU, bf16", encode, "two products, running sum, torch.topk", ()),
+    Case("gpu-encode-backward", "encode's backward on a GPU, float32", backward, "torch, block by block", ()),
+]

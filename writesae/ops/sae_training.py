@@ -82,7 +82,7 @@ def training_loss(
         raise ValueError(f"weight: expected floating [B={B}, T={T}], got {weight.dtype} of shape {tuple(weight.shape)}")
     tensors = _tensors(writes, v_enc, w_enc, b_enc, None) | {"v_dec": v_dec, "w_dec": w_dec, "offset": offset}
     chosen = _dispatch.choose("training_loss", backend, tensors)
-    if chosen != "cpu":  # from two operators: slower, and there on every device
+    if chosen != "cpu":  # from two operators, on a device by the kernels of encode and of its backward
         loss, errors, codes = reference.step(
             writes, v_enc, w_enc, b_enc, v_dec, w_dec, offset, k, weight, heads, chosen
         )
