@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(128) list_shots(const __grid_constant__ Backwa
 
 // ---- from parts to gradients --------------------------------------------------------------------------------------------
 
-// One token of one key head, a warp: the parts of its value heads, in their order; then back through normalisation and scale.
+// One token of one key head, a warp: the sums of `gradients`, back through normalisation and scale.
 __global__ void __launch_bounds__(128) finish(const __grid_constant__ Backward b, int64_t rows, int tiles) {
   const Problem& p = b.p;
   const int64_t i = static_cast<int64_t>(tile::block_x()) * 4 + tile::warp();
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(128) finish(const __grid_constant__ Backward b
       d[e] = x[e] = 0;
       if (at >= p.K) continue;
       if (which == 1 && b.d_left != nullptr) d[e] = b.d_left[i * p.K + at];
-      for (int member = 0; member < group; member++) d[e] += b.parts[((first_head + member) * 2 + which) * p.K + at];
+      d[e] += b.parts[(i * 2 + which) * p.K + at];
       if (p.normalise) x[e] = read(raw, row, t, hk, at);
       squares += x[e] * x[e];
     }
@@ -173,7 +173,7 @@ Call lay_out(const GatedDeltaRuleBackwardParams& from, void* workspace) {
   b.starts = space.take<char>(p.slots * p.H * p.V * b.key_width * bytes);
   b.ends = space.take<char>(p.slots * p.H * p.V * b.key_width * bytes);
   b.d_y = space.take<char>(tokens * p.H * b.value_width * bytes);
-  b.parts = space.take<float>(tokens * p.H * 2 * p.K);
+  b.parts = space.take<float>(tokens * p.Hk * 2 * p.K);
   b.scalars = space.take<float>(tokens * p.H * 2 * key_tiles(p.K));
   call.workspace = space.used;
   return call;

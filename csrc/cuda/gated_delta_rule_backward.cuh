@@ -12,7 +12,8 @@
 // In the order of launches: `cut`s, where edits or snapshots stand (below); prepare (the forward's) makes N, reach and the
 // factors of tokens; `starts` runs forward and leaves S0 of every chunk, `reverse` runs backward and leaves D and dY, both
 // with the state on chip and a value column owned by a warp, so that they share nothing; `gradients` does the rest, all
-// chunks at once; `finish` sums value heads of a group in their order and undoes the normalisation. No atomics on floats.
+// chunks at once and the value heads of a group in their order; `finish` goes back through normalisation and scale. No
+// atomics on floats.
 //
 // An edit adds to the state, and a snapshot to its adjoint, after some token. Chunks are cut to end at such tokens: then both
 // happen between chunks, and no kernel has terms of its own for every pair of a token and an edit.
@@ -36,7 +37,7 @@ struct Backward {
   const int64_t* spans;  // [N, 2]  first slot and chunks of a sequence that is cut, or null
   void *starts, *ends;   // [slots, H, V, key_width] of the type of computation: S0^T and D^T
   void* d_y;             // [B, T, H, value_width] of the type of computation
-  float* parts;          // [B, T, H, 2, K]  dQ and dK as above, by value head
+  float* parts;          // [B, T, Hk, 2, K]  dQ and dK as above, of a group's value heads in their order
   float* scalars;        // [B, T, H, 2, key tiles]  dg and dbeta
   int *first_shot, *next_shot;  // [slots], [P]: the snapshots after a chunk as lists of 1 + place, 0 at the end; or null
 };

@@ -55,7 +55,7 @@ void launch_walks(const Backward& b, tile::Stream stream) {
 
 template <class T, int KT>
 void launch_gradients(const Backward& b, tile::Stream stream) {
-  const auto blocks = static_cast<unsigned>(b.p.slots * b.p.H * key_tiles(b.p.K));
+  const auto blocks = static_cast<unsigned>(b.p.slots * b.p.Hk * key_tiles(b.p.K));
   tile::launch("gated_delta_rule_backward gradients", gradients<T, KT>, {blocks, 1, 1}, 2 * Operand<T>::CHUNK,
                GradientsShared<T, KT>::BYTES, stream, b);
 }

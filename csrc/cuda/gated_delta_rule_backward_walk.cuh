@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(32 * BACK_WARPS) starts(const __grid_constant_
 }
 
 template <class T, int KP>
-__global__ void __launch_bounds__(32 * BACK_WARPS) reverse(const __grid_constant__ Backward b) {
+__global__ void __launch_bounds__(32 * BACK_WARPS, KP <= 64 ? 3 : 1) reverse(const __grid_constant__ Backward b) {
   using Op = Operand<T>;
   constexpr int C = Op::CHUNK, STEP = Op::STEP, NK = KP / 8, NC = C / 8, EACH = Tile<T, KP>::EACH;
   constexpr int IMAGE = Triangle<T, C>::SIZE, SLAB_UNITS = 16 / EACH;
@@ -242,6 +242,7 @@ __global__ void __launch_bounds__(32 * BACK_WARPS) reverse(const __grid_constant
 #pragma unroll
     for (int j = 0; j < C; j += 16) {
       float o[2][4];
+      tile::sync_warp();
       Op::load_transposed(o, rows, along_rows, j);
 #pragma unroll
       for (int step = 0; step < 16; step += STEP) {
@@ -271,6 +272,7 @@ __global__ void __launch_bounds__(32 * BACK_WARPS) reverse(const __grid_constant
 #pragma unroll
       for (int e = 0; e < 4; e++) state[m][e] *= decay;
     const auto add_rows = [&](const Tile<T, KP>& from, int token, const float (*x)[4]) {
+      tile::sync_warp();  // 16 tokens after the others: or all loads come first, and fill the registers
 #pragma unroll
       for (int step = 0; step < 16; step += STEP) {
         const auto a = Op::accumulators(x + step / 8);
