@@ -70,8 +70,8 @@ def gated_delta_rule(
     Differentiable once, in q, k, v, g, beta, initial_state and the edits' left and right; o, final_state, the writes
     and the snapshots all carry gradient. A write that an edit deletes or replaces is not made, so v and beta of that
     token have gradient 0 there, and k what reaches it by other ways. Kept for the backward: the inputs and the writes;
-    states are computed anew, and one in 512 tokens is held while it runs. On CUDA, with its adjoint, one in 64 tokens in
-    bfloat16 where q, k and v are all bfloat16 (K / 32 times what v takes), else one in 32 in float32 (K / 16 times).
+    states are computed anew, and one in 512 tokens is held while it runs. On CUDA, with its adjoint, one in 64 tokens
+    in bfloat16 where q, k and v are all bfloat16 (K / 32 times what v takes), else one in 32 in float32.
 
     Source: Yang et al., *Gated Delta Networks*, arXiv 2412.06464; the writes: Young, arXiv 2605.12770.
     """
