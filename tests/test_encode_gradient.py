@@ -132,6 +132,16 @@ def test_sizes(K, V, device_target, record_property):
     compare(writes, params, 8, [3, 0], device_target, record_property)
 
 
+@pytest.mark.parametrize("T", [255, 256, 257, 700])
+def test_parts(T, device_target, record_property):
+    """So few heads and so many tokens that several blocks share a feature: parts end inside sequences and with them."""
+    generator = torch.Generator().manual_seed(15)
+    cu = torch.tensor([0, 128, 129, T - 3, T - 3, T])
+    for row in ({"cu": cu}, {}):
+        writes = make_writes(generator, 1, T, 1, 1, 9, 12, decay=0.01, state=True, **row)
+        compare(writes, dictionary(generator, 1, 20, 9, 12), 4, [0], device_target, record_property)
+
+
 def test_kernels_take_edits_by_torch_and_refuse_them_themselves(device_target):
     writes, v, w, _, _, heads = build(CASES["edits"], seed=2)
     writes, v, w = writes.to(torch.float32), v.float(), w.float()

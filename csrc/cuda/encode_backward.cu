@@ -6,9 +6,9 @@
 // 4 for the right) and nothing is fetched ahead, so a third of that is to be expected. Computed, not measured.
 // Finding the gradients that fall into a tile reads the m indices of every token once for each tile: 12 KB a token and head
 // at m = 32 (32 to 64 tiles), from L2.
-// Stored beside the outputs: for the factors the table of segments; for the writes F floats a chunk of 64 tokens as well,
-// 1.6 % of the pre-activations. Blocks: for the factors one for every 64 features of a head, which starves the chip with few
-// heads; for the writes one for every 64 tokens.
+// Blocks: for the writes one for every 64 tokens, for the factors one for every 64 features of a head, or several, each with
+// a part of the tokens, where that would leave the chip half empty. Stored beside the outputs: for the writes F floats a
+// chunk of 64 tokens, 1.6 % of the pre-activations; for the factors, with parts, as many gradients, at most 64 MB.
 #include "encode_backward.cuh"
 
 #include "encode_launch.h"
@@ -16,10 +16,14 @@
 namespace writesae::cuda {
 namespace {
 
+constexpr int LEAST_SEGMENTS = 4;           // of a part
+constexpr int64_t PARTS_BYTES = 64 << 20;  // of the sums of all parts
+
 struct Layout {
   int depth, length;  // K and V padded to; tokens of a segment
   int segments;
-  int64_t table_at, unit_at, tails_at, bytes;
+  int each, parts;  // segments of a part
+  int64_t unit_at, tails_at, sums_at, bytes;
 };
 
 Layout layout_of(const EncodeBackwardParams& p) {
@@ -28,9 +32,18 @@ Layout layout_of(const EncodeBackwardParams& p) {
   x.depth = padded_size(e.K, e.V);
   x.length = p.d_left != nullptr ? owned_rows(x.depth) : OTHERS;
   x.segments = static_cast<int>(e.cu_seqlens != nullptr ? e.T / x.length + e.N : e.B * ((e.T + x.length - 1) / x.length));
+  x.each = 1, x.parts = x.segments;
+  const int64_t own = owned_rows(x.depth), gradients = 4 * e.Hs * e.F * e.rank * (e.K + e.V);
+  if (p.d_left == nullptr) {
+    const int64_t blocks = (e.F + own - 1) / own * e.rank * e.Hs, wanted = 2 * int64_t{tile::multiprocessors()} / blocks;
+    const int64_t most = std::min<int64_t>({wanted, x.segments / LEAST_SEGMENTS, PARTS_BYTES / gradients});
+    x.each = most > 1 ? static_cast<int>((x.segments + most - 1) / most) : std::max(x.segments, 1);
+    x.parts = (x.segments + x.each - 1) / x.each;
+  }
   x.unit_at = padded(x.segments * int64_t{sizeof(Segment)});
   x.tails_at = x.unit_at + padded(4 * UNIT_SIZE);
-  x.bytes = x.tails_at + (p.d_left != nullptr ? padded(4 * int64_t{x.segments} * e.Hs * e.F) : 0);
+  x.sums_at = x.tails_at + padded(4 * int64_t{x.parts} * e.Hs * e.F);
+  x.bytes = x.sums_at + (p.d_left == nullptr && x.parts > 1 ? x.parts * gradients : 0);
   return x;
 }
 
@@ -43,9 +56,10 @@ void run(const EncodeBackwardParams& p, const Layout& x, const Segment* segments
   const int shared = piece(2 * OWN * D) + piece(2 * OTHERS * D) + piece(2 * OWN * OTHERS) + piece(Lambdas::SIZE) +
                      piece(OWN) + piece(OTHERS);
   const int64_t blocks = FEATURES_OWN ? (e.F + OWN - 1) / OWN * e.rank : x.segments * e.R;
-  const tile::Grid grid = {static_cast<unsigned>(blocks), static_cast<unsigned>(e.Hs), 1};
+  const tile::Grid grid = {static_cast<unsigned>(blocks), static_cast<unsigned>(e.Hs),
+                           FEATURES_OWN ? static_cast<unsigned>(x.parts) : 1};
   tile::launch(FEATURES_OWN ? "encode_backward" : "encode_backward: writes", encode_backward_kernel<D, FEATURES_OWN>, grid,
-               BACKWARD_THREADS, static_cast<size_t>(shared), stream, p, segments, x.segments, tails);
+               BACKWARD_THREADS, static_cast<size_t>(shared), stream, p, segments, x.segments, x.each, tails);
 }
 
 template <bool FEATURES_OWN>
@@ -70,7 +84,12 @@ void run_tails(const EncodeBackwardParams& p, const Layout& x, const Segment* se
   const tile::Grid grid = {static_cast<unsigned>((e.F + TAIL_FEATURES - 1) / TAIL_FEATURES), static_cast<unsigned>(e.Hs),
                            static_cast<unsigned>(e.N < TAIL_SEQUENCES ? e.N : TAIL_SEQUENCES)};
   tile::launch("encode_backward: tails", tails_kernel<TOKENS>, grid, BACKWARD_THREADS, static_cast<size_t>(shared), stream, p,
-               segments, x.segments, tails);
+               segments, x.segments, x.each, tails);
+}
+
+void add_parts(const float* from, int parts, int64_t size, float* to, tile::Stream stream) {
+  const tile::Grid grid = {static_cast<unsigned>((size + 255) / 256), 1, 1};
+  tile::launch("encode_backward: add parts", add_parts_kernel, grid, 256, 0, stream, from, parts, size, to);
 }
 
 }  // namespace
@@ -85,14 +104,23 @@ void encode_backward(const EncodeBackwardParams& p, void* scratch, void* stream_
   EncodePlan plan = {};
   plan.segment = x.length, plan.segments = x.segments;
   cut_sequences(p.rows, plan, segments, reinterpret_cast<float*>(memory + x.unit_at), stream);
-  if (p.d_left == nullptr) return run<true>(p, x, segments, nullptr, stream);
   auto* tails = reinterpret_cast<float*>(memory + x.tails_at);
-  if (x.length == 64) {
-    run_tails<64>(p, x, segments, tails, stream);
-  } else {
-    run_tails<32>(p, x, segments, tails, stream);
+  const bool writes = p.d_left != nullptr;
+  if (writes || x.parts > 1) {
+    if (x.length == 64) {
+      run_tails<64>(p, x, segments, tails, stream);
+    } else {
+      run_tails<32>(p, x, segments, tails, stream);
+    }
   }
-  run<false>(p, x, segments, tails, stream);
+  if (writes) return run<false>(p, x, segments, tails, stream);
+  if (x.parts == 1) return run<true>(p, x, segments, tails, stream);
+  const int64_t of_v = p.rows.Hs * p.rows.F * p.rows.rank * p.rows.K, of_w = of_v / p.rows.K * p.rows.V;
+  EncodeBackwardParams part = p;
+  part.dv = reinterpret_cast<float*>(memory + x.sums_at), part.dw = part.dv + x.parts * of_v;
+  run<true>(part, x, segments, tails, stream);
+  add_parts(part.dv, x.parts, of_v, p.dv, stream);
+  add_parts(part.dw, x.parts, of_w, p.dw, stream);
 }
 
 }  // namespace writesae::cuda

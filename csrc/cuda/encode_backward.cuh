@@ -4,8 +4,9 @@
 // Tokens and features play the same part, so one kernel makes both pairs: a block owns some of the one and goes through all
 // of the other. Its own rows X0, X1 (keys, values) stay in shared memory, rows Y0, Y1 of the others come by tiles of 32:
 //    S0 = X0 Y0^T, S1 = X1 Y1^T;    G0 = lambda * S1, G1 = lambda * S0;    out0 += G0 Y0, out1 += G1 Y1
-// Features as owners walk the tokens from the last one back and carry lambda themselves; tokens as owners are given it
-// where their chunk ends (tails_kernel), so that chunks do not wait for each other.
+// Features as owners walk a part of the tokens from its last one back and carry lambda themselves; where a part ends, and for
+// tokens as owners where their chunk ends, it is given (tails_kernel), so that none waits for another. Parts make up for few
+// heads: their sums are added in order (add_parts_kernel).
 // Products are float by three tf32 (operand.cuh). Each tile's are added to `out` by ordinary additions: sums over tens of
 // thousands of tokens are not left to the matrix units, which cut off where they should round.
 #pragma once
@@ -96,7 +97,7 @@ __device__ __forceinline__ int64_t offset(const View& x, int64_t a, int64_t b, i
 
 template <int D, bool FEATURES_OWN>
 __global__ void __launch_bounds__(BACKWARD_THREADS, 1)
-    encode_backward_kernel(EncodeBackwardParams p, const Segment* segments, int count, const float* tails) {
+    encode_backward_kernel(EncodeBackwardParams p, const Segment* segments, int count, int each, const float* tails) {
   constexpr int OWN = owned_rows(D), BLOCK_ROWS = OWN / 16, GROUPS = 4 / BLOCK_ROWS;
   constexpr int PRODUCT_PAIRS = OTHERS / 16 / GROUPS;  // pairs of 16 x 8 tiles of S a warp
   constexpr int OUT_PAIRS = D / 16 / GROUPS;
@@ -197,11 +198,14 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, 1)
   using Others = std::integral_constant<int, OTHERS>;
   if constexpr (FEATURES_OWN) {
     load_features(x, Own{}, first_own, own, part);
-    for (int s = count - 1; s >= 0; s--) {
+    const int begin = tile::block_z() * each, end = begin + each < count ? begin + each : count;
+    const float* tail = tails + (int64_t{tile::block_z()} * e.Hs + h) * F + first_own;
+    for (int s = end - 1; s >= begin; s--) {
       const Segment tokens = segments[s];
       if (tokens.n < 0) continue;
-      if (tokens.final)
-        for (int f = tile::thread(); f < OWN; f += BACKWARD_THREADS) lambda.carry[f] = 0.0f;
+      if (tokens.final || s == end - 1)
+        for (int f = tile::thread(); f < OWN; f += BACKWARD_THREADS)
+          lambda.carry[f] = tokens.final || f >= own ? 0.0f : tail[f];
       tile::sync();
       lambda.fill(p, tokens, h, head, first_own);
       for (int r = 0; r < R && tokens.first < tokens.last; r++) {
@@ -242,14 +246,25 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, 1)
       const int64_t place = FEATURES_OWN ? (int64_t{h} * F + first_own + row) * rank + part
                                          : ((segment.origin + int64_t{segment.first} + row) * e.Hs + h) * R + part;
       float* to = FEATURES_OWN ? (side == 0 ? p.dv : p.dw) : (side == 0 ? p.d_left : p.d_right);
-      to[place * size + column] = out[n][i];
+      const int64_t whole = FEATURES_OWN ? tile::block_z() * e.Hs * F * rank * size : 0;
+      to[whole + place * size + column] = out[n][i];
     }
 }
 
-// For every segment: e^g lambda of the token after it, zero at the end of a sequence. A block has 64 features of a head.
+// to[i] = from[i] + from[size + i] + .., in this order.
+__global__ void add_parts_kernel(const float* from, int parts, int64_t size, float* to) {
+  const int64_t i = int64_t{tile::block_x()} * tile::block_threads() + tile::thread();
+  if (i >= size) return;
+  float sum = from[i];
+  for (int part = 1; part < parts; part++) sum += from[part * size + i];
+  to[i] = sum;
+}
+
+// For the last of every `each` segments: e^g lambda of the token after it, zero at the end of a sequence. A block has 64
+// features of a head.
 template <int TOKENS>
 __global__ void __launch_bounds__(BACKWARD_THREADS, 4) tails_kernel(EncodeBackwardParams p, const Segment* segments, int count,
-                                                                 float* tails) {
+                                                                    int each, float* tails) {
   const EncodeParams& e = p.rows;
   const int h = tile::block_y(), head = static_cast<int>(e.heads[h]), first = tile::block_x() * TAIL_FEATURES;
   if (head < 0 || head >= e.H) return;
@@ -271,7 +286,8 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, 4) tails_kernel(EncodeBackwa
       if (segment.n != n) break;
       for (int f = tile::thread(); f < TAIL_FEATURES; f += BACKWARD_THREADS) {
         if (segment.final) lambda.carry[f] = 0.0f;
-        if (first + f < e.F) tails[(int64_t{s} * e.Hs + h) * e.F + first + f] = lambda.carry[f];
+        if (first + f < e.F && (s + 1) % each == 0)
+          tails[(int64_t{s / each} * e.Hs + h) * e.F + first + f] = lambda.carry[f];
       }
       tile::sync();
       lambda.fill(p, segment, h, head, first);
