@@ -40,6 +40,14 @@ def twin(request):
     return torch.ops.writesae_twin
 
 
+@pytest.fixture
+def device_targets():
+    """For tests that go through all of them themselves."""
+    if not targets.DEVICES:
+        pytest.skip("no host twin (--twin) and no GPU")
+    return targets.DEVICES
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -5,21 +5,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from targets import FEW
 from test_gated_delta_rule import compare, edits_for
 
 from writesae.edits import Edits
 from writesae.testing import gated_delta_rule_inputs
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture
-def device_targets():
-    found = [x for x in FEW if x.kind != "cpu"]
-    if not found:
-        pytest.skip("no host twin (--twin) and no GPU")
-    return found
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

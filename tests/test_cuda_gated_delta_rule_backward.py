@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from targets import FEW
 from test_cuda_gated_delta_rule import DTYPES
 from test_gated_delta_rule import edits_for
 from test_gated_delta_rule_backward import compare, gradients
@@ -13,14 +12,6 @@ from test_gated_delta_rule_backward import compare, gradients
 from writesae import ops
 from writesae.edits import Edits
 from writesae.testing import gated_delta_rule_inputs
-
-
-@pytest.fixture
-def device_targets():
-    found = [x for x in FEW if x.kind != "cpu"]
-    if not found:
-        pytest.skip("no host twin (--twin) and no GPU")
-    return found
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -47,19 +47,25 @@ Layout layout_of(const EncodeBackwardParams& p) {
   return x;
 }
 
+size_t floats(int count) { return tile::shared_piece(4 * count); }
+
+// What a Lambda takes.
+template <class L>
+size_t lambda_shared() {
+  return floats(L::SIZE) + floats(L::TOKENS) + floats(L::FEATURES);
+}
+
 template <int D, bool FEATURES_OWN>
 void run(const EncodeBackwardParams& p, const Layout& x, const Segment* segments, const float* tails, tile::Stream stream) {
   constexpr int OWN = owned_rows(D);
   using Lambdas = Lambda<FEATURES_OWN ? OTHERS : OWN, FEATURES_OWN ? OWN : OTHERS>;
   const EncodeParams& e = p.rows;
-  const auto piece = [](int floats) { return (4 * floats + 127) / 128 * 128; };
-  const int shared = piece(2 * OWN * D) + piece(2 * OTHERS * D) + piece(2 * OWN * OTHERS) + piece(Lambdas::SIZE) +
-                     piece(OWN) + piece(OTHERS);
+  const size_t shared = floats(2 * OWN * D) + floats(2 * OTHERS * D) + floats(2 * OWN * OTHERS) + lambda_shared<Lambdas>();
   const int64_t blocks = FEATURES_OWN ? (e.F + OWN - 1) / OWN * e.rank : x.segments * e.R;
   const tile::Grid grid = {static_cast<unsigned>(blocks), static_cast<unsigned>(e.Hs),
                            FEATURES_OWN ? static_cast<unsigned>(x.parts) : 1};
   tile::launch(FEATURES_OWN ? "encode_backward" : "encode_backward: writes", encode_backward_kernel<D, FEATURES_OWN>, grid,
-               BACKWARD_THREADS, static_cast<size_t>(shared), stream, p, segments, x.segments, x.each, tails);
+               BACKWARD_THREADS, shared, stream, p, segments, x.segments, x.each, tails);
 }
 
 template <bool FEATURES_OWN>
@@ -79,12 +85,10 @@ void run(const EncodeBackwardParams& p, const Layout& x, const Segment* segments
 template <int TOKENS>
 void run_tails(const EncodeBackwardParams& p, const Layout& x, const Segment* segments, float* tails, tile::Stream stream) {
   const EncodeParams& e = p.rows;
-  const auto piece = [](int floats) { return (4 * floats + 127) / 128 * 128; };
-  const int shared = piece(Lambda<TOKENS, TAIL_FEATURES>::SIZE) + piece(TOKENS) + piece(TAIL_FEATURES);
   const tile::Grid grid = {static_cast<unsigned>((e.F + TAIL_FEATURES - 1) / TAIL_FEATURES), static_cast<unsigned>(e.Hs),
                            static_cast<unsigned>(e.N < TAIL_SEQUENCES ? e.N : TAIL_SEQUENCES)};
-  tile::launch("encode_backward: tails", tails_kernel<TOKENS>, grid, BACKWARD_THREADS, static_cast<size_t>(shared), stream, p,
-               segments, x.segments, x.each, tails);
+  tile::launch("encode_backward: tails", tails_kernel<TOKENS>, grid, BACKWARD_THREADS,
+               lambda_shared<Lambda<TOKENS, TAIL_FEATURES>>(), stream, p, segments, x.segments, x.each, tails);
 }
 
 void add_parts(const float* from, int parts, int64_t size, float* to, tile::Stream stream) {

@@ -30,8 +30,9 @@ constexpr int TAIL_SEQUENCES = 1024;  // side by side, at most
 __host__ __device__ constexpr int owned_rows(int depth) { return depth > 128 ? 32 : 64; }
 
 // lambda of at most TOKENS tokens and FEATURES features, rows of tokens in shared memory.
-template <int TOKENS, int FEATURES>
+template <int TOKENS_, int FEATURES_>
 struct Lambda {
+  static constexpr int TOKENS = TOKENS_, FEATURES = FEATURES_;
   static constexpr int STRIDE = FEATURES + 1;
   static constexpr int SIZE = TOKENS * STRIDE;
   float* at;     // [TOKENS][STRIDE]

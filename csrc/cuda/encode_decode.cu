@@ -175,10 +175,10 @@ void decode(const EncodeParams& p, const EncodeWork& work, tile::Stream stream) 
   const int depth = padded_size(p.K, p.V);
   const auto kernel = depth == 32 ? sums_kernel<1> : depth == 64 ? sums_kernel<2> : depth == 128 ? sums_kernel<4> : sums_kernel<8>;
   tile::launch("encode: sums", kernel, {parts, heads, groups}, THREADS, 0, stream, p);
-  const auto piece = [](int64_t words) { return (4 * words + 127) / 128 * 128; };
-  const int64_t shared = work.mode == Mode::topk ? piece(8) + piece(256) + piece(2) + 2 * piece(p.k) : piece(8);
+  const auto piece = [](int64_t words) { return tile::shared_piece(4 * words); };
+  const size_t shared = work.mode == Mode::topk ? piece(8) + piece(256) + piece(2) + 2 * piece(p.k) : piece(8);
   tile::launch("encode: select", select_kernel, {heads, static_cast<unsigned>(p.N), 1}, THREADS,
-               static_cast<size_t>(shared), stream, p, work);
+               shared, stream, p, work);
 }
 
 }  // namespace writesae::cuda

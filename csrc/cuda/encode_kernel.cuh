@@ -414,7 +414,7 @@ struct Instance {
   using N = Numbers<P, D>;
   // Bytes of shared memory with `warps` warps, but for the candidates.
   static int fixed_shared(int warps) {
-    const auto piece = [](int bytes) { return (bytes + 127) / 128 * 128; };
+    const auto piece = [](int bytes) { return static_cast<int>(tile::shared_piece(bytes)); };
     return piece(N::STAGES * N::PACKED * 16) + piece(warps * TILE * (N::ROWS + 4) * 4) + piece(2 * WARPS * TILE * 4) +
            piece(2 * WARPS * 4) + piece(warps * N::ROWS * 4) + 128 + piece(warps * N::HELD_WORDS * 4) + 2 * 128;
   }

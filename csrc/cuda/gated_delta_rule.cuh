@@ -19,6 +19,8 @@
 // keeps its last bits even where G itself is in the thousands.
 #pragma once
 
+#include <type_traits>
+
 #include "../gated_delta_rule.h"
 #include "operand.cuh"
 
@@ -191,5 +193,20 @@ size_t walk_shared(int64_t K, int warps, int stages);
 
 // Tiles are as wide as the next of these key sizes.
 constexpr int padded_keys(int64_t K) { return K <= 32 ? 32 : K <= 64 ? 64 : K <= 128 ? 128 : 256; }
+
+// f(padded_keys(K)), with the size as a type's `value`.
+template <class F>
+auto with_padded_keys(int64_t K, const F& f) {
+  switch (padded_keys(K)) {
+    case 32:
+      return f(std::integral_constant<int, 32>{});
+    case 64:
+      return f(std::integral_constant<int, 64>{});
+    case 128:
+      return f(std::integral_constant<int, 128>{});
+    default:
+      return f(std::integral_constant<int, 256>{});
+  }
+}
 
 }  // namespace writesae::cuda

@@ -63,19 +63,7 @@ void launch_gradients(const Backward& b, tile::Stream stream) {
 template <class T>
 void run_backward(const Backward& b, tile::Stream stream) {
   run_prepare<T>(b.p, stream);
-  switch (padded_keys(b.p.K)) {
-    case 32:
-      launch_walks<T, 32>(b, stream);
-      break;
-    case 64:
-      launch_walks<T, 64>(b, stream);
-      break;
-    case 128:
-      launch_walks<T, 128>(b, stream);
-      break;
-    default:
-      launch_walks<T, 256>(b, stream);
-  }
+  with_padded_keys(b.p.K, [&](auto keys) { launch_walks<T, decltype(keys)::value>(b, stream); });
   if (key_tile(b.p.K) == 32) {
     launch_gradients<T, 32>(b, stream);
   } else {

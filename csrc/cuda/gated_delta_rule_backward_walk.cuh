@@ -20,7 +20,7 @@ constexpr int BACK_WARPS = 4;  // of a walk's block
 template <class T, int KP>
 struct StartsShared {
   static constexpr int C = Operand<T>::CHUNK;
-  static constexpr size_t BYTES = (KP * C + BACK_WARPS * 16 * KP) * sizeof(T) + (Factors<C>::SIZE * 4 + 127) / 128 * 128;
+  static constexpr size_t BYTES = (KP * C + BACK_WARPS * 16 * KP) * sizeof(T) + tile::shared_piece(Factors<C>::SIZE * 4);
 };
 template <class T, int KP>
 struct ReverseShared {
@@ -31,13 +31,15 @@ struct ReverseShared {
 
 // Where a walk's block and warp are.
 struct Lane {
-  int n, h, hk, column;  // column: of the warp
+  int n, h, hk, column, columns;  // column: of the warp; columns: from there on
+  int64_t head;
   __device__ __forceinline__ explicit Lane(const Problem& p) {
     const int tiles = (p.V + 16 * BACK_WARPS - 1) / (16 * BACK_WARPS);
     int rest = tile::block_x();
     column = (rest % tiles * BACK_WARPS + tile::warp()) * 16;
     rest /= tiles;
     h = rest % p.H, n = rest / p.H, hk = h / (p.H / p.Hk);
+    columns = p.V - column, head = static_cast<int64_t>(n) * p.H + h;
   }
 };
 
@@ -84,7 +86,7 @@ __device__ __forceinline__ void leave_state(const float (&state)[KP / 8][4], con
 template <class T, int KP>
 __global__ void __launch_bounds__(32 * BACK_WARPS) starts(const __grid_constant__ Backward b) {
   using Op = Operand<T>;
-  constexpr int C = Op::CHUNK, STEP = Op::STEP, NK = KP / 8;
+  constexpr int C = Op::CHUNK, NK = KP / 8;
   using F = Factors<C>;
   const Problem& p = b.p;
   tile::Shared shared;
@@ -93,12 +95,10 @@ __global__ void __launch_bounds__(32 * BACK_WARPS) starts(const __grid_constant_
   float* const factors = shared.template take<float>(F::SIZE);
   const Lane at(p);
   const Span span = span_of<C>(b, at.n);
-  const int64_t head = static_cast<int64_t>(at.n) * p.H + at.h;
-  const int columns = p.V - at.column;
 
   float state[NK][4] = {};
   if (p.initial_state != nullptr) {
-    const float* from = p.initial_state + head * p.K * p.V;
+    const float* from = p.initial_state + at.head * p.K * p.V;
     each_owned<KP>(p.K, p.V, at.column, [&](int i, int e, int64_t x) { state[i][e] = from[x]; });
   }
   for (int chunk = 0; chunk < span.chunks; chunk++) {
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(32 * BACK_WARPS) starts(const __grid_constant_
 #pragma unroll
       for (int e = 0; e < 4; e++) {
         const int i = 8 * j + c + e % 2, v = g + e / 2 * 8;
-        u[j][e] = i < cut.count && v < columns ? read(b.right, span.s.row, token + i, at.h, at.column + v) : 0.0f;
+        u[j][e] = i < cut.count && v < at.columns ? read(b.right, span.s.row, token + i, at.h, at.column + v) : 0.0f;
       }
     tile::wait_copies<0>();
     tile::sync();
@@ -135,31 +135,11 @@ __global__ void __launch_bounds__(32 * BACK_WARPS) starts(const __grid_constant_
     for (int j = 0; j < C / 8; j++)
 #pragma unroll
       for (int e = 0; e < 4; e++) u[j][e] *= factors[F::WRITE + 8 * j + c + e % 2];
-#pragma unroll
-    for (int step = 0; step < C; step += STEP) {
-      const auto a = Op::accumulators(&u[step / 8]);
-#pragma unroll
-      for (int m = 0; m < NK; m += 2) {
-        typename Op::B x[2];
-        Op::load_columns(x, k, down, step, 8 * m);
-        Op::multiply(state[m], a, x[0]), Op::multiply(state[m + 1], a, x[1]);
-      }
-    }
+    add_tokens<T, KP, C>(state, k, down, 0, u);
     const EditRange range = edits_at(p.edits, at.n, at.h, cut.first + cut.count - 1);
 #pragma unroll 1
-    for (int64_t e = range.begin; e < range.end; e++) {
-      if (p.edits.index[4 * e + 3] == 1) continue;
-      const float* right = p.edits.right + e * p.V + at.column;
-      const float w[2] = {g < columns ? right[g] : 0.0f, g + 8 < columns ? right[g + 8] : 0.0f};
-#pragma unroll
-      for (int m = 0; m < NK; m++)
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-          const int key = 8 * m + c + i;
-          const float left = key < p.K ? p.edits.left[e * p.K + key] : 0.0f;
-          state[m][i] += left * w[0], state[m][2 + i] += left * w[1];
-        }
-    }
+    for (int64_t e = range.begin; e < range.end; e++)
+      if (p.edits.index[4 * e + 3] != 1) add_edit<KP>(state, p, e, at.column, 1.0f);
   }
 }
 
@@ -178,12 +158,10 @@ __global__ void __launch_bounds__(32 * BACK_WARPS, KP <= 64 ? 3 : 1) reverse(con
   float* const factors = shared.template take<float>(F::SIZE);
   const Lane at(p);
   const Span span = span_of<C>(b, at.n);
-  const int64_t head = static_cast<int64_t>(at.n) * p.H + at.h;
-  const int columns = p.V - at.column;
 
   float state[NK][4] = {};  // D^T
   if (b.d_final_state != nullptr) {
-    const float* from = b.d_final_state + head * p.K * p.V;
+    const float* from = b.d_final_state + at.head * p.K * p.V;
     each_owned<KP>(p.K, p.V, at.column, [&](int i, int e, int64_t x) { state[i][e] = from[x]; });
   }
   for (int chunk = span.chunks - 1; chunk >= 0; chunk--) {
@@ -261,7 +239,7 @@ __global__ void __launch_bounds__(32 * BACK_WARPS, KP <= 64 ? 3 : 1) reverse(con
 #pragma unroll
         for (int e = 0; e < 4; e++) {
           const int i = 8 * j + c + e % 2, v = g + e / 2 * 8;
-          if (i < cut.count && v < columns) r[j][e] += read(b.d_right, span.s.row, token + i, at.h, at.column + v);
+          if (i < cut.count && v < at.columns) r[j][e] += read(b.d_right, span.s.row, token + i, at.h, at.column + v);
         }
     }
 
@@ -273,16 +251,7 @@ __global__ void __launch_bounds__(32 * BACK_WARPS, KP <= 64 ? 3 : 1) reverse(con
       for (int e = 0; e < 4; e++) state[m][e] *= decay;
     const auto add_rows = [&](const Tile<T, KP>& from, int token, const float (*x)[4]) {
       tile::sync_warp();  // 16 tokens after the others: or all loads come first, and fill the registers
-#pragma unroll
-      for (int step = 0; step < 16; step += STEP) {
-        const auto a = Op::accumulators(x + step / 8);
-#pragma unroll
-        for (int m = 0; m < NK; m += 2) {
-          typename Op::B y[2];
-          Op::load_columns(y, from, down, token + step, 8 * m);
-          Op::multiply(state[m], a, y[0]), Op::multiply(state[m + 1], a, y[1]);
-        }
-      }
+      add_tokens<T, KP, 16>(state, from, down, token, x);
     };
 #pragma unroll
     for (int j = 0; j < C; j += 16) {
@@ -333,7 +302,7 @@ __global__ void __launch_bounds__(32 * BACK_WARPS, KP <= 64 ? 3 : 1) reverse(con
 #pragma unroll
     for (int j = 0; j < C; j += 16) add_rows(k, j, &y[j / 8]);
   }
-  float* to = b.d_initial_state + head * p.K * p.V;
+  float* to = b.d_initial_state + at.head * p.K * p.V;
   each_owned<KP>(p.K, p.V, at.column, [&](int i, int e, int64_t x) { to[x] = state[i][e]; });
 }
 

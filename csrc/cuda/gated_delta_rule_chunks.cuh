@@ -59,16 +59,7 @@ void launch_prepare(const Problem& p, tile::Stream stream) {
 
 template <class T>
 void run_prepare(const Problem& p, tile::Stream stream) {
-  switch (padded_keys(p.K)) {
-    case 32:
-      return launch_prepare<T, 32>(p, stream);
-    case 64:
-      return launch_prepare<T, 64>(p, stream);
-    case 128:
-      return launch_prepare<T, 128>(p, stream);
-    default:
-      return launch_prepare<T, 256>(p, stream);
-  }
+  with_padded_keys(p.K, [&](auto keys) { launch_prepare<T, decltype(keys)::value>(p, stream); });
 }
 
 template <class T, int KP>
@@ -90,30 +81,18 @@ void run_keys(const Problem& p, int warps, tile::Stream stream) {
 
 template <class T>
 void run_chunks(const Problem& p, int warps, tile::Stream stream) {
-  switch (padded_keys(p.K)) {
-    case 32:
-      return run_keys<T, 32>(p, warps, stream);
-    case 64:
-      return run_keys<T, 64>(p, warps, stream);
-    case 128:
-      return run_keys<T, 128>(p, warps, stream);
-    default:
-      return run_keys<T, 256>(p, warps, stream);
-  }
+  with_padded_keys(p.K, [&](auto keys) { run_keys<T, decltype(keys)::value>(p, warps, stream); });
 }
 
 template <class T>
 size_t walk_shared(int64_t K, int warps, int stages) {
-  switch (padded_keys(K)) {
-    case 32:
-      return stages * WalkShared<T, 32, 4, true>::STAGE;
-    case 64:
-      return stages * (warps == 8 ? WalkShared<T, 64, 8, true>::STAGE : WalkShared<T, 64, 4, true>::STAGE);
-    case 128:
-      return stages * (warps == 8 ? WalkShared<T, 128, 8, true>::STAGE : WalkShared<T, 128, 4, true>::STAGE);
-    default:
-      return stages * WalkShared<T, 256, 4, true>::STAGE;
-  }
+  return with_padded_keys(K, [&](auto keys) -> size_t {
+    constexpr int KP = decltype(keys)::value;
+    if constexpr (KP == 64 || KP == 128) {
+      if (warps == 8) return stages * WalkShared<T, KP, 8, true>::STAGE;
+    }
+    return stages * WalkShared<T, KP, 4, true>::STAGE;
+  });
 }
 
 }  // namespace writesae::cuda

@@ -143,8 +143,8 @@ __global__ void __launch_bounds__(512) step(const __grid_constant__ GatedDeltaRu
 template <int VECTOR>
 void launch_step(const GatedDeltaRuleStepParams& p, tile::Stream stream) {
   const int warps = static_cast<int>((p.K + KEYS - 1) / KEYS), width = tile::WARP * VECTOR;
-  const auto rounded = [](size_t bytes) { return (bytes + 127) / 128 * 128; };
-  const size_t shared = 2 * rounded(warps * KEYS * 4) + rounded(warps * 4) + rounded(warps * 2 * width * 4);
+  const size_t shared = 2 * tile::shared_piece(warps * KEYS * 4) + tile::shared_piece(warps * 4) +
+                        tile::shared_piece(warps * 2 * width * 4);
   const auto blocks = static_cast<unsigned>(p.B * p.H * ((p.V + width - 1) / width));
   tile::launch("gated_delta_rule_step", step<VECTOR>, {blocks, 1, 1}, warps * tile::WARP, shared, stream, p);
 }

@@ -26,7 +26,7 @@ template <class T, int KP, int WARPS, bool FULL>
 struct WalkShared {
   static constexpr int C = Operand<T>::CHUNK, IMAGE = Triangle<T, C>::SIZE;
   static constexpr size_t STAGE = (FULL ? 2 : 1) * (KP * C + IMAGE) * sizeof(T) + WARPS * C * 16 * sizeof(T) +
-                                  (Factors<C>::HOT * 4 + 127) / 128 * 128;
+                                  tile::shared_piece(Factors<C>::HOT * 4);
 };
 
 // What a warp's lanes own of states [K, width] in memory, 16 columns from `column`: f(n, e, offset) for their element
@@ -41,6 +41,39 @@ __device__ __forceinline__ void each_owned(int K, int width, int column, const F
 #pragma unroll
     for (int e = 0; e < 4; e++)
       if (8 * n + c + e % 2 < K && v + e / 2 * 8 < width) f(n, e, at + e % 2 * apart + e / 2 * 8);
+}
+
+// S^T += X^T rows, from results X^T [16, COUNT]: COUNT tokens, rows[first ..], x[token / 8]. `down`: lane_place_down(rows).
+template <class T, int KP, int COUNT, class Down>
+__device__ __forceinline__ void add_tokens(float (&state)[KP / 8][4], const Tile<T, KP>& rows, const Down& down, int first,
+                                           const float (*x)[4]) {
+  using Op = Operand<T>;
+#pragma unroll
+  for (int step = 0; step < COUNT; step += Op::STEP) {
+    const auto a = Op::accumulators(x + step / 8);
+#pragma unroll
+    for (int m = 0; m < KP / 8; m += 2) {
+      typename Op::B b[2];
+      Op::load_columns(b, rows, down, first + step, 8 * m);
+      Op::multiply(state[m], a, b[0]), Op::multiply(state[m + 1], a, b[1]);
+    }
+  }
+}
+
+// S^T += factor times what edit e adds, in the warp's value columns from `column`.
+template <int KP>
+__device__ __forceinline__ void add_edit(float (&state)[KP / 8][4], const Problem& p, int64_t e, int column, float factor) {
+  const int lane = tile::fresh(tile::lane()), g = lane / 4, c = 2 * (lane % 4), columns = p.V - column;
+  const float* right = p.edits.right + e * p.V + column;
+  const float w[2] = {g < columns ? factor * right[g] : 0.0f, g + 8 < columns ? factor * right[g + 8] : 0.0f};
+#pragma unroll
+  for (int m = 0; m < KP / 8; m++)
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const int k = 8 * m + c + i;
+      const float left = k < p.K ? p.edits.left[e * p.K + k] : 0.0f;
+      state[m][i] += left * w[0], state[m][2 + i] += left * w[1];
+    }
 }
 
 // The edits of one (sequence, value head), passed in order of position.
@@ -373,33 +406,11 @@ __global__ void __launch_bounds__(32 * WARPS) walk(const __grid_constant__ Probl
     for (int j = 0; j < NC; j++)
 #pragma unroll
       for (int e = 0; e < 4; e++) u[j][e] *= now.factors[F::WRITE + 8 * j + c + e % 2];
-#pragma unroll
-    for (int step = 0; step < C; step += STEP) {
-      const auto a = Op::accumulators(&u[step / 8]);
-#pragma unroll
-      for (int m = 0; m < NK; m += 2) {
-        typename Op::B b[2];
-        Op::load_columns(b, now.k, down, step, 8 * m);
-        Op::multiply(state[m], a, b[0]), Op::multiply(state[m + 1], a, b[1]);
-      }
-    }
+    add_tokens<T, KP, C>(state, now.k, down, 0, u);
     if (edited) {
-      const int lane = tile::fresh(tile::lane()), g = lane / 4, c = 2 * (lane % 4);
 #pragma unroll 1
-      for (int64_t e = edits_begin; e < edits_end; e++) {
-        if (p.edits.index[4 * e + 3] == 1) continue;
-        const float decayed = p.edit_factors[e * E::SIZE + E::END];
-        const float* right = p.edits.right + e * p.V + column;
-        const float w[2] = {g < columns ? decayed * right[g] : 0.0f, g + 8 < columns ? decayed * right[g + 8] : 0.0f};
-#pragma unroll
-        for (int m = 0; m < NK; m++)
-#pragma unroll
-          for (int i = 0; i < 2; i++) {
-            const int k = 8 * m + c + i;
-            const float left = k < p.K ? p.edits.left[e * p.K + k] : 0.0f;
-            state[m][i] += left * w[0], state[m][2 + i] += left * w[1];
-          }
-      }
+      for (int64_t e = edits_begin; e < edits_end; e++)
+        if (p.edits.index[4 * e + 3] != 1) add_edit<KP>(state, p, e, column, p.edit_factors[e * E::SIZE + E::END]);
     }
     if (p.stages == 1 && chunk + 1 < end) {
       tile::sync();

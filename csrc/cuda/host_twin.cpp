@@ -296,7 +296,7 @@ void* take(size_t bytes) {
   Thread& me = now->threads[now->running];
   const size_t place = me.pieces++;
   if (place == now->pieces.size()) {
-    now->shared_used += (bytes + 127) / 128 * 128;
+    now->shared_used += shared_piece(bytes);
     if (now->shared_used > now->shared_limit)
       fail("shared memory: " + std::to_string(now->shared_used) + " bytes taken, " + std::to_string(now->shared_limit) +
                " asked for at launch", {"Shared::take", static_cast<int>(place)});

@@ -36,6 +36,9 @@ struct Grid {
   unsigned x = 1, y = 1, z = 1;
 };
 
+// Bytes of shared memory that a piece of so many takes. For the host, which asks for their sum.
+constexpr size_t shared_piece(size_t bytes) { return (bytes + 127) / 128 * 128; }
+
 }  // namespace writesae::tile
 
 #if defined(__CUDACC__)
