@@ -44,6 +44,16 @@ struct Gates {
     }
   }
 
+  // Into shared memory and back, each lane its own: [2][C].
+  __device__ __forceinline__ void put(float* to) const {
+#pragma unroll
+    for (int i = 0; i < EACH; i++) to[tile::lane() * EACH + i] = beta[i], to[C + tile::lane() * EACH + i] = g[i];
+  }
+  __device__ __forceinline__ void take(const float* from) {
+#pragma unroll
+    for (int i = 0; i < EACH; i++) beta[i] = from[tile::lane() * EACH + i], g[i] = from[C + tile::lane() * EACH + i];
+  }
+
   // The log-decay from the chunk's start, as a whole number and a rest.
   __device__ __forceinline__ void sum(float* whole, float* rest) const {
     double total = 0, mine[EACH];
@@ -128,6 +138,7 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK, KP <= 128 ? 3 : 2) prep
   tile::commit_copies();
   Gates<C> mine;
   mine.load(p, s, first, first + count, warp < group ? hk * group + warp : p.H);
+  mine.put(gates + warp * 3 * C);  // the products need the registers
   tile::wait_copies<0>();
   tile::sync();
 
@@ -166,7 +177,12 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK, KP <= 128 ? 3 : 2) prep
 
   for (int batch = 0; batch < group; batch += WARPS) {
     // Gates: a warp per value head.
-    if (batch > 0) mine.load(p, s, first, first + count, batch + warp < group ? hk * group + batch + warp : p.H);
+    if (batch == 0) {
+      mine.take(gates + warp * 3 * C);
+    } else {
+      mine.load(p, sequence<C>(p, tile::fresh(n)), first, first + count,
+                batch + warp < group ? hk * group + batch + warp : p.H);
+    }
     {
       constexpr int EACH_GATE = Gates<C>::EACH;
       float whole[EACH_GATE], rest[EACH_GATE];

@@ -90,7 +90,7 @@ struct EditWalk {
 // FULL: outputs and everything asked for. Otherwise only the state at the end of each segment from a zero start (`adds`), and
 // the end of a unit start without values (`moves`), for `join`.
 template <class T, int KP, int WARPS, bool FULL>
-__global__ void __launch_bounds__(32 * WARPS) walk(const __grid_constant__ Problem p) {
+__global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __grid_constant__ Problem p) {
   using Op = Operand<T>;
   constexpr int C = Op::CHUNK, STEP = Op::STEP, THREADS = 32 * WARPS, EACH = Tile<T, KP>::EACH;
   constexpr int IMAGE = Triangle<T, C>::SIZE, FACTORS = (Factors<C>::HOT + 31) / 32 * 32, NC = C / 8, NK = KP / 8;
@@ -117,15 +117,15 @@ __global__ void __launch_bounds__(32 * WARPS) walk(const __grid_constant__ Probl
   };
 
   // ---- where -------------------------------------------------------------------------------------------------------
-  const int warp = tile::warp(), lane = tile::lane(), thread = tile::thread();
+  const int warp = tile::warp();
   const int value_tiles = (p.V + 16 * WARPS - 1) / (16 * WARPS);
   const int tiles = value_tiles + (FULL ? 0 : (p.K + 16 * WARPS - 1) / (16 * WARPS));
   int rest_of = tile::block_x();
   const int column_tile = rest_of % tiles;
   rest_of /= tiles;
-  const int h = rest_of % p.H;
+  const int h = rest_of % p.H, value_head = h;
   rest_of /= p.H;
-  const int segment = rest_of % p.segments, n = rest_of / p.segments, hk = h / (p.H / p.Hk);
+  const int segment = rest_of % p.segments, n = rest_of / p.segments, key_head = h / (p.H / p.Hk);
   const Sequence s = sequence<C>(p, n);
   const int64_t origin = s.row * p.T + s.origin;  // the sequence's first token, of all tokens
   const int length = static_cast<int>(s.length), chunks = (length + C - 1) / C, begin = segment * p.segment_chunks;
@@ -135,18 +135,27 @@ __global__ void __launch_bounds__(32 * WARPS) walk(const __grid_constant__ Probl
   const bool moves = !FULL && column_tile >= value_tiles;
   const int column = (column_tile - (moves ? value_tiles : 0)) * 16 * WARPS + 16 * warp;  // of the warp
   const int columns = (moves ? p.K : p.V) - column;                                      // may be <= 0
-  const int64_t head = static_cast<int64_t>(n) * p.H + h;
+
+  // Beside a large state there are no registers for places that all chunks share: they are made anew.
+  const auto again = [](auto x) {
+    if constexpr (KP > 128) return tile::fresh(x);
+    return x;
+  };
+  const auto head = [&] { return static_cast<int64_t>(again(n)) * p.H + value_head; };
+  const auto slot = [&](int chunk) { return sequence<C>(p, again(n)).first_slot + chunk; };
 
   // ---- the next chunk's copies --------------------------------------------------------------------------------------
   const auto issue = [&](const Stage& to, int chunk) {
+    const int thread = again(tile::thread()), lane = thread % tile::WARP, h = again(value_head), hk = again(key_head);
     const int first = chunk * C, left = length - first;
+    const Sequence s = sequence<C>(p, again(n));
     const int64_t at = (s.first_slot + chunk) * p.H + h;
     constexpr int UNITS = KP / EACH, SLAB_UNITS = 16 / EACH, APART = THREADS / UNITS, SLAB_APART = 32 / SLAB_UNITS;
     const auto rows = [&](const Tile<T, KP>& tile, const Rows& from) {
       const int row = thread / UNITS, column = thread % UNITS * EACH;
       const int64_t step = tile::fresh(APART * from.stride[1]);
       const T* x = from.template at<T>(s.row, s.origin + first + row, hk) + column;
-#pragma unroll
+#pragma unroll(KP > 128 ? 2 : C / APART)
       for (int i = 0; i < C / APART; i++, x += step)
         tile::copy_16(tile.at(row + i * APART, column), x, row + i * APART < left && column < from.width);
     };
@@ -182,7 +191,7 @@ __global__ void __launch_bounds__(32 * WARPS) walk(const __grid_constant__ Probl
   if (moves) {
     each_owned<KP>(p.K, p.K, column, [&](int i, int e, int64_t at) { state[i][e] = static_cast<int>(at) % (p.K + 1) == 0 ? 1.0f : 0.0f; });
   } else if (FULL && (segment > 0 || p.initial_state != nullptr)) {
-    const float* from = segment > 0 ? p.adds + (head * p.segments + segment - 1) * p.K * p.V : p.initial_state + head * p.K * p.V;
+    const float* from = segment > 0 ? p.adds + (head() * p.segments + segment - 1) * p.K * p.V : p.initial_state + head() * p.K * p.V;
 #if WRITESAE_PLANT == 1  // a wrong carry: segments start from the state one further back
     if (segment > 1) from -= p.K * p.V;
 #endif
@@ -195,7 +204,6 @@ __global__ void __launch_bounds__(32 * WARPS) walk(const __grid_constant__ Probl
     const int half = p.stages == 2 ? (chunk - begin) % 2 : 0;
     const Stage now = stage(half);
     const int first = chunk * C, count = length - first < C ? length - first : C;
-    const int64_t slot = s.first_slot + chunk;
     tile::wait_copies<0>();
 #if WRITESAE_PLANT != 2  // a missing barrier
     tile::sync();
@@ -208,7 +216,7 @@ __global__ void __launch_bounds__(32 * WARPS) walk(const __grid_constant__ Probl
     const int edits_begin = edit.at;
     int edits_end = edit.at;
     int place = -1;
-    if (FULL && p.first_place != nullptr) place = p.first_place[slot] - 1;
+    if (FULL && p.first_place != nullptr) place = p.first_place[slot(chunk)] - 1;
 
     // ---- X^T = S^T K^T and Y^T = S^T Q^T ---------------------------------------------------------------------------
     float x[NC][4] = {}, y[PART][4] = {};
@@ -292,8 +300,14 @@ __global__ void __launch_bounds__(32 * WARPS) walk(const __grid_constant__ Probl
 #pragma unroll
             for (int e = 0; e < 4; e++) y[j][e] = 0;
 #pragma unroll
-          for (int step = 0; step < KP; step += STEP)
-            read_state(now.q, y, 8 * first_tile, 8 * PART, step, Op::accumulators(&state[step / 8]));
+          for (int step = 0; step < KP; step += STEP) {
+            float again[STEP / 8][4];  // or the state's operands stay in registers from part to part, and the state is spilled
+#pragma unroll
+            for (int i = 0; i < STEP / 8; i++)
+#pragma unroll
+              for (int e = 0; e < 4; e++) again[i][e] = tile::fresh(state[step / 8 + i][e]);
+            read_state(now.q, y, 8 * first_tile, 8 * PART, step, Op::accumulators(again));
+          }
         }
 #pragma unroll
         for (int j = 0; j < PART; j++)
@@ -339,7 +353,7 @@ __global__ void __launch_bounds__(32 * WARPS) walk(const __grid_constant__ Probl
 #pragma unroll 1
     for (; FULL && place >= 0; place = p.next_place[place] - 1) {
       const int lane = tile::fresh(tile::lane()), g = lane / 4, c = 2 * (lane % 4);
-      const float* factors = p.factors + (slot * p.H + h) * F::SIZE;
+      const float* factors = p.factors + (slot(chunk) * p.H + h) * F::SIZE;
       const int token = static_cast<int>(p.places[2 * static_cast<int64_t>(place) + 1]) - first;
       const float whole = factors[F::WHOLE + token], rest = factors[F::REST + token];
       const auto since = [&](int j) {
@@ -421,7 +435,7 @@ __global__ void __launch_bounds__(32 * WARPS) walk(const __grid_constant__ Probl
   // ---- the state at the end -------------------------------------------------------------------------------------------
   if (FULL && end < chunks) return;
   const int width = moves ? p.K : p.V;
-  float* to = FULL ? p.final_state + head * p.K * p.V : (moves ? p.moves : p.adds) + (head * p.segments + segment) * p.K * width;
+  float* to = FULL ? p.final_state + head() * p.K * p.V : (moves ? p.moves : p.adds) + (head() * p.segments + segment) * p.K * width;
   each_owned<KP>(p.K, width, column, [&](int i, int e, int64_t at) {
     to[at + (WRITESAE_PLANT == 3 ? width : 0)] = state[i][e];  // PLANT 3: out of bounds by a row
   });

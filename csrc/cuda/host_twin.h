@@ -207,6 +207,7 @@ inline float reciprocal_root(float x) { return 1.0f / std::sqrt(x); }
 
 inline int fresh(int x) { return x; }
 inline int64_t fresh(int64_t x) { return x; }
+inline float fresh(float x) { return x; }
 
 // ---- matrix products; shares as tile_device.cuh has them ------------------------------------------------------------
 

@@ -140,6 +140,10 @@ __device__ __forceinline__ int64_t fresh(int64_t x) {
   asm volatile("" : "+l"(x));
   return x;
 }
+__device__ __forceinline__ float fresh(float x) {
+  asm volatile("" : "+f"(x));
+  return x;
+}
 
 // ---- matrix products: d += a b on a 16 x 8 tile ---------------------------------------------------------------------
 // Shares of a thread, g = lane / 4, c = lane % 4 (PTX ISA, "Matrix Fragments"):
