@@ -10,11 +10,15 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
 from setuptools import setup
+
+sys.path.insert(0, os.path.abspath("csrc"))
+from sources import both_sides, kernels  # noqa: E402
 
 try:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
@@ -29,8 +33,6 @@ TORCH_TARGET = "0x020a000000000000"
 PYTHON_TARGET = "0x030A0000"
 ARCHITECTURES = os.environ.get("WRITESAE_CUDA_ARCHITECTURES") or "80 90a 100a 90-ptx"
 FLAGS = ["-O3", "-g0", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
-# Operators on tensors that are compiled once more for CUDA.
-BOTH_SIDES = ["csrc/gated_delta_rule.cpp", "csrc/encode.cpp"]
 
 
 def nvcc() -> str | None:
@@ -73,15 +75,17 @@ def compile_cuda(compiler: str, folder: Path) -> list[str]:
         if fresh and asked.exists() and asked.read_text() == line:
             return str(to)
         print(line, flush=True)
+        start = time.monotonic()
         out = subprocess.run(shlex.split(line), capture_output=True, text=True)
         if out.returncode:
             sys.exit(f"nvcc failed on {source}:\n{out.stdout}{out.stderr}")
         to.with_suffix(".ptxas.txt").write_text(out.stderr)
         asked.write_text(line)
+        print(f"{source} took {time.monotonic() - start:.0f} s", flush=True)
         return str(to)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(one, sorted(glob("csrc/cuda/*.cu"))))
+        return list(pool.map(one, (f"csrc/cuda/{name}" for name in kernels())))
 
 
 def cuda_runtime(compiler: str) -> list[str]:
@@ -133,7 +137,7 @@ def extension(name: str, sources: list[str], side: int, **options) -> CppExtensi
 CUDA = nvcc()
 extensions = [extension("_C_cpu", glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp"), 0)]
 if CUDA is not None:
-    sources = [*BOTH_SIDES, "csrc/cuda/library.cpp"]
+    sources = [*(f"csrc/{name}" for name in both_sides()), "csrc/cuda/library.cpp"]
     extensions.append(extension("_C_cuda", sources, 1, libraries=["dl", "rt", "pthread"]))
 setup(
     ext_modules=extensions,

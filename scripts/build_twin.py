@@ -19,7 +19,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PLANTED = "gated_delta_rule_f32.cu"
-BOTH_SIDES = ("gated_delta_rule.cpp", "encode.cpp")
+
+sys.path.insert(0, str(ROOT / "csrc"))
+from sources import both_sides, kernels  # noqa: E402
 
 
 def build(sanitize: bool = False, plant: int = 0, quiet: bool = True) -> Path:
@@ -37,8 +39,8 @@ def build(sanitize: bool = False, plant: int = 0, quiet: bool = True) -> Path:
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     headers = [p for pattern in ("*.h", "cuda/*.h", "cuda/*.cuh") for p in csrc.glob(pattern)]
     newest = max(p.stat().st_mtime for p in (*headers, Path(__file__)))
-    sources = [csrc / name for name in BOTH_SIDES]
-    sources += sorted([*(csrc / "cuda").glob("*.cu"), *(csrc / "cuda").glob("*.cpp")])
+    sources = [*(csrc / "cuda" / name for name in kernels()), *(csrc / name for name in both_sides())]
+    sources += sorted((csrc / "cuda").glob("*.cpp"))
 
     def run(command: list[str]) -> None:
         if not quiet:
