@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK, KP <= 128 ? 3 : 2) prep
     if (batch == 0) {
       mine.take(gates + warp * 3 * C);
     } else {
-      mine.load(p, sequence<C>(p, tile::fresh(n)), first, first + count,
+      mine.load(p, chunk_at<C>(p, tile::fresh(slot)).s, first, first + count,
                 batch + warp < group ? hk * group + batch + warp : p.H);
     }
     {
