@@ -11,7 +11,7 @@ constexpr int THREADS = 256, FEATURES = 4;  // features a warp
 constexpr int SEQUENCES = 8;                // a block goes through, its part of the dictionary then in cache
 
 template <int PER>  // elements a lane has of a vector
-__global__ void __launch_bounds__(THREADS) sums_kernel(EncodeParams p) {
+__global__ void __launch_bounds__(THREADS, 2) sums_kernel(EncodeParams p) {
   const int lane = tile::lane(), h = tile::block_y(), F = static_cast<int>(p.F), rank = static_cast<int>(p.rank);
   const int K = static_cast<int>(p.K), V = static_cast<int>(p.V), head = static_cast<int>(p.heads[h]);
   if (head < 0 || head >= p.H) return;

@@ -40,7 +40,7 @@ __global__ void cut_kernel(EncodeParams p, int length, int segments, Segment* ou
 constexpr int STATE_WARPS = 4, STATE_TILE = 32;
 
 template <Precision P>
-__global__ void __launch_bounds__(STATE_WARPS* tile::WARP) states_kernel(EncodeParams p, EncodeWork work, float* states,
+__global__ void __launch_bounds__(STATE_WARPS* tile::WARP, 3) states_kernel(EncodeParams p, EncodeWork work, float* states,
                                                                          float* reach) {
   constexpr int PLANES = P == Precision::fp32 ? 3 : 1;
   const Segment segment = work.segments[tile::block_x()];

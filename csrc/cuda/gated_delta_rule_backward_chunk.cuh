@@ -98,6 +98,8 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK) gradients(const __grid_
 #pragma unroll 1
     for (int v = 0; v < p.V; v += VT) {
       tile::sync();  // the last round's tiles have been read
+      const int thread = tile::fresh(tile::thread());  // as above: the products below need every register
+      const int64_t first_row = tile::fresh(row) * p.T + token;
       const int64_t state_at = (slot * p.H + tile::fresh(h)) * p.V;
       constexpr int VALUE_UNITS = VT / EACH, KEY_UNITS = KT / EACH;
 #pragma unroll 4

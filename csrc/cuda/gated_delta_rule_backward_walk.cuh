@@ -84,7 +84,7 @@ __device__ __forceinline__ void leave_state(const float (&state)[KP / 8][4], con
 }
 
 template <class T, int KP>
-__global__ void __launch_bounds__(32 * BACK_WARPS) starts(const __grid_constant__ Backward b) {
+__global__ void __launch_bounds__(32 * BACK_WARPS, KP <= 64 ? 4 : 1) starts(const __grid_constant__ Backward b) {
   using Op = Operand<T>;
   constexpr int C = Op::CHUNK, NK = KP / 8;
   using F = Factors<C>;

@@ -40,13 +40,14 @@ __global__ void __launch_bounds__(512) step(const __grid_constant__ GatedDeltaRu
   const int tiles = (V + WIDTH - 1) / WIDTH, column = tile::block_x() % tiles * WIDTH + lane * VECTOR;
   const int64_t bh = tile::block_x() / tiles, b = bh / p.H, h = bh % p.H, hk = h / (p.H / p.Hk);
   const bool inside = column < V;  // VECTOR divides V
-  float* at = p.state + bh * K * V + column;
+  // Of the warp's first key; made anew where it is needed, or 16 addresses stay in registers from the loads to the stores.
+  const auto place = [&] { return p.state + (tile::fresh(bh) * K + warp * KEYS) * V + column; };
   Floats<VECTOR> s[KEYS];
+  const float* from = place();
 #pragma unroll
-  for (int i = 0; i < KEYS; i++) {
-    const int key = warp * KEYS + i;
+  for (int i = 0; i < KEYS; i++, from += V) {
     s[i] = {};
-    if (inside && key < K) s[i] = *reinterpret_cast<const Floats<VECTOR>*>(at + static_cast<int64_t>(key) * V);
+    if (inside && warp * KEYS + i < K) s[i] = *reinterpret_cast<const Floats<VECTOR>*>(from);
   }
 
   tile::Shared shared;
@@ -127,11 +128,10 @@ __global__ void __launch_bounds__(512) step(const __grid_constant__ GatedDeltaRu
     }
   }
   if (!inside) return;
+  float* to = place();
 #pragma unroll
-  for (int j = 0; j < KEYS; j++) {
-    const int key = warp * KEYS + j;
-    if (key < K) *reinterpret_cast<Floats<VECTOR>*>(at + static_cast<int64_t>(key) * V) = s[j];
-  }
+  for (int j = 0; j < KEYS; j++, to += V)
+    if (warp * KEYS + j < K) *reinterpret_cast<Floats<VECTOR>*>(to) = s[j];
   if (warp != 0) return;
 #pragma unroll
   for (int l = 0; l < VECTOR; l++) {
