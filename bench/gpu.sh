@@ -33,7 +33,9 @@ fi
 
 if [ $dry = 1 ]; then
   twin=${TWIN:-$("$python" scripts/build_twin.py 2>"$out/build.log")} || { tail "$out/build.log"; exit 1; }
-  step tests 300 "$python" -m pytest -q -p no:cacheprovider --targets twin --twin "$twin" tests/test_gated_delta_rule.py tests/test_cuda_encode.py -k "test_sizes"
+  step tests 300 "$python" -m pytest -q -p no:cacheprovider --targets twin --twin "$twin" \
+    tests/test_gated_delta_rule.py tests/test_gated_delta_rule_backward.py tests/test_encode_gradient.py \
+    tests/test_cuda_encode.py -k "test_sizes and (32- or test_cuda_encode)"
   echo "skipped compute-sanitizer (dry run)" | tee -a "$out/summary.txt"
   step benchmark 300 "$python" -m writesae.cli bench --gpu --dry "$twin" --fresh --out "$out/rows"
 else

@@ -18,7 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PLANTED = "gated_delta_rule_f32.cu"
+# The file that each planted fault (WRITESAE_PLANT) is compiled into.
+PLANTED = dict.fromkeys((1, 2, 3), "gated_delta_rule_f32.cu") | {4: "gated_delta_rule_backward_f32.cu"}
 
 sys.path.insert(0, str(ROOT / "csrc"))
 from sources import both_sides, kernels  # noqa: E402
@@ -61,7 +62,7 @@ def build(sanitize: bool = False, plant: int = 0, quiet: bool = True) -> Path:
     if of_both is not None:
         build(sanitize)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        own = [x for x in sources if of_both is None or x.name == PLANTED]
+        own = [x for x in sources if of_both is None or x.name == PLANTED[plant]]
         objects = list(pool.map(compile_one, own))
         objects += [(of_both / (x.name + ".o"), False) for x in sources if x not in own]
     library = folder / "twin.so"
@@ -75,7 +76,7 @@ def build(sanitize: bool = False, plant: int = 0, quiet: bool = True) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sanitize", action="store_true")
-    parser.add_argument("--plant", type=int, default=0)
+    parser.add_argument("--plant", type=int, default=0, choices=[0, *PLANTED])
     args = parser.parse_args()
     print(build(args.sanitize, args.plant, quiet=False))
 

@@ -4,7 +4,7 @@
 
 Steps: library (every kernel compiled by nvcc for every architecture, linked, and bound to torch's stable C interface
 only), ptxas (scripts/check_ptxas.py), twin (the operators' tests on the kernels compiled for the host, in both orders
-of execution, under the address and undefined-behaviour sanitizers), planted (faults put into a kernel on purpose are
+of execution, under the address and undefined-behaviour sanitizers), planted (faults put into kernels on purpose are
 noticed), dry (bench/gpu.sh without a GPU). Without nvcc the first two fail; WRITESAE_WITHOUT_NVCC=1 leaves them out,
 and says so.
 """
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from build_twin import build
@@ -27,11 +28,14 @@ OPERATORS = ("gated_delta_rule", "gated_delta_rule_backward", "encode", "encode_
 TESTS = [*(f"tests/test_{x}.py" for x in OPERATORS), *sorted(str(p) for p in (ROOT / "tests").glob("test_cuda_*.py"))]
 LIBRARIES = ROOT / "build" / "cuda-check"
 
-# What each planted fault of the kernels (WRITESAE_PLANT) is, and how it shows.
+# What each planted fault of the kernels (WRITESAE_PLANT) is, the tests to run, and how it shows there; the one that
+# writes out of bounds needs the sanitizers.
+FORWARD, BACKWARD = "tests/test_gated_delta_rule.py", "tests/test_gated_delta_rule_backward.py"
 PLANTS = {
-    1: ("a wrong carry between segments of a sequence", "relative RMS error"),
-    2: ("a missing barrier", "relative RMS error"),
-    3: ("a write out of bounds", "heap-buffer-overflow"),
+    1: ("a wrong carry between segments of a sequence", FORWARD, "relative RMS error"),
+    2: ("a missing barrier", FORWARD, "relative RMS error"),
+    3: ("a write out of bounds", FORWARD, "heap-buffer-overflow"),
+    4: ("a missing barrier of the backward", BACKWARD, "relative RMS error"),
 }
 
 
@@ -52,10 +56,12 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "LD_PRELOAD": " ".join(libraries), **sanitizers}
 
 
-def pytest(twin: Path, *options: str, **given) -> subprocess.CompletedProcess:
+def pytest(twin: Path, *options: str, sanitized: bool = True) -> subprocess.CompletedProcess:
+    """Run on one core; the output is captured."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--targets", "twin", "--twin", str(twin)]
     command.append("--capture=sys")  # a sanitizer writes its report past Python, and ends it
-    return subprocess.run([*command, *options], cwd=ROOT, env=environment(), **given)
+    given = {**(environment() if sanitized else os.environ), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, *options], cwd=ROOT, env=given, capture_output=True, text=True)
 
 
 def library() -> None:
@@ -89,19 +95,30 @@ def have_nvcc() -> bool:
 
 
 def twin() -> None:
-    if pytest(build(sanitize=True), *TESTS).returncode:
-        sys.exit("the operators' tests fail on the host twin under the sanitizers")
+    path, failed = build(sanitize=True), []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for test, done in zip(TESTS, pool.map(lambda test: pytest(path, test), TESTS), strict=True):
+            print(f"{test}: {done.stdout.splitlines()[-1] if done.stdout else 'no output'}", flush=True)
+            if done.returncode:
+                failed.append(test)
+                print(f"{done.stdout[-10000:]}{done.stderr[-10000:]}", flush=True)
+    if failed:
+        sys.exit(f"tests fail on the host twin under the sanitizers: {', '.join(failed)}")
 
 
 def planted() -> None:
-    for plant, (what, shown) in PLANTS.items():
-        done = pytest(
-            build(True, plant), "-x", "tests/test_gated_delta_rule.py", "-k", "test_long or test_lengths",
-            capture_output=True, text=True,
-        )  # fmt: skip
+    def look(plant: int) -> str:
+        what, test, shown = PLANTS[plant]
+        sanitize = plant == 3
+        done = pytest(build(sanitize, plant), "-x", test, "-k", "test_long or test_lengths", sanitized=sanitize)
         if done.returncode == 0 or shown not in done.stdout + done.stderr:
             sys.exit(f"{what} was planted and went unseen:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
-        print(f"planted and seen: {what}")
+        return what
+
+    build(), build(sanitize=True)  # the files without faults
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for what in pool.map(look, PLANTS):
+            print(f"planted and seen: {what}", flush=True)
 
 
 def dry() -> None:
