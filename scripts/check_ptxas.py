@@ -17,7 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,6 +37,9 @@ class Usage:
     spill_stores: int
     spill_loads: int
     shared: int  # static; dynamic shared memory is asked for at launch
+
+
+COLUMNS = ", ".join(field.name for field in fields(Usage))
 
 
 def parse(report: str) -> dict[tuple[str, str], Usage]:
@@ -109,9 +112,20 @@ def check(found: dict[str, dict[str, Usage]], table: dict, nvcc: str) -> tuple[l
             continue
         for arch, used in found[kernel].items():
             before = known[kernel].get(arch)
-            if before != asdict(used):
-                differences.append(f"{kernel} on {arch}: table {before}, build {asdict(used)}")
+            if before is None or Usage(*before) != used:
+                differences.append(f"{kernel} on {arch}: table {before}, build {list(astuple(used))} ({COLUMNS})")
     return errors, remarks
+
+
+def rows(found: dict[str, dict[str, Usage]]) -> dict[str, dict[str, list[int]]]:
+    return {kernel: {arch: list(astuple(used)) for arch, used in archs.items()} for kernel, archs in found.items()}
+
+
+def written(table: dict) -> str:
+    """JSON with one line a kernel."""
+    lines = [f"  {json.dumps(kernel)}: {json.dumps(archs)}" for kernel, archs in table["kernels"].items()]
+    head = json.dumps({name: value for name, value in table.items() if name != "kernels"}, indent=1)
+    return head.removesuffix("\n}") + ',\n "kernels": {\n' + ",\n".join(lines) + "\n }\n}\n"
 
 
 def nvcc_version(nvcc: str = "nvcc") -> str:
@@ -130,9 +144,8 @@ def main() -> int:
         return 1
     table = json.loads(TABLE.read_text()) if TABLE.exists() else {"may_spill": {}}
     if args.update:
-        kernels = {name: {arch: asdict(used) for arch, used in archs.items()} for name, archs in found.items()}
-        table = {"nvcc": nvcc, "may_spill": table["may_spill"], "kernels": kernels}
-        TABLE.write_text(json.dumps(table, indent=1) + "\n")
+        table = {"nvcc": nvcc, "may_spill": table["may_spill"], "columns": COLUMNS, "kernels": rows(found)}
+        TABLE.write_text(written(table))
     errors, remarks = check(found, table, nvcc)
     for remark in remarks:
         print(f"remark: {remark}")

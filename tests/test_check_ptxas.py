@@ -1,5 +1,6 @@
 """The reader and judge of ptxas' reports; the reports themselves are made and checked by `make cuda-check`."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -28,8 +29,7 @@ def usage(**change):
 
 
 def table(found, nvcc="13.0.88", may_spill=None):
-    kernels = {name: {arch: vars(used) for arch, used in archs.items()} for name, archs in found.items()}
-    return {"nvcc": nvcc, "may_spill": may_spill or {}, "kernels": kernels}
+    return {"nvcc": nvcc, "may_spill": may_spill or {}, "kernels": check_ptxas.rows(found)}
 
 
 def test_report_is_read(tmp_path):
@@ -71,3 +71,16 @@ def test_every_architecture_and_kernel_is_there():
         f"{KERNEL} was not compiled for sm_100a", f"{KERNEL} was not compiled for sm_90a",
     ]  # fmt: skip
     assert "in the table only" in check_ptxas.check({}, table(found), "13.0.88")[0][0]
+
+
+def test_the_committed_table():
+    """Of every architecture, and only what needs its registers most may spill."""
+    committed = json.loads(check_ptxas.TABLE.read_text())
+    assert committed == json.loads(check_ptxas.written(committed))
+    assert len(committed["kernels"]) > 100
+    spilling = set()
+    for kernel, archs in committed["kernels"].items():
+        assert archs.keys() == check_ptxas.SHARED.keys()
+        spilling |= {kernel for used in archs.values() if check_ptxas.Usage(*used).spill_loads}
+    assert spilling == committed["may_spill"].keys()
+    assert all(", 256" in kernel for kernel in spilling)
