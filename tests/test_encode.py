@@ -288,6 +288,7 @@ def test_memory_stays_at_a_block_of_tokens(backend, T, threads):
     """64 MB beyond inputs and outputs; `[T, F]` of one head alone would be 512 (cpu) or 48 (reference). Every byte that
     malloc hands out is poisoned as well, which the kernel's own scratch must survive."""
     environment = {**os.environ, "MALLOC_PERTURB_": "3"}
+    environment.pop("LD_PRELOAD", None)  # a sanitizer keeps freed memory
     done = subprocess.run(
         [sys.executable, "-c", MEMORY, backend, str(T), str(threads)], capture_output=True, text=True, env=environment
     )
