@@ -24,8 +24,10 @@ from pathlib import Path
 from build_twin import build
 
 ROOT = Path(__file__).resolve().parents[1]
-OPERATORS = ("gated_delta_rule", "gated_delta_rule_backward", "encode", "encode_gradient")
-TESTS = [*(f"tests/test_{x}.py" for x in OPERATORS), *sorted(str(p) for p in (ROOT / "tests").glob("test_cuda_*.py"))]
+# Those that take longest first, so that all cores are busy to the end.
+OPERATORS = ("encode_gradient", "encode", "gated_delta_rule_backward", "gated_delta_rule")
+TESTS = [f"tests/test_{x}.py" for x in OPERATORS]
+TESTS += sorted((f"tests/{path.name}" for path in (ROOT / "tests").glob("test_cuda_*.py")), reverse=True)
 LIBRARIES = ROOT / "build" / "cuda-check"
 
 # What each planted fault of the kernels (WRITESAE_PLANT) is, the tests to run, and how it shows there; the one that
