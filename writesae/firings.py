@@ -51,8 +51,9 @@ class Firings:
         return Firings(**{name: getattr(self, name)[index] for name in _DTYPES})
 
     @classmethod
-    def empty(cls) -> Firings:
-        return cls(**{name: torch.empty(0, dtype=dtype) for name, dtype in _DTYPES.items()})
+    def empty(cls, n: int = 0) -> Firings:
+        """n firings whose columns are to be filled."""
+        return cls(**{name: torch.empty(n, dtype=dtype) for name, dtype in _DTYPES.items()})
 
     @classmethod
     def cat(cls, parts: Iterable[Firings]) -> Firings:

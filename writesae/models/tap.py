@@ -15,12 +15,12 @@ from .. import ops
 from ..edits import Edits
 from ..firings import Firings
 from ..writes import Writes
+from .gather import Columns, Coming, Gathered, TopK
 from .hf_gated_delta import Frame, LayerSite
 from .transfer import ToHost
 
 DENSE_KINDS = ("matrix", "flat")  # their encoder reads whole states
 _DENSE_BLOCK = 64  # states held at a time on that path
-_UNDER_WAY = 2**30  # bytes of codes that may wait on the host for somebody to ask for firings
 
 
 @dataclass(eq=False)
@@ -59,9 +59,10 @@ class Tap:
         self._record_writes = options["record_writes"]
         self._encoding = {"backend": options["backend"], "precision": options["precision"]}
         self._lock = threading.Lock()
-        self._parts: list[Firings | _Coming] = []
+        self._gathered = Gathered()
         self._checks: list[_Check] = []
         self._groups: dict[int, list[_Group]] = {}
+        self._fire_per_token = 0  # of all layers, top-k alone
         self._dense: dict[int, dict[int, object]] = {}
         self._carries: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # cache -> {(layer, group): ...}
 
@@ -79,8 +80,7 @@ class Tap:
         """
         with self._lock:
             self._require_finite()
-            self._parts = [_joined(self._parts)]
-            return self._parts[0]
+            return self._gathered.joined()
 
     def take(self) -> Callable[[], Firings]:
         """Hands over the firings since the last `clear` or `take`, as a function that returns them when called.
@@ -88,12 +88,12 @@ class Tap:
         A model on a device can be fed the next batch before that. The function raises what `firings` would.
         """
         with self._lock:
-            parts, checks, self._parts, self._checks = self._parts, self._checks, [], []
+            gathered, checks, self._gathered, self._checks = self._gathered, self._checks, Gathered(), []
 
         def firings() -> Firings:
             for check in checks:
                 check.require()
-            return _joined(parts)
+            return gathered.joined()
 
         return firings
 
@@ -101,7 +101,7 @@ class Tap:
         """Forgets the firings and writes seen so far. `calls` counts on; a cached generation goes on unharmed."""
         with self._lock:
             self._require_finite()
-            self._parts, self.writes, self.write_gradients, self.starts = [], {}, {}, {}
+            self._gathered, self.writes, self.write_gradients, self.starts = Gathered(), {}, {}, {}
 
     def _require_finite(self) -> None:
         """Raises for the first of the checks on their way that found something. With the lock held."""
@@ -133,6 +133,7 @@ class Tap:
                         [torch.as_tensor(m[1].threshold, dtype=torch.float32).detach().expand(F) for m in members]
                     )
                 self._groups.setdefault(layer, []).append(_Group([m[0] for m in members], *stacked, k, threshold))
+                self._fire_per_token += len(members) * k * top
         if self._dense:
             where = ", ".join(f"layer {layer} head {head}" for layer, by in self._dense.items() for head in by)
             warnings.warn(
@@ -211,14 +212,15 @@ class Tap:
         """Takes in one call of one hooked layer. Thread-safe."""
         layer = frame.site.layer_index
         parts = self._firings_of(layer, frame, writes, initial_state, final_state)
+        B, T = writes.right.shape[:2]
+        room = B * T * self._fire_per_token
         if self._record_writes and initial_state is not None:
             # The cache updates its state in place, and these writes outlive the call.
             writes = replace(writes, initial_state=writes.initial_state.clone())
         with self._lock:
-            self._parts.extend(p for p in parts if isinstance(p, _Coming) or len(p))
+            for part in parts:
+                self._gathered.add(part, room)
             self.calls[layer] += 1
-            if sum(p.nbytes for p in self._parts if isinstance(p, _Coming)) > _UNDER_WAY:
-                self._parts = [_joined(self._parts)]
             if self._record_writes:
                 self.writes[layer], self.starts[layer] = writes, frame.start
 
@@ -226,13 +228,14 @@ class Tap:
     def _firings_of(self, layer: int, frame: Frame, writes: Writes, initial_state, final_state) -> list:
         parts = []
         if layer in self._groups or layer in self._dense:
-            columns = _Columns.of(writes, frame)
+            columns = Columns.of(writes, frame.start, frame.mask)
             for i, group in enumerate(self._groups.get(layer, ())):
                 codes = self._encode(group, (layer, i), frame.cache, writes, initial_state, final_state)
-                if codes.offsets is None and writes.right.device.type != "cpu":
-                    parts.append(_Coming.of(codes, group.heads, columns, layer))
+                if codes.offsets is None:
+                    found = TopK(codes.values.detach(), codes.indices, group.heads, columns, layer)
+                    parts.append(found if found.values.device.type == "cpu" else Coming.of(found))
                 else:  # above a threshold: as many as there are, so a device has been waited for already
-                    parts.append(_firings(codes, group.heads, columns, layer))
+                    parts.append(_above(codes, group.heads, columns, layer))
             for head, sae in self._dense.get(layer, {}).items():
                 parts.extend(_dense_firings(sae, writes, head, columns, layer))
         return parts
@@ -257,56 +260,6 @@ class Tap:
             with self._lock:
                 self._carries.setdefault(cache, {})[key] = (state, codes.carry)
         return codes
-
-
-@dataclass(eq=False)
-class _Columns:
-    """Row and position of every token of a call, and which are real."""
-
-    row: Tensor  # [B, T]
-    position: Tensor  # [B, T]
-    real: Tensor | None  # [B, T] bool
-
-    @classmethod
-    def of(cls, writes: Writes, frame: Frame) -> _Columns:
-        B, T = writes.right.shape[:2]
-        device = writes.right.device
-        at = torch.arange(T, device=device)
-        if writes.cu_seqlens is None:
-            row, position = torch.arange(B, device=device)[:, None], (at + frame.start)[None]
-        else:
-            cu = writes.cu_seqlens.to(device)
-            row = (torch.searchsorted(cu, at, right=True) - 1)[None]
-            position = at[None] - cu[row]
-        return cls(row.expand(B, T), position.expand(B, T), None if frame.mask is None else frame.mask.to(device))
-
-
-@dataclass(eq=False)
-class _Coming:
-    """Top-k codes of one call, on their way from a device; which of them are firings is seen on the host."""
-
-    transfer: ToHost
-    heads: list[int]
-    layer: int
-    nbytes: int
-
-    @classmethod
-    def of(cls, codes, heads: list[int], columns: _Columns, layer: int) -> _Coming:
-        values = codes.values if columns.real is None else codes.values * columns.real[:, :, None, None]
-        parts = values.float(), codes.indices.int(), columns.row.int(), columns.position.int()
-        transfer = ToHost(parts)
-        return cls(transfer, heads, layer, transfer.nbytes)
-
-    def firings(self) -> Firings:
-        values, indices, row, position = self.transfer.get()
-        codes = ops.Codes(values, indices, None, None, tuple(self.heads))
-        return _firings(codes, self.heads, _Columns(row, position, None), self.layer)
-
-
-def _joined(parts: list[Firings | _Coming]) -> Firings:
-    landed = [part.firings() if isinstance(part, _Coming) else part for part in parts]
-    landed = [part for part in landed if len(part)]
-    return landed[0] if len(landed) == 1 else Firings.cat(landed)
 
 
 @dataclass(eq=False)
@@ -354,30 +307,17 @@ class _Place:
         )
 
 
-def _firings(codes, heads: list[int], columns: _Columns, layer: int) -> Firings:
-    """Codes of every token to the firings among them, without a loop over tokens."""
-    B, T = columns.row.shape
-    shape = (B, T, len(heads))
-    fires = codes.values > 0  # [B, T, Hs, k], or [n]
-    if codes.offsets is None:
-        if columns.real is not None:
-            fires &= columns.real[:, :, None, None]
-        counts = fires.sum(-1).flatten()
-    else:
-        if columns.real is not None:
-            real = columns.real[:, :, None].expand(shape).flatten()
-            fires &= real.repeat_interleave(codes.offsets.diff())
-        counts = torch.cat([fires.new_zeros(1, dtype=torch.int64), fires.cumsum(0)])[codes.offsets].diff()
-    every = bool(fires.all())
+def _above(codes, heads: list[int], columns: Columns, layer: int) -> Firings:
+    """Codes above a threshold to firings, without a loop over tokens."""
+    shape = (*columns.row.shape, len(heads))
+    fires, counts = codes.values > 0, codes.offsets.diff()
+    if columns.real is not None:
+        fires &= columns.real[:, :, None].expand(shape).flatten().repeat_interleave(counts)
+    place = torch.arange(len(counts), device=fires.device).repeat_interleave(counts)[fires]
     head = torch.tensor(heads, dtype=torch.int32).to(fires.device, non_blocking=True)
     per_site = (columns.row[:, :, None], columns.position[:, :, None], head)
-    if every and codes.offsets is None:  # the usual case, and a matter of copies
-        row, position, head = (x.to(torch.int32).expand(shape)[..., None].expand_as(fires).flatten() for x in per_site)
-    else:
-        place = torch.arange(B * T * len(heads), device=fires.device).repeat_interleave(counts)
-        row, position, head = (x.to(torch.int32).expand(shape).flatten()[place] for x in per_site)
-    value, feature = (x.flatten() if every else x[fires] for x in (codes.values, codes.indices))
-    return _columns_to_firings(row, position, layer, head, feature, value)
+    row, position, head = (x.to(torch.int32).expand(shape).flatten()[place] for x in per_site)
+    return _columns_to_firings(row, position, layer, head, codes.indices[fires], codes.values[fires])
 
 
 def _columns_to_firings(row, position, layer: int, head, feature, value) -> Firings:
@@ -385,7 +325,7 @@ def _columns_to_firings(row, position, layer: int, head, feature, value) -> Firi
     return Firings(row, position, torch.full_like(row, layer), head, feature, value.detach().to("cpu", torch.float32))
 
 
-def _dense_firings(sae, writes: Writes, head: int, columns: _Columns, layer: int) -> Iterator[Firings]:
+def _dense_firings(sae, writes: Writes, head: int, columns: Columns, layer: int) -> Iterator[Firings]:
     """Firings of a dictionary with a dense encoder, from states rebuilt a block at a time."""
     group = writes.right.shape[2] // writes.left.shape[2]
     planned = writes.edits
