@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from ..firings import Firings
 from . import files
 from .corpus import Corpus
 from .modes import Features
@@ -112,7 +111,7 @@ def estimate(
     shard = Shard(0, chosen)
     began = time.perf_counter()
     for rows, t, mask in batches(chosen, batch, context):
-        shard.found.append((rows, source.firings(t, mask)))
+        shard.found.add(rows, source.firings(t, mask))
     seconds = time.perf_counter() - began
     seen = sum(len(p.tokens) for p in chosen)
     features = Features(source.sites)
@@ -134,8 +133,3 @@ def _stored_size(columns, features: Features) -> float:
     table = firings_table(columns, features)
     pq.write_table(table, stored, row_group_size=files.ROW_GROUP, **files.parquet_options(files.FIRINGS))
     return stored.tell() / len(columns)
-
-
-def found_of(rows: np.ndarray, firings: Firings) -> tuple[np.ndarray, Firings]:
-    """Firings on the CPU, detached from the model's own memory."""
-    return rows, Firings(**{name: column.detach().cpu() for name, column in firings.columns().items()})

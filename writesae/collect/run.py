@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from . import files
 from .corpus import Corpus
-from .estimate import Estimate, batches, estimate, found_of
+from .estimate import Estimate, batches, estimate
 from .finish import finish
 from .modes import MODES, Features, Selection
 from .passages import Cursor, Passage, passages
@@ -151,13 +151,14 @@ class _Session:
                         began = time.perf_counter()
                         under_way.append((rows, begin(self.source, tokens, mask)))
                         if len(under_way) > ahead:
-                            shard.found.append(_fetch(under_way.pop(0)))
+                            _fetch(shard, under_way.pop(0))
                         self.forward += time.perf_counter() - began
                         real = int(mask.sum())
                         self.tokens += real
                         bar.update(real)
                     began = time.perf_counter()
-                    shard.found.extend(_fetch(batch) for batch in under_way)
+                    for batch in under_way:
+                        _fetch(shard, batch)
                     self.forward += time.perf_counter() - began
                     writer.submit(shard)
                     if stop.is_set():
@@ -202,9 +203,9 @@ class _Session:
         }  # fmt: skip
 
 
-def _fetch(batch):
+def _fetch(shard: Shard, batch) -> None:
     rows, firings = batch
-    return found_of(rows, firings())
+    shard.found.add(rows, firings())
 
 
 def _shards(events, number: int, size: int):
