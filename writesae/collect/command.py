@@ -58,9 +58,11 @@ def run(args: argparse.Namespace) -> int:
         print(f"skipped {len(corpus.skipped)} files that are not text, {len(corpus.files)} left", file=sys.stderr)
     require_device(args.device)
     from ..models import load
+    from . import files
     from .run import collect
     from .source import ModelSource
 
+    files.one_heap()
     dictionaries = _dictionaries(args)
     model, tokenizer = load(args.model)
     source = ModelSource(model.to(args.device), dictionaries, accelerate=args.accelerate)

@@ -160,6 +160,7 @@ class _Session:
                     for batch in under_way:
                         _fetch(shard, batch)
                     self.forward += time.perf_counter() - began
+                    files.release_memory()  # between forward passes little is in use, and most can go back
                     writer.submit(shard)
                     if stop.is_set():
                         break
