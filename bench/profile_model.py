@@ -13,17 +13,18 @@ from collections import Counter
 import torch
 
 import writesae
-from writesae.bench.bench_model import TOKENS, RandomDictionary, full_size, linear_layers
+from writesae.bench.bench_model import TOKENS, every_head, full_size
 
-KINDS = {  # operators that do the work themselves; the rest goes by its own name
-    "aten::mm": "linear products", "aten::addmm": "linear products", "aten::bmm": "products of many matrices",
-    "aten::baddbmm": "products of many matrices", "aten::linalg_solve_triangular": "triangular solves",
-    "aten::_scaled_dot_product_flash_attention_for_cpu": "attention", "aten::copy_": "copies",
-    "aten::mul": "multiply, add, sigmoid, ...", "aten::add": "multiply, add, sigmoid, ...",
-    "aten::sub": "multiply, add, sigmoid, ...", "aten::silu": "multiply, add, sigmoid, ...",
-    "aten::sigmoid": "multiply, add, sigmoid, ...", "aten::exp": "multiply, add, sigmoid, ...",
-    "aten::pow": "multiply, add, sigmoid, ...", "aten::mean": "multiply, add, sigmoid, ...",
-}  # fmt: skip
+# Operators that do the work themselves; the rest goes by its own name.
+KINDS = {
+    "linear products": ("aten::mm", "aten::addmm"),
+    "products of many matrices": ("aten::bmm", "aten::baddbmm"),
+    "triangular solves": ("aten::linalg_solve_triangular",),
+    "attention": ("aten::_scaled_dot_product_flash_attention_for_cpu",),
+    "copies": ("aten::copy_",),
+    "multiply, add, sigmoid, ...": tuple(f"aten::{x}" for x in "mul add sub silu sigmoid exp pow mean".split()),
+}
+KIND_OF = {operator: kind for kind, operators in KINDS.items() for operator in operators}
 
 
 def profile(what: str, run) -> None:
@@ -35,7 +36,7 @@ def profile(what: str, run) -> None:
         run()
     taken, calls = Counter(), Counter()
     for event in profiler.key_averages():
-        kind = KINDS.get(event.key, event.key)
+        kind = KIND_OF.get(event.key, event.key)
         taken[kind] += event.self_cpu_time_total / 1e3
         calls[kind] += event.count
     print(f"{what}: {whole:.0f} ms, under the profiler {sum(taken.values()):.0f} ms")
@@ -48,9 +49,7 @@ def main(dtype: str = "bfloat16", precision: str = "fp32") -> None:
     model = full_size(getattr(torch, dtype))
     ids = torch.randint(model.config.vocab_size, (1, TOKENS), generator=torch.Generator().manual_seed(1))
     profile(f"{dtype}, plain", lambda: model(ids, logits_to_keep=1))
-    sites = {
-        (layer, h): RandomDictionary(128, 128, 100 * layer + h) for layer in linear_layers(model) for h in range(16)
-    }
+    sites = every_head(model)
 
     def hooked():
         with writesae.attach(model, sites, accelerate=True, self_test=False, precision=precision) as tap:

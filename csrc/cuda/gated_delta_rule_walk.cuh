@@ -301,12 +301,12 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
             for (int e = 0; e < 4; e++) y[j][e] = 0;
 #pragma unroll
           for (int step = 0; step < KP; step += STEP) {
-            float again[STEP / 8][4];  // or the state's operands stay in registers from part to part, and the state is spilled
+            float anew[STEP / 8][4];  // or the state's operands stay in registers from part to part, and the state is spilled
 #pragma unroll
             for (int i = 0; i < STEP / 8; i++)
 #pragma unroll
-              for (int e = 0; e < 4; e++) again[i][e] = tile::fresh(state[step / 8 + i][e]);
-            read_state(now.q, y, 8 * first_tile, 8 * PART, step, Op::accumulators(again));
+              for (int e = 0; e < 4; e++) anew[i][e] = tile::fresh(state[step / 8 + i][e]);
+            read_state(now.q, y, 8 * first_tile, 8 * PART, step, Op::accumulators(anew));
           }
         }
 #pragma unroll

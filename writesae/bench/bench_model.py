@@ -73,6 +73,11 @@ def linear_layers(model) -> list[int]:
     return [i for i, kind in enumerate(model.config.layer_types) if kind == "linear_attention"]
 
 
+def every_head(model) -> dict[tuple[int, int], RandomDictionary]:
+    """A dictionary for each head of each linear layer."""
+    return {(ell, h): RandomDictionary(128, 128, 100 * ell + h) for ell in linear_layers(model) for h in range(16)}
+
+
 def agreement(model, ids, sites) -> float:
     """Relative RMS difference of the hooked model's last logits from the plain model's."""
     plain = model(ids, logits_to_keep=8).logits.float()
@@ -99,8 +104,7 @@ def measure(dtype: torch.dtype, repeats: int, cases: list[str]) -> Iterator[Row]
 
 
 def prefill_rows(model, ids, one, name: str, repeats: int) -> Iterator[Row]:
-    sites = [(ell, h) for ell in linear_layers(model) for h in range(16)]
-    every = {site: RandomDictionary(128, 128, 100 * site[0] + site[1]) for site in sites}
+    every = every_head(model)
     arms = [
         (f"16 heads of layer {LAYER} hooked", one, "fp32", 0.75, 0.55),
         (f"all {len(every)} heads hooked", every, "fp32", 1.0, 0.7),

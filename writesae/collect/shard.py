@@ -20,7 +20,7 @@ import mmap
 import queue
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +48,7 @@ class Found:
     """
 
     BLOCK = 1 << 16
-    NAMES = ("row", "position", "layer", "head", "feature", "activation")
+    NAMES = tuple(column.name for column in fields(Firings))
 
     def __init__(self):
         self.blocks: list[np.ndarray] = []  # each [6, BLOCK] int32, an activation as its bits
@@ -56,8 +56,8 @@ class Found:
 
     def add(self, passages: np.ndarray, firings: Firings) -> None:
         """Copies firings, with the indices `[B]` of the passages that the batch's rows are."""
-        columns = [getattr(firings, name).detach().cpu().numpy() for name in self.NAMES]
-        columns[0], columns[-1] = passages[columns[0]], columns[-1].view(np.int32)
+        columns = {name: column.detach().cpu().numpy() for name, column in firings.columns().items()}
+        columns["row"], columns["activation"] = passages[columns["row"]], columns["activation"].view(np.int32)
         at = 0
         while at < len(firings):
             filled = self.length % self.BLOCK
@@ -65,18 +65,17 @@ class Found:
                 memory = mmap.mmap(-1, len(self.NAMES) * self.BLOCK * 4)
                 self.blocks.append(np.frombuffer(memory, np.int32).reshape(len(self.NAMES), self.BLOCK))
             n = min(len(firings) - at, self.BLOCK - filled)
-            for to, column in zip(self.blocks[-1], columns, strict=True):
-                to[filled : filled + n] = column[at : at + n]
+            for to, name in zip(self.blocks[-1], self.NAMES, strict=True):
+                to[filled : filled + n] = columns[name][at : at + n]
             at += n
             self.length += n
 
     def take(self) -> dict[str, np.ndarray]:
-        """Columns of everything added, which is held here no longer; `row` is the passage's index."""
-        parts = {}
-        for i, name in enumerate(self.NAMES):
-            column = np.concatenate([block[i] for block in self.blocks] or [np.empty(0, np.int32)])[: self.length]
-            parts[name] = column.view(np.float32) if name == "activation" else column
-        self.__init__()
+        """Columns of everything added (something was), held here no longer; `row` is the passage's index."""
+        blocks, length = self.blocks, self.length
+        self.blocks, self.length = [], 0
+        parts = {name: np.concatenate([block[i] for block in blocks])[:length] for i, name in enumerate(self.NAMES)}
+        parts["activation"] = parts["activation"].view(np.float32)
         return parts
 
 
