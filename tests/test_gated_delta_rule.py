@@ -100,6 +100,18 @@ def test_lengths(T, record_property):
     compare(x, record_property, ALL, use_qk_l2norm=True, initial_state=initial, snapshots=[0, T // 2, T - 1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("initial", [False, True])
+def test_one_token(dtype, initial, record_property):
+    """What a cached decoding step asks for: sizes that no block divides, strided inputs, edits, a place named twice."""
+    x = gated_delta_rule_inputs(3, 3, 2, 6, 40, 33)
+    x = {name: value.to(dtype)[:, 1:2] for name, value in x.items()}
+    assert not x["v"].is_contiguous()
+    options = {"edits": edits_for(3, [1, 1, 1], 6, 40, 33), "snapshots": torch.tensor([[2, 0], [0, 0], [2, 0]])}
+    options["initial_state"] = torch.randn(3, 6, 40, 33) if initial else None
+    compare(x, record_property, ALL, use_qk_l2norm=True, **options)
+
+
 @pytest.mark.parametrize("K, V", [(32, 64), (128, 256), (64, 40), (256, 128), (20, 12), (7, 5), (1, 1), (128, 33)])
 def test_sizes(K, V, record_property):
     x = gated_delta_rule_inputs(1, 37, 1, 2, K, V)

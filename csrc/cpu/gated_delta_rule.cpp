@@ -115,9 +115,53 @@ int64_t find_edit(const EditList& edits, int64_t row, int64_t head, int64_t posi
   return low;
 }
 
+// One token of every row and head. fill(row and head, its state) runs first, near the arithmetic.
+template <class Fill>
+void one_token(const GatedDeltaRuleStepParams& p, const Parallel& parallel, const Fill& fill) {
+  const Kernels kernel = kernels();
+  const int64_t worker_size = 2 * round_up(p.K, 16) + (p.K + 1) * kernel.lanes * kernel.vectors;
+  const Buffer memory(worker_size * parallel.threads);
+  for_each(parallel, p.B * p.H, [&](int64_t i, int64_t worker) {
+    const int64_t b = i / p.H, h = i % p.H;
+    int64_t first = 0, last = 0;
+    if (p.edits.count > 0) {
+      // Positions play no part here: all edits of (row, head) act.
+      while (first < p.edits.count && (p.edits.index[first * 4] != b || p.edits.index[first * 4 + 2] != h)) first++;
+      last = first;
+      while (last < p.edits.count && p.edits.index[last * 4] == b && p.edits.index[last * 4 + 2] == h) last++;
+    }
+    fill(i, p.state + i * p.K * p.V);
+    kernel.step_head(p, b, h, first, last, memory + worker * worker_size);
+  });
+}
+
+// A scan of one token, as a model decoding with a cache asks for: nothing is prepared, so nothing is set up for it.
+void scan_one_token(const GatedDeltaRuleParams& p, const Parallel& parallel) {
+  const auto row = [](const View& x) { return View{x.data, x.type, {x.stride[0], x.stride[2], x.stride[3]}}; };
+  GatedDeltaRuleStepParams step;
+  step.B = p.B, step.Hk = p.Hk, step.H = p.H, step.K = p.K, step.V = p.V;
+  step.q = row(p.q), step.k = row(p.k), step.v = row(p.v), step.g = row(p.g), step.beta = row(p.beta);
+  step.scale = p.scale, step.use_qk_l2norm = p.use_qk_l2norm;
+  step.state = p.final_state, step.edits = p.edits;
+  step.o = p.o, step.o_type = p.o_type, step.left = p.left, step.right = p.right;
+  const int64_t size = p.K * p.V, row_size = p.H * size;
+  one_token(step, parallel, [&](int64_t i, float* state) {
+    if (p.initial_state != nullptr) {
+      std::memcpy(state, p.initial_state + i * size, size * sizeof(float));
+    } else {
+      std::memset(state, 0, size * sizeof(float));
+    }
+  });
+  for (int64_t i = 0; i < p.P; i++) {
+    const float* final_state = p.final_state + p.places[i * 2] * row_size;
+    std::memcpy(p.snapshots + i * row_size, final_state, row_size * sizeof(float));
+  }
+}
+
 }  // namespace
 
 void gated_delta_rule(const GatedDeltaRuleParams& p, const Parallel& parallel) {
+  if (p.T == 1 && p.cu_seqlens == nullptr) return scan_one_token(p, parallel);
   const Kernels kernel = kernels();
   const int64_t K = p.K, V = p.V, group = p.H / p.Hk;
   std::vector<Sequence> sequences;
@@ -204,20 +248,7 @@ void gated_delta_rule(const GatedDeltaRuleParams& p, const Parallel& parallel) {
 }
 
 void gated_delta_rule_step(const GatedDeltaRuleStepParams& p, const Parallel& parallel) {
-  const Kernels kernel = kernels();
-  const int64_t worker_size = 2 * round_up(p.K, 16) + (p.K + 1) * kernel.lanes * kernel.vectors;
-  const Buffer memory(worker_size * parallel.threads);
-  for_each(parallel, p.B * p.H, [&](int64_t i, int64_t worker) {
-    const int64_t b = i / p.H, h = i % p.H;
-    int64_t first = 0, last = 0;
-    if (p.edits.count > 0) {
-      // Positions play no part here: all edits of (row, head) act.
-      while (first < p.edits.count && (p.edits.index[first * 4] != b || p.edits.index[first * 4 + 2] != h)) first++;
-      last = first;
-      while (last < p.edits.count && p.edits.index[last * 4] == b && p.edits.index[last * 4 + 2] == h) last++;
-    }
-    kernel.step_head(p, b, h, first, last, memory + worker * worker_size);
-  });
+  one_token(p, parallel, [](int64_t, float*) {});
 }
 
 }  // namespace writesae::cpu
