@@ -38,6 +38,8 @@ STABLE_TORCH_LIBRARY(writesae, m) {
   m.def("cpu_bf16_list() -> str");
   m.def("causal_conv(Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? cu_seqlens) -> Tensor");
   m.def(
+      "rms_norm(Tensor x, Tensor weight, Tensor? gate, float eps, bool zero_centred, bool round_once) -> Tensor");
+  m.def(
       "factored_loss(Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor values, Tensor indices, "
       "Tensor v_dec, Tensor w_dec, Tensor? offset, Tensor? on_offset, Tensor? weight, Tensor? initial_state, "
       "Tensor? cu_seqlens, Tensor? v_enc, Tensor? w_enc, bool gradients) "
@@ -61,5 +63,6 @@ STABLE_TORCH_LIBRARY_IMPL(writesae, CPU, m) {
   m.impl("encode_threshold", TORCH_BOX(&writesae::encode_threshold));
   m.impl("encode_at", TORCH_BOX(&writesae::encode_at));
   m.impl("encode_backward", TORCH_BOX(&writesae::encode_backward));
+  m.impl("rms_norm", TORCH_BOX(&writesae::rms_norm));
   m.impl("factored_loss", TORCH_BOX(&writesae::factored_loss));
 }

@@ -61,4 +61,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     std::optional<Tensor> initial_state, std::optional<Tensor> cu_seqlens, std::optional<Tensor> v_enc,
     std::optional<Tensor> w_enc, bool gradients);
 
+Tensor rms_norm(Tensor x, Tensor weight, std::optional<Tensor> gate, double eps, bool zero_centred, bool round_once);
+
 }  // namespace writesae

@@ -1,0 +1,65 @@
+// rms_norm on the CPU: scheduling here, arithmetic in rms_norm_kernel.h.
+#include "rms_norm.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+#include "cpu/scratch.h"
+
+namespace writesae::cpu {
+namespace {
+
+constexpr int64_t PART = 1 << 14;   // elements of an item
+constexpr int64_t ALONE = 1 << 15;  // elements that one thread is done with before another wakes
+
+}  // namespace
+
+#if defined(__x86_64__)
+WRITESAE_TARGET_BEGIN_AVX512
+namespace avx512 {
+#define WRITESAE_LANES 16
+#include "cpu/simd.h"
+
+#include "cpu/rms_norm_kernel.h"
+#undef WRITESAE_LANES
+}  // namespace avx512
+WRITESAE_TARGET_END
+
+WRITESAE_TARGET_BEGIN_AVX2
+namespace avx2 {
+#define WRITESAE_LANES 8
+#include "cpu/simd.h"
+
+#include "cpu/rms_norm_kernel.h"
+#undef WRITESAE_LANES
+}  // namespace avx2
+WRITESAE_TARGET_END
+#endif
+
+namespace portable {
+#define WRITESAE_LANES 4
+#include "cpu/simd.h"
+
+#include "cpu/rms_norm_kernel.h"
+#undef WRITESAE_LANES
+}  // namespace portable
+
+void rms_norm(const RmsNormParams& p, const Parallel& parallel) {
+  auto normalise = portable::normalise;
+#if defined(__x86_64__)
+  if (isa() == Isa::avx512) normalise = avx512::normalise;
+  if (isa() == Isa::avx2) normalise = avx2::normalise;
+#endif
+  const Parallel used = p.N * p.D <= ALONE ? Parallel{1, nullptr} : parallel;
+  const int64_t rows = std::max<int64_t>(1, PART / p.D), padded = round_up(p.D, 16);
+  const Buffer memory(3 * padded * used.threads);
+  for_each(used, (p.N + rows - 1) / rows, [&](int64_t i, int64_t worker) {
+    normalise(p, i * rows, std::min((i + 1) * rows, p.N), memory + worker * 3 * padded);
+  });
+}
+
+}  // namespace writesae::cpu
