@@ -46,19 +46,15 @@ inline float from_half(uint16_t half) {
   return bits_to_float(bits | static_cast<uint32_t>(half & 0x8000u) << 16);
 }
 
-// Round to nearest, ties to even.
+// Round to nearest, ties to even. Without branches, so that loops over it are vectorised.
 inline uint16_t to_half(float x) {
   uint32_t bits = float_to_bits(x);
   const uint32_t sign = bits & 0x80000000u;
   bits ^= sign;
-  uint32_t half;
-  if (bits >= 0x47800000u) {  // 65536 and above, infinity, NaN
-    half = bits > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  } else if (bits < 0x38800000u) {  // subnormal in half: the float addition does the rounding
-    half = float_to_bits(bits_to_float(bits) + 0.5f) - 0x3f000000u;
-  } else {
-    half = (bits + 0xc8000fffu + ((bits >> 13) & 1u)) >> 13;
-  }
+  const uint32_t large = bits > 0x7f800000u ? 0x7e00u : 0x7c00u;  // 65536 and above, infinity, NaN
+  const uint32_t small = float_to_bits(bits_to_float(bits) + 0.5f) - 0x3f000000u;  // subnormal: the addition rounds
+  const uint32_t usual = (bits + 0xc8000fffu + ((bits >> 13) & 1u)) >> 13;
+  const uint32_t half = bits >= 0x47800000u ? large : bits < 0x38800000u ? small : usual;
   return static_cast<uint16_t>(half | sign >> 16);
 }
 
