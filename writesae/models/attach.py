@@ -13,7 +13,7 @@ from ..ops import causal_conv, gated_delta_rule
 from ..ops._dispatch import can_run
 from ..ops.causal_conv import ACTIVATIONS as CONV_ACTIVATIONS
 from ..ops.encode import check_precision
-from . import hf_gated_delta
+from . import hf_gated_delta, hf_norms
 from .hf_gated_delta import LayerSite
 from .model_call import has_attention
 from .tap import DENSE_KINDS, Tap
@@ -64,8 +64,8 @@ def attach(
             empty with `edits` or `accelerate`.
         edits: `{layer: Edits}`; row is the row of the batch (with beams: of batch x beams; of a packed batch: the
             sequence), position the column in that row as fed, cached columns counted.
-        accelerate: run all the model's gated-delta layers on our op, not only the hooked ones, and with it the short
-            convolution before it.
+        accelerate: run all the model's gated-delta layers on our op, not only the hooked ones, and, on a CPU where no
+            gradient is asked, on our kernels the short convolution before it and the model's RMS norms.
         self_test: first run a few tokens plain and hooked (without edits) and compare the logits. Leaves the random
             state, caches and `tap.calls` alone. Costs four short forward passes.
         check_finite: raise at the first NaN or infinity written into a state of a hooked layer. On a device, where
@@ -101,7 +101,7 @@ def attach(
         _self_test(model, [s for i, s in found.items() if accelerate or i in hooked], accelerate, backend)
     handlers = {i: _Handler(tap, i in hooked, accelerate, check_finite, write_gradients, backend) for i in found}
     convs = {i: _Convolution(backend) for i in found} if accelerate else {}
-    with hf_gated_delta.intercept(model, handlers, convs):
+    with hf_gated_delta.intercept(model, handlers, convs), _norms(model, accelerate, backend):
         yield tap
     tap.require_everything_ran()
 
@@ -149,6 +149,10 @@ class _Handler:
         for handler in recording:
             handler.tap.record(frame, out.writes, initial_state, out.final_state)
         return out.o.to(dtype), out.final_state
+
+
+def _norms(model: nn.Module, accelerate: bool, backend: str | None):
+    return hf_norms.fused(model) if accelerate and backend in (None, "cpu") else contextlib.nullcontext()
 
 
 class _Convolution:
@@ -285,7 +289,8 @@ def _self_test(model: nn.Module, tested: list[LayerSite], accelerate: bool, back
                 hf_gated_delta.intercept(
                     model, {s.layer_index: rule for s in tested}, {s.layer_index: conv for s in convs}
                 ),
-                hf_gated_delta.alone({s.module: rule for s in tested}, {s.module: conv for s in convs}),
+                _norms(model, accelerate, backend),
+                hf_gated_delta.alone({s.module: rule for s in tested}, {s.module: conv for s in convs}, accelerate),
             ):
                 hooked = _logits(model, ids)
     finally:

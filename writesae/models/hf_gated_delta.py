@@ -144,7 +144,7 @@ def _enclosing(model: nn.Module, path: str) -> list[nn.Module]:
 class _Local(threading.local):
     def __init__(self):
         self.frames: list[Frame] = []
-        self.override: tuple[Mapping[nn.Module, RuleHandler], Mapping[nn.Module, ConvHandler]] | None = None
+        self.override: tuple[Mapping[nn.Module, RuleHandler], Mapping[nn.Module, ConvHandler], bool] | None = None
 
 
 _local = _Local()
@@ -199,14 +199,22 @@ def running() -> Frame | None:
 
 @contextlib.contextmanager
 def alone(
-    rules: Mapping[nn.Module, RuleHandler], convs: Mapping[nn.Module, ConvHandler] | None = None
+    rules: Mapping[nn.Module, RuleHandler],
+    convs: Mapping[nn.Module, ConvHandler] | None = None,
+    norms: bool = False,
 ) -> Iterator[None]:
-    """On this thread, only these handlers (by layer module) run, whatever else is installed. For self-tests."""
-    before, _local.override = _local.override, (rules, convs or {})
+    """On this thread, only these handlers (by layer module) run, and what stands in for norms only if `norms` says so,
+    whatever else is installed. For self-tests."""
+    before, _local.override = _local.override, (rules, convs or {}, norms)
     try:
         yield
     finally:
         _local.override = before
+
+
+def norms_stand_in() -> bool:
+    """Whether what stands in for norms may run on this thread now; see `alone`."""
+    return _local.override is None or _local.override[2]
 
 
 # ---- shims ----------------------------------------------------------------------------------------------------
@@ -303,7 +311,7 @@ def _short_convs(module: nn.Module) -> list[nn.Module]:
 
 # ---- installing -----------------------------------------------------------------------------------------------
 
-_lock = threading.RLock()
+lock = threading.RLock()
 _shims: dict[tuple[int, str], list] = {}  # (id of the namespace, name) -> [namespace, original, shim, uses]
 _wrapped: dict[tuple[int, str], _Wrapped] = {}  # (id(module), method) -> its replacement
 
@@ -316,6 +324,7 @@ class _Wrapped:
         self.rules: tuple[RuleHandler, ...] = ()
         self.convs: tuple[ConvHandler, ...] = ()
         self.outer: tuple[nn.Module, ...] = ()
+        self.norm = None  # hf_norms.Norm
         self.own = module.__dict__.get(name)
         self.original = getattr(module, name)
         self.parameters = tuple(inspect.signature(self.original).parameters)
@@ -350,7 +359,14 @@ def _inside_compiled_region() -> bool:
     return callable(eval_frame.get_eval_frame_callback())
 
 
-def _acquire(stack: contextlib.ExitStack, module: nn.Module, make: Callable, name: str = "forward") -> _Wrapped:
+def wrapped(module: nn.Module) -> _Wrapped | None:
+    """What a module's forward has been replaced by, if anything."""
+    return _wrapped.get((id(module), "forward"))
+
+
+def acquire(stack: contextlib.ExitStack, module: nn.Module, make: Callable, name: str = "forward") -> _Wrapped:
+    """Replaces a method by `make(entry)(args, kwargs)` until the stack closes, unless it is replaced already. Under
+    `lock`."""
     key = (id(module), name)
     entry = _wrapped.get(key)
     if entry is None:
@@ -375,7 +391,7 @@ def _layer_body(site: LayerSite):
             override = _local.override
             rules, convs = entry.rules, entry.convs
             if override is not None:
-                rules, convs = ((by[site.module],) if site.module in by else () for by in override)
+                rules, convs = ((by[site.module],) if site.module in by else () for by in override[:2])
             call = ModelCall.current()
             frame = Frame(
                 site, call, given.get("cache_params"), given.get("attention_mask"), given["hidden_states"], kwargs,
@@ -487,7 +503,7 @@ def intercept(
     for index in (*rules, *convs):
         require_layer(model, by_index, index)
     with contextlib.ExitStack() as stack:
-        with _lock:
+        with lock:
             for index in sorted({*rules, *convs}):
                 _install_layer(stack, model, by_index[index], rules.get(index), convs.get(index))
         yield sites
@@ -496,17 +512,17 @@ def intercept(
 def _install_layer(stack: contextlib.ExitStack, model, site: LayerSite, rule, conv) -> None:
     enclosing = _enclosing(model, site.path)
     for i, module in enumerate(enclosing):
-        entry = _acquire(stack, module, _model_body)
+        entry = acquire(stack, module, _model_body)
         entry.outer = tuple({*entry.outer, *enclosing[:i]})
         if callable(getattr(module, "generate", None)):
-            _acquire(stack, module, _generate_body, "generate")
+            acquire(stack, module, _generate_body, "generate")
     _install_shims(site.module, 1)
     stack.callback(_locked, _install_shims, site.module, -1)
     start = 0
     for child in _short_convs(site.module):
         channels = slice(start, start := start + child.in_channels)
-        _acquire(stack, child, _short_conv_body(site, channels))
-    entry = _acquire(stack, site.module, _layer_body(site))
+        acquire(stack, child, _short_conv_body(site, channels))
+    entry = acquire(stack, site.module, _layer_body(site))
     if rule is not None:
         entry.rules = (rule, *entry.rules)
         stack.callback(_locked, _drop, entry, "rules", rule)
@@ -522,7 +538,7 @@ def _drop(entry: _Wrapped, kind: str, handler) -> None:
 
 
 def _locked(function, *args) -> None:
-    with _lock:
+    with lock:
         function(*args)
 
 
