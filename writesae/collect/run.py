@@ -24,6 +24,7 @@ from .source import Source, begin
 FORMAT, VERSION = "writesae-firings", 1
 INDEX_TOP = 100
 _SHARD_FIRINGS = 500_000
+_RELEASE_SECONDS = 1.0
 _OURS = {".lock", "manifest.json.tmp"}
 
 
@@ -135,7 +136,7 @@ class _Session:
             disable=not self.progress, desc="collecting",
         )  # fmt: skip
         writer = Writer(state)
-        entered = False
+        entered, released = False, 0.0
         ahead = int(getattr(self.source, "asynchronous", False))
         try:
             with ExitStack() as stack:
@@ -152,6 +153,7 @@ class _Session:
                         under_way.append((rows, begin(self.source, tokens, mask)))
                         if len(under_way) > ahead:
                             _fetch(shard, under_way.pop(0))
+                        released = _release(released)
                         self.forward += time.perf_counter() - began
                         real = int(mask.sum())
                         self.tokens += real
@@ -159,8 +161,8 @@ class _Session:
                     began = time.perf_counter()
                     for batch in under_way:
                         _fetch(shard, batch)
+                    released = _release()  # the writer is about to take some
                     self.forward += time.perf_counter() - began
-                    files.release_memory()  # between forward passes little is in use, and most can go back
                     writer.submit(shard)
                     if stop.is_set():
                         break
@@ -202,6 +204,18 @@ class _Session:
             "seconds": seconds, "tokens_per_second": self.tokens / max(self.forward + self.wait, 1e-9),
             "forward_seconds": self.forward, "write_seconds": self.write, "wait_seconds": self.wait,
         }  # fmt: skip
+
+
+def _release(last: float = 0.0) -> float:
+    """Gives freed memory back if the last time is a while ago; the last time, as of now.
+
+    Batches differ in shape, and what one frees the next can't always use. Between two little is in use, so most can go.
+    """
+    now = time.perf_counter()
+    if now - last < _RELEASE_SECONDS:
+        return last
+    files.release_memory()
+    return now
 
 
 def _fetch(shard: Shard, batch) -> None:

@@ -110,7 +110,7 @@ class Shard:
             )
         key = features.key(parts.pop("layer"), parts.pop("head"), parts.pop("feature"))
         length = int(parts["position"].max()) + 1
-        order = np.argsort((key * len(self.passages) + passage) * length + parts["position"], kind="stable")
+        order = np.argsort((key * len(self.passages) + passage) * length + parts["position"])
         passage = passage[order]
         document = np.array([p.document for p in self.passages], np.int32)
         row = np.array([p.row for p in self.passages], np.int32)
@@ -253,7 +253,6 @@ class Writer:
                     self._error = error
                 self.seconds += time.perf_counter() - began
             del shard  # its firings must not live on while the next one is awaited
-            files.release_memory()
 
     def check(self) -> None:
         """Raises what the thread raised."""
