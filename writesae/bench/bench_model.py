@@ -4,21 +4,24 @@ Weights are random (speed does not depend on their values); logits of the accele
 model's before any ratio is printed. Plain and hooked runs are taken in turn, the plain ones with no hook installed; the
 ratio is the median over the rounds. A hooked run ends when every firing can be read. Attaching is not timed.
 
-Why rows are missed, by `python bench/profile_model.py DTYPE` (2 cores, Zen 4; seconds, fp32 / bf16 model):
+Why rows are missed, by `python bench/profile_model.py DTYPE` (2 cores, Zen 4; seconds, fp32 / bf16 model; fp32 was
+taken before the norms had a kernel, bf16 with it and on a slower day):
 
                                           plain          all 288 heads hooked
-    the model's linear products           5.87 / 2.44    6.11 / 2.45
-    attention                             0.22 / 0.21    0.22 / 0.21
-    recurrence, convolution, norms, ...   1.96 / 1.67    0.83 / 0.88
-    encoding                                             1.78 / 1.73
+    the model's linear products           5.87 / 2.61    6.11 / 2.66
+    attention                             0.22 / 0.21    0.22 / 0.22
+    recurrence, convolution, norms, ...   1.96 / 1.72    0.83 / 0.82
+    encoding                                             1.78 / 1.77
     joining firings                                      0.04 / 0.04
-    whole                                 8.05 / 4.32    8.95 / 5.26
+    whole                                 8.05 / 4.54    8.95 / 5.51
 
-What `accelerate=True` may save is the third line, 24 % of the fp32 model and 39 % of the bf16 one. Layer 9 in fp32 at
-0.75 of 8.05 s is 6.04 s, less than linear products and attention alone take (6.09 s). The same in bf16, 3.24 s, leaves
-0.59 s for what takes 0.88 s: 0.33 s of it our two kernels, 0.20 s norms and gates, 0.12 s copies. All 288 heads in
-fp32: encoding runs at over nine tenths of `torch.mm`'s rate on its two products alone (`encode`), which is 1.6 s, and
-saved are 1.1 s. With products in bf16 (1.0 s) both come out even.
+What `accelerate=True` may save is the third line, 24 % of the fp32 model and 38 % of the bf16 one. Layer 9 in fp32 at
+0.75 of 8.05 s is 6.04 s, less than linear products and attention alone take (6.09 s). The same in bf16, 3.41 s, leaves
+0.53 s for what takes 0.82 s with all heads hooked: 0.36 s of it the recurrence (0.22 s where it need not return its
+writes), 0.14 s the convolution, 0.05 s norms, 0.12 s the model's own gates, residuals and SiLU, 0.08 s Python (and
+attaching, which the benchmark does not time), 0.02 s copies. All 288 heads in fp32: encoding runs at over nine tenths
+of `torch.mm`'s rate on its two products alone (`encode`), which is 1.6 s, and saved are 1.1 s. With products in bf16
+(1.0 s) both come out even.
 """
 
 from __future__ import annotations
