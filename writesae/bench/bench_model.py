@@ -164,7 +164,7 @@ def decode_row(model, ids, sites, name: str, repeats: int) -> Row:
 
 def prefill_and_decode(dtype: torch.dtype):
     def run(options: Options) -> Iterator[Row]:
-        return measure(dtype, options.rounds(3), ["decode"] if options.quick else ["prefill", "decode"])
+        return measure(dtype, options.rounds(5), ["decode"] if options.quick else ["prefill", "decode"])
 
     return run
 
