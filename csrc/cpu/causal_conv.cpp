@@ -18,35 +18,8 @@ constexpr int64_t PART = 128;   // tokens of an item, which reads W - 1 more
 
 }  // namespace
 
-#if defined(__x86_64__)
-WRITESAE_TARGET_BEGIN_AVX512
-namespace avx512 {
-#define WRITESAE_LANES 16
-#include "cpu/simd.h"
-
-#include "cpu/causal_conv_kernel.h"
-#undef WRITESAE_LANES
-}  // namespace avx512
-WRITESAE_TARGET_END
-
-WRITESAE_TARGET_BEGIN_AVX2
-namespace avx2 {
-#define WRITESAE_LANES 8
-#include "cpu/simd.h"
-
-#include "cpu/causal_conv_kernel.h"
-#undef WRITESAE_LANES
-}  // namespace avx2
-WRITESAE_TARGET_END
-#endif
-
-namespace portable {
-#define WRITESAE_LANES 4
-#include "cpu/simd.h"
-
-#include "cpu/causal_conv_kernel.h"
-#undef WRITESAE_LANES
-}  // namespace portable
+#define WRITESAE_KERNEL "cpu/causal_conv_kernel.h"
+#include "cpu/each_isa.h"
 
 void causal_conv(const CausalConvParams& p, const Parallel& parallel) {
   auto convolve = portable::convolve;

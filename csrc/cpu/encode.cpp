@@ -39,38 +39,8 @@ inline int64_t pair_steps(int64_t size) { return round_up(size, 32) / 2; }
 }  // namespace
 
 #define WRITESAE_PAIRS 0
-#if defined(__x86_64__)
-WRITESAE_TARGET_BEGIN_AVX512
-namespace avx512 {
-#define WRITESAE_LANES 16
-#include "cpu/simd.h"
-
-#include "cpu/encode_pack_kernel.h"
-#include "cpu/encode_kernel.h"
-#undef WRITESAE_LANES
-}  // namespace avx512
-WRITESAE_TARGET_END
-
-WRITESAE_TARGET_BEGIN_AVX2
-namespace avx2 {
-#define WRITESAE_LANES 8
-#include "cpu/simd.h"
-
-#include "cpu/encode_pack_kernel.h"
-#include "cpu/encode_kernel.h"
-#undef WRITESAE_LANES
-}  // namespace avx2
-WRITESAE_TARGET_END
-#endif
-
-namespace portable {
-#define WRITESAE_LANES 4
-#include "cpu/simd.h"
-
-#include "cpu/encode_pack_kernel.h"
-#include "cpu/encode_kernel.h"
-#undef WRITESAE_LANES
-}  // namespace portable
+#define WRITESAE_KERNEL "cpu/encode_kernel.h"
+#include "cpu/each_isa.h"
 
 #undef WRITESAE_PAIRS
 #define WRITESAE_PAIRS 1
@@ -88,7 +58,6 @@ namespace avx512_bf16 {
 #define WRITESAE_LANES 16
 #include "cpu/simd.h"
 
-#include "cpu/encode_pack_kernel.h"
 #include "cpu/encode_kernel.h"
 #undef WRITESAE_LANES
 }  // namespace avx512_bf16

@@ -12,6 +12,8 @@
 // processor time at T = 1,024: 12.1 us (13.7 while the carry went through memory between rows and every candidate of the
 // selection was packed before it was known to be one); with bfloat16 pairs 7.4 us, where the products alone need 5.6.
 
+#include "cpu/encode_pack_kernel.h"
+
 constexpr int NV = PANEL / LANES;
 constexpr int MT = 12 / NV;  // rows of a register tile
 typedef int32_t IntVec __attribute__((vector_size(WRITESAE_LANES * 4)));

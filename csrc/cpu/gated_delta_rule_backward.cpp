@@ -40,35 +40,8 @@ struct Piece {
 
 }  // namespace
 
-#if defined(__x86_64__)
-WRITESAE_TARGET_BEGIN_AVX512
-namespace avx512 {
-#define WRITESAE_LANES 16
-#include "cpu/simd.h"
-
-#include "cpu/gated_delta_rule_backward_kernel.h"
-#undef WRITESAE_LANES
-}  // namespace avx512
-WRITESAE_TARGET_END
-
-WRITESAE_TARGET_BEGIN_AVX2
-namespace avx2 {
-#define WRITESAE_LANES 8
-#include "cpu/simd.h"
-
-#include "cpu/gated_delta_rule_backward_kernel.h"
-#undef WRITESAE_LANES
-}  // namespace avx2
-WRITESAE_TARGET_END
-#endif
-
-namespace portable {
-#define WRITESAE_LANES 4
-#include "cpu/simd.h"
-
-#include "cpu/gated_delta_rule_backward_kernel.h"
-#undef WRITESAE_LANES
-}  // namespace portable
+#define WRITESAE_KERNEL "cpu/gated_delta_rule_backward_kernel.h"
+#include "cpu/each_isa.h"
 
 namespace {
 

@@ -18,35 +18,8 @@ constexpr int64_t ALONE = 1 << 15;  // elements that one thread is done with bef
 
 }  // namespace
 
-#if defined(__x86_64__)
-WRITESAE_TARGET_BEGIN_AVX512
-namespace avx512 {
-#define WRITESAE_LANES 16
-#include "cpu/simd.h"
-
-#include "cpu/rms_norm_kernel.h"
-#undef WRITESAE_LANES
-}  // namespace avx512
-WRITESAE_TARGET_END
-
-WRITESAE_TARGET_BEGIN_AVX2
-namespace avx2 {
-#define WRITESAE_LANES 8
-#include "cpu/simd.h"
-
-#include "cpu/rms_norm_kernel.h"
-#undef WRITESAE_LANES
-}  // namespace avx2
-WRITESAE_TARGET_END
-#endif
-
-namespace portable {
-#define WRITESAE_LANES 4
-#include "cpu/simd.h"
-
-#include "cpu/rms_norm_kernel.h"
-#undef WRITESAE_LANES
-}  // namespace portable
+#define WRITESAE_KERNEL "cpu/rms_norm_kernel.h"
+#include "cpu/each_isa.h"
 
 void rms_norm(const RmsNormParams& p, const Parallel& parallel) {
   auto normalise = portable::normalise;

@@ -98,41 +98,8 @@ struct Work {
   }
 };
 
-#if defined(__x86_64__)
-WRITESAE_TARGET_BEGIN_AVX512
-namespace avx512 {
-#define WRITESAE_LANES 16
-#include "cpu/simd.h"
-
-#include "cpu/gemm.h"
-
-#include "cpu/sae_training_kernel.h"
-#undef WRITESAE_LANES
-}  // namespace avx512
-WRITESAE_TARGET_END
-
-WRITESAE_TARGET_BEGIN_AVX2
-namespace avx2 {
-#define WRITESAE_LANES 8
-#include "cpu/simd.h"
-
-#include "cpu/gemm.h"
-
-#include "cpu/sae_training_kernel.h"
-#undef WRITESAE_LANES
-}  // namespace avx2
-WRITESAE_TARGET_END
-#endif
-
-namespace portable {
-#define WRITESAE_LANES 4
-#include "cpu/simd.h"
-
-#include "cpu/gemm.h"
-
-#include "cpu/sae_training_kernel.h"
-#undef WRITESAE_LANES
-}  // namespace portable
+#define WRITESAE_KERNEL "cpu/sae_training_kernel.h"
+#include "cpu/each_isa.h"
 
 struct Kernels {
   decltype(&portable::run_chunk) run;

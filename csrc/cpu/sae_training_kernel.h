@@ -14,6 +14,8 @@
 // The Gram matrices of the codes' atoms: 4 k^2 (K + V) = 1.05 M a token on its own; tokens are taken together while their
 // common atoms make that cheaper (0.7 M).
 
+#include "cpu/gemm.h"
+
 // ---- loading ---------------------------------------------------------------------------------------------------------
 
 inline void load_padded(Element type, const void* from, int64_t size, int64_t padded, float* to) {
