@@ -13,7 +13,7 @@ from torch import Tensor
 
 import writesae
 from writesae import Edits
-from writesae.models import attach, hf_gated_delta
+from writesae.models import attach, hf_gated_delta, patch
 
 FAMILIES = families()
 F, TOP = 24, 3
@@ -81,7 +81,7 @@ def _inference():
     with torch.no_grad():
         yield
     torch.set_num_threads(threads)
-    assert not hf_gated_delta._wrapped and not hf_gated_delta._shims, "something stayed installed"
+    assert not patch.entries and not patch.patches, "something stayed installed"
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def expected_firings(tap_writes, start=0):
 def module_functions(model):
     """The namespaces that attach may touch."""
     space = sys.modules[type(hf_gated_delta.layers(model)[0].module).__module__].__dict__
-    own = [dict(m.__dict__) for m in model.modules()]
+    own = [dict(m.__dict__) for m in model.modules()] + [dict(type(m).__dict__) for m in model.modules()]
     return {k: v for k, v in space.items() if callable(v)}, [{k: v for k, v in d.items() if callable(v)} for d in own]
 
 
@@ -559,11 +559,17 @@ def test_edits_reach_firings_and_packed_sequences(models):
     same_firings(writesae.Firings(f.row - 1, *list(f.columns().values())[1:]), alone)
 
 
-def test_edit_that_never_applied_raises_and_masks_nothing(models):
+def test_edit_that_never_applied_is_told_and_masks_nothing(models):
     model = models()
-    with pytest.raises(ValueError, match=r"1 of 2 edits of layer 0 never applied.*edit 1: row 0, position 9, head 2"):
-        with attach(model, {}, edits={0: Edits.cat([one_edit(0, 1, 1), one_edit(0, 9, 2)])}):
+    missed = r"1 of 2 edits of layer 0 never applied.*edit 1: row 0, position 9, head 2"
+    plan = {0: Edits.cat([one_edit(0, 1, 1), one_edit(0, 9, 2)])}
+    with pytest.raises(ValueError, match=missed):
+        with attach(model, {}, edits=plan, strict=True):
             model(tokens(1, 5))
+    with pytest.warns(RuntimeWarning, match=missed):  # the text is not lost for it
+        with attach(model, {}, edits=plan) as tap:
+            model(tokens(1, 5))
+    assert tap.applied[0].tolist() == [True, False]
     with pytest.raises(KeyError, match="mine"):
         with attach(model, {(0, 0): None}, edits={0: one_edit(0, 9, 2)}):
             raise KeyError("mine")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import families, tiny_model, tokens
 
-from writesae.models import attach, hf_gated_delta
+from writesae.models import attach, hf_gated_delta, patch
 from writesae.ops import gated_delta_rule
 
 
@@ -14,7 +14,7 @@ from writesae.ops import gated_delta_rule
 def _inference():
     with torch.no_grad():
         yield
-    assert hf_gated_delta.running() is None and not hf_gated_delta._wrapped and not hf_gated_delta._shims
+    assert hf_gated_delta.running() is None and not patch.entries and not patch.patches
 
 
 @pytest.mark.parametrize("family", families())

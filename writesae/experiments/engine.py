@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..models.arguments import cache_of
 from ..models.hf_gated_delta import causal_conv, intercept
 from ..models.shared_prefix import Prefix, Stack
 from ..ops import gated_delta_rule
@@ -166,10 +167,10 @@ class ForkEngine:
         rules = {i: rule(i) for i in self.stack.sites if i != self.layer} | {self.layer: site_rule}
         seen: dict[int, dict] = {}
         with (
-            intercept(self.model, rules, {i: conv(i) for i in self.linear}),
+            intercept(self.model, rules, {i: conv(i) for i in self.linear}, private=True),
             self.stack.watching([self.layer, *self.above], seen),
         ):
-            cache = self.model(input_ids=input_ids, use_cache=True, logits_to_keep=1).past_key_values
+            cache = cache_of(self.model(input_ids=input_ids, use_cache=True, logits_to_keep=1))
         return self._gather(keep, seen, cache, lengths, input_ids.shape[1])
 
     def _check(self, places: Places, lengths: Tensor) -> None:
@@ -257,7 +258,7 @@ class ForkEngine:
 
         out, rules = {}, {i: rule(i) for i in self.linear} | {self.layer: site_rule}
         with (
-            intercept(self.model, rules, {i: conv(i) for i in self.linear}),
+            intercept(self.model, rules, {i: conv(i) for i in self.linear}, private=True),
             self.stack.sharing(),
         ):
             for name, delta in deltas.items():

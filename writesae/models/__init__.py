@@ -3,7 +3,8 @@
 from . import hf_gated_delta
 from .attach import attach
 from .load import load
-from .stopping import Stopped, stopping_after
+from .model_call import Stopped
+from .stopping import stopping_after
 from .tap import Tap
 
 __all__ = ["Stopped", "Tap", "attach", "hf_gated_delta", "load", "stopping_after"]

@@ -15,13 +15,9 @@ from ..ops.causal_conv import ACTIVATIONS as CONV_ACTIVATIONS
 from ..ops.encode import check_precision
 from . import hf_gated_delta, hf_norms
 from .hf_gated_delta import LayerSite
-from .model_call import has_attention
+from .patch import Owner
+from .self_test import self_test as run_self_test
 from .tap import DENSE_KINDS, Tap
-
-# Largest |hooked - plain| logit over the largest plain logit that the self-test lets pass, by parameter dtype. Measured
-# over 12 tiny random models of every family: at most 8e-5 in float32 (any token); in half precision 0 for the median
-# token, 2e-2 for most others, and 0.12 where a rounding sent one token to another expert, so there the median is taken.
-TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
 
 
 @contextlib.contextmanager
@@ -31,6 +27,7 @@ def attach(
     edits: Mapping[int, Edits] | None = None,
     accelerate: bool = False,
     *,
+    strict: bool = False,
     self_test: bool = True,
     check_finite: bool = True,
     record_writes: bool = True,
@@ -48,7 +45,13 @@ def attach(
     padded batches, where nothing fires on a pad or on the pads that `generate` feeds to a finished row. Packed batches
     (one row, use_cache=False, no attention_mask, position_ids that restart, with or without cu_seq_lens_q) are kept
     apart in every gated-delta layer of the model, hooked or not. Several attaches may be nested: each records, and the
-    edits of all apply, outer ones first. The attach belongs to the model, so calls from every thread are seen.
+    edits of all apply, outer ones first.
+
+    An attach serves the calls of its own thread, and of threads that have never attached to this model themselves (a
+    pool of workers); threads that each attach see each their own calls. Nothing is stored on the model: a copy, a
+    pickle or an average of it is an ordinary model. A call that ends in an exception leaves nothing in the tap (but for
+    `models.Stopped`, and a tracer's early stop). Where `generate` guides by a second text (`guidance_scale`), the rows
+    of that text come behind those of the first, and of `edits` only those of row -1 apply to it.
 
     With gradients on, `loss.backward()` goes through hooked layers as through the plain model, in training mode too,
     and on into left and right of edits that require it. `tap.writes` is then part of the graph: codes that `ops.encode`
@@ -66,8 +69,10 @@ def attach(
             sequence), position the column in that row as fed, cached columns counted.
         accelerate: run all the model's gated-delta layers on our op, not only the hooked ones, and, on a CPU where no
             gradient is asked, on our kernels the short convolution before it and the model's RMS norms.
-        self_test: first run a few tokens plain and hooked (without edits) and compare the logits. Leaves the random
-            state, caches and `tap.calls` alone. Costs four short forward passes.
+        strict: raise, instead of warning, where an edit's position never came; see `tap.applied`.
+        self_test: first run a few tokens, and compare every function stood in for with the model's own, on the same
+            inputs. Leaves the random state, the model and `tap.calls` alone. Costs two short forward passes, once for
+            every kind of model in a process.
         check_finite: raise at the first NaN or infinity written into a state of a hooked layer. On a device, where
             looking at once would stop it, when the tap is next asked for firings, cleared, or the context ends.
         record_writes: keep the `Writes` of the latest call of every hooked layer.
@@ -81,9 +86,9 @@ def attach(
 
     Raises:
         ValueError: before anything runs, for a model without such layers, a layer or head it does not have, a
-            full-attention layer, a dictionary or edit of other sizes than the head; while running, for a NaN in a state
-            or an edit of a row that the batch does not have; at the end, for a site that never ran or an edit whose
-            position never came.
+            full-attention layer, a dictionary or edit of other sizes than the head; while running, for a NaN in a
+            state, an edit of a row that the batch does not have, or a call that cannot be read; at the end, for a site
+            that never ran or (`strict`) an edit whose position never came.
         RuntimeError: the self-test failed; the model is compiled; a hooked model recomputes its layers in the backward
             (gradient checkpointing).
 
@@ -97,13 +102,24 @@ def attach(
     tap = Tap(by_layer, edits, {"record_writes": record_writes, "backend": backend, "precision": precision})
     tap.prepare(found)
     hooked = {*by_layer, *edits}
+    conv = _Convolution(backend) if accelerate else None
+    norms = accelerate and backend in (None, "cpu")
     if self_test:
-        _self_test(model, [s for i, s in found.items() if accelerate or i in hooked], accelerate, backend)
+        tested = [s for i, s in found.items() if accelerate or i in hooked]
+        run_self_test(model, tested, _rule(backend), (gated_delta_rule, backend), conv, norms)
     handlers = {i: _Handler(tap, i in hooked, accelerate, check_finite, write_gradients, backend) for i in found}
-    convs = {i: _Convolution(backend) for i in found} if accelerate else {}
-    with hf_gated_delta.intercept(model, handlers, convs), _norms(model, accelerate, backend):
-        yield tap
-    tap.require_everything_ran()
+    owner = Owner()
+    try:
+        try:
+            hf_gated_delta.install(owner, model, handlers, {} if conv is None else dict.fromkeys(found, conv))
+            if norms:
+                hf_norms.install(owner, model)
+            yield tap
+        finally:
+            owner.close()
+    finally:  # again, should an interrupt have hit the first
+        owner.close()
+    tap.require_everything_ran(strict)
 
 
 # ---- the stand-in for one layer's recurrence ------------------------------------------------------------------
@@ -132,7 +148,7 @@ class _Handler:
         if recording:
             B, T = v.shape[:2]
             lengths = [T] * B if cu_seqlens is None else cu_seqlens.cpu().diff().tolist()
-            planned = [h.tap.edits_of_call(layer, frame.start, lengths) for h in reversed(recording)]
+            planned = [h.tap.edits_of_call(frame, lengths) for h in reversed(recording)]
             planned = [e for e in planned if e is not None]
             edits = Edits.cat(planned) if planned else None
         watching = [h.tap for h in recording if h.watches] if torch.is_grad_enabled() else []
@@ -151,8 +167,17 @@ class _Handler:
         return out.o.to(dtype), out.final_state
 
 
-def _norms(model: nn.Module, accelerate: bool, backend: str | None):
-    return hf_norms.fused(model) if accelerate and backend in (None, "cpu") else contextlib.nullcontext()
+def _rule(backend: str | None):
+    """The op as a layer calls it."""
+
+    def rule(q, k, v, g, beta, initial_state, output_final_state, use_qk_l2norm, cu_seqlens):
+        out = gated_delta_rule(
+            q, k, v, g, beta, initial_state=initial_state, output_final_state=output_final_state,
+            use_qk_l2norm=use_qk_l2norm, cu_seqlens=cu_seqlens, backend=backend,
+        )  # fmt: skip
+        return out.o.to(v.dtype), out.final_state
+
+    return rule
 
 
 class _Convolution:
@@ -199,6 +224,12 @@ def _refuse_unsupported(model: nn.Module) -> dict[int, LayerSite]:
             "model: a model compiled with torch.compile cannot be attached to, because its trace bypasses the hooks; "
             "attach to the uncompiled model"
         )
+    for module in model.modules():
+        if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
+            raise ValueError(
+                f"model: expected one copy, got nn.DataParallel over {len(module.device_ids)} devices, which runs "
+                "copies that nothing is attached to; attach to model.module, or use one device"
+            )
     found = {site.layer_index: site for site in hf_gated_delta.layers(model)}
     if not found:
         hf_gated_delta.require_layer(model, found, -1)
@@ -255,75 +286,3 @@ def _check_edits(model, found: dict[int, LayerSite], edits) -> dict[int, Edits]:
             raise ValueError(f"edits[{layer}]: {error}") from None
         kept[layer] = planned
     return kept
-
-
-# ---- self-test ------------------------------------------------------------------------------------------------
-
-
-def _self_test(model: nn.Module, tested: list[LayerSite], accelerate: bool, backend: str | None) -> None:
-    """Compares logits of a few random tokens, prefill and one cached step, plain and on our op."""
-
-    ran = set()
-
-    def rule(q, k, v, g, beta, initial_state, output_final_state, use_qk_l2norm, cu_seqlens):
-        ran.add(hf_gated_delta.running().site.layer_index)
-        out = gated_delta_rule(
-            q, k, v, g, beta, initial_state=initial_state, output_final_state=output_final_state,
-            use_qk_l2norm=use_qk_l2norm, cu_seqlens=cu_seqlens, backend=backend,
-        )  # fmt: skip
-        return out.o, out.final_state
-
-    embedding = model.get_input_embeddings()
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, embedding.weight.shape[0], (2, 7), generator=generator).to(embedding.weight.device)
-    training = [m for m in model.modules() if m.training]
-    try:
-        for module in training:
-            module.training = False
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            with hf_gated_delta.alone({}):
-                plain = _logits(model, ids)
-            conv = _Convolution(backend)
-            convs = tested if accelerate else []
-            with (
-                hf_gated_delta.intercept(
-                    model, {s.layer_index: rule for s in tested}, {s.layer_index: conv for s in convs}
-                ),
-                _norms(model, accelerate, backend),
-                hf_gated_delta.alone({s.module: rule for s in tested}, {s.module: conv for s in convs}, accelerate),
-            ):
-                hooked = _logits(model, ids)
-    finally:
-        for module in training:
-            module.training = True
-    bypassed = [s.layer_index for s in tested if s.layer_index not in ran]
-    if bypassed:
-        raise RuntimeError(
-            f"attach: self-test failed: layers {bypassed} ran without calling the gated delta rule where their class "
-            "does; has something (a hub kernel, another hook) replaced their forward?"
-        )
-    if not torch.isfinite(plain).all():
-        return  # the model itself is broken; check_finite says where, on the first real call
-    each = (plain - hooked).abs().amax(-1) / plain.abs().max().clamp_min(1e-30)  # [2, 7]
-    dtype = tested[0].out_proj.weight.dtype if tested else torch.float32
-    limit = TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16])
-    if dtype in (torch.float64, torch.float32):
-        off = float(each.max())
-    else:
-        off = max(float(each[:, :-1].median()), float(each[:, -1].median()))  # prefill, cached step
-    if not off <= limit:
-        raise RuntimeError(
-            f"attach: self-test failed: logits on our op differ from the plain model's by {off:.1e} of the largest "
-            f"(allowed for {dtype}: {limit:.0e}); layers {[s.layer_index for s in tested]}"
-        )
-
-
-def _logits(model: nn.Module, ids: Tensor) -> Tensor:
-    """`[2, 7, *]` float32: logits (of an inner model: hidden states) of a prefill and of one step with its cache."""
-    if not has_attention(model):
-        out = model(input_ids=ids, use_cache=False)
-        return (out["logits"] if "logits" in out else out["last_hidden_state"]).float()
-    prefill = model(input_ids=ids[:, :-1], use_cache=True)
-    step = model(input_ids=ids[:, -1:], past_key_values=prefill.past_key_values, use_cache=True)
-    name = "logits" if "logits" in prefill else "last_hidden_state"
-    return torch.cat([prefill[name], step[name]], 1).float()

@@ -28,12 +28,12 @@ class Columns:
     real: Tensor | None  # [B, T] bool
 
     @classmethod
-    def of(cls, writes: Writes, start: int, mask: Tensor | None) -> Columns:
+    def of(cls, writes: Writes, start: int, mask: Tensor | None, first_row: int = 0) -> Columns:
         B, T = writes.right.shape[:2]
         device = writes.right.device
         at = torch.arange(T, device=device)
         if writes.cu_seqlens is None:
-            row, position = torch.arange(B, device=device)[:, None], (at + start)[None]
+            row, position = torch.arange(first_row, first_row + B, device=device)[:, None], (at + start)[None]
         else:
             cu = writes.cu_seqlens.to(device)
             row = (torch.searchsorted(cu, at, right=True) - 1)[None]
@@ -147,6 +147,14 @@ class Gathered:
         if isinstance(part, Firings) and not len(part):
             return
         self._parts.append(part)
+        self._limit()
+
+    def extend(self, other: Gathered) -> None:
+        """Takes over what another has gathered, behind its own."""
+        self._parts.extend(other._parts)
+        self._limit()
+
+    def _limit(self) -> None:
         if sum(p.transfer.nbytes for p in self._parts if isinstance(p, Coming)) > _UNDER_WAY:
             self.joined()
 

@@ -2,8 +2,8 @@
 
 Layers are found by the function they call, not by class name. Since transformers 5.15 a layer's forward calls functions
 of its own modelling file (`torch_chunk_gated_delta_rule`, ...), shared by every model of that file; before, it calls
-attributes of the layer. Either way one dispatching shim is installed per function, on the first `intercept`, and taken
-away with the last: it asks which layer is running on this thread, and calls the original for a layer nobody intercepts.
+attributes of the layer. Either way one dispatching shim stands in for each function, from the first `intercept` to the
+last: it asks which layer is running on this thread, and calls the original for a layer nobody intercepts.
 """
 
 from __future__ import annotations
@@ -11,20 +11,21 @@ from __future__ import annotations
 import contextlib
 import dis
 import functools
-import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch._C._dynamo import eval_frame
+from transformers import LogitsProcessorList, StoppingCriteriaList
 
-from .model_call import ModelCall, enter_call, enter_generate
+from . import generation, patch
+from .arguments import RULE, rule_call
+from .model_call import ModelCall, model_body
+from .patch import Owner
 
 RULES = ("chunk_gated_delta_rule", "recurrent_gated_delta_rule")
 _CONV = "causal_conv1d_fn"
-_ARGUMENTS = ("query", "key", "value", "g", "beta")
 
 RuleHandler = Callable[..., tuple[Tensor, Tensor | None]]
 ConvHandler = Callable[..., Tensor]
@@ -61,10 +62,6 @@ class LayerSite:
 # ---- finding layers -------------------------------------------------------------------------------------------
 
 
-def _forward_of(module: nn.Module):
-    return inspect.unwrap(type(module).forward)
-
-
 @functools.cache
 def _global_names(function) -> frozenset[str]:
     """Names that a function looks up in its module's globals."""
@@ -80,7 +77,7 @@ def _is_rule(name: str) -> bool:
 
 def _global_targets(module: nn.Module) -> tuple[dict, list[str]]:
     """(globals, names) of the rule and convolution functions that the module's forward looks up there."""
-    function = _forward_of(module)
+    function = patch.forward_of(module)
     space = getattr(function, "__globals__", {})
     names = sorted(n for n in _global_names(function) if callable(space.get(n)) and (_is_rule(n) or n == _CONV))
     return (space, names) if any(_is_rule(n) for n in names) else (space, [])
@@ -92,6 +89,12 @@ def _attribute_targets(module: nn.Module) -> list[str]:
     if not all(callable(own.get(name)) for name in RULES):
         return []
     return [*RULES, *([_CONV] if _CONV in own else [])]
+
+
+def targets(module: nn.Module) -> tuple[dict, list[str]]:
+    """(namespace, names) of the functions that the module's forward calls: its file's, or its own attributes."""
+    own = _attribute_targets(module)
+    return (module.__dict__, own) if own else _global_targets(module)
 
 
 def _has(module: nn.Module, *names: str):
@@ -111,7 +114,7 @@ def layers(model: nn.Module) -> list[LayerSite]:
     found: dict[int, LayerSite] = {}
     modules = dict(model.named_modules())
     for path, module in modules.items():
-        if not _attribute_targets(module) and not _global_targets(module)[1]:
+        if not targets(module)[1]:
             continue
         index = _has(module, "layer_idx")
         if index in found:
@@ -127,7 +130,7 @@ def layers(model: nn.Module) -> list[LayerSite]:
     return [found[i] for i in sorted(found)]
 
 
-def _enclosing(model: nn.Module, path: str) -> list[nn.Module]:
+def enclosing(model: nn.Module, path: str) -> list[nn.Module]:
     """The models around a layer, outermost first: everything above the list that holds its block."""
     chain, at = [model], model
     parts = path.split(".")
@@ -144,7 +147,6 @@ def _enclosing(model: nn.Module, path: str) -> list[nn.Module]:
 class _Local(threading.local):
     def __init__(self):
         self.frames: list[Frame] = []
-        self.override: tuple[Mapping[nn.Module, RuleHandler], Mapping[nn.Module, ConvHandler], bool] | None = None
 
 
 _local = _Local()
@@ -159,6 +161,8 @@ class Frame:
         call: the model's forward call around it, None when the layer was called on its own.
         cache: the cache handed to the layer, or None.
         layer_mask: `[B, T]` mask handed to the layer, or None.
+        hidden: `[B, T, hidden]` what the layer was given.
+        original: calls the function that a handler stands in for, as the layer called it.
     """
 
     site: LayerSite
@@ -166,9 +170,9 @@ class Frame:
     cache: object
     layer_mask: Tensor | None
     hidden: Tensor
-    kwargs: dict
     rules: tuple[RuleHandler, ...]
     convs: tuple[ConvHandler, ...]
+    original: Callable = field(default=None, repr=False)
 
     @functools.cached_property
     def cu_seqlens(self) -> Tensor | None:
@@ -183,38 +187,23 @@ class Frame:
         return 0 if self.call is None else self.call.start(self.cache)
 
     @functools.cached_property
+    def first_row(self) -> int:
+        """Number of this call's first row; see `ModelCall.first_row`."""
+        return 0 if self.call is None else self.call.first_row(self.hidden.shape[0])
+
+    @functools.cached_property
     def mask(self) -> Tensor | None:
-        """`[B, T]` bool, False at pads and at rows that `generate` has finished; None when all are real tokens."""
+        """`[B, T]` bool, False at pads and at what `generate` feeds past a row's end; None when all are real tokens."""
         real = None if self.layer_mask is None or self.layer_mask.ndim != 2 else self.layer_mask.bool()
         if self.call is None:
             return real
-        known = self.call.real_tokens(self.hidden.shape[:2], self.start)
-        return known if real is None else real if known is None else real & known
+        known = self.call.real_tokens(self.hidden.shape[:2], self.start, self.hidden.device)
+        return known if real is None else real if known is None else real & known.to(real.device)
 
 
 def running() -> Frame | None:
     """The intercepted layer that is running on this thread; for handlers."""
     return _local.frames[-1] if _local.frames else None
-
-
-@contextlib.contextmanager
-def alone(
-    rules: Mapping[nn.Module, RuleHandler],
-    convs: Mapping[nn.Module, ConvHandler] | None = None,
-    norms: bool = False,
-) -> Iterator[None]:
-    """On this thread, only these handlers (by layer module) run, and what stands in for norms only if `norms` says so,
-    whatever else is installed. For self-tests."""
-    before, _local.override = _local.override, (rules, convs or {}, norms)
-    try:
-        yield
-    finally:
-        _local.override = before
-
-
-def norms_stand_in() -> bool:
-    """Whether what stands in for norms may run on this thread now; see `alone`."""
-    return _local.override is None or _local.override[2]
 
 
 # ---- shims ----------------------------------------------------------------------------------------------------
@@ -226,11 +215,12 @@ def _rule_shim(original):
         frame = running()
         if frame is None or not frame.rules:
             return original(*args, **kwargs)
-        given = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
-        q, k, v, g, beta = (given[name] for name in _ARGUMENTS)
+        given = rule_call(args, kwargs)
+        q, k, v, g, beta = (given[name] for name in RULE)
         heads, keys = frame.site.num_v_heads, frame.site.num_k_heads
         if keys != heads and k.shape[2] == heads:  # already repeated to value heads: undo, as views
             q, k = q[:, :, :: heads // keys], k[:, :, :: heads // keys]
+        frame.original = functools.partial(original, *args, **kwargs)
         for handler in frame.rules:
             result = handler(
                 q, k, v, g, beta, given.get("initial_state"), bool(given.get("output_final_state")),
@@ -250,6 +240,7 @@ def _conv_shim(original):
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         x = given["x"] if "x" in given else given["hidden_states"]
         if frame is not None:
+            frame.original = functools.partial(original or causal_conv, *args, **kwargs)
             y = _conv(frame, x, given["weight"], given.get("bias"), given.get("activation"), slice(None))
             if y is not None:
                 return y
@@ -311,159 +302,102 @@ def _short_convs(module: nn.Module) -> list[nn.Module]:
 
 # ---- installing -----------------------------------------------------------------------------------------------
 
-lock = threading.RLock()
-_shims: dict[tuple[int, str], list] = {}  # (id of the namespace, name) -> [namespace, original, shim, uses]
-_wrapped: dict[tuple[int, str], _Wrapped] = {}  # (id(module), method) -> its replacement
+
+@dataclass(eq=False)
+class _Handlers:
+    """What one owner has for one layer."""
+
+    site: LayerSite
+    rule: RuleHandler | None
+    conv: ConvHandler | None
 
 
-class _Wrapped:
-    """A method of one module (`forward`, `generate`), replaced on the instance, put back after the last use."""
-
-    def __init__(self, module: nn.Module, make: Callable, name: str):
-        self.module, self.name, self.uses = module, name, 0
-        self.rules: tuple[RuleHandler, ...] = ()
-        self.convs: tuple[ConvHandler, ...] = ()
-        self.outer: tuple[nn.Module, ...] = ()
-        self.norm = None  # hf_norms.Norm
-        self.own = module.__dict__.get(name)
-        self.original = getattr(module, name)
-        self.parameters = tuple(inspect.signature(self.original).parameters)
-        body = make(self)
-
-        @functools.wraps(self.original)
-        def replacement(*args, **kwargs):
-            if not self.uses:  # taken away while somebody else's wrapper still holds on to this one
-                return self.original(*args, **kwargs)
-            if torch.compiler.is_compiling() or _inside_compiled_region():
-                raise RuntimeError(
-                    "writesae: an attached model cannot be traced by torch.compile or torch.export; run it eagerly"
-                )
-            return body(args, kwargs)
-
-        self.replacement = replacement
-        module.__dict__[name] = replacement
-
-    def given(self, args, kwargs) -> dict:
-        return {**dict(zip(self.parameters, args, strict=False)), **kwargs}
-
-    def remove(self):
-        if self.module.__dict__.get(self.name) is self.replacement:
-            if self.own is None:
-                del self.module.__dict__[self.name]
-            else:
-                self.module.__dict__[self.name] = self.own
-
-
-def _inside_compiled_region() -> bool:
-    """Whether torch.compile gave up on a frame around this and would go on with the pieces inside."""
-    return callable(eval_frame.get_eval_frame_callback())
-
-
-def wrapped(module: nn.Module) -> _Wrapped | None:
-    """What a module's forward has been replaced by, if anything."""
-    return _wrapped.get((id(module), "forward"))
-
-
-def acquire(stack: contextlib.ExitStack, module: nn.Module, make: Callable, name: str = "forward") -> _Wrapped:
-    """Replaces a method by `make(entry)(args, kwargs)` until the stack closes, unless it is replaced already. Under
-    `lock`."""
-    key = (id(module), name)
-    entry = _wrapped.get(key)
-    if entry is None:
-        entry = _wrapped[key] = _Wrapped(module, make, name)
-    entry.uses += 1
-    stack.callback(_locked, _release, key)
-    return entry
-
-
-def _release(key: tuple[int, str]) -> None:
-    entry = _wrapped[key]
-    entry.uses -= 1
-    if not entry.uses:
-        entry.remove()
-        del _wrapped[key]
-
-
-def _layer_body(site: LayerSite):
-    def make(entry: _Wrapped):
-        def body(args, kwargs):
-            given = entry.given(args, kwargs)
-            override = _local.override
-            rules, convs = entry.rules, entry.convs
-            if override is not None:
-                rules, convs = ((by[site.module],) if site.module in by else () for by in override[:2])
-            call = ModelCall.current()
-            frame = Frame(
-                site, call, given.get("cache_params"), given.get("attention_mask"), given["hidden_states"], kwargs,
-                rules, convs,
-            )  # fmt: skip
+def _layer_body(entry, call, args, kwargs):
+    serving = entry.serving()
+    if not serving:
+        return call(*args, **kwargs)
+    given = entry.reader(args, kwargs)
+    frame = Frame(
+        serving[0].site, ModelCall.current(), given.get("cache"), given.get("attention_mask"), given["hidden_states"],
+        tuple(h.rule for h in serving if h.rule is not None), tuple(h.conv for h in serving if h.conv is not None),
+    )  # fmt: skip
+    depth = len(_local.frames)
+    try:
+        try:
             _local.frames.append(frame)
-            try:
-                return entry.original(*args, **kwargs)
-            finally:
-                _local.frames.pop()
-
-        return body
-
-    return make
+            return call(*args, **kwargs)
+        finally:
+            del _local.frames[depth:]
+    finally:  # again, should an interrupt have hit the line above
+        del _local.frames[depth:]
 
 
-def _model_body(entry: _Wrapped):
-    def body(args, kwargs):
-        with enter_call(entry.module, entry.outer, entry.given(args, kwargs)):
-            return entry.original(*args, **kwargs)
-
-    return body
-
-
-def _generate_body(entry: _Wrapped):
-    def body(args, kwargs):
-        with enter_generate(entry.module, entry.given(args, kwargs)):
-            return entry.original(*args, **kwargs)
-
-    return body
-
-
-def _short_conv_body(site: LayerSite, channels: slice):
-    def make(entry: _Wrapped):
-        def body(args, kwargs):
-            frame = running()
-            given = entry.given(args, kwargs)
-            x, cache, cached = given["hidden_states"], given.get("cache"), bool(given.get("use_precomputed"))
-            if frame is None or (cached and x.shape[1] == 1):
-                return entry.original(*args, **kwargs)
-            columns, conv = x.transpose(1, 2), entry.module
-            wide = torch.cat([cache, columns], -1) if cached else columns
-            y = _conv(frame, wide, conv.weight[:, 0], conv.bias, "silu", channels)
-            if y is None:
-                return entry.original(*args, **kwargs)
-            kept = nn.functional.pad(wide, (conv.weight.shape[-1] - 1 - wide.shape[-1], 0))
-            return y[:, :, -x.shape[1] :].transpose(1, 2), kept
-
-        return body
-
-    return make
+def _short_conv_body(entry, call, args, kwargs):
+    frame, serving = running(), entry.serving()
+    given = entry.reader.named(args, kwargs)
+    x, cache, cached = given["hidden_states"], given.get("cache"), bool(given.get("use_precomputed"))
+    if frame is None or not serving or (cached and x.shape[1] == 1):
+        return call(*args, **kwargs)
+    columns, conv = x.transpose(1, 2), entry.module
+    wide = torch.cat([cache, columns], -1) if cached else columns
+    weight = conv.weight[:, 0]
+    frame.original = functools.partial(causal_conv, wide, weight, conv.bias, "silu")
+    y = _conv(frame, wide, weight, conv.bias, "silu", serving[0])
+    if y is None:
+        return call(*args, **kwargs)
+    kept = nn.functional.pad(wide, (conv.weight.shape[-1] - 1 - wide.shape[-1], 0))
+    return y[:, :, -x.shape[1] :].transpose(1, 2), kept
 
 
-def _install_shims(module: nn.Module, step: int) -> None:
-    """Counts the shims of one layer up (+1) or down (-1), installing the first and removing the last."""
-    names = _attribute_targets(module)
-    space = module.__dict__
-    if not names:
-        space, names = _global_targets(module)
+def _stand_in_for_functions(owner: Owner, module: nn.Module) -> None:
+    """Puts shims in the place of what the module's forward calls."""
+    space, names = targets(module)
     for name in names:
-        key = (id(space), name)
-        entry = _shims.get(key)
-        if entry is None:
-            original = space[name]
-            shim = (_rule_shim if _is_rule(name) else _conv_shim)(original)
-            entry = _shims[key] = [space, original, shim, 0]
-            space[name] = shim
-        entry[3] += step
-        if not entry[3]:
-            if space.get(name) is entry[2]:
-                space[name] = entry[1]
-            del _shims[key]
+        make = _rule_shim if _is_rule(name) else _conv_shim
+        if space is module.__dict__:
+            owner.patch(type(module), name, functools.partial(_attribute, name, functools.cache(make)))
+        else:
+            owner.patch(space, name, make)
+
+
+def _attribute(name: str, make: Callable, original) -> patch.Attribute:
+    return patch.Attribute(name, make, lambda module: running() is not None and running().site.module is module)
+
+
+def install(
+    owner: Owner,
+    model: nn.Module,
+    rules: Mapping[int, RuleHandler],
+    convs: Mapping[int, ConvHandler] | None = None,
+) -> list[LayerSite]:
+    """Puts everything in place that `intercept` needs, for `owner.close()` to take away. Returns `layers(model)`."""
+    convs = convs or {}
+    sites = layers(model)
+    by_index = {site.layer_index: site for site in sites}
+    for index in (*rules, *convs):
+        require_layer(model, by_index, index)
+    with patch.lock:
+        owner.mark(site.module for site in sites)
+        for index in sorted({*rules, *convs}):
+            _install_layer(owner, model, by_index[index], rules.get(index), convs.get(index))
+    return sites
+
+
+def _install_layer(owner: Owner, model, site: LayerSite, rule, conv) -> None:
+    around = enclosing(model, site.path)
+    for i, module in enumerate(around):
+        owner.join(module, "forward", model_body, tuple(around[:i]))
+        if callable(getattr(type(module), "generate", None)):
+            owner.join(module, "generate", generation.generate_body, tuple(around[:i]))
+            owner.patch(StoppingCriteriaList, "__call__", generation.listen_to_criteria)
+            owner.patch(LogitsProcessorList, "__call__", generation.listen_to_processors)
+    _stand_in_for_functions(owner, site.module)
+    start = 0
+    for child in _short_convs(site.module):
+        channels = slice(start, start := start + child.in_channels)
+        owner.join(child, "forward", _short_conv_body, channels)
+    owner.join(site.module, "forward", _layer_body, _Handlers(site, rule, conv))
+    patch.entries[id(site.module)].reader.require("hidden_states", "cache", "attention_mask")
 
 
 @contextlib.contextmanager
@@ -471,6 +405,7 @@ def intercept(
     model: nn.Module,
     rules: Mapping[int, RuleHandler] | None = None,
     convs: Mapping[int, ConvHandler] | None = None,
+    private: bool = False,
 ) -> Iterator[list[LayerSite]]:
     """Within the context, layer l's recurrence calls `rules[l]` and its convolution `convs[l]` in the original's place.
 
@@ -486,60 +421,27 @@ def intercept(
             Called once a layer and forward, except for OLMo-Hybrid before transformers 5.15, where q, k and v are
             convolved apart: three calls, `channels` the slice each is of [q, k, v] (otherwise `slice(None)`). Not
             called in the one-token decode step with a cache.
+        private: serve calls of this thread only.
 
     A function may return NotImplemented to leave the call to the one installed before it, and in the end to the model.
-    The latest installed goes first. `running()` tells a function which layer and call it serves. Handlers see calls of
-    every thread. Everything is put back on exit, whatever the exit.
+    The latest installed goes first. `running()` tells a function which layer and call it serves. Handlers see the calls
+    of this thread, and those of threads that have never intercepted this model themselves; nothing is stored on the
+    model, whose copies are free of all this. Everything is put back on exit, whatever the exit.
 
     Yields:
         `layers(model)`.
 
     Raises:
-        ValueError: a layer that is not a gated-delta layer of the model.
+        ValueError: a layer that is not a gated-delta layer of the model, or whose forward cannot be read.
     """
-    rules, convs = dict(rules or {}), dict(convs or {})
-    sites = layers(model)
-    by_index = {site.layer_index: site for site in sites}
-    for index in (*rules, *convs):
-        require_layer(model, by_index, index)
-    with contextlib.ExitStack() as stack:
-        with lock:
-            for index in sorted({*rules, *convs}):
-                _install_layer(stack, model, by_index[index], rules.get(index), convs.get(index))
-        yield sites
-
-
-def _install_layer(stack: contextlib.ExitStack, model, site: LayerSite, rule, conv) -> None:
-    enclosing = _enclosing(model, site.path)
-    for i, module in enumerate(enclosing):
-        entry = acquire(stack, module, _model_body)
-        entry.outer = tuple({*entry.outer, *enclosing[:i]})
-        if callable(getattr(module, "generate", None)):
-            acquire(stack, module, _generate_body, "generate")
-    _install_shims(site.module, 1)
-    stack.callback(_locked, _install_shims, site.module, -1)
-    start = 0
-    for child in _short_convs(site.module):
-        channels = slice(start, start := start + child.in_channels)
-        acquire(stack, child, _short_conv_body(site, channels))
-    entry = acquire(stack, site.module, _layer_body(site))
-    if rule is not None:
-        entry.rules = (rule, *entry.rules)
-        stack.callback(_locked, _drop, entry, "rules", rule)
-    if conv is not None:
-        entry.convs = (conv, *entry.convs)
-        stack.callback(_locked, _drop, entry, "convs", conv)
-
-
-def _drop(entry: _Wrapped, kind: str, handler) -> None:
-    kept = list(getattr(entry, kind))
-    kept.pop(next(i for i, h in enumerate(kept) if h is handler))
-    setattr(entry, kind, tuple(kept))
-
-
-def _locked(function, *args) -> None:
-    with lock:
-        function(*args)
+    owner = Owner(private=private)
+    try:
+        try:
+            yield install(owner, model, dict(rules or {}), convs)
+        finally:
+            owner.close()
+    finally:  # again, should an interrupt have hit the first
+        owner.close()
 
 
 def intercept_conv(model: nn.Module, convs: Mapping[int, ConvHandler]):

@@ -10,14 +10,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..ops._dispatch import can_run
-from . import hf_gated_delta
+from . import patch
 
 _EPS = ("variance_epsilon", "eps")  # what modules call it
 _found: dict[tuple, Norm | None] = {}  # what modules of one class, size, dtype and settings are
@@ -118,33 +118,45 @@ def _same(ours: Tensor, theirs: Tensor) -> bool:
     return close and (theirs.dtype == torch.float32 or bool((error == 0).float().mean() >= 0.99))
 
 
-def _body(norm: Norm):
-    def make(entry):
-        entry.norm = norm
+def _body(entry, call, args, kwargs):
+    serving = entry.serving()
+    if not serving:
+        return call(*args, **kwargs)
+    norm, check = serving[0]
+    y = norm(entry.module.weight, args, kwargs)
+    if y is not None and check is not None:
+        check(entry.module, y, call(*args, **kwargs))
+    return call(*args, **kwargs) if y is None else y
 
-        def body(args, kwargs):
-            y = norm(entry.module.weight, args, kwargs) if hf_gated_delta.norms_stand_in() else None
-            return entry.original(*args, **kwargs) if y is None else y
 
-        return body
+def install(owner: patch.Owner, model: nn.Module, check: Callable | None = None) -> dict[nn.Module, Norm]:
+    """Has the model's RMS norms on a CPU run on `ops.rms_norm` wherever no gradient is asked, until `owner` closes.
 
-    return make
+    Args:
+        check: called as `check(module, ours, theirs)` with every result beside the module's own.
+
+    Returns:
+        `{module: its formula}` of all of them.
+    """
+    norms = {}
+    with patch.lock:
+        for module in model.modules():
+            norm = norm_of(module)
+            if norm is not None:
+                owner.join(module, "forward", _body, (norm, check))
+                owner.mark([module])
+                norms[module] = norm
+    return norms
 
 
 @contextlib.contextmanager
 def fused(model: nn.Module) -> Iterator[dict[nn.Module, Norm]]:
-    """Within the context, the model's RMS norms on a CPU run on `ops.rms_norm` wherever no gradient is asked.
-
-    Yields:
-        `{module: its formula}` of all of them.
-    """
-    norms = {}
-    with contextlib.ExitStack() as stack:
-        with hf_gated_delta.lock:
-            for module in model.modules():
-                entry = hf_gated_delta.wrapped(module)
-                norm = norm_of(module) if entry is None else entry.norm  # an attach around this one may have it
-                if norm is not None:
-                    hf_gated_delta.acquire(stack, module, _body(norm))
-                    norms[module] = norm
-        yield norms
+    """`install` within the context."""
+    owner = patch.Owner()
+    try:
+        try:
+            yield install(owner, model)
+        finally:
+            owner.close()
+    finally:  # again, should an interrupt have hit the first
+        owner.close()

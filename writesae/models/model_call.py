@@ -1,44 +1,30 @@
 """What one forward call of a whole model says about its columns: pads, packed sequences, past length, finished rows.
 
 The recurrence sees none of this: masks reach a layer only when something is padded and never while decoding. So the
-forwards of the models around an intercepted layer are wrapped, and the innermost call on this thread is asked here.
+forwards of the models around an intercepted layer are listened to, and the call in progress on this thread is asked
+here. Of several models around a layer, the innermost says what is fed: prompt tuning, for one, puts columns in front.
 """
 
 from __future__ import annotations
 
-import contextlib
 import threading
-import weakref
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-_FIELDS = {
-    "input_ids": "input_ids", "attention_mask": "attention_mask", "position_ids": "position_ids",
-    "past_key_values": "cache", "cu_seq_lens_q": "cu_seq_lens", "seq_idx": "seq_idx",
-}  # fmt: skip
+from . import generation
+
+
+class Stopped(Exception):
+    """The last layer wanted has run: raised through a model's forward to end it early, on purpose."""
 
 
 class _Local(threading.local):
     def __init__(self):
         self.calls: list[ModelCall] = []
-        self.generating: list[tuple[list[int], int | None]] = []
-
-
-@dataclass
-class _Rows:
-    """What was fed last to the rows of one cache."""
-
-    next_start: int
-    last: Tensor | None  # [B] tokens, or None when they were not a decode step
-    finished: Tensor  # [B] bool
 
 
 _local = _Local()
-_lock = threading.Lock()
-_rows: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # cache -> _Rows
 
 
 class ModelCall:
@@ -46,23 +32,39 @@ class ModelCall:
 
     def __init__(self, root: nn.Module):
         self.root = root
-        self.input_ids = self.attention_mask = self.position_ids = None
+        self.models = [root]
+        self.attention_mask = self.position_ids = None
         self.cache = self.cu_seq_lens = self.seq_idx = None
         self._past: int | None = None
         self._packed: tuple[Tensor | None] | None = None
-        self._finished: tuple[Tensor | None] | None = None
+        self._generation: tuple[generation.Generation | None] | None = None
+        self._stop = 0
+        self.pending: dict = {}  # of whoever records: what to `keep` or `undo` at the end
 
     @staticmethod
     def current() -> ModelCall | None:
         return _local.calls[-1] if _local.calls else None
 
-    def fill(self, given: dict) -> None:
-        for name, field in _FIELDS.items():
-            if getattr(self, field) is None and given.get(name) is not None:
-                setattr(self, field, given[name])
-        if self.cache is not None and self._past is None:
-            # Now, before any attention layer of this call has grown it.
-            self._past = int(self.cache.get_seq_length())
+    def fill(self, module: nn.Module, given: dict) -> None:
+        """What one of the models around the layers was given, by role."""
+        if module is not self.root:
+            self.models.append(module)
+        for role in ("position_ids", "cu_seq_lens", "seq_idx"):
+            if getattr(self, role) is None and role in given:
+                setattr(self, role, given[role])
+        mask = given.get("attention_mask")
+        if self.attention_mask is None or _by_column(mask) is not None:
+            self.attention_mask = mask
+        if self.cache is None and "cache" in given:
+            self.cache = given["cache"]
+            self._past = columns_held(self.cache)  # now, before any attention layer of this call has grown it
+
+    @property
+    def generation(self) -> generation.Generation | None:
+        """The `generate` that makes this call, if one does."""
+        if self._generation is None:
+            self._generation = (generation.running(self.models),)
+        return self._generation[0]
 
     # ---- columns ----------------------------------------------------------------------------------------------
 
@@ -72,48 +74,49 @@ class ModelCall:
             self.cache, self._past = cache, 0
         return self._past
 
-    def _mask2d(self) -> Tensor | None:
-        mask = self.attention_mask
-        if isinstance(mask, dict):
-            mask = mask.get("linear_attention")
-        return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    def first_row(self, B: int) -> int:
+        """Row number of this call's first row: 0, but for what guidance feeds beside the text, which comes after it."""
+        generating = self.generation
+        if generating is None:
+            return 0
+        if not generating.processing:
+            generating.rows = B
+        return generating.rows if generating.processing and generating.rows else 0
 
-    def real_tokens(self, shape: tuple[int, int], start: int) -> Tensor | None:
-        """`[B, T]` bool: neither a pad nor fed to a row that generation has finished; None when nothing says so."""
+    def real_tokens(self, shape: tuple[int, int], start: int, device: torch.device) -> Tensor | None:
+        """`[B, T]` bool: neither a pad, nor fed to a row that `generate` has ended, nor fed by it before; None when
+        nothing says so."""
         B, T = shape
-        mask = self._mask2d()
-        real = None if mask is None else mask[:, -T:].bool()
-        if self._finished is None:
-            self._finished = (self._update_finished(B, T, start),)
-        finished = self._finished[0]
-        if finished is None:
+        real = self._unmasked(B, T, start)
+        generating = self.generation
+        if generating is None:
             return real
-        going = ~finished[:, None]
-        return going if real is None else real & going
+        self.first_row(B)
+        self._stop = start + T
+        at = torch.arange(T, device=device)
+        ended = generating.ended()
+        again = generating.repeated(start, T)
+        if ended is not None and len(ended) == B:  # the last column alone is a token chosen since
+            last = at == T - 1
+            going = ~(ended.to(device)[:, None] & last)
+            real = going if real is None else real.to(device) & going
+        if again:
+            fresh = (at >= again).expand(B, T)
+            real = fresh if real is None else real.to(device) & fresh
+        return real
 
-    def _update_finished(self, B: int, T: int, start: int) -> Tensor | None:
-        """`[B]` rows that only get pads now: in a decode step, the pad token after an end token that was decoded."""
-        if self.cache is None or self.input_ids is None:
+    def _unmasked(self, B: int, T: int, start: int) -> Tensor | None:
+        """`[B, T]` bool of a two-dimensional mask over the columns held and fed, or fed alone."""
+        mask = _by_column(self.attention_mask)
+        if mask is None:
             return None
-        ids = self.input_ids
-        decoding = T == 1 and start > 0
-        with _lock:
-            before = _rows.get(self.cache)
-            finished = torch.zeros(B, dtype=torch.bool, device=ids.device)
-            if decoding and before is not None and before.next_start == start and len(before.finished) == B:
-                ends, pad = self._special_tokens()
-                finished = before.finished
-                if before.last is not None and ends and pad is not None:
-                    ended = torch.isin(before.last, torch.tensor(ends, device=ids.device))
-                    finished = finished | (ended & (ids[:, 0] == pad))
-            _rows[self.cache] = _Rows(start + T, ids[:, 0].clone() if decoding else None, finished)
-        return finished if decoding else None
-
-    def _special_tokens(self) -> tuple[list[int], int | None]:
-        """(end tokens, pad token), of the `generate` in progress or of the model's generation config."""
-        if _local.generating:
-            return _local.generating[-1]
-        return special_tokens(getattr(self.root, "generation_config", None), {})
+        rows, columns = mask.shape
+        if rows != B or (columns != T and columns < start + T):
+            raise ValueError(
+                f"attention_mask: expected [{B}, {T}] (the columns of this call) or [{B}, {start + T}] (with the "
+                f"{start} held by the cache), got {tuple(mask.shape)}; what is padding cannot be told"
+            )
+        return (mask if columns == T else mask[:, start : start + T]).bool()
 
     # ---- packed sequences -------------------------------------------------------------------------------------
 
@@ -132,7 +135,7 @@ class ModelCall:
         if B != 1:
             raise ValueError(f"packed batch: expected one row that holds all sequences, got {B} rows")
         if cache is not None:
-            raise ValueError("packed batch: expected use_cache=False and no past_key_values, got a cache")
+            raise ValueError("packed batch: expected use_cache=False and no cache (past_key_values), got a cache")
         if getattr(text_config(self.root), "ple_layer_ids", None):
             raise ValueError(
                 f"packed batch: {type(self.root).__name__} reads n-grams across sequences in its per-layer embeddings, "
@@ -159,6 +162,8 @@ class ModelCall:
             if positions.shape[0] != 4:
                 return None
             positions = positions[0]
+        if positions.shape[-1] != T:  # the caller's; a model in between has put columns in front and dropped them
+            return None
         jumps = (positions[:, 1:] - positions[:, :-1]) != 1
         if not bool(jumps.any()):
             return None
@@ -176,11 +181,46 @@ class ModelCall:
         flash = "flash" in (getattr(config, "_attn_implementation", None) or "")
         return not flash and has_attention(self.root)
 
+    # ---- its end ----------------------------------------------------------------------------------------------
+
+    def close(self, error: BaseException | None) -> None:
+        """The forward has returned, or failed: then what it recorded is taken back, unless somebody meant it to end."""
+        keep = error is None or _on_purpose(error)
+        pending, self.pending = self.pending, {}
+        for part in pending.values():
+            (part.keep if keep else part.undo)()
+        if keep and self._stop and self.generation is not None:
+            self.generation.recorded(self._stop)
+
+
+def _by_column(mask) -> Tensor | None:
+    """The two-dimensional mask in what a model was given, or None."""
+    if isinstance(mask, dict):
+        mask = mask.get("linear_attention")
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def _on_purpose(error: BaseException) -> bool:
+    """Whether an exception ends a forward on purpose once what is wanted has run: ours, or a tracer's."""
+    return isinstance(error, Stopped) or (
+        type(error).__name__ == "EarlyStopException" and type(error).__module__.partition(".")[0] == "nnsight"
+    )
+
+
+def columns_held(cache) -> int:
+    """Columns that a cache holds. Raises ValueError where it does not say."""
+    length = getattr(cache, "get_seq_length", None)
+    if length is None:
+        raise ValueError(
+            f"cache: expected one that says how many columns it holds (get_seq_length), got {type(cache).__name__}"
+        )
+    return int(length())
+
 
 def text_config(model: nn.Module):
     """The text part of a model's config, or None."""
     config = getattr(model, "config", None)
-    return None if config is None else config.get_text_config()
+    return config.get_text_config() if hasattr(config, "get_text_config") else None
 
 
 def has_attention(model: nn.Module) -> bool:
@@ -205,41 +245,25 @@ def _offsets(cu_seq_lens: Tensor | None, seq_idx: Tensor | None, T: int) -> Tens
     return offsets if len(offsets) > 2 else None
 
 
-def special_tokens(config, given: dict) -> tuple[list[int], int | None]:
-    """(end tokens, pad token) of a generation config, overridden by the arguments of a `generate` call."""
-    config = given.get("generation_config") or config
-    end, pad = (
-        given[name] if given.get(name) is not None else getattr(config, name, None)
-        for name in ("eos_token_id", "pad_token_id")
-    )
-    ends = [] if end is None else torch.as_tensor(end).reshape(-1).tolist()
-    if pad is None and ends:
-        pad = ends[0]  # what generate pads with then
-    return ends, None if pad is None else int(pad)
-
-
-@contextlib.contextmanager
-def enter_call(module: nn.Module, outer: tuple[nn.Module, ...], given: dict) -> Iterator[None]:
-    """A model's forward begins: a new call, or the inner part of the call of a model around it."""
-    call = ModelCall.current()
-    if call is not None and call.root in outer:
-        call.fill(given)
-        yield
-        return
-    call = ModelCall(module)
-    call.fill(given)
-    _local.calls.append(call)
+def model_body(entry, call, args, kwargs):
+    """Runs a model's forward: a new call, or the inner part of the call of a model around it."""
+    current, given = ModelCall.current(), entry.reader(args, kwargs)
+    outer = entry.members.values()
+    if current is not None and any(current.root is m for chain in tuple(outer) for m in chain):
+        current.fill(entry.module, given)
+        return call(*args, **kwargs)
+    depth, error = len(_local.calls), None
+    new = ModelCall(entry.module)
+    new.fill(entry.module, given)
     try:
-        yield
+        try:
+            _local.calls.append(new)
+            return call(*args, **kwargs)
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            del _local.calls[depth:]
+            new.close(error)
     finally:
-        _local.calls.pop()
-
-
-@contextlib.contextmanager
-def enter_generate(module: nn.Module, given: dict) -> Iterator[None]:
-    """`generate` begins: its own end and pad tokens hold until it returns."""
-    _local.generating.append(special_tokens(getattr(module, "generation_config", None), given))
-    try:
-        yield
-    finally:
-        _local.generating.pop()
+        del _local.calls[depth:]

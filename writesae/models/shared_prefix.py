@@ -7,17 +7,16 @@ before t, which all forks of that passage share: they are read in place, never c
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from . import patch
 from .hf_gated_delta import layers
-
-_NAME = "writesae_shared_prefix"
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,8 @@ def shared_prefix_attention(
     **kwargs,
 ) -> tuple[Tensor, None]:
     """Attention of forks on their passage's prefix and on themselves, in one softmax. Returns `[n, L, Hq, D]`, None."""
-    if shared_prefix is None:  # a call from another thread while the forks run
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if shared_prefix is None:
+        raise ValueError(f"model: {type(module).__name__} did not hand its shared_prefix on to its attention function")
     if kwargs.get("sliding_window") is not None:
         raise ValueError("model: full attention expected above the edited layer, got a sliding window")
     n, Hq, L, D = query.shape
@@ -79,8 +78,20 @@ def shared_prefix_attention(
     return out.view(n, Hq, L, D).transpose(1, 2).contiguous(), None
 
 
-ALL_ATTENTION_FUNCTIONS.register(_NAME, shared_prefix_attention)
-ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+class _Local(threading.local):
+    sharing = False
+
+
+_local = _Local()
+
+
+def _interface(original):
+    """Stands in for `AttentionInterface.get_interface`: which attention a module is to use."""
+
+    def get_interface(self, *args, **kwargs):
+        return shared_prefix_attention if _local.sharing else original(self, *args, **kwargs)
+
+    return get_interface
 
 
 class Stack:
@@ -107,27 +118,22 @@ class Stack:
         if self.norm is None or self.head is None:
             raise ValueError(f"model: expected a final norm and an output embedding, got {type(model).__name__}")
 
-    def attention_configs(self) -> list:
-        """Configurations that the full-attention modules consult for their attention function."""
-        found = {}
-        for i, block in enumerate(self.blocks):
-            if i not in self.sites:
-                for module in block.modules():
-                    if hasattr(module, "layer_idx") and hasattr(module, "config"):
-                        found[id(module.config)] = module.config
-        return list(found.values())
-
     @contextlib.contextmanager
     def sharing(self) -> Iterator[None]:
-        """Within, the full-attention blocks take a `shared_prefix`."""
-        before = [(config, config._attn_implementation) for config in self.attention_configs()]
+        """Within, the full-attention blocks take a `shared_prefix` on this thread."""
+        owner, before = patch.Owner(private=True), _local.sharing
         try:
-            for config, _ in before:
-                config._attn_implementation_internal = _NAME
-            yield
-        finally:
-            for config, name in before:
-                config._attn_implementation_internal = name
+            try:
+                with patch.lock:
+                    owner.patch(type(ALL_ATTENTION_FUNCTIONS), "get_interface", _interface)
+                _local.sharing = True
+                yield
+            finally:
+                owner.close()
+                _local.sharing = before
+        finally:  # again, should an interrupt have hit the first
+            owner.close()
+            _local.sharing = before
 
     def run(
         self,
@@ -142,27 +148,30 @@ class Stack:
             extra = {} if i in self.sites else {"shared_prefix": prefixes[i]}
             x = self.blocks[i](
                 x, position_embeddings=position_embeddings[i], attention_mask=None, position_ids=position_ids,
-                past_key_values=None, use_cache=False, **extra,
+                use_cache=False, **extra,
             )  # fmt: skip
             x = x[0] if isinstance(x, tuple) else x
         return self.norm(x)
 
     @contextlib.contextmanager
     def watching(self, wanted: Sequence[int], seen: dict[int, dict]) -> Iterator[None]:
-        """Within, `seen[layer]` gets the input and keyword arguments of the wanted blocks' latest call."""
-        handles = []
+        """Within, `seen[layer]` gets the input and keyword arguments of the wanted blocks' latest call on this thread.
+        """
 
-        def watch(i):
-            def hook(module, args, kwargs):
+        def watch(entry, call, args, kwargs):
+            for i in entry.serving()[:1]:
                 hidden = args[0] if args else kwargs["hidden_states"]
                 seen[i] = {"input": hidden, "position_embeddings": kwargs.get("position_embeddings")}
+            return call(*args, **kwargs)
 
-            return hook
-
+        owner = patch.Owner(private=True)
         try:
-            for i in wanted:
-                handles.append(self.blocks[i].register_forward_pre_hook(watch(i), with_kwargs=True))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+            try:
+                with patch.lock:
+                    for i in wanted:
+                        owner.join(self.blocks[i], "forward", watch, i)
+                yield
+            finally:
+                owner.close()
+        finally:  # again, should an interrupt have hit the first
+            owner.close()

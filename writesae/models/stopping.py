@@ -7,16 +7,20 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from . import hf_gated_delta
+from . import hf_gated_delta, patch
+from .model_call import Stopped
 
 
-class Stopped(Exception):
-    """The last layer wanted has run."""
+def _stop(entry, call, args, kwargs):
+    if entry.serving():
+        raise Stopped
+    return call(*args, **kwargs)
 
 
 @contextmanager
 def stopping_after(model: nn.Module, layer: int) -> Iterator[None]:
-    """Ends each forward pass before the decoder block above `layer`: nothing there can change what it wrote.
+    """Ends each forward pass of this thread before the decoder block above `layer`: nothing there can change what it
+    wrote.
 
     Inside it a forward pass raises `Stopped`, for the caller to suppress; where `layer` is the last, it just ends.
 
@@ -29,13 +33,14 @@ def stopping_after(model: nn.Module, layer: int) -> Iterator[None]:
     block = blocks[layer]
     stack = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and any(x is block for x in m))
     above = list(stack)[[x is block for x in stack].index(True) + 1 :]
-
-    def stop(module, args):
-        raise Stopped
-
-    handle = above[0].register_forward_pre_hook(stop) if above else None
+    owner = patch.Owner(private=True)
     try:
-        yield
-    finally:
-        if handle is not None:
-            handle.remove()
+        try:
+            with patch.lock:
+                for module in above[:1]:
+                    owner.join(module, "forward", _stop, None)
+            yield
+        finally:
+            owner.close()
+    finally:  # again, should an interrupt have hit the first
+        owner.close()

@@ -47,6 +47,9 @@ class Tap:
             beta is 0.
         starts: `{layer: column}` at which that call's first token stands in its row.
         calls: `{layer: number of calls}` since attaching; not reset by `clear`.
+        applied: `{layer: [E] bool}`: which of the layer's planned edits have applied so far.
+
+    All of it, firings too, is of calls that came to their end: what a failed forward pass recorded is taken back.
     """
 
     def __init__(self, sites: Mapping[int, Mapping[int, object]], edits: Mapping[int, Edits], options: dict):
@@ -55,7 +58,7 @@ class Tap:
         self.starts: dict[int, int] = {}
         self.calls: dict[int, int] = {layer: 0 for layer in sorted({*sites, *edits})}
         self._sites, self._edits = sites, edits
-        self._edits_ran = {layer: torch.zeros(len(e), dtype=torch.bool) for layer, e in edits.items()}
+        self.applied = {layer: torch.zeros(len(e), dtype=torch.bool) for layer, e in edits.items()}
         self._record_writes = options["record_writes"]
         self._encoding = {"backend": options["backend"], "precision": options["precision"]}
         self._lock = threading.Lock()
@@ -145,11 +148,16 @@ class Tap:
 
     # ---- edits ------------------------------------------------------------------------------------------------
 
-    def edits_of_call(self, layer: int, start: int, lengths: list[int]) -> Edits | None:
-        """The planned edits that fall into columns `start ..` of this call, positions counted from `start`."""
+    def edits_of_call(self, frame: Frame, lengths: list[int]) -> Edits | None:
+        """The planned edits that fall into the columns of this call, positions counted from its first."""
+        layer, start = frame.site.layer_index, frame.start
         planned = self._edits.get(layer)
         if planned is None:
             return None
+        among = torch.arange(len(planned))
+        if frame.first_row:  # the second text of a guided `generate`
+            among = among[planned.row < 0]
+            planned = planned[among]
         rows = len(lengths)
         beyond = (planned.row >= rows).nonzero().flatten()
         if len(beyond):
@@ -169,29 +177,35 @@ class Tap:
         position = planned.position[which] - start
         inside = (position >= 0) & (position < torch.tensor(lengths)[row])
         which, row, position = which[inside], row[inside], position[inside]
-        with self._lock:
-            self._edits_ran[layer][which] = True
         if not len(which):
             return None
+        pending = self._pending_of(frame)
+        pending.applied.append((layer, among[which]))
+        if frame.call is None:
+            pending.keep()
         return Edits(row, position, planned.head[which], planned.left[which], planned.right[which], planned.kind[which])
 
-    def require_everything_ran(self) -> None:
-        """Raises ValueError when a site was never called, an edit's position never came, or a state broke."""
+    def require_everything_ran(self, strict: bool) -> None:
+        """Raises ValueError when a site was never called, or a state broke; where an edit's position never came, warns
+        or, if `strict`, raises."""
         with self._lock:
             self._require_finite()
         for layer, count in self.calls.items():
             if not count:
                 what = f"site(s) {[(layer, h) for h in self._sites[layer]]}" if layer in self._sites else "edits"
                 raise ValueError(f"sites: layer {layer} never ran while attached, so its {what} saw nothing")
-        for layer, ran in self._edits_ran.items():
+        for layer, ran in self.applied.items():
             missed = (~ran).nonzero().flatten()
             if len(missed):
                 i, e = int(missed[0]), self._edits[layer]
-                raise ValueError(
+                message = (
                     f"edits: {len(missed)} of {len(ran)} edits of layer {layer} never applied, because their position "
                     f"never ran while attached; the first is edit {i}: row {int(e.row[i])}, position "
                     f"{int(e.position[i])}, head {int(e.head[i])}"
                 )
+                if strict:
+                    raise ValueError(message)
+                warnings.warn(message, RuntimeWarning, stacklevel=6)
 
     # ---- recording --------------------------------------------------------------------------------------------
 
@@ -200,9 +214,10 @@ class Tap:
         """Raises ValueError at the first NaN or infinity written; for a device, as soon as somebody asks the tap."""
         right = writes.right
         if right.device.type != "cpu":
-            check = _Check.of(writes, frame)
-            with self._lock:
-                self._checks.append(check)
+            pending = self._pending_of(frame)
+            pending.checks.append(_Check.of(writes, frame))
+            if frame.call is None:
+                pending.keep()
             return
         first = ops.first_nonfinite(right.flatten(3))
         if first is not None:
@@ -217,18 +232,30 @@ class Tap:
         if self._record_writes and initial_state is not None:
             # The cache updates its state in place, and these writes outlive the call.
             writes = replace(writes, initial_state=writes.initial_state.clone())
+        pending = self._pending_of(frame)
+        for part in parts:
+            pending.gathered.add(part, room)
+        pending.called.append((layer, self.writes.get(layer), self.starts.get(layer)))
         with self._lock:
-            for part in parts:
-                self._gathered.add(part, room)
             self.calls[layer] += 1
             if self._record_writes:
                 self.writes[layer], self.starts[layer] = writes, frame.start
+        if frame.call is None:  # a layer called on its own: there is nothing around it that could fail
+            pending.keep()
+
+    def _pending_of(self, frame: Frame) -> _Pending:
+        """What the model's call in progress has recorded so far."""
+        if frame.call is None:
+            return _Pending(self)
+        if self not in frame.call.pending:
+            frame.call.pending[self] = _Pending(self)
+        return frame.call.pending[self]
 
     @torch.no_grad()
     def _firings_of(self, layer: int, frame: Frame, writes: Writes, initial_state, final_state) -> list:
         parts = []
         if layer in self._groups or layer in self._dense:
-            columns = Columns.of(writes, frame.start, frame.mask)
+            columns = Columns.of(writes, frame.start, frame.mask, frame.first_row)
             for i, group in enumerate(self._groups.get(layer, ())):
                 codes = self._encode(group, (layer, i), frame.cache, writes, initial_state, final_state)
                 if codes.offsets is None:
@@ -260,6 +287,36 @@ class Tap:
             with self._lock:
                 self._carries.setdefault(cache, {})[key] = (state, codes.carry)
         return codes
+
+
+class _Pending:
+    """What one call of a model has put into a tap: its own until the call comes to its end, and then the tap's."""
+
+    def __init__(self, tap: Tap):
+        self.tap = tap
+        self.gathered = Gathered()
+        self.checks: list[_Check] = []
+        self.called: list[tuple[int, Writes | None, int | None]] = []  # layer, writes and start of the call before
+        self.applied: list[tuple[int, Tensor]] = []  # layer, which of its edits
+
+    def keep(self) -> None:
+        """The call has come to its end."""
+        with self.tap._lock:
+            self.tap._gathered.extend(self.gathered)
+            self.tap._checks.extend(self.checks)
+            for layer, which in self.applied:
+                self.tap.applied[layer][which] = True
+
+    def undo(self) -> None:
+        """The call has failed: as if it had never been."""
+        tap = self.tap
+        with tap._lock:
+            for layer, writes, start in reversed(self.called):
+                tap.calls[layer] -= 1
+                for now, before in ((tap.writes, writes), (tap.starts, start)):
+                    now.pop(layer, None)
+                    if before is not None:
+                        now[layer] = before
 
 
 @dataclass(eq=False)

@@ -1,0 +1,134 @@
+"""The arguments of models, layers and recurrences, read by their role: the one place that knows each release's names.
+
+transformers renamed what holds the past twice (`past_key_values` in models and `cache_params` in linear layers up to
+5.23, `cache` in both since 5.24, which still takes the old names); more will follow. What cannot be read is refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+import torch
+import transformers
+from torch import Tensor
+
+from .versions import TESTED
+
+# role -> the names it goes by, the newest first
+NAMES = {
+    "cache": ("cache", "past_key_values", "cache_params"),
+    "attention_mask": ("attention_mask",),
+    "position_ids": ("position_ids",),
+    "hidden_states": ("hidden_states",),
+    "cu_seq_lens": ("cu_seq_lens_q",),
+    "seq_idx": ("seq_idx",),
+}
+_CACHE_METHODS = ("get_seq_length", "update_recurrent_state", "has_previous_state")
+
+# What the recurrences understand, in the order in which they take it.
+RULE = ("query", "key", "value", "g", "beta")
+_RULE_KNOWN = {
+    *RULE, "chunk_size", "initial_state", "output_final_state", "use_qk_l2norm_in_kernel", "cu_seqlens",
+}  # fmt: skip
+# Arguments by which the fast kernels of the field compute something else. (Layers hand on whatever the caller of the
+# model gave, so an argument that no recurrence knows is none of ours.)
+_RULE_CHANGES = {
+    "scale", "head_first", "state_v_first", "transpose_state_layout", "use_gate_in_kernel", "A_log", "dt_bias",
+    "lower_bound", "safe_gate", "use_beta_sigmoid_in_kernel", "allow_neg_eigval", "cp_context", "gk", "gv",
+}  # fmt: skip
+
+
+class Reader:
+    """Reads calls of one function by the roles of their arguments.
+
+    Args:
+        function: the function; its signature says what positions mean.
+        where: its name in errors.
+    """
+
+    def __init__(self, function: Callable, where: str):
+        self.where = where
+        kinds = inspect.signature(function).parameters
+        self.parameters = tuple(kinds)
+        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        self._positional = tuple(name for name, p in kinds.items() if p.kind in positional)
+
+    def require(self, *roles: str) -> None:
+        """Raises ValueError unless the function takes an argument of each of these roles by a name known here."""
+        for role in roles:
+            if not any(name in self.parameters for name in NAMES[role]):
+                raise ValueError(
+                    f"model: expected a forward of {self.where} that takes {' or '.join(NAMES[role])}, got "
+                    f"({', '.join(self.parameters)}) from transformers {transformers.__version__} (tested: "
+                    f"{', '.join(TESTED)}); nothing could be recorded rightly"
+                )
+
+    def name_of(self, role: str) -> str:
+        """The name by which the function takes a role: the newest that its signature knows."""
+        return next((name for name in NAMES[role] if name in self.parameters), NAMES[role][0])
+
+    def named(self, args: tuple, kwargs: dict) -> dict:
+        """All that was given, by name; more positions than the signature has are left out (the call will fail)."""
+        return {**dict(zip(self._positional, args, strict=False)), **kwargs}
+
+    def __call__(self, args: tuple, kwargs: dict) -> dict:
+        """`{role: value}` of what was given and is not None.
+
+        Raises:
+            ValueError: a cache under a name unknown here.
+        """
+        given = self.named(args, kwargs)
+        found = {}
+        for role, names in NAMES.items():
+            for name in names:
+                if given.get(name) is not None:
+                    found[role] = given[name]
+                    break
+        for name, value in given.items():
+            if name not in NAMES["cache"] and _is_cache(value):
+                raise ValueError(
+                    f"model: expected the cache of {self.where} as {', '.join(NAMES['cache'])}, got it as {name!r} "
+                    f"(transformers {transformers.__version__}; tested: {', '.join(TESTED)})"
+                )
+        cache = found.get("cache")
+        if cache is not None and not _is_cache(cache):
+            raise ValueError(
+                f"model: expected a transformers Cache for {self.where}, got {type(cache).__name__}, of which the "
+                "columns it holds cannot be read"
+            )
+        return found
+
+
+def cache_of(output):
+    """The cache in a model's output, whatever its release calls it, or None."""
+    return next((output[name] for name in NAMES["cache"] if name in output), None)
+
+
+def _is_cache(value) -> bool:
+    if value is None or isinstance(value, (Tensor, bool, int, float, str, list, tuple, dict)):
+        return False
+    return any(callable(getattr(value, name, None)) for name in _CACHE_METHODS)
+
+
+def rule_call(args: tuple, kwargs: dict) -> dict:
+    """The arguments of one call of a recurrence by name.
+
+    Raises:
+        ValueError: one is missing, or one is given that changes what is computed and is not known here.
+    """
+    given = {**dict(zip(RULE, args, strict=False)), **kwargs}
+    missing = [name for name in RULE if not isinstance(given.get(name), torch.Tensor)]
+    if missing or len(args) > len(RULE):
+        raise ValueError(
+            f"model: expected the recurrence to be called with {', '.join(RULE)} and then by name, got "
+            + (f"no {', '.join(missing)}" if missing else f"{len(args)} positions")
+            + f" (transformers {transformers.__version__}; tested: {', '.join(TESTED)})"
+        )
+    for name, value in given.items():
+        if name in _RULE_CHANGES and value is not None and value is not False:
+            raise ValueError(
+                f"model: expected a recurrence called with {', '.join(sorted(_RULE_KNOWN))}, got {name}, which changes "
+                f"what it computes (transformers {transformers.__version__}; tested: {', '.join(TESTED)})"
+            )
+    return given

@@ -1,0 +1,191 @@
+"""What `attach` tries before it is trusted: every function it stands in for, beside the model's own, on a few tokens.
+
+The comparison is made where the functions meet: on the inputs that the running model hands to its recurrence (and to
+its short convolution), ours and its own are called side by side. So nothing that comes after can blow up a rounding (an
+expert chosen otherwise, eight bits), and no setting of the model has to be changed for it: not its training mode, not
+its heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from . import hf_gated_delta, hf_norms, patch
+from .arguments import Reader, cache_of
+from .hf_gated_delta import LayerSite
+from .model_call import has_attention
+
+# Largest |ours - the model's| of a result over its largest value that is let pass, by the dtype that runs. Measured
+# over tiny random models of every family, eager and under autocast: at most TOLERANCE_MEASURED in float32, one rounding
+# in half precision. Under autocast the model's own products are the coarse ones.
+TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.02}
+
+_passed: set = set()  # kinds of models already tried in this process
+
+
+def self_test(
+    model: nn.Module,
+    sites: Sequence[LayerSite],
+    rule: Callable,
+    rule_version: object,
+    conv: Callable | None,
+    norms: bool,
+) -> None:
+    """Runs seven random tokens and one more on their cache, and compares. A kind of model tried before is let pass.
+
+    Args:
+        sites: the layers to try.
+        rule: `rule(q, k, v, g, beta, initial_state, output_final_state, use_qk_l2norm, cu_seqlens)`, giving
+            (o, final_state).
+        rule_version: what tells one rule from another for the kind.
+        conv: stands in for the short convolution, if anything does; `norms`: whether norms are stood in for.
+
+    Raises:
+        RuntimeError: a layer that never called its recurrence, or results that differ.
+    """
+    if not sites:
+        return
+    kind = _kind(model, sites, rule_version, conv is not None, norms)
+    if kind is not None and kind in _passed:
+        return
+    trial = _Trial(rule, conv)
+    owner = patch.Owner(alone=True)
+    layers = [site.layer_index for site in sites]
+    try:
+        try:
+            convs = {} if conv is None else dict.fromkeys(layers, trial.conv)
+            hf_gated_delta.install(owner, model, dict.fromkeys(layers, trial.rule), convs)
+            if norms:
+                hf_norms.install(owner, model, trial.norm)
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                _run(_innermost(model, sites))
+        finally:
+            owner.close()
+    finally:  # again, should an interrupt have hit the first
+        owner.close()
+    bypassed = [i for i in layers if i not in trial.ran]
+    if bypassed:
+        raise RuntimeError(
+            f"attach: self-test failed: layers {bypassed} ran without calling the gated delta rule where their class "
+            "does; has something (a hub kernel, another hook) replaced their forward?"
+        )
+    if kind is not None:
+        _passed.add(kind)
+
+
+class _Trial:
+    """Stands in for every function tried, and compares where such a function is met for the first time."""
+
+    def __init__(self, rule: Callable, conv: Callable | None):
+        self._rule, self._conv = rule, conv
+        self.ran: set[int] = set()
+        self._met: set[tuple] = set()
+
+    def _first(self, *kind) -> bool:
+        new = kind not in self._met
+        self._met.add(kind)
+        return new
+
+    def rule(self, q, k, v, g, beta, initial_state, output_final_state, use_qk_l2norm, cu_seqlens):
+        frame = hf_gated_delta.running()
+        site, state = frame.site, initial_state
+        self.ran.add(site.layer_index)
+        compare = self._first(type(site.module), site.K, site.V, site.num_k_heads, site.num_v_heads, q.shape[1] == 1)
+        if compare:
+            state = None if initial_state is None else initial_state.clone()  # the model's own may work in place
+        ours = self._rule(q, k, v, g, beta, state, output_final_state, use_qk_l2norm, cu_seqlens)
+        if compare:
+            theirs = frame.original()
+            for what, a, b in zip(("output", "state"), ours, theirs, strict=True):
+                _compare(f"the {what} of the gated delta rule of layer {site.layer_index}", a, b)
+        return ours
+
+    def conv(self, x, weight, bias, activation, *, cu_seqlens, channels):
+        frame = hf_gated_delta.running()
+        ours = self._conv(x, weight, bias, activation, cu_seqlens=cu_seqlens, channels=channels)
+        if ours is not NotImplemented and self._first("conv", weight.shape, activation):
+            _compare(f"the short convolution of layer {frame.site.layer_index}", ours, frame.original())
+        return ours
+
+    def norm(self, module: nn.Module, ours: Tensor, theirs: Tensor) -> None:
+        if self._first("norm", type(module), module.weight.shape):
+            _compare(f"a {type(module).__name__}", ours, theirs)
+
+
+def _compare(what: str, ours: Tensor | None, theirs: Tensor | None) -> None:
+    if ours is None or theirs is None:
+        if ours is not theirs:
+            raise RuntimeError(f"attach: self-test failed: {what} is missing on one side")
+        return
+    if ours.shape != theirs.shape:
+        raise RuntimeError(
+            f"attach: self-test failed: {what} is {tuple(ours.shape)} on our op, {tuple(theirs.shape)} in the model"
+        )
+    if not torch.isfinite(theirs).all():
+        return  # the model itself is broken; check_finite says where, on the first real call
+    runs = torch.get_autocast_dtype(theirs.device.type) if torch.is_autocast_enabled(theirs.device.type) else ours.dtype
+    limit = max(TOLERANCE.get(runs, 0.05), TOLERANCE.get(theirs.dtype, 0.05))
+    off = float((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max().clamp_min(1e-30))
+    if not off <= limit:
+        raise RuntimeError(
+            f"attach: self-test failed: {what} differs on our op from the model's own by {off:.1e} of the largest "
+            f"(allowed for {runs}: {limit:.0e})"
+        )
+
+
+def _innermost(model: nn.Module, sites: Sequence[LayerSite]) -> nn.Module:
+    """The model right around the layers: no head, no wrapper, nothing put in front."""
+    around = hf_gated_delta.enclosing(model, sites[0].path)
+    if not around or not callable(getattr(around[-1], "get_input_embeddings", None)):
+        raise ValueError(
+            f"model: expected a model that takes input_ids around the layers, got {type(model).__name__}, which the "
+            "self-test cannot run; attach to the model it belongs to, or pass self_test=False"
+        )
+    return around[-1]
+
+
+def _run(model: nn.Module) -> None:
+    embedding = model.get_input_embeddings()
+    hook = getattr(embedding, "_hf_hook", None)  # accelerate's: weights may lie elsewhere until they are used
+    device = getattr(hook, "execution_device", None)
+    device = embedding.weight.device if device is None else torch.device(device)
+    if device.type == "meta":
+        raise ValueError("model: expected weights, got parameters on the meta device without a hook that loads them")
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, embedding.weight.shape[0], (2, 7), generator=generator).to(device)
+    cached = has_attention(model)
+    out = model(input_ids=ids[:, :-1], use_cache=cached)
+    cache = cache_of(out) if cached else None
+    if cache is not None:  # a model in training mode that recomputes its layers makes none
+        name = Reader(model.forward, type(model).__name__).name_of("cache")
+        model(input_ids=ids[:, -1:], use_cache=True, **{name: cache})
+
+
+def _kind(model: nn.Module, sites: Sequence[LayerSite], rule_version, conv: bool, norms: bool):
+    """What a passed test speaks for: models of the same classes, sizes, dtypes, devices and settings, unless something
+    has replaced a forward on some instance."""
+    modules = list(model.modules())
+    if any("forward" in m.__dict__ or "__call__" in m.__dict__ for m in modules):
+        return None
+    config = getattr(model, "config", None)
+    where = frozenset((p.dtype, p.device) for p in model.parameters())
+    autocast = tuple(
+        torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None for d in {d.type for _, d in where}
+    )
+    return (
+        tuple((type(m), patch.forward_of(m)) for m in modules), str(config), where, autocast,
+        tuple((s.layer_index, s.K, s.V, s.num_k_heads, s.num_v_heads, s.path) for s in sites),
+        tuple(_functions(s.module) for s in sites), rule_version, conv, norms and hf_norms.Norm.__call__,
+    )  # fmt: skip
+
+
+def _functions(module: nn.Module) -> tuple:
+    """The functions that a layer would call by itself."""
+    space, names = hf_gated_delta.targets(module)
+    standing = ((patch.patches.get((id(space), name)), space.get(name)) for name in names)
+    return tuple(now if here is None else here.original for here, now in standing)
+
+
