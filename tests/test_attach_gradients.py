@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from tiny_models import families, tiny_model, tokens
 
 from writesae import Edits, attach, ops
@@ -56,12 +57,13 @@ def test_padded(target):
 
 
 def test_half_precision(target):
-    """The CPU's kernels compute in float32, as the plain model does. The CUDA kernels do not, and this model multiplies
+    """The CPU's kernels compute in float32, as the plain model does (since transformers 5.15; before, it normalised q
+    and k in their own dtype). The CUDA kernels do not, and this model multiplies
     what they round: their gradients are compared with those of the same weights in float32, from which the plain
     model's are 12 to 20 % away. Measured over three models: 1.1 to 2.6 times that, no less with the CPU's backward.
     """
     model, ids = tiny_model(dtype=torch.bfloat16), tokens(2, 33)
-    if target.kind == "cpu":
+    if target.kind == "cpu" and tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 15):
         return compare(target, model, ids, tolerance=0.05)
     model, ids = model.to(target.device), target.put(ids)
     found = {"plain": parameter_gradients(model, ids)}

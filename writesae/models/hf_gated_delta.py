@@ -240,10 +240,12 @@ def _conv_shim(original):
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         x = given["x"] if "x" in given else given["hidden_states"]
         if frame is not None:
-            frame.original = functools.partial(original or causal_conv, *args, **kwargs)
+            plain = functools.partial(causal_conv, x, given["weight"], given.get("bias"), given.get("activation"))
+            frame.original = plain if original is None else functools.partial(original, *args, **kwargs)
             y = _conv(frame, x, given["weight"], given.get("bias"), given.get("activation"), slice(None))
             if y is not None:
                 return y
+            return frame.original()
         if original is None:
             return causal_conv(x, given["weight"], given.get("bias"), given.get("activation"))
         return original(*args, **kwargs)

@@ -146,7 +146,7 @@ class Entry:
     @functools.cached_property
     def reader(self) -> Reader:
         # Of the class: an instance's own forward takes whatever it wraps takes.
-        return Reader(MethodType(type(self.module).forward, self.module), type(self.module).__name__)
+        return Reader(MethodType(forward_of(self.module), self.module), type(self.module).__name__)
 
     def serving(self) -> list:
         """Members of the owners that serve a call on this thread, the latest first.
@@ -220,5 +220,13 @@ def refuse_tracing() -> None:
 
 
 def forward_of(module: nn.Module) -> Callable:
-    """The module's class's own forward, under every wrapper that names what it wraps."""
-    return inspect.unwrap(type(module).forward)
+    """The module's class's own forward, under every wrapper that names what it wraps, or (transformers before 5.15)
+    takes anything and keeps one function to call."""
+    function = inspect.unwrap(type(module).forward)
+    code = getattr(function, "__code__", None)
+    if code is not None and code.co_argcount == 1 and code.co_flags & inspect.CO_VARARGS:
+        held = [cell.cell_contents for cell in function.__closure__ or ()]
+        held = [f for f in held if inspect.isfunction(f) and f.__name__ == "forward"]
+        if len(held) == 1:
+            return inspect.unwrap(held[0])
+    return function
