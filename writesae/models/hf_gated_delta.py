@@ -141,6 +141,23 @@ def enclosing(model: nn.Module, path: str) -> list[nn.Module]:
     return [m for m in chain[:last] if not isinstance(m, (nn.ModuleList, nn.ModuleDict))]
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Where the module computes: where its weights are, or (weights that are brought when they are used) will be.
+
+    Raises:
+        ValueError: nobody brings them.
+    """
+    for part in module.modules():  # accelerate's hook
+        device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    tensors = (*module.parameters(), *module.buffers())
+    device = tensors[0].device if tensors else torch.device("cpu")
+    if device.type == "meta":
+        raise ValueError("model: expected weights, got parameters on the meta device without a hook that loads them")
+    return device
+
+
 # ---- what is running on this thread ---------------------------------------------------------------------------
 
 

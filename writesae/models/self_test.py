@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import hf_gated_delta, hf_norms, patch
 from .arguments import Reader, cache_of
 from .hf_gated_delta import LayerSite
-from .model_call import has_attention
+from .model_call import has_attention, text_config
 
 # Largest |ours - the model's| of a result over its largest value that is let pass, by the dtype that runs. Measured
 # over tiny random models of every family, eager and under autocast: at most TOLERANCE_MEASURED in float32, one rounding
@@ -151,13 +151,10 @@ def _innermost(model: nn.Module, sites: Sequence[LayerSite]) -> nn.Module:
 
 def _run(model: nn.Module) -> None:
     embedding = model.get_input_embeddings()
-    hook = getattr(embedding, "_hf_hook", None)  # accelerate's: weights may lie elsewhere until they are used
-    device = getattr(hook, "execution_device", None)
-    device = embedding.weight.device if device is None else torch.device(device)
-    if device.type == "meta":
-        raise ValueError("model: expected weights, got parameters on the meta device without a hook that loads them")
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, embedding.weight.shape[0], (2, 7), generator=generator).to(device)
+    size = getattr(embedding, "num_embeddings", None) or text_config(model).vocab_size
+    ids = torch.randint(0, size, (2, 7), generator=generator)
+    ids = ids.to(hf_gated_delta.device_of(embedding))
     cached = has_attention(model)
     out = model(input_ids=ids[:, :-1], use_cache=cached)
     cache = cache_of(out) if cached else None

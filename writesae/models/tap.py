@@ -16,7 +16,7 @@ from ..edits import Edits
 from ..firings import Firings
 from ..writes import Writes
 from .gather import Columns, Coming, Gathered, TopK
-from .hf_gated_delta import Frame, LayerSite
+from .hf_gated_delta import Frame, LayerSite, device_of
 from .transfer import ToHost
 
 DENSE_KINDS = ("matrix", "flat")  # their encoder reads whole states
@@ -117,7 +117,7 @@ class Tap:
     def prepare(self, sites: Mapping[int, LayerSite]) -> None:
         """Stacks the dictionaries' factors, once."""
         for layer, heads in self._sites.items():
-            parameter = next(sites[layer].module.parameters())
+            device = device_of(sites[layer].module)
             alike: dict[tuple, list[tuple[int, object, tuple]]] = {}
             for head, sae in heads.items():
                 if sae is None:
@@ -125,7 +125,7 @@ class Tap:
                 if sae.kind in DENSE_KINDS:
                     self._dense.setdefault(layer, {})[head] = sae
                     continue
-                factors = tuple(x.detach().to(parameter.device, torch.float32) for x in sae.encoder())
+                factors = tuple(x.detach().to(device, torch.float32) for x in sae.encoder())
                 key = (*factors[0].shape, int(sae.k), sae.threshold is None)  # F, r, K, k, top-k or threshold
                 alike.setdefault(key, []).append((head, sae, factors))
             for (F, _, _, k, top), members in alike.items():
