@@ -6,9 +6,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/* csrc/*.py)
 # The CUDA kernels take minutes to compile: here they are built only for a torch that can run them (cuda-check builds all).
 HAS_CUDA = $(shell $(BIN)/python -c 'import torch; print(int(torch.version.cuda is not None))')
-OLD_TRANSFORMERS ?= 5.14.1
 
-.PHONY: demo test test-old-transformers bench sanitize cuda-check lint info clean
+.PHONY: demo test test-transformers bench sanitize cuda-check lint info clean
 
 demo: $(VENV)/.built
 	$(BIN)/writesae demo
@@ -17,10 +16,9 @@ demo: $(VENV)/.built
 test: $(VENV)/.built
 	$(BIN)/python -m pytest -q --twin $$($(BIN)/python scripts/build_twin.py 2> /dev/null) tests
 
-# The hooks against the last release that kept the recurrence as an attribute of the layer.
-test-old-transformers: .venv-old/.installed $(VENV)/.built
-	PYTHONPATH=. .venv-old/bin/python -m pytest -q tests/test_attach.py tests/test_attach_refusals.py tests/test_models_load.py \
-	  tests/test_models_seam.py tests/test_engine.py
+# What a model takes part in, under every other release of transformers that is supported, and the newest.
+test-transformers: $(VENV)/.built
+	$(BIN)/python scripts/test_transformers.py
 
 # Everything, about 20 minutes; interrupted, it goes on where it was.
 bench: $(VENV)/.built
@@ -44,7 +42,7 @@ info: $(VENV)/.built
 	$(BIN)/writesae info
 
 clean:
-	rm -rf build dist *.egg-info $(VENV) .venv-old writesae/*.so
+	rm -rf build dist *.egg-info $(VENV) writesae/*.so
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -62,10 +60,4 @@ $(VENV)/.installed: $(VENV)/.created constraints.txt pyproject.toml
 $(VENV)/.built: $(VENV)/.installed setup.py $(SOURCES)
 	WRITESAE_CUDA=$${WRITESAE_CUDA-$$([ $(HAS_CUDA) = 1 ] && command -v nvcc > /dev/null && echo 1 || echo 0)} \
 	  $(PIP) install -q --no-build-isolation --no-deps -e .
-	touch $@
-
-.venv-old/.installed: constraints.txt
-	$(PYTHON) -m venv .venv-old
-	.venv-old/bin/python -m pip install -q -c constraints.txt torch numpy pyarrow safetensors pytest
-	.venv-old/bin/python -m pip install -q transformers==$(OLD_TRANSFORMERS)
 	touch $@

@@ -486,10 +486,11 @@ def test_wrappers(model):
 def test_quantized_and_autocast(model):
     text = tokens(2, 6)
     small = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
-    plain = small(text).logits
+    exact, plain = model(text).logits, small(text).logits
     with attach(small, dictionaries(), accelerate=True) as tap:
         hooked = small(text).logits
-    assert len(tap.firings) and float((hooked - plain).abs().max() / plain.abs().max()) < 0.1
+    # A rounding more or less moves numbers to the next of 256 levels, so the measure is what eight bits cost anyway.
+    assert len(tap.firings) and (hooked - exact).norm() < 1.5 * (plain - exact).norm()
     for dtype in (torch.bfloat16, torch.float16):
         with torch.autocast("cpu", dtype=dtype):
             plain = model(text).logits.float()

@@ -1,0 +1,68 @@
+"""Runs the tests that a model takes part in under other releases of transformers: those tested, and the newest.
+
+    python scripts/test_transformers.py [VERSION | newest ...]
+
+Each release is installed with what it needs into build/transformers-VERSION, beside the environment and not into it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.metadata import distributions, version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from writesae.models.versions import TESTED  # noqa: E402
+
+# What says that a test runs a model.
+_SIGNS = ("tiny_models", "transformers", "load_default", "models import", "writesae.attach")
+_OWN = ("transformers", "tokenizers", "huggingface_hub")  # pinned for the environment's own release
+
+
+def install(release: str) -> tuple[Path, str]:
+    """Where a release lies, and its number."""
+    folder = ROOT / "build" / f"transformers-{release}"
+    if release == "newest" or not (folder / ".installed").exists():
+        pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith(_OWN)]
+        folder.mkdir(parents=True, exist_ok=True)
+        constraints = folder / "constraints.txt"
+        constraints.write_text("\n".join(pins) + "\n")
+        wanted = "transformers" if release == "newest" else f"transformers=={release}"
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-q", "--upgrade"]
+        subprocess.run([*pip, "--target", folder, "-c", constraints, wanted], check=True)
+        (folder / ".installed").touch()
+    found = [d.version for d in distributions(path=[str(folder)]) if d.name == "transformers"]
+    return folder, found[0]
+
+
+def tests() -> list[str]:
+    files = sorted((ROOT / "tests").glob("test_*.py"))
+    return [str(f.relative_to(ROOT)) for f in files if any(sign in f.read_text() for sign in _SIGNS)]
+
+
+def main(releases: list[str]) -> int:
+    done = {version("transformers")}
+    print(f"transformers {version('transformers')}: by `make test`, with all the tests", flush=True)
+    failed = []
+    for release in releases:
+        if release in done:
+            continue
+        folder, number = install(release)
+        if number in done:
+            print(f"transformers {number}, the {release}: tested already", flush=True)
+            continue
+        done.add(number)
+        print(f"transformers {number}:", flush=True)
+        environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+        run = subprocess.run([sys.executable, "-m", "pytest", "-q", *tests()], cwd=ROOT, env=environment)
+        failed += [number] * (run.returncode != 0)
+    if failed:
+        print(f"failed under transformers {', '.join(failed)}")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:] or [*TESTED, "newest"]))
