@@ -495,8 +495,8 @@ def test_quantized_and_autocast(model):
         with torch.autocast("cpu", dtype=dtype):
             plain = model(text).logits.float()
             with attach(model, dictionaries(), accelerate=True) as tap:
-                close(model(text).logits.float(), plain, 0.1)
-        assert len(tap.firings)
+                hooked = model(text).logits.float()
+        assert len(tap.firings) and (hooked - exact).norm() < 1.5 * (plain - exact).norm()
 
 
 def test_a_training_model_is_tried_as_it_is(model):
