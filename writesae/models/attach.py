@@ -106,12 +106,13 @@ def attach(
     norms = accelerate and backend in (None, "cpu")
     if self_test:
         tested = [s for i, s in found.items() if accelerate or i in hooked]
-        run_self_test(model, tested, _rule(backend), (gated_delta_rule, backend), conv, norms)
+        run_self_test(model, list(found.values()), tested, _rule(backend), (gated_delta_rule, backend), conv, norms)
     handlers = {i: _Handler(tap, i in hooked, accelerate, check_finite, write_gradients, backend) for i in found}
     owner = Owner()
     try:
         try:
-            hf_gated_delta.install(owner, model, handlers, {} if conv is None else dict.fromkeys(found, conv))
+            convs = {} if conv is None else dict.fromkeys(found, conv)
+            hf_gated_delta.install(owner, model, list(found.values()), handlers, convs)
             if norms:
                 hf_norms.install(owner, model)
             yield tap

@@ -12,7 +12,7 @@ import contextlib
 import dis
 import functools
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -386,12 +386,11 @@ def _attribute(name: str, make: Callable, original) -> patch.Attribute:
 def install(
     owner: Owner,
     model: nn.Module,
+    sites: Sequence[LayerSite],
     rules: Mapping[int, RuleHandler],
-    convs: Mapping[int, ConvHandler] | None = None,
-) -> list[LayerSite]:
-    """Puts everything in place that `intercept` needs, for `owner.close()` to take away. Returns `layers(model)`."""
-    convs = convs or {}
-    sites = layers(model)
+    convs: Mapping[int, ConvHandler],
+) -> None:
+    """Puts everything in place that `intercept` needs, for `owner.close()` to take away; `sites`: `layers(model)`."""
     by_index = {site.layer_index: site for site in sites}
     for index in (*rules, *convs):
         require_layer(model, by_index, index)
@@ -399,7 +398,6 @@ def install(
         owner.mark(site.module for site in sites)
         for index in sorted({*rules, *convs}):
             _install_layer(owner, model, by_index[index], rules.get(index), convs.get(index))
-    return sites
 
 
 def _install_layer(owner: Owner, model, site: LayerSite, rule, conv) -> None:
@@ -453,10 +451,11 @@ def intercept(
     Raises:
         ValueError: a layer that is not a gated-delta layer of the model, or whose forward cannot be read.
     """
-    owner = Owner(private=private)
+    owner, sites = Owner(private=private), layers(model)
     try:
         try:
-            yield install(owner, model, dict(rules or {}), convs)
+            install(owner, model, sites, rules or {}, convs or {})
+            yield sites
         finally:
             owner.close()
     finally:  # again, should an interrupt have hit the first

@@ -28,6 +28,7 @@ _passed: set = set()  # kinds of models already tried in this process
 
 def self_test(
     model: nn.Module,
+    every: Sequence[LayerSite],
     sites: Sequence[LayerSite],
     rule: Callable,
     rule_version: object,
@@ -37,7 +38,8 @@ def self_test(
     """Runs seven random tokens and one more on their cache, and compares. A kind of model tried before is let pass.
 
     Args:
-        sites: the layers to try.
+        every: `layers(model)`.
+        sites: those of them to try.
         rule: `rule(q, k, v, g, beta, initial_state, output_final_state, use_qk_l2norm, cu_seqlens)`, giving
             (o, final_state).
         rule_version: what tells one rule from another for the kind.
@@ -51,13 +53,15 @@ def self_test(
     kind = _kind(model, sites, rule_version, conv is not None, norms)
     if kind is not None and kind in _passed:
         return
-    trial = _Trial(rule, conv)
+    trial = _Trial(rule, conv, {site.layer_index for site in sites})
     owner = patch.Owner(alone=True)
     layers = [site.layer_index for site in sites]
     try:
         try:
             convs = {} if conv is None else dict.fromkeys(layers, trial.conv)
-            hf_gated_delta.install(owner, model, dict.fromkeys(layers, trial.rule), convs)
+            # Every layer of the model runs on ours meanwhile, which is faster; compared are those to be tried.
+            rules = dict.fromkeys((site.layer_index for site in every), trial.rule)
+            hf_gated_delta.install(owner, model, every, rules, convs)
             if norms:
                 hf_norms.install(owner, model, trial.norm)
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -79,8 +83,8 @@ def self_test(
 class _Trial:
     """Stands in for every function tried, and compares where such a function is met for the first time."""
 
-    def __init__(self, rule: Callable, conv: Callable | None):
-        self._rule, self._conv = rule, conv
+    def __init__(self, rule: Callable, conv: Callable | None, layers: set[int]):
+        self._rule, self._conv, self._layers = rule, conv, layers
         self.ran: set[int] = set()
         self._met: set[tuple] = set()
 
@@ -93,7 +97,9 @@ class _Trial:
         frame = hf_gated_delta.running()
         site, state = frame.site, initial_state
         self.ran.add(site.layer_index)
-        compare = self._first(type(site.module), site.K, site.V, site.num_k_heads, site.num_v_heads, q.shape[1] == 1)
+        compare = site.layer_index in self._layers and self._first(
+            type(site.module), site.K, site.V, site.num_k_heads, site.num_v_heads, q.shape[1] == 1
+        )
         if compare:
             state = None if initial_state is None else initial_state.clone()  # the model's own may work in place
         ours = self._rule(q, k, v, g, beta, state, output_final_state, use_qk_l2norm, cu_seqlens)
@@ -175,7 +181,7 @@ def _kind(model: nn.Module, sites: Sequence[LayerSite], rule_version, conv: bool
         torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None for d in {d.type for _, d in where}
     )
     return (
-        tuple((type(m), patch.forward_of(m)) for m in modules), str(config), where, autocast,
+        tuple((type(m), patch.forward_of(m)) for m in modules), str(getattr(config, "__dict__", None)), where, autocast,
         tuple((s.layer_index, s.K, s.V, s.num_k_heads, s.num_v_heads, s.path) for s in sites),
         tuple(_functions(s.module) for s in sites), rule_version, conv, norms and hf_norms.Norm.__call__,
     )  # fmt: skip
