@@ -22,11 +22,11 @@ FORWARD, READY = "the same without storing", "hooked passes on tokens in memory"
 def overhead(options: Options) -> Iterator[Row]:
     from ..collect import Corpus, ModelSource, collect
     from ..collect.estimate import batches
-    from ..collect.passages import Passage, passages
     from ..collect.run import _tokenizer
     from ..default.corpus import stdlib_files, stdlib_folder
     from ..models import load
     from ..sae import SAE
+    from ..text.passages import Passage, passages
 
     tokens = 8_000 if options.quick else 100_000
     context, batch, shard = 512, 16, 64

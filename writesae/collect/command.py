@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _corpus(args: argparse.Namespace):
-    from .corpus import Corpus
+    from ..text.corpus import Corpus
 
     if (args.corpus is None) == (args.dataset is None):
         raise ValueError("corpus: expected a path or --dataset, " + ("got both" if args.corpus else "got neither"))

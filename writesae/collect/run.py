@@ -12,12 +12,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ..text.corpus import Corpus
+from ..text.passages import Cursor, Passage, passages
 from . import files
-from .corpus import Corpus
 from .estimate import Estimate, batches, estimate
 from .finish import finish
 from .modes import MODES, Features, Selection
-from .passages import Cursor, Passage, passages
 from .shard import PARTS, Progress, Shard, Writer
 from .source import Source, begin
 

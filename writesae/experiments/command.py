@@ -92,7 +92,7 @@ def _bytes(text: str) -> int:
 
 def _texts(name: str, argument: str) -> list[tuple[str, str]]:
     """(document, text) of a corpus argument."""
-    from ..collect.corpus import Corpus
+    from ..text.corpus import Corpus
 
     found = []
     for document in Corpus.from_name(name, argument=argument).documents():

@@ -34,6 +34,45 @@ class Document:
     open: Callable[[], BinaryIO]
 
 
+@dataclass(frozen=True)
+class FileIdentity:
+    """A file as it stands: while `size`, `mtime_ns` and `inode` are what they were, so is a digest made before.
+
+    Attributes:
+        name: of the file in its corpus.
+        path: where it is.
+        size, mtime_ns, inode: bytes, nanoseconds, number; of the file itself, where `path` is a link.
+    """
+
+    name: str
+    path: Path
+    size: int
+    mtime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path, name: str) -> FileIdentity:
+        at = path.stat()
+        return cls(name, path, at.st_size, at.st_mtime_ns, at.st_ino)
+
+    def sha256(self, progress: Callable[[int], None] | None = None) -> str:
+        """Digest of every byte, streamed; `progress` is called with the bytes of each piece read.
+
+        Raises:
+            ValueError: the file changed while it was read.
+        """
+        digest, size = hashlib.sha256(), 0
+        with open(self.path, "rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+                size += len(piece)
+                if progress is not None:
+                    progress(len(piece))
+        if size != self.size or FileIdentity.of(self.path, self.name) != self:
+            raise ValueError(f"corpus: {self.name} changed while it was read")
+        return digest.hexdigest()
+
+
 @dataclass
 class Corpus:
     """Documents in a fixed order: files by path, records by their place in the file.
@@ -179,6 +218,14 @@ class Corpus:
             "files": len(self.files), "bytes": total, "sha256": digest.hexdigest(), "field": self.text_field,
             "dataset": None if self.dataset is None else list(self.dataset),
         }  # fmt: skip
+
+    def identities(self) -> list[FileIdentity]:
+        """The files as they stand now, in order; none for a dataset."""
+        return [FileIdentity.of(path, name) for path, name, _ in self.files]
+
+    def digest(self, progress: Callable[[int], None] | None = None) -> dict[str, str]:
+        """{file: SHA-256 of all its bytes}, streamed. See `FileIdentity.sha256`; empty for a dataset."""
+        return {identity.name: identity.sha256(progress) for identity in self.identities()}
 
     def documents(self, place: tuple[int, int, int] = (0, 0, 0), number: int = 0) -> Iterator[Document]:
         """Documents from `place` on, numbered from `number`."""
