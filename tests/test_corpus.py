@@ -53,9 +53,12 @@ def test_folder(folder):
         (9, "t.parquet:3", b"p3"),
         (10, "t.parquet:4", b"p4"),
     ]
-    assert corpus.skipped == [
-        "image.png: binary (holds a zero byte)", "latin.txt: not UTF-8 (byte 0xfc at 1)"
+    assert list(map(str, corpus.skipped)) == [
+        ".git: hidden", "image.png: binary (holds a zero byte)", "latin.txt: not UTF-8 (byte 0xfc at 1)"
     ]  # fmt: skip
+    assert corpus.left_out() == {"binary": 1, "empty": 2, "hidden": 1, "not UTF-8": 1, "null text": 1}
+    texts(corpus)
+    assert corpus.left_out()["empty"] == 2  # read again, counted once
 
 
 def test_reading_starts_anywhere(folder):

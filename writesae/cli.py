@@ -47,6 +47,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"writesae {args.command}: {error}", file=sys.stderr)
         return 2
+    except EOFError:
+        print(f"writesae {args.command}: a question could not be asked: standard input is closed", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"writesae {args.command}: interrupted", file=sys.stderr)
         return 130
