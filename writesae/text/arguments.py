@@ -52,7 +52,7 @@ def told(corpus: Corpus, label: str = "corpus") -> Corpus:
         if len(ones) > _EXAMPLES:
             print(f"skipped {len(ones) - _EXAMPLES} more that are {ones[0].reason}", file=sys.stderr)
     if corpus.skipped:
-        counts = ", ".join(f"{len(ones)} {reason}" for reason, ones in by_reason.items())
+        counts = ", ".join(f"{len(ones)} {reason}" for reason, ones in sorted(by_reason.items()))
         print(f"{label}: {len(corpus.files)} files; left out: {counts}", file=sys.stderr)
     return corpus
 

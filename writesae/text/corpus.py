@@ -93,7 +93,8 @@ class Corpus:
         if len(parts) == 1:
             return parts[0]
         if any(part.dataset for part in parts):
-            raise ValueError(f"{argument}: expected a dataset alone, or files and folders, got {', '.join(given)}")
+            got = ", ".join(map(str, given))
+            raise ValueError(f"{argument}: expected a dataset alone, or files and folders, got {got}")
         files = [file for part in parts for file in part.files]
         if len({name for _, name, _ in files}) < len(files):
             files = [(path, shown(path), kind) for path, _, kind in files]
@@ -185,7 +186,7 @@ class Corpus:
 
     def _checked(self) -> Corpus:
         if all(path.stat().st_size == 0 for path, _, _ in self.files):
-            raise ValueError(f"corpus: expected text, got {len(self.files)} empty files")
+            raise ValueError(f"corpus: expected text, got {len(self.files)} empty files, such as {self.files[0][1]}")
         return self
 
     def __len__(self) -> int:

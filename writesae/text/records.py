@@ -55,7 +55,7 @@ def json_kind(path: Path, name: str, field: str) -> str:
     except NoField as error:
         raise NotText(f"JSON without text in {field!r}") from error
     except NotJson as error:
-        raise NotText("not JSON") from error
+        raise NotText(f"not JSON ({str(error).removeprefix('corpus: ')})") from error
     return kind
 
 
@@ -110,7 +110,7 @@ def parquet(path: Path, name: str, field: str, offset: int, index: int) -> Itera
             if first + rows > index:
                 at = first
                 for batch in file.iter_batches(256, row_groups=[group], columns=[field]):
-                    for text in batch.column(0).to_pylist():
+                    for text in _listed(batch.column(0), name, at):
                         if at >= index:
                             yield 0, at, _decoded(text, f"{name}:{at}")
                         at += 1
@@ -151,11 +151,18 @@ def _parquet(path: Path, name: str) -> Iterator[pq.ParquetFile]:
         try:
             file = pq.ParquetFile(stream, buffer_size=1 << 20)
             yield file
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             why = "not a Parquet file" if _magic(stream) != b"PAR1" else f"damaged: {str(error).splitlines()[0]}"
             raise Damaged(f"corpus: expected Parquet, got {name}: {why}") from error
+
+
+def _listed(column: pa.Array, name: str, at: int) -> list:
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError as error:
+        raise Damaged(f"corpus: {name} holds text that is not UTF-8 in rows {at} to {at + len(column) - 1}") from error
 
 
 def _magic(stream: BinaryIO) -> bytes:
