@@ -260,6 +260,26 @@ def test_a_text_is_read_as_from_a_file(tmp_path):
         assert (a.tokens.tolist() == b.tokens.tolist()) if isinstance(a, Passage) else a == b
 
 
+def test_a_dataset_in_a_folder(tmp_path):
+    """Files that the package finds, and what its save_to_disk wrote; the digest changes when a file does."""
+    import datasets
+
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "test.jsonl").write_text('{"text": "a"}\n{"text": null}\n')
+    corpus = Corpus.from_name(f"dataset:{tmp_path / 'files'}@test")
+    assert texts(corpus) == ["a", ""] and corpus.left_out() == {"null text": 1}
+    before = corpus.digest()
+    (tmp_path / "files" / "test.jsonl").write_text('{"text": "b"}\n{"text": null}\n')
+    assert before.keys() == corpus.digest().keys() and before != corpus.digest()
+    one = datasets.Dataset.from_dict({"body": ["x", "y"]})
+    one.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": one, "test": one.select([1])}).save_to_disk(tmp_path / "two")
+    assert texts(Corpus.from_dataset(str(tmp_path / "one"), "body")) == ["x", "y"]
+    assert texts(Corpus.from_dataset(str(tmp_path / "two"), "body", "test")) == ["y"]
+    with pytest.raises(ValueError, match="two .dev., record 0: expected one of its splits train, test, got dev"):
+        Corpus.from_dataset(str(tmp_path / "two"), "body", "dev")
+
+
 OFFLINE = """
 import json, sys
 from pathlib import Path
@@ -279,7 +299,7 @@ info = {"builder_name": "parquet", "dataset_name": "thing", "config_name": "defa
 (home / "dataset_info.json").write_text(json.dumps(info))
 corpus = Corpus.from_name("dataset:some/thing")
 print([d.open().read().decode() for d in corpus.documents()], corpus.left_out())
-print([d.open().read().decode() for d in corpus.documents((0, 0, 3), 3)])
+print([d.open().read().decode() for d in corpus.documents((0, 0, 3), 3)], corpus.digest())
 for name in ("dataset:other/thing", "dataset:some/thing@nosplit", "dataset:/no/such/folder"):
     try:
         Corpus.from_name(name)
@@ -298,7 +318,7 @@ def test_a_dataset_offline(tmp_path):
     assert done.returncode == 0, done.stderr
     whole, rest, missing, split, folder = done.stdout.splitlines()
     assert whole == "['', 'text 1', 'text 2', 'text 3', 'text 4'] {'null text': 1}"
-    assert rest == "['text 3', 'text 4']"
+    assert rest == "['text 3', 'text 4'] {'some/thing:train': 'abc'}"
     assert missing.startswith("dataset: other/thing (train) is out of reach, and there is no local copy of it")
     assert split.startswith("dataset: cannot read some/thing (nosplit), record 0: ") and "train" in split
     assert folder.startswith("dataset: cannot read /no/such/folder (train)")

@@ -221,7 +221,11 @@ class Corpus:
         return [FileIdentity.of(path, name) for path, name, _ in self.files]
 
     def digest(self, progress: Callable[[int], None] | None = None) -> dict[str, str]:
-        """{file: SHA-256 of all its bytes}, streamed. See `FileIdentity.sha256`; empty for a dataset."""
+        """{file: SHA-256 of all its bytes}, streamed, see `FileIdentity.sha256`; of a dataset its `hub.version`."""
+        if self.dataset is not None:
+            return {":".join(filter(None, self.dataset)): hub.version(self.dataset)}
+        if self.texts is not None:
+            return {name: hashlib.sha256(text.encode(errors="replace")).hexdigest() for name, text in self.texts}
         return {identity.name: identity.sha256(progress) for identity in self.identities()}
 
     def shuffled(self, seed: int) -> tuple[Corpus, np.ndarray]:
