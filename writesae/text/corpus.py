@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -125,7 +125,7 @@ class Corpus:
                 reason, _, detail = str(error).partition(" (")
                 skipped.append(Skipped(name, reason, detail.removesuffix(")")))
             except PermissionError as error:
-                skipped.append(Skipped(name, "unreadable", error.strerror))
+                skipped.append(Skipped(name, "unreadable", error.strerror or ""))
         if not files:
             others = f", such as {'; '.join(map(str, skipped[-3:]))}" if skipped else ""
             got = "no files" if skipped else "an empty folder"
@@ -168,8 +168,8 @@ class Corpus:
         Raises:
             ValueError: the package is missing, the dataset cannot be had, or has no such column.
         """
-        corpus = cls([], text_field, dataset=(name, config, split))
-        first = next(hub.records(corpus.dataset), None)
+        dataset = (name, config, split)
+        first = next(hub.records(dataset), None)
         if first is None:
             raise ValueError(f"corpus: expected records, got none in dataset {name} ({split})")
         if not isinstance(first.get(text_field), str | None) or text_field not in first:
@@ -177,7 +177,7 @@ class Corpus:
                 f"field: expected a column of text in dataset {name}, got {text_field!r} "
                 f"(its columns: {', '.join(first)})"
             )
-        return corpus
+        return cls([], text_field, dataset=dataset)
 
     @classmethod
     def from_texts(cls, texts: Iterable[tuple[str, str]]) -> Corpus:
@@ -259,8 +259,8 @@ class Corpus:
             if f > start:
                 offset = index = 0
             if kind != "text":
-                for at, i, text in READERS[kind](path, name, self.text_field, offset, index):
-                    yield _record(number, f"{name}:{i + (kind in ('jsonl', 'array'))}", (f, at, i), text)
+                for at, i, found in READERS[kind](path, name, self.text_field, offset, index):
+                    yield _record(number, f"{name}:{i + (kind in ('jsonl', 'array'))}", (f, at, i), found)
                     number += 1
             elif index == 0:
                 empty = path.stat().st_size <= 512 and not head_of(path, name)  # packed, or a byte order mark alone
@@ -276,13 +276,13 @@ class Corpus:
                 texts.append(document.open().read(block))
                 if len(texts) == records:
                     break
-            held = self.texts and sum(len(text.encode(errors="ignore")) for _, text in self.texts)
-            return texts, held
+            held = sum(len(text.encode(errors="ignore")) for _, text in self.texts or ())
+            return texts, held if self.dataset is None else None
         sizes = [path.stat().st_size for path, _, _ in self.files]
         groups = [_group(path, kind) for path, _, kind in self.files]
         total = float(sum(size for size, group in zip(sizes, groups, strict=True) if group is None))
-        seen: Counter = Counter()  # text bytes read, a group
-        stood: Counter = Counter()  # bytes of file they stood for
+        seen: defaultdict[tuple, float] = defaultdict(float)  # text bytes read, a group
+        stood: defaultdict[tuple, float] = defaultdict(float)  # bytes of file they stood for
         for f in sorted({round(i * (len(self.files) - 1) / max(files - 1, 1)) for i in range(files)}):
             path, name, kind = self.files[f]
             if kind == "text":
@@ -293,7 +293,7 @@ class Corpus:
                         stream.readline(block)
                     texts.append(stream.read(block))
                 share = len(texts[-1]) / block  # of a packed file, whose length nothing tells, the whole below a block
-                length = len(texts[-1]) if share < 1 else _length(path, name)
+                length: float = len(texts[-1]) if share < 1 else _length(path, name)
             else:
                 read = i = last = 0
                 for at, i, text in READERS[kind](path, name, self.text_field, 0, 0):
@@ -308,12 +308,12 @@ class Corpus:
                     length = read * check_parquet(path, name, self.text_field) / records
                 elif last:
                     length = read * (_length(path, name) if packing(path)[0] else sizes[f]) / last
-            if groups[f] is not None:
-                seen[groups[f]] += length
-                stood[groups[f]] += sizes[f]
-        for group in stood:
-            whole = sum(size for size, other in zip(sizes, groups, strict=True) if other == group)
-            total += whole * seen[group] / max(stood[group], 1)
+            if (group := groups[f]) is not None:
+                seen[group] += length
+                stood[group] += sizes[f]
+        for kept, bytes_of_file in stood.items():
+            whole = sum(size for size, other in zip(sizes, groups, strict=True) if other == kept)
+            total += whole * seen[kept] / max(bytes_of_file, 1)
         return texts, int(total)
 
 
@@ -327,7 +327,8 @@ def _length(path: Path, name: str, most: int = 1 << 24) -> float:
     """Bytes of a packed file's text, from its first 16 MiB."""
     with open_text(path, name) as stream:
         read = len(stream.read(most))
-        return read if read < most else read * path.stat().st_size / max(stream.raw.consumed(), 1)
+        raw = getattr(stream, "raw")  # noqa: B009, of a BufferedReader
+        return read if read < most else read * path.stat().st_size / max(raw.consumed(), 1)
 
 
 def _record(number: int, source: str, place: tuple, text: str | None) -> tuple[Document, str | None]:

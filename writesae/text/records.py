@@ -184,8 +184,10 @@ def text_of(record, field: str, where: str) -> str | None:
 
 
 def _decoded(text: str | bytes | None, where: str) -> str | None:
+    if not isinstance(text, bytes):
+        return text
     try:
-        return text.decode() if isinstance(text, bytes) else text
+        return text.decode()
     except UnicodeDecodeError as error:
         raise ValueError(
             f"corpus: expected UTF-8, got byte 0x{text[error.start]:02x} at {error.start} of {where}"

@@ -83,16 +83,14 @@ def embedded(model) -> int | None:
 
 def _call(tokenizer) -> Callable[[str, bool], list[int]]:
     """(text, with special tokens) to ids, whichever of the arguments of a Hugging Face tokenizer it takes."""
-    if not hasattr(tokenizer, "bos_token_id"):
-        takes, options = (), {}
-    else:
-        takes = inspect.signature(tokenizer.__call__).parameters.values()
-        # "Longer than the model's context": it is cut into passages here.
-        quiet = any(p.name == "verbose" or p.kind is p.VAR_KEYWORD for p in takes)
-        options = {"verbose": False} if quiet else {}
+    known = hasattr(tokenizer, "bos_token_id")
+    takes = list(inspect.signature(tokenizer.__call__).parameters.values()) if known else []
+    # It warns of what is "longer than the model's context", which is cut into passages here.
+    quiet = any(p.name == "verbose" or p.kind is p.VAR_KEYWORD for p in takes)
+    options = {"verbose": False} if quiet else {}
 
     def call(text: str, special: bool) -> list[int]:
-        found = tokenizer(text, add_special_tokens=special, **options) if takes else tokenizer(text)
+        found = tokenizer(text, add_special_tokens=special, **options) if known else tokenizer(text)
         return found["input_ids"] if hasattr(found, "keys") else found
 
     return call

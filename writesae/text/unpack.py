@@ -8,7 +8,7 @@ import gzip
 import io
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -105,7 +105,9 @@ def _mark(head: bytes) -> tuple[bytes, str]:
 
 
 @contextlib.contextmanager
-def _unpacking(path: Path, name: str, packed: str | None, raw: BinaryIO | None = None) -> Iterator:
+def _unpacking(
+    path: Path, name: str, packed: str | None, raw: io.BufferedReader | None = None
+) -> Iterator:
     """Something with `read(n)`; what goes wrong in it, or in the block within, is told with the file's name."""
     try:
         with raw or open(path, "rb") as raw:
@@ -131,14 +133,15 @@ class _Unpacked(io.RawIOBase):
     def __init__(self, path: Path, name: str, packed: str | None):
         self._arguments = (path, name, packed)
         self._pieces, self._rest, self._at = self._read(), memoryview(b""), 0
-        self._file = None
+        self._file: io.BufferedReader | None = None
 
     def consumed(self) -> int:
         """Bytes of the packed file that were taken for what was read so far, about."""
-        closed = self._file is None or self._file.closed
-        return self._arguments[0].stat().st_size if closed else self._file.tell()
+        if self._file is None or self._file.closed:
+            return self._arguments[0].stat().st_size
+        return self._file.tell()
 
-    def _read(self) -> Iterator[bytes]:
+    def _read(self) -> Generator[bytes]:
         path, name, packed = self._arguments
         self._file = open(path, "rb")
         with _unpacking(path, name, packed, self._file) as stream:
