@@ -157,6 +157,18 @@ def test_a_folder_with_links(tmp_path):
     assert "gone: dangling link (to nowhere)" in map(str, corpus.skipped)
 
 
+def test_the_name_with_an_ending_says_how_to_read(tmp_path):
+    """A cache of the Hub: files under their digests, links with the names they were given."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshots" / "x").mkdir(parents=True)
+    (tmp_path / "blobs" / "3f2a").write_text('{"text": "a record"}\n')
+    (tmp_path / "snapshots" / "x" / "train.jsonl").symlink_to("../../blobs/3f2a")
+    (tmp_path / "snapshots" / "x" / "again.jsonl").symlink_to("../../blobs/3f2a")
+    corpus = Corpus.from_path(tmp_path)
+    assert texts(corpus) == ["a record"] and [name for _, name, _ in corpus.files] == ["snapshots/x/again.jsonl"]
+    assert corpus.left_out() == {"read already": 2}
+
+
 def test_many_links_to_one_folder_do_not_multiply(tmp_path):
     """Ten folders with two links each to the next: read once, not 2 ** 10 times."""
     for i in range(10):

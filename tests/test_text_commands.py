@@ -270,9 +270,34 @@ def test_a_question_that_cannot_be_asked(folder, tmp_path, monkeypatch, capsys, 
     given = ["collect", folder / "corpus", "--model", folder / "model", "--sae", folder / "sae", "--limit", "10"]
     assert main([*map(str, given), "--out", str(tmp_path / "out")]) == 1
     assert "add --yes to collect it all the same" in capsys.readouterr().err
-    monkeypatch.setattr(command, "run", at_end)  # any command, any question
+    monkeypatch.setattr(command, "run", lambda args: input("another's question"))
     assert main([*map(str, given), "--out", str(tmp_path / "out")]) == 2
     assert "a question could not be asked: standard input is closed" in capsys.readouterr().err
+    monkeypatch.setattr(command, "run", lambda args: open("/proc/self/mem/x"))
+    assert main([*map(str, given), "--out", str(tmp_path / "out")]) == 1
+    assert "writesae collect: [Errno 20] Not a directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["train", "collect", "replace"])
+def test_every_command_takes_a_dataset(folder, tmp_path, monkeypatch, capsys, name):
+    (tmp_path / "test.jsonl").write_text('{"body": "records of a dataset"}\n' * 3)
+    given = {
+        "train": ["--validation", folder / "corpus" / "c.txt", "--site", "0:1"],
+        "collect": ["--sae", folder / "sae"],
+        "replace": ["--select", "none", "--sae", folder / "sae"],
+    }[name]
+    corpora = []
+    told = arguments.told
+    monkeypatch.setattr(arguments, "told", lambda corpus, label="corpus": corpora.append(corpus) or told(corpus, label))
+    monkeypatch.setattr("writesae.models.load", lambda *a, **k: (_ for _ in ()).throw(Enough("read")))
+    base = [name, "--dataset", tmp_path, "--split", "test", "--out", tmp_path / "out", "--model", folder / "model"]
+    assert main([*map(str, base), *map(str, given), "--field", "body"]) == 2
+    assert [d.open().read() for d in corpora[0].documents()] == [b"records of a dataset"] * 3
+    assert main([*map(str, base), *map(str, given)]) == 2
+    assert "got 'text' (its columns: body)" in capsys.readouterr().err
+    both = ["--corpus"] * (name != "collect") + [str(folder / "corpus")]
+    assert main([*map(str, base), *map(str, given), *both]) == 2
+    assert "corpus: expected a path or --dataset, got both" in capsys.readouterr().err
 
 
 def test_the_held_out_part_of_a_corpus(tmp_path):

@@ -31,9 +31,10 @@ def walk(root: Path) -> tuple[list[tuple[Path, str]], list[Skipped]]:
     """(path, name below root) of every file, sorted by name, and what was left out.
 
     Names that begin with a dot are left out. What is in the folder itself goes before what a link leads to, so a link
-    to a place that is read anyway adds nothing, and a link to a folder it lies in ends there.
+    to a place that is read anyway adds nothing, and a link to a folder it lies in ends there. Only where a link has an
+    ending and the file has none, as in a cache of the Hub, the link's name is the one that says how to read it.
     """
-    found: list[tuple[Path, str]] = []
+    found: dict[tuple[int, int, str], tuple[Path, str]] = {}
     skipped: list[Skipped] = []
     seen: set[tuple[int, int]] = set()
     links: list[Path] = []
@@ -66,13 +67,13 @@ def walk(root: Path) -> tuple[list[tuple[Path, str]], list[Skipped]]:
                 folders.append(path)
             elif entry.is_file(follow_symlinks=False):
                 seen.add(_identity(path))
-                found.append((path, below))
+                found[(*_identity(path), below)] = (path, below)
             else:
                 skipped.append(Skipped(below, "no file", "a pipe, socket or device"))
-    return sorted(found, key=lambda file: file[1]), sorted(skipped, key=lambda one: one.name)
+    return sorted(found.values(), key=lambda file: file[1]), sorted(skipped, key=lambda one: one.name)
 
 
-def _follow(path: Path, root: Path, folders: list[Path], found: list, skipped: list[Skipped], seen: set) -> None:
+def _follow(path: Path, root: Path, folders: list[Path], found: dict, skipped: list[Skipped], seen: set) -> None:
     name = shown(path.relative_to(root).as_posix())
     try:
         real, target = path.resolve(strict=True), _identity(path)
@@ -82,15 +83,23 @@ def _follow(path: Path, root: Path, folders: list[Path], found: list, skipped: l
         return skipped.append(Skipped(name, "loop", getattr(error, "strerror", None) or "a link to itself"))
     if path.is_dir() and (real in [path.parent.resolve(), *path.parent.resolve().parents] or _above(path, root, real)):
         skipped.append(Skipped(name, "loop", "a link to a folder it lies in"))
+    elif target in seen and path.suffix and not real.suffix and (plain := _entry(found, target)):
+        skipped.append(Skipped(found.pop(plain)[1], "read already", f"as {name}"))
+        found[(*target, name)] = (path, name)
     elif target in seen:
         skipped.append(Skipped(name, "read already", f"a link to {shown(real)}"))
     elif path.is_dir():
         folders.append(path)
     elif path.is_file():
         seen.add(target)
-        found.append((path, name))
+        found[(*target, name)] = (path, name)
     else:
         skipped.append(Skipped(name, "no file", "a pipe, socket or device"))
+
+
+def _entry(found: dict, target: tuple[int, int]) -> tuple | None:
+    """The key of a file found under a name without an ending."""
+    return next((key for key, (path, _) in found.items() if key[:2] == target and not path.suffix), None)
 
 
 def _above(path: Path, root: Path, real: Path) -> bool:
