@@ -20,15 +20,16 @@ RESULTS = Path(__file__).parent / "results" / "bench_collect.json"
 
 FORWARD = """
 import argparse, json, sys, time
-from writesae.collect import ModelSource, command, estimate, passages, run
+from writesae.collect import ModelSource, command, estimate
 from writesae.models import load
+from writesae.text import arguments, passages, tokens
 parser = argparse.ArgumentParser()
 command.configure(parser)
 args = parser.parse_args(sys.argv[1:])
 model, tokenizer = load(args.model)
 source = ModelSource(model, command._dictionaries(args), accelerate=args.accelerate)
-tokenize, first = run._tokenizer(tokenizer, True)
-found = (p for p in passages.passages(command._corpus(args), tokenize, args.context, first)
+tokenize, first = tokens.tokenizing(tokenizer)
+found = (p for p in passages.passages(arguments.named(args), tokenize, args.context, first)
          if isinstance(p, passages.Passage))
 held = [next(found) for _ in range(48)]
 n = seconds = 0

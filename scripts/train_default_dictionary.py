@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 
-from writesae.default.corpus import documents
 from writesae.experiments import passages_of, run_replacement
 from writesae.models import hf_gated_delta, load
 from writesae.sae import SAE, ModelStream, Passages, TrainConfig, Trainer, evaluate
 from writesae.sae.block import Block
+from writesae.text import Corpus
 
 
 def train(model, tokenizer, sites, config: TrainConfig, folder: Path, name: str) -> dict[tuple[int, int], SAE]:
@@ -30,7 +30,7 @@ def train(model, tokenizer, sites, config: TrainConfig, folder: Path, name: str)
     found = {site: folder / f"L{site[0]}H{site[1]}" for site in sites}
     if all((path / "cfg.json").exists() for path in found.values()):
         return {site: SAE.from_pretrained(path) for site, path in found.items()}
-    passages = Passages.from_texts(documents("train"), tokenizer, 256)
+    passages = Passages.from_corpus(Corpus.from_name("stdlib:train"), tokenizer, 256)
     checkpoint = folder / "checkpoint"
     with ModelStream(model, passages, sites) as stream:
         resume = checkpoint.exists() and any(checkpoint.iterdir())
@@ -42,7 +42,7 @@ def train(model, tokenizer, sites, config: TrainConfig, folder: Path, name: str)
 
 def quality(model, tokenizer, saes: dict[tuple[int, int], SAE], states: int) -> dict[tuple[int, int], dict]:
     """`evaluate` of each dictionary on the validation split."""
-    passages = Passages.from_texts(documents("validation"), tokenizer, 256)
+    passages = Passages.from_corpus(Corpus.from_name("stdlib:validation"), tokenizer, 256)
     with ModelStream(model, passages, list(saes)) as stream:
         parts = list(stream.writes(torch.randperm(len(passages), generator=torch.Generator().manual_seed(0))[:256]))
     return {
@@ -66,7 +66,7 @@ def survey(model, tokenizer, args) -> list[dict]:
         sites = [site(text) for text in args.candidates]
     config = TrainConfig(F=1024, k=8, steps=args.survey_steps, block=256, lr=1e-3, seed=args.seed)
     saes = train(model, tokenizer, sites, config, args.work / "survey", args.model)
-    passages = passages_of(documents("validation"), tokenizer)
+    passages = passages_of(Corpus.from_name("stdlib:validation"), tokenizer)
     scores = quality(model, tokenizer, saes, 4096)
     records = []
     for place, sae in saes.items():

@@ -21,9 +21,9 @@ from writesae.collect import Corpus, Store, collect
 from writesae.collect import files as store_files
 from writesae.collect.estimate import batches
 from writesae.collect.modes import Columns, Selection, random_priority, top_priority
-from writesae.collect.passages import Cursor, Passage
 from writesae.collect.run import _shards
 from writesae.firings import Firings
+from writesae.text.passages import Cursor, Passage
 
 SETTINGS = {"context": 32, "batch": 4, "shard_passages": 12}
 
@@ -485,7 +485,7 @@ def test_token_that_never_fires(tmp_path):
 
 
 def test_shards_close_with_their_last_passage(text):
-    from writesae.collect.passages import passages
+    from writesae.text.passages import passages
 
     shards = list(_shards(passages(Corpus.from_path(text), words, 32), 0, 13))
     assert [len(s.passages) for s in shards] == [13, 13, 13, 3]

@@ -11,9 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from fake_source import words
 
-from writesae.collect import passages as passages_module
-from writesae.collect.corpus import Corpus
-from writesae.collect.passages import Cursor, DocumentEnd, Passage, passages
+from writesae.text.corpus import Corpus
+from writesae.text.passages import Cursor, DocumentEnd, Passage, passages
 
 
 def texts(corpus, **place) -> list[tuple[int, str, bytes]]:
@@ -54,9 +53,12 @@ def test_folder(folder):
         (9, "t.parquet:3", b"p3"),
         (10, "t.parquet:4", b"p4"),
     ]
-    assert corpus.skipped == [
-        "image.png: binary (holds a zero byte)", "latin.txt: not UTF-8 (byte 0xfc at 1)"
+    assert list(map(str, corpus.skipped)) == [
+        ".git: hidden", "image.png: binary (holds a zero byte)", "latin.txt: not UTF-8 (byte 0xfc at 1)"
     ]  # fmt: skip
+    assert corpus.left_out() == {"binary": 1, "empty": 2, "hidden": 1, "not UTF-8": 1, "null text": 1}
+    texts(corpus)
+    assert corpus.left_out()["empty"] == 2  # read again, counted once
 
 
 def test_reading_starts_anywhere(folder):
@@ -115,6 +117,23 @@ def test_fingerprint_sees_changes(folder):
     assert Corpus.from_path(folder).fingerprint()["sha256"] != before["sha256"]
 
 
+def test_digest_is_of_every_byte(tmp_path):
+    """The middle of a large file, past both ends that a glance would take; under an unchanged size and time too."""
+    data = bytearray(b"words and " * 40_000)
+    (tmp_path / "a.txt").write_bytes(data)
+    (tmp_path / "b.txt").write_text("b")
+    corpus, pieces = Corpus.from_path(tmp_path), []
+    before, identities = corpus.digest(pieces.append), corpus.identities()
+    assert before["a.txt"] == hashlib.sha256(data).hexdigest() and sum(pieces) == len(data) + 1
+    assert [(i.name, i.size) for i in identities] == [("a.txt", 400_000), ("b.txt", 1)]
+    data[200_000] ^= 1
+    (tmp_path / "a.txt").write_bytes(data)
+    after = Corpus.from_path(tmp_path).digest()
+    assert after["a.txt"] != before["a.txt"] and after["b.txt"] == before["b.txt"]
+    with pytest.raises(ValueError, match="corpus: a.txt changed while it was read"):
+        identities[0].sha256()
+
+
 @pytest.mark.parametrize("kind", ["text", "jsonl", "parquet", "many"])
 def test_sample_estimates_the_size(tmp_path, kind):
     rng = random.Random(0)
@@ -143,7 +162,7 @@ def make(corpus, context, start=None, **options):
 @pytest.mark.parametrize("max_tokens", [None, 100, 128, 257])
 def test_going_on_behind_any_passage(tmp_path, monkeypatch, context, bos, max_tokens):
     """Blocks of 50 bytes, so that passages span blocks and blocks end at lines, spaces and inside words."""
-    monkeypatch.setattr(passages_module, "BLOCK", 50)
+    monkeypatch.setattr("writesae.text.passages.BLOCK", 50)
     rng = random.Random(2)
     for i, (size, letters) in enumerate(((130, "ab \n"), (0, "a"), (64, "äö€𝄞"), (57, "ab c"), (1, "x"), (49, "q\n"))):
         (tmp_path / f"{i}.txt").write_bytes("".join(rng.choice(letters) for _ in range(size)).encode())
@@ -205,8 +224,8 @@ def test_large_files_are_streamed(tmp_path):
         for _ in range(40_000_000 // len(record)):
             file.write(record)
     script = (
-        "import resource, sys\nfrom writesae.collect.corpus import Corpus\n"
-        "from writesae.collect.passages import passages\n"
+        "import resource, sys\nfrom writesae.text.corpus import Corpus\n"
+        "from writesae.text.passages import passages\n"
         "corpus = Corpus.from_path(sys.argv[1])\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "n = sum(1 for _ in passages(corpus, lambda text: [1] * (len(text) // 4), 512))\n"

@@ -19,10 +19,11 @@ MAY_IMPORT = {
     "firings": set(),
     "edits": set(),
     "ops": {"writes", "firings", "edits", "_library"},
-    "sae": {"ops", "writes", "firings", "edits", "models", "default"},
+    "text": {"default"},
+    "sae": {"ops", "writes", "firings", "edits", "models", "default", "text"},
     "models": {"ops", "writes", "firings", "edits", "default"},
-    "collect": {"models", "sae", "firings", "edits", "default", "_library"},
-    "experiments": {"models", "sae", "ops", "writes", "firings", "edits", "collect", "report", "default"},
+    "collect": {"models", "sae", "firings", "edits", "default", "text", "_library"},
+    "experiments": {"models", "sae", "ops", "writes", "firings", "edits", "collect", "report", "default", "text"},
     "report": {"firings", "collect"},
 }
 EXTRAS = {"scipy", "statsmodels", "sklearn", "matplotlib", "datasets", "pandas", "plotly", "transformer_lens"}

@@ -522,7 +522,8 @@ def test_command(model_folder, corpus, tmp_path, capsys):
     out = tmp_path / "out"
     assert command(*base, "--site", "0:1", "--site", "3:2", "--steps", 6, "--out", out) == 0
     said = capsys.readouterr()
-    assert "L0H1: FVU" in said.out and "passed over 1 files" in said.err
+    assert "L0H1: FVU" in said.out and "skipped picture.bin: binary (" in said.err
+    assert "corpus: 4 files; left out: 1 binary" in said.err
     sae = SAE.from_pretrained(out, subfolder="L3H2")
     assert (sae.layer, sae.head, sae.F, sae.training_record["steps"]) == (3, 2, 16, 6)
     metrics = json.loads((out / "metrics.json").read_text())
@@ -547,9 +548,9 @@ def test_command(model_folder, corpus, tmp_path, capsys):
         (["--site", "0-1"], "site: expected LAYER:HEAD"),
         ([], "site: expected --layer and --head, or --site"),
         (["--site", "0:1", "-k", 17], "k: expected k <= F=16, got 17"),
-        (["--site", "0:1", "--corpus", "nowhere"], "corpus: nowhere: no such file or folder"),
-        (["--site", "0:1", "--corpus", "binaries"], "corpus: no UTF-8 text in binaries"),
-        (["--site", "0:1", "--corpus", "corpus/0.txt"], "validation: --corpus is a single document"),
+        (["--site", "0:1", "--corpus", "nowhere"], "corpus: no file or folder nowhere"),
+        (["--site", "0:1", "--corpus", "binaries"], "expected text in binaries, got 1 files and no text among them"),
+        (["--site", "0:1", "--corpus", "corpus/0.txt"], "validation: the corpus is a single document"),
         (["--site", "0:1", "--length", 5000], "corpus: 3 documents with"),
         (["--site", "0:1", "--out", "corpus"], "out: corpus holds other things"),
     ],

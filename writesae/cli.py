@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from importlib import import_module
 
@@ -20,6 +21,8 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Returns the exit status: 0 done, 1 failed, 2 bad usage or input, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
+    if sys.stdin is None:  # closed: whoever asks a question meets its end, not a missing file
+        sys.stdin = open(os.devnull)
     parser = argparse.ArgumentParser(prog="writesae", description=__doc__.split("\n")[0])
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     subparsers = parser.add_subparsers(dest="command", metavar="command")
@@ -46,6 +49,12 @@ def main(argv: list[str] | None = None) -> int:
         return modules[args.command].run(args)
     except (ValueError, FileNotFoundError) as error:
         print(f"writesae {args.command}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"writesae {args.command}: {error}", file=sys.stderr)
+        return 1
+    except EOFError:
+        print(f"writesae {args.command}: a question could not be asked: standard input is closed", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"writesae {args.command}: interrupted", file=sys.stderr)

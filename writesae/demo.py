@@ -34,12 +34,13 @@ def run(args: argparse.Namespace) -> int:
     _need_extras()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice to install faster kernels: ours run
     from . import report
-    from .collect import Corpus, ModelSource, Store, collect
-    from .default.corpus import documents, stdlib_files, stdlib_folder
+    from .collect import ModelSource, Store, collect
     from .experiments import passages_of, run_replacement
+    from .experiments.replace import select_tokens
     from .models import load
     from .ops import _dispatch
     from .sae import SAE
+    from .text import Corpus
 
     folder = next(iter(sorted((Path(__file__).parent / "default" / "sae").glob("*/cfg.json")))).parent
     model, tokenizer = load("default")
@@ -56,10 +57,9 @@ def run(args: argparse.Namespace) -> int:
     if args.out.exists():
         _refuse_foreign(args.out)
         shutil.rmtree(args.out)
-    held_out = stdlib_files("test")
-    print(f"\n1. firings of {len(held_out)} held-out modules")
+    corpus = Corpus.from_name("stdlib:test")
+    print(f"\n1. firings of {len(corpus)} held-out modules")
     source = ModelSource(model, {site: sae}, accelerate=True)
-    corpus = Corpus.from_files(held_out, root=stdlib_folder())
     collected = collect(corpus, tokenizer, source, args.out / "firings", context=512, progress=True)
     print(
         f"   {collected['firings']:,} firings of {collected['tokens']:,} tokens at "
@@ -71,12 +71,14 @@ def run(args: argparse.Namespace) -> int:
     _show_atoms(store, site, tokenizer, args.atoms)
 
     print(f"\n3. replacement test: {args.firings:,} held-out firings")
-    test = documents("test")
+    select = passages_of(
+        Corpus.from_name("stdlib:validation"), tokenizer, max_tokens=select_tokens(args.firings), seed=args.seed
+    )  # fmt: skip
     result = run_replacement(
-        model, tokenizer, sae, passages_of(test, tokenizer), select=passages_of(documents("validation"), tokenizer),
+        model, tokenizer, sae, passages_of(corpus, tokenizer), select=select,
         firings=args.firings, horizon=args.horizon, seed=args.seed, out=args.out / "parts",
     )  # fmt: skip
-    quality = _evaluate(model, tokenizer, sae, test)
+    quality = _evaluate(model, tokenizer, sae, corpus)
     extra = {
         "model": "writesae default", "site": f"{site[0]}:{site[1]}", "firings": collected["firings"],
         "fvu": quality["fvu"], "l0": quality["l0"], "alive": quality["alive"], "dictionary": quality,
@@ -94,13 +96,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _evaluate(model, tokenizer, sae, texts) -> dict:
+def _evaluate(model, tokenizer, sae, corpus) -> dict:
     import torch
 
     from .sae import ModelStream, Passages, evaluate
     from .sae.block import Block
 
-    passages = Passages.from_texts(texts, tokenizer, 256)
+    passages = Passages.from_corpus(corpus, tokenizer, 256)
     with ModelStream(model, passages, [(sae.layer, sae.head)]) as stream:
         parts = list(stream.writes(torch.arange(0, len(passages), 3)))
     return evaluate(sae, Block([part[sae.layer] for part in parts], sae.head), states=20_000)

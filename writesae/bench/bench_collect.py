@@ -22,11 +22,10 @@ FORWARD, READY = "the same without storing", "hooked passes on tokens in memory"
 def overhead(options: Options) -> Iterator[Row]:
     from ..collect import Corpus, ModelSource, collect
     from ..collect.estimate import batches
-    from ..collect.passages import Passage, passages
-    from ..collect.run import _tokenizer
-    from ..default.corpus import stdlib_files, stdlib_folder
     from ..models import load
     from ..sae import SAE
+    from ..text.passages import Passage, passages
+    from ..text.tokens import tokenizing
 
     tokens = 8_000 if options.quick else 100_000
     context, batch, shard = 512, 16, 64
@@ -34,8 +33,8 @@ def overhead(options: Options) -> Iterator[Row]:
     (folder,) = (Path(__file__).parents[1] / "default" / "sae").iterdir()
     sae = SAE.from_pretrained(folder)
     source = ModelSource(model, {(sae.layer, sae.head): sae}, accelerate=True)
-    corpus = Corpus.from_files(stdlib_files("train"), root=stdlib_folder())
-    tokenize, first = _tokenizer(tokenizer, True)
+    corpus = Corpus.from_name("stdlib:train")
+    tokenize, first = tokenizing(tokenizer)
 
     def read() -> Iterator[list]:
         """The batches of each shard."""

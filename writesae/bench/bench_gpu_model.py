@@ -83,14 +83,13 @@ def collected(options: Options) -> Iterator[Row]:
         yield Row(name, "", None, "firings/s", note=DRY)
         return
     from ..collect import Corpus, ModelSource, collect
-    from ..default.corpus import stdlib_files, stdlib_folder
     from ..models import load
 
     _, tokenizer = load("default")
     model = full_size(torch.bfloat16).cuda()
     sites = {(LAYER, h): RandomDictionary(128, 128, h) for h in range(16)}
     source = ModelSource(model, sites, accelerate=True)
-    corpus = Corpus.from_files(stdlib_files("train"), root=stdlib_folder())
+    corpus = Corpus.from_name("stdlib:train")
     out = Path(tempfile.mkdtemp(prefix="writesae-bench-"))
     try:
         start = time.perf_counter()

@@ -9,11 +9,11 @@ from importlib import import_module
 from .store import Context, Store
 
 _LATER = {
-    "collect": "run",
-    "Corpus": "corpus",
-    "ModelSource": "source",
-    "Site": "source",
-    "build_index": "finish",
+    "collect": "collect.run",
+    "Corpus": "text.corpus",
+    "ModelSource": "collect.source",
+    "Site": "collect.source",
+    "build_index": "collect.finish",
 }
 
 __all__ = ["Context", "Store", *_LATER]
@@ -22,6 +22,6 @@ __all__ = ["Context", "Store", *_LATER]
 def __getattr__(name: str):
     if name not in _LATER:
         raise AttributeError(f"module 'writesae.collect' has no attribute {name!r}")
-    value = getattr(import_module(f"writesae.collect.{_LATER[name]}"), name)
+    value = getattr(import_module(f"writesae.{_LATER[name]}"), name)
     globals()[name] = value
     return value

@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+from ..text.arguments import NAMED, add_options, named, tell_empty
 from .estimate import Estimate, readable
 from .modes import MODES
 
@@ -14,12 +15,9 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    text = parser.add_argument_group("text (one of the two)")
-    text.add_argument("corpus", nargs="?", help="text, .jsonl or .parquet file, or a folder of them; stdlib:SPLIT "
-                      "(train, validation or test) is the Python standard library's sources")  # fmt: skip
-    text.add_argument("--dataset", metavar="NAME[:CONFIG]", help="name for the `datasets` package, streamed")
-    text.add_argument("--split", default="train", help="split of --dataset")
-    text.add_argument("--field", default="text", help="JSONL field, or Parquet or dataset column, with the text")
+    text = parser.add_argument_group("text (a corpus or --dataset)")
+    text.add_argument("corpus", nargs="?", help=NAMED)
+    add_options(text)
     model = parser.add_argument_group("model")
     model.add_argument("--model", default="default", help="folder or name of the model; default is the embedded one")
     model.add_argument("--sae", action="append", default=[], metavar="[LAYER:HEAD=]FOLDER",
@@ -41,7 +39,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--context", type=int, default=512, help="tokens a passage")
     what.add_argument("--batch", type=int, default=4, help="passages run together; more pay off on a GPU only")
     what.add_argument("--max-tokens", type=int, help="stop after this many tokens")
-    what.add_argument("--no-bos", action="store_true", help="no beginning-of-text token before a document")
     what.add_argument(
         "--shard-passages", type=int, help="passages a shard; by default what gives about 500,000 firings"
     )
@@ -51,11 +48,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Collects, prints the summary as JSON. Returns 0 done, 1 disk full or declined, 130 interrupted (resumable)."""
-    corpus = _corpus(args)
-    for name in corpus.skipped[:10]:
-        print(f"skipped {name}", file=sys.stderr)
-    if corpus.skipped:
-        print(f"skipped {len(corpus.skipped)} files that are not text, {len(corpus.files)} left", file=sys.stderr)
+    corpus = named(args)
     require_device(args.device)
     from ..models import load
     from . import files
@@ -77,21 +70,10 @@ def run(args: argparse.Namespace) -> int:
             raise
         print(f"writesae collect: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(summary, indent=2))
+    print(json.dumps({**summary, "left_out": tell_empty(corpus)}, indent=2))
     if summary.get("declined"):
         return 1
     return 0 if summary["complete"] else 130
-
-
-def _corpus(args: argparse.Namespace):
-    from .corpus import Corpus
-
-    if (args.corpus is None) == (args.dataset is None):
-        raise ValueError("corpus: expected a path or --dataset, " + ("got both" if args.corpus else "got neither"))
-    if args.dataset is not None:
-        name, _, config = args.dataset.partition(":")
-        return Corpus.from_dataset(name, args.field, args.split, config or None)
-    return Corpus.from_name(args.corpus, args.field)
 
 
 def _dictionaries(args: argparse.Namespace) -> dict:
@@ -135,10 +117,13 @@ def _confirm(estimate: Estimate, limit: int, yes: bool) -> bool:
     if yes or (estimate.bytes is not None and estimate.bytes <= limit):
         return True
     why = f"more than --limit {readable(limit)}" if estimate.bytes is not None else "an unknown size"
-    if not sys.stdin.isatty():
-        print(f"writesae collect: {why}; add --yes to collect it all the same", file=sys.stderr)
-        return False
-    return input(f"{why}; go on? [y/N] ").strip().lower() in ("y", "yes")
+    if sys.stdin is not None and sys.stdin.isatty():  # None: closed
+        try:
+            return input(f"{why}; go on? [y/N] ").strip().lower() in ("y", "yes")
+        except EOFError:
+            print(file=sys.stderr)
+    print(f"writesae collect: {why}; add --yes to collect it all the same", file=sys.stderr)
+    return False
 
 
 def _size(text: str) -> int:

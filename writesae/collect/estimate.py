@@ -13,10 +13,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
+from ..text.corpus import Corpus
+from ..text.passages import Cursor, Passage
 from . import files
-from .corpus import Corpus
 from .modes import Features
-from .passages import Cursor, Passage
 from .shard import Shard, firings_table
 from .source import Source
 

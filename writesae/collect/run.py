@@ -12,12 +12,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ..text.corpus import Corpus
+from ..text.passages import Cursor, Passage, passages
+from ..text.tokens import tokenizing
 from . import files
-from .corpus import Corpus
 from .estimate import Estimate, batches, estimate
 from .finish import finish
 from .modes import MODES, Features, Selection
-from .passages import Cursor, Passage, passages
 from .shard import PARTS, Progress, Shard, Writer
 from .source import Source, begin
 
@@ -59,7 +60,7 @@ def collect(
         context: tokens a passage. Every passage starts from an empty state.
         batch: passages run together. More of them take more memory, and pay off on a GPU only.
         max_tokens: stop after this many.
-        bos: put the tokenizer's beginning-of-text token, where it has one, before each document.
+        bos: put `text.tokens.first_token` before each document, where there is one.
         shard_passages: passages a shard, the unit of work that is redone after a kill; default about 500,000 firings.
         confirm: asked with the size estimate before anything is written; returning False ends the run.
         progress: show a bar.
@@ -79,7 +80,7 @@ def collect(
                         ("shard_passages", shard_passages)):  # fmt: skip
         if value is not None and value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
-    tokenize, first = _tokenizer(tokenizer, bos)
+    tokenize, first = tokenizing(tokenizer, bos, getattr(source, "model", None))
     features = Features(source.sites)
     pinned = {
         "mode": mode, "n": n, "seed": seed, "context": context, "batch": batch, "max_tokens": max_tokens, "bos": first,
@@ -239,16 +240,6 @@ def _shards(events, number: int, size: int):
             shard = Shard(shard.number + 1)
     shard.last = True
     yield shard
-
-
-def _tokenizer(tokenizer, bos: bool) -> tuple[Callable[[str], list[int]], int | None]:
-    if not hasattr(tokenizer, "bos_token_id"):
-        return tokenizer, None
-
-    def tokenize(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-    return tokenize, tokenizer.bos_token_id if bos else None
 
 
 def _refuse_foreign(out: Path) -> None:

@@ -28,9 +28,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..firings import Firings
+from ..text.passages import Cursor, DocumentEnd, Passage
 from . import files
 from .modes import Columns, Features, Selection, Totals, count
-from .passages import Cursor, DocumentEnd, Passage
 
 PARTS = ("firings", "tokens", "documents", "counts")
 ROWS = {"tokens": files.TOKEN_ROWS}  # a row group, where not the usual number

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..firings import Firings
+from ..text.tokens import check_ids
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ class ModelSource:
         # The trunk alone: logits are not needed, and a large vocabulary makes them the dearest part.
         trunk = getattr(self.model, "base_model", self.model)
         device = next(self.model.parameters()).device
+        check_ids(tokens, self.model)
         with suppress(Stopped):
             trunk(
                 input_ids=tokens.to(device, non_blocking=True), attention_mask=mask.to(device, non_blocking=True),

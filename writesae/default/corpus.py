@@ -98,9 +98,3 @@ def stdlib_files(split: str, *, test_suite: bool = False) -> list[Path]:
 def read_source(path: Path) -> str:
     """Return a source file's text with every line ending turned into a single line feed."""
     return path.read_bytes().decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
-
-
-def documents(split: str) -> list[tuple[str, str]]:
-    """(path relative to the library, text) of every file of a split, in the order of `stdlib_files`."""
-    root = stdlib_folder()
-    return [(path.relative_to(root).as_posix(), read_source(path)) for path in stdlib_files(split)]

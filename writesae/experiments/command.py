@@ -7,8 +7,12 @@ import json
 import sys
 from pathlib import Path
 
+from ..text import Corpus
+from ..text.arguments import NAMED, add_options, named, tell_empty, told
+from ..text.tokens import check_vocabulary
 from .conditions import CONDITIONS, DEFAULT_CONDITIONS, NATIVES, SCALES
 
+_CORPUS = "stdlib:test"
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 
 
@@ -18,11 +22,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--sae", action="append", default=[], metavar="[LAYER:HEAD=]FOLDER",
                       help="a dictionary's folder, or a folder of such folders; repeatable. Without it, the embedded "
                       "model's own")  # fmt: skip
-    what.add_argument("--corpus", default="stdlib:test", help="held-out text: a file or folder of text, .jsonl or "
-                      ".parquet, or stdlib:SPLIT, the Python standard library's sources")  # fmt: skip
-    what.add_argument("--select", default="stdlib:validation", metavar="CORPUS", help="text on which features "
-                      "are chosen, "
-                      "or none to test whatever fires")  # fmt: skip
+    what.add_argument("--corpus", help=f"held-out text: {NAMED}; default: {_CORPUS}")
+    add_options(what)
+    what.add_argument("--max-tokens", type=int, default=2_000_000, help="tokens of it that are read at most, from "
+                      "files in an order drawn by --seed")  # fmt: skip
+    what.add_argument("--select", default="stdlib:validation", metavar="CORPUS", help="text on which features are "
+                      "chosen, named like --corpus, or none to test whatever fires")  # fmt: skip
+    what.add_argument("--select-tokens", type=int, help="tokens of it that are read at most, from files in an order "
+                      "drawn by --seed; default 200 for each of --firings, at least 20,000")  # fmt: skip
     what.add_argument("--min-selected", type=int, default=5, help="tokens of the --select text at which a feature must "
                       "have the largest code")  # fmt: skip
     what.add_argument("--firings", type=int, default=1000, help="firings tested a site")
@@ -53,23 +60,37 @@ def run(args: argparse.Namespace) -> int:
 
     from ..collect.command import _dictionaries, require_device
     from ..models import load
-    from .replace import passages_of, run_replacement
+    from .replace import passages_of, run_replacement, select_tokens
     from .statistics import need
 
     require_device(args.device)
     need("scipy.stats"), need("statsmodels.stats.proportion"), need("matplotlib")  # missing extras say so before work
-    test = _texts(args.corpus, "corpus")
-    select = None if args.select == "none" else _texts(args.select, "select")
+    test = named(args, _CORPUS)
+    select = None if args.select == "none" else told(Corpus.from_name(args.select, args.field, "select"), "select")
     saes = _dictionaries(args)
     model, tokenizer = load(args.model, getattr(torch, args.dtype))
+    check_vocabulary(tokenizer, model)
+
+    def passages(corpus, most):
+        return passages_of(
+            corpus, tokenizer, args.context, bos=not args.no_bos, max_tokens=most, seed=args.seed
+        )  # fmt: skip
+
+    chosen = None
+    if select is not None:
+        most = select_tokens(args.firings) if args.select_tokens is None else args.select_tokens
+        chosen = passages(select, most)
     result = run_replacement(
-        model.to(args.device), tokenizer, saes, passages_of(test, tokenizer, args.context),
-        select=None if select is None else passages_of(select, tokenizer, args.context),
+        model.to(args.device), tokenizer, saes, passages(test, args.max_tokens), select=chosen,
         min_selected=args.min_selected, firings=args.firings, each=args.each, horizon=args.horizon, natives=args.native,
         scales=args.scale, conditions=args.conditions, seed=args.seed, memory=args.memory, out=args.out,
     )  # fmt: skip
     out = Path(args.out)
-    summary = result.save(out, model=str(args.model), corpus=args.corpus, select=args.select)
+    left_out = {"corpus": tell_empty(test)}
+    if select is not None:
+        left_out["select"] = tell_empty(select, "select")
+    corpus = args.corpus or args.dataset or _CORPUS
+    summary = result.save(out, model=str(args.model), corpus=corpus, select=args.select, left_out=left_out)
     if summary["n"] < args.firings * len(saes):
         print(f"the text ran out: {summary['n']} of {args.firings * len(saes)} firings", file=sys.stderr)
     from ..report import build
@@ -88,14 +109,3 @@ def _bytes(text: str) -> int:
         return int(float(number) * _UNITS[unit])
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a size such as 800M or 2G, got {text!r}") from None
-
-
-def _texts(name: str, argument: str) -> list[tuple[str, str]]:
-    """(document, text) of a corpus argument."""
-    from ..collect.corpus import Corpus
-
-    found = []
-    for document in Corpus.from_name(name, argument=argument).documents():
-        with document.open() as stream:
-            found.append((document.source, stream.read().decode()))
-    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -98,12 +98,12 @@ def sample(
 
 
 def survey(
-    model, saes: dict[tuple[int, int], SAE], ids: Tensor, progress: bool = False
+    model, saes: dict[tuple[int, int], SAE], passages: Sequence[np.ndarray], progress: bool = False
 ) -> tuple[dict[tuple[int, int], np.ndarray], dict[tuple[int, int], Tensor], int]:
     """Looks at the split on which features are chosen.
 
     Args:
-        ids: `[N, length]` passages.
+        passages: tokens `[n]` of each, int64.
     Returns:
         ({site: `[F]` tokens at which each feature had the largest code}, {site: `[K, V]` mean native write}, tokens).
     """
@@ -111,14 +111,35 @@ def survey(
 
     counts = {site: np.zeros(sae.F, np.int64) for site, sae in saes.items()}
     total = {site: torch.zeros(sae.K, sae.V, dtype=torch.float64) for site, sae in saes.items()}
-    with ModelStream(model, Passages(ids), list(saes)) as stream:
-        batches = stream.writes(range(len(ids)))
-        for found in tqdm(batches, "selecting", -(-len(ids) // stream.batch), unit=" batches", disable=not progress):
-            for (layer, head), sae in saes.items():
-                writes = found[layer]
-                feature, value = (x.cpu() for x in top_codes(writes, sae, head))
-                counts[layer, head] += np.bincount(feature[value > 0].numpy(), minlength=sae.F)
-                group = writes.right.shape[2] // writes.left.shape[2]
-                left, right = writes.left[:, :, head // group, 0].double(), writes.right[:, :, head, 0].double()
-                total[layer, head] += torch.einsum("btk,btv->kv", left, right).cpu()
-    return counts, {site: x / ids.numel() for site, x in total.items()}, ids.numel()
+    tokens = sum(map(len, passages))
+    with (
+        ModelStream(model, Passages(torch.from_numpy(passages[0])[None]), list(saes)) as stream,
+        tqdm(desc="selecting", total=tokens, unit=" tokens", unit_scale=True, disable=not progress) as bar,
+    ):
+        for ids, real in _padded(passages):
+            stream.passages = Passages(ids)
+            for found, mask in zip(stream.writes(range(len(ids))), real.split(stream.batch), strict=True):
+                for (layer, head), sae in saes.items():
+                    writes = found[layer]
+                    feature, value = (x.cpu() for x in top_codes(writes, sae, head))
+                    counts[layer, head] += np.bincount(feature[(value > 0) & mask].numpy(), minlength=sae.F)
+                    group = writes.right.shape[2] // writes.left.shape[2]
+                    left, right = writes.left[:, :, head // group, 0].double(), writes.right[:, :, head, 0].double()
+                    left = left * mask.to(left.device)[..., None]
+                    total[layer, head] += torch.einsum("btk,btv->kv", left, right).cpu()
+                bar.update(int(mask.sum()))
+    return counts, {site: x / tokens for site, x in total.items()}, tokens
+
+
+def _padded(passages: Sequence[np.ndarray], step: int = 64) -> Iterator[tuple[Tensor, Tensor]]:
+    """(tokens, mask `[N, length]`) of the passages of like length, padded right, which no earlier token sees."""
+    groups: dict[int, list[np.ndarray]] = {}
+    for tokens in passages:
+        groups.setdefault(-(-len(tokens) // step), []).append(tokens)
+    for _, group in sorted(groups.items(), reverse=True):
+        ids = torch.zeros(len(group), max(map(len, group)), dtype=torch.int64)
+        mask = torch.zeros_like(ids, dtype=torch.bool)
+        for i, tokens in enumerate(group):
+            ids[i, : len(tokens)] = torch.from_numpy(np.asarray(tokens, np.int64))
+            mask[i, : len(tokens)] = True
+        yield ids, mask

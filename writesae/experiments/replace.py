@@ -21,6 +21,10 @@ from tqdm import tqdm
 
 from ..collect.source import weights_fingerprint
 from ..sae import SAE
+from ..text import Corpus
+from ..text.passages import DocumentEnd
+from ..text.passages import passages as cut
+from ..text.tokens import check_ids, check_vocabulary, tokenizing
 from .conditions import BASELINE, CONDITIONS, DEFAULT_CONDITIONS, NATIVES, SCALES, Fired, arms, deltas  # fmt: skip
 from .engine import ForkEngine, Places
 from .firing import check_sae, sample, survey, top_codes
@@ -43,21 +47,47 @@ class Passage:
         return f"{self.document}#{self.row}"
 
 
-def passages_of(texts: Iterable[tuple[str, str]], tokenizer, context: int = 256) -> list[Passage]:
-    """Texts, (document name, text) each, cut into passages of `context` tokens; a document's last one may be shorter.
+def passages_of(
+    texts: Corpus | Iterable[tuple[str, str]], tokenizer, context: int = 256, *, bos: bool = True,
+    max_tokens: int | None = None, seed: int = 0,
+) -> list[Passage]:
+    """A corpus, or (document name, text) pairs, cut into passages of `context` tokens, a document's last one shorter.
+
+    Args:
+        texts, tokenizer: what is read, and how.
+        context: tokens a passage.
+        bos: put `text.tokens.first_token` before every document.
+        max_tokens: read no more than these, from files in an order drawn by `seed`. What is read comes in corpus order.
 
     Raises:
-        ValueError: no text at all.
+        ValueError: no text at all, and what reading raises.
     """
     if context < 2:
         raise ValueError(f"context: expected at least 2 tokens a passage, got {context}")
-    found = []
-    for document, text in texts:
-        ids = np.asarray(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64)
-        found += [Passage(document, i, ids[lo : lo + context]) for i, lo in enumerate(range(0, len(ids), context))]
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens: expected at least 1, got {max_tokens}")
+    tokenize, first = tokenizing(tokenizer, bos)
+    corpus = texts if isinstance(texts, Corpus) else Corpus.from_texts(texts)
+    drawn, files = (corpus, None) if max_tokens is None else corpus.shuffled(seed)
+    found: list[tuple[tuple, Passage]] = []
+    rows: list = []
+    for event in cut(drawn, tokenize, context, first, max_tokens):
+        if isinstance(event, DocumentEnd):
+            for row in rows:
+                f, _, index = row.after.place
+                place = (f if files is None or not len(files) else int(files[f]), index, row.row)
+                found.append((place, Passage(event.source, row.row, row.tokens.astype(np.int64))))
+            rows = []
+        else:
+            rows.append(event)
     if not found:
         raise ValueError("corpus: expected at least one passage of text, got none")
-    return found
+    return [passage for _, passage in sorted(found, key=lambda item: item[0])]
+
+
+def select_tokens(firings: int) -> int:
+    """Tokens of the text on which features are chosen that are looked at, unless asked for others."""
+    return max(20_000, 200 * firings)
 
 
 @torch.no_grad()
@@ -107,6 +137,10 @@ def run_replacement(
     engines = {layer: ForkEngine(model, layer, horizon) for layer in sorted({layer for layer, _ in saes})}
     for (layer, head), sae in saes.items():
         check_sae(sae, engines[layer].site, layer, head)
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, model)
+    for passage in (*passages, *(select or ())):
+        check_ids(torch.from_numpy(np.asarray(passage.tokens, np.int64)), model)
     usable = [i for i, passage in enumerate(passages) if len(passage.tokens) > horizon + 1]
     if not usable:
         raise ValueError(f"passages: expected one of more than horizon + 1 = {horizon + 1} tokens, got none")
@@ -212,9 +246,7 @@ def _selection(model, saes, select, min_selected, progress):
     """Masks of the features under test, mean writes, and a record of the choice."""
     if select is None:
         return dict.fromkeys(saes), {}, None
-    length = max(len(passage.tokens) for passage in select)
-    whole = [passage.tokens for passage in select if len(passage.tokens) == length]
-    counts, means, tokens = survey(model, saes, torch.from_numpy(np.stack(whole)), progress)
+    counts, means, tokens = survey(model, saes, [passage.tokens for passage in select], progress)
     allowed = {site: count >= min_selected for site, count in counts.items()}
     for site, mask in allowed.items():
         if not mask.any():
@@ -224,7 +256,7 @@ def _selection(model, saes, select, min_selected, progress):
                 f"none in {tokens} tokens"
             )
     record = {
-        "tokens": tokens, "passages": len(whole), "min_selected": min_selected,
+        "tokens": tokens, "passages": len(select), "min_selected": min_selected,
         "features": {f"{layer}:{head}": int(mask.sum()) for (layer, head), mask in allowed.items()},
     }  # fmt: skip
     return allowed, means, record

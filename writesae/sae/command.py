@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
-from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 
 import torch
 
+from ..text import Corpus
+from ..text.arguments import NAMED, add_options, named, tell_empty, told
+from ..text.tokens import check_vocabulary
 from .sae import KINDS
 from .site import INITS, PATHS, TrainConfig, generator
 
@@ -28,9 +29,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--site", action="append", metavar="LAYER:HEAD", help="a site; repeat to train several from the same passes")
     add("--out", type=Path, required=True, help="folder to save in (several sites: a folder L<layer>H<head> each)")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
-    add("--corpus", type=Path, nargs="+", help="text files or folders; default: the standard library's training split")
-    add("--validation", type=Path, nargs="+", help="held-out text; default: the library's validation split, or one in "
-        "20 of the documents of --corpus, which are then not trained on")  # fmt: skip
+    add("--corpus", nargs="+", help=f"each {NAMED}; default: stdlib:train")
+    add_options(parser)
+    add("--validation", nargs="+", help="held-out text, named like --corpus; default: stdlib:validation, or one in 20 "
+        "of the documents of a --corpus or --dataset, which are then not trained on")  # fmt: skip
+    add("--max-tokens", type=int, help="read no more of the text, nor of the held-out text, than this")
     add("--length", type=int, default=256, help="tokens of a passage")
     add("--batch", type=int, default=16, help="passages in one forward pass")
     add("--eval-passages", type=int, default=128, help="held-out passages the dictionary is evaluated on")
@@ -57,13 +60,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Trains, evaluates, saves. Returns the exit status."""
     sites = _sites(args)
-    named = {n: x for n, x in vars(args).items() if n in _DEFAULTS}
-    config = TrainConfig(**named, F=args.features, r=args.rank, centred=not args.not_centred)
+    given = {n: x for n, x in vars(args).items() if n in _DEFAULTS}
+    config = TrainConfig(**given, F=args.features, r=args.rank, centred=not args.not_centred)
     for name in ("length", "batch", "eval_passages", "checkpoint_every"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name}: expected >= 1, got {getattr(args, name)}")
     _check_out(args.out, args.resume)
-    training, held_out = _corpora(args.corpus, args.validation)
+    corpus, held_out = _corpora(args)
 
     from ..models import load
     from .block import Block
@@ -73,8 +76,16 @@ def run(args: argparse.Namespace) -> int:
 
     show = not args.quiet
     model, tokenizer = load(args.model)
-    passages = Passages.from_texts(training, tokenizer, args.length, progress=show)
-    validation = Passages.from_texts(held_out, tokenizer, args.length, progress=show)
+    check_vocabulary(tokenizer, model)
+    how = {"bos": not args.no_bos, "max_tokens": args.max_tokens, "progress": show}
+    if held_out is None:
+        passages, validation = Passages.split(corpus, tokenizer, args.length, **how)
+    else:
+        passages = Passages.from_corpus(corpus, tokenizer, args.length, **how)
+        validation = Passages.from_corpus(held_out, tokenizer, args.length, **how)
+    left_out = {"corpus": tell_empty(corpus)}
+    if held_out is not None:
+        left_out["validation"] = tell_empty(held_out, "validation")
     if show:
         print(f"{len(passages)} training passages of {args.length} tokens, {len(validation)} held out; sites {sites}")
     with ModelStream(model, passages, sites, args.batch) as stream:
@@ -98,7 +109,8 @@ def run(args: argparse.Namespace) -> int:
                 f"cosine to native writes {m['cosine_median']:.3f} (of the winner {m['winner_cosine_median']:.3f}) on "
                 f"{m['states']} held-out states; saved in {folder}"
             )
-    record = {"model": args.model, "seconds": seconds, "config": config.record(), "metrics": everything}
+    record = {"model": args.model, "seconds": seconds, "config": config.record(), "metrics": everything,
+              "left_out": left_out}  # fmt: skip
     (args.out / METRICS).write_text(json.dumps(record, indent=2) + "\n")
     return 0
 
@@ -133,43 +145,9 @@ def _check_out(out: Path, resume: bool) -> None:
         raise ValueError(f"out: {out} already holds a run; add --resume to go on with it, or name a new folder")
 
 
-def _corpora(corpus, validation) -> tuple[Iterable[tuple[str, str]], Iterable[tuple[str, str]]]:
-    """(training, held-out) documents."""
-    from ..default.corpus import read_source, stdlib_files
-
-    def library(split):
-        return [(str(path), read_source(path)) for path in stdlib_files(split)]
-
-    if corpus is None:
-        return library("train"), list(_documents(validation)) if validation else library("validation")
-    documents = list(_documents(corpus))
-    if validation:
-        return documents, list(_documents(validation))
-    held = [i % 20 == 0 for i in range(len(documents))]
-    if len(documents) < 2:
-        raise ValueError("validation: --corpus is a single document, so none can be held out; name --validation too")
-    return ([d for d, h in zip(documents, held, strict=True) if not h],
-            [d for d, h in zip(documents, held, strict=True) if h])  # fmt: skip
-
-
-def _documents(paths: list[Path]) -> Iterator[tuple[str, str]]:
-    """Files given, and every file below folders given, that hold UTF-8 text, in a fixed order."""
-    found, passed = 0, 0
-    for path in paths:
-        if not path.exists():
-            raise FileNotFoundError(f"corpus: {path}: no such file or folder")
-        for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-            data = file.read_bytes()
-            try:
-                text = data.decode("utf-8")
-            except UnicodeDecodeError:
-                text = "\0"
-            if "\0" in text or not text.strip():
-                passed += 1
-                continue
-            found += 1
-            yield str(file), text
-    if passed:
-        print(f"corpus: passed over {passed} files that are empty or not UTF-8 text", file=sys.stderr)
-    if not found:
-        raise ValueError(f"corpus: no UTF-8 text in {', '.join(map(str, paths))}")
+def _corpora(args) -> tuple[Corpus, Corpus | None]:
+    """(training, held-out) text; None: a part of the former is held out."""
+    corpus = named(args, "stdlib:train")
+    own = not args.corpus and args.dataset is None
+    names = args.validation or (["stdlib:validation"] if own else None)
+    return corpus, None if names is None else told(Corpus.from_names(names, args.field, "validation"), "validation")

@@ -13,7 +13,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..text import Corpus
+from ..text.passages import Passage, passages
+from ..text.tokens import check_ids, tokenizing
 from ..writes import Writes
+
+_PIECE = 1 << 14  # tokens of a document handed over at once; they are joined again
 
 
 class Passages:
@@ -29,29 +34,72 @@ class Passages:
         self.ids = ids.to(torch.int32)
 
     @classmethod
+    def from_corpus(
+        cls, corpus: Corpus, tokenizer, length: int = 256, *, bos: bool = True, max_tokens: int | None = None,
+        progress: bool = False,
+    ) -> Passages:
+        """Tokenizes a corpus. What stands before a document is said at `text.tokens.first_token`.
+
+        Args:
+            corpus, tokenizer: what is read, and how.
+            length: tokens of a passage.
+            bos: put that token before every document.
+            max_tokens: read no more than these.
+            progress: show a bar.
+
+        Raises:
+            ValueError: fewer tokens in all than one passage, and what reading and `first_token` raise.
+        """
+        return cls._split(corpus, tokenizer, length, 0, bos, max_tokens, progress)[0]
+
+    @classmethod
+    def split(
+        cls, corpus: Corpus, tokenizer, length: int = 256, *, one_in: int = 20, bos: bool = True,
+        max_tokens: int | None = None, progress: bool = False,
+    ) -> tuple[Passages, Passages]:
+        """(training, held-out) passages of a corpus; one in `one_in` of its documents with text is held out.
+
+        Raises:
+            ValueError: a single document, and what `from_corpus` raises.
+        """
+        return cls._split(corpus, tokenizer, length, one_in, bos, max_tokens, progress)
+
+    @classmethod
     def from_texts(
         cls, texts: Iterable[tuple[str, str]], tokenizer, length: int = 256, progress: bool = False
     ) -> Passages:
-        """Tokenizes (document id, text) pairs; each document begins with the tokenizer's first special token, if any.
+        """`from_corpus` of (document id, text) pairs."""
+        return cls.from_corpus(Corpus.from_texts(texts), tokenizer, length, progress=progress)
 
-        Raises:
-            ValueError: fewer tokens in all than one passage.
-        """
+    @classmethod
+    def _split(cls, corpus, tokenizer, length, one_in, bos, max_tokens, progress) -> tuple[Passages, ...]:
         if length < 1:
             raise ValueError(f"length: expected >= 1, got {length}")
-        mark = next((x for x in (tokenizer.bos_token_id, tokenizer.eos_token_id) if x is not None), None)
-        pieces, documents = [], 0
-        for _, text in tqdm(texts, "tokens", unit=" documents", disable=not progress, leave=False):
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            pieces.append(torch.tensor(ids if mark is None else [mark, *ids], dtype=torch.int32))
-            documents += 1
-        stream = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int32)
-        if len(stream) < length:
-            raise ValueError(
-                f"corpus: {documents} documents with {len(stream)} tokens in all, but one passage takes {length}"
-            )
-        rows = len(stream) // length
-        return cls(stream[: rows * length].view(rows, length))
+        if max_tokens is not None and max_tokens < 1:
+            raise ValueError(f"max_tokens: expected >= 1, got {max_tokens}")
+        tokenize, first = tokenizing(tokenizer, bos)
+        pieces: tuple[list, list] = ([], [])
+        documents = [0, 0]
+        with tqdm(desc="tokens", unit=" tokens", unit_scale=True, disable=not progress, leave=False) as bar:
+            for event in passages(corpus, tokenize, _PIECE, first, max_tokens):
+                if isinstance(event, Passage):
+                    if event.row == 0:
+                        part = int(one_in > 0 and sum(documents) % one_in == 0)
+                        documents[part] += 1
+                    pieces[part].append(torch.from_numpy(event.tokens))
+                    bar.update(len(event.tokens))
+        if one_in and sum(documents) < 2:
+            raise ValueError("validation: the corpus is a single document, so none can be held out; name --validation")
+        found = []
+        for part, n in zip(pieces[: 1 + (one_in > 0)], documents, strict=False):
+            stream = torch.cat(part) if part else torch.empty(0, dtype=torch.int32)
+            if len(stream) < length:
+                raise ValueError(
+                    f"corpus: {n} documents with {len(stream)} tokens in all, but one passage takes {length}"
+                )
+            rows = len(stream) // length
+            found.append(cls(stream[: rows * length].view(rows, length)))
+        return tuple(found)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -71,10 +119,11 @@ class ModelStream:
         batch: passages in one forward pass.
 
     Raises:
-        ValueError: a site the model does not have (from attach).
+        ValueError: a site the model does not have (from attach); a token that it does not embed.
     """
 
     def __init__(self, model: nn.Module, passages: Passages, sites: Sequence[tuple[int, int]], batch: int = 16):
+        check_ids(passages.ids, model)
         self.model, self.passages, self.batch = model, passages, batch
         self.sites = [(int(layer), int(head)) for layer, head in sites]
         self._tap = None

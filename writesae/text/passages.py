@@ -136,7 +136,9 @@ def passages(
 def _blocks(stream: BinaryIO, start: int) -> Iterator[tuple[int, bytes]]:
     """(byte it starts at, bytes) of each block. Where blocks end depends on the text alone, not on where one starts."""
     stream.seek(start)
-    while data := stream.read(BLOCK):
+    rest = b""
+    while data := rest + stream.read(BLOCK - len(rest)):
+        rest = b""
         if len(data) == BLOCK:
             cut = data.rfind(b"\n") + 1 or max(data.rfind(b" "), 0)
             if not cut:
@@ -144,10 +146,9 @@ def _blocks(stream: BinaryIO, start: int) -> Iterator[tuple[int, bytes]]:
                 while cut > 1 and data[cut - 1] & 0xC0 == 0x80:
                     cut -= 1
                 cut = cut - 1 if cut > 1 and data[cut - 1] >= 0xC0 else cut
-            data = data[:cut]
+            data, rest = data[:cut], data[cut:]
         yield start, data
         start += len(data)
-        stream.seek(start)
 
 
 def _hash_until(stream: BinaryIO, end: int, digest) -> None:
