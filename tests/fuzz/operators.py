@@ -1,7 +1,7 @@
 """Random calls of the operators' kernels against their references in float64, and calls that must be refused.
 
-`cases(seed)` yields (name, call) without end; a call raises `Defect` where a result is wrong or a refusal unclear. Every
-case is made anew from (seed, number), which is what its name says.
+`cases(seed)` yields (name, call) without end; a call raises `Defect` where a result is wrong or a refusal unclear.
+Every case is made anew from (seed, number), which is what its name says.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ def _scan_case(draw: random.Random):
 
 def _wide(x: dict, options: dict) -> tuple[dict, dict]:
     state = options["initial_state"]
-    return {n: v.double() for n, v in x.items()}, {**options, "initial_state": None if state is None else state.double()}
+    state = None if state is None else state.double()
+    return {n: v.double() for n, v in x.items()}, {**options, "initial_state": state}
 
 
 def _blown_up(expected: Tensor) -> bool:
