@@ -47,9 +47,10 @@ def each(cases: Iterator[tuple[str, Callable[[], None]]]) -> Iterator[tuple[int,
 def stores(seed: int, scratch: Path) -> Iterator[tuple[int, list[str]]]:
     import damage
 
+    made = damage.prepare(scratch)
     for n in itertools.count():
         try:
-            damage.check(seed * 1_000_003 + n, 10)
+            damage.check(seed * 1_000_003 + n, 10, scratch, made=made)
             yield 10, []
         except damage.Defect as defect:
             yield 10, [str(defect)]
@@ -59,8 +60,9 @@ def batches(kind: str, seed: int) -> Iterator[tuple[int, list[str]]]:
     import watch
 
     for n in itertools.count():
-        found = watch.in_child(*GENERATOR[kind], seed * 1_000_003 + n, BATCH[kind])
-        yield BATCH[kind], found["findings"]
+        start = seed * 1_000_003 + n
+        found = watch.in_child(*GENERATOR[kind], start, BATCH[kind])
+        yield found["cases"], [f"seed {start}, {name}: {why}" for name, why in found["bad"]]
 
 
 def runner(kind: str, seed: int, scratch: Path) -> Iterator[tuple[int, list[str]]]:
