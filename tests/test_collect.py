@@ -322,13 +322,15 @@ def test_foreign_folders_are_refused(text, tmp_path):
             collect(Corpus.from_path(text), words, FakeSource(), tmp_path / name, **SETTINGS)
 
 
-def test_damaged_shard_is_refused(text, tmp_path):
+def test_damaged_shard_is_made_again(text, tmp_path):
     with pytest.raises(KeyError):
         collect(Corpus.from_path(text), words, _Failing(8), tmp_path / "out", **SETTINGS)
     part = tmp_path / "out" / "firings" / "part-000000.parquet"
     part.write_bytes(part.read_bytes()[:-5])
-    with pytest.raises(ValueError, match="part-000000.parquet is damaged"):
-        collect(Corpus.from_path(text), words, FakeSource(), tmp_path / "out", **SETTINGS)
+    summary = collect(Corpus.from_path(text), words, FakeSource(), tmp_path / "out", **SETTINGS)
+    assert len(summary["repaired"]) == 1 and str(part) in summary["repaired"][0]
+    collect(Corpus.from_path(text), words, FakeSource(), tmp_path / "whole", **SETTINGS)
+    assert_same(tmp_path / "out", rows(tmp_path / "whole"))
 
 
 class _Failing(FakeSource):

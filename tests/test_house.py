@@ -18,12 +18,13 @@ MAY_IMPORT = {
     "writes": {"edits"},
     "firings": set(),
     "edits": set(),
+    "files": set(),
     "ops": {"writes", "firings", "edits", "_library"},
-    "sae": {"ops", "writes", "firings", "edits", "models", "default"},
-    "models": {"ops", "writes", "firings", "edits", "default"},
-    "collect": {"models", "sae", "firings", "edits", "default", "_library"},
-    "experiments": {"models", "sae", "ops", "writes", "firings", "edits", "collect", "report", "default"},
-    "report": {"firings", "collect"},
+    "sae": {"ops", "writes", "firings", "edits", "files", "models", "default"},
+    "models": {"ops", "writes", "firings", "edits", "files", "default"},
+    "collect": {"models", "sae", "firings", "edits", "files", "default", "_library"},
+    "experiments": {"models", "sae", "ops", "writes", "firings", "edits", "files", "collect", "report", "default"},
+    "report": {"firings", "files", "collect"},
 }
 EXTRAS = {"scipy", "statsmodels", "sklearn", "matplotlib", "datasets", "pandas", "plotly", "transformer_lens"}
 

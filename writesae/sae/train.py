@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..files import make_folder, whole_file, write_text
 from .block import Block
 from .sae import SAE
 from .site import Batch, SiteTrainer, TrainConfig, generator
@@ -183,17 +184,14 @@ class Trainer:
         """Writes the whole state of the run, atomically; plain tensors and numbers only."""
         if self.folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         content = {
             "identity": self._identity(), "done": self.done, "history": self.history,
             "trainers": [self.trainers[s].state() for s in self.sites],
         }  # fmt: skip
-        partial = self.folder / (CHECKPOINT + ".partial")
-        torch.save(content, partial)
-        partial.replace(self.folder / CHECKPOINT)
-        partial = self.folder / (HISTORY + ".partial")
-        partial.write_text(json.dumps(self.history) + "\n")
-        partial.replace(self.folder / HISTORY)
+        with whole_file(self.folder / CHECKPOINT) as temporary:
+            torch.save(content, temporary)
+        write_text(self.folder / HISTORY, json.dumps(self.history) + "\n")
 
     def _read_checkpoint(self) -> dict:
         path = None if self.folder is None else self.folder / CHECKPOINT
