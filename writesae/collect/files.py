@@ -180,10 +180,11 @@ def locked(folder: Path, argument: str = "out") -> Iterator[None]:
         if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
             raise ValueError(f"{argument}: {path} is not a plain file, so nothing is written to it") from error
         raise
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        os.close(descriptor)
+        raise ValueError(f"{argument}: {path} is not a plain file of its own, so nothing is written to it")
     with os.fdopen(descriptor, "r+") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-            raise ValueError(f"{argument}: {path} is not a plain file of its own, so nothing is written to it")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

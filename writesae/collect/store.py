@@ -243,7 +243,10 @@ class Store:
         """{(document, row): (token ids, source)}, reading each row group of tokens once."""
         found, shards, sources = {}, {}, {}
         for document, row in sorted(wanted):
-            record = self._document(document)
+            try:
+                record = self._document(document)
+            except ValueError as error:
+                raise ValueError(f"{self.path}: a firing is in a document that is not there: {error}") from error
             sources[document] = record["source"]
             shards.setdefault(self._part("tokens", record["first_passage"] + row), []).append((document, row))
         for name, places in shards.items():
