@@ -125,13 +125,20 @@ def harm(path: Path, kind: str, rng: random.Random) -> str:
     return f"bit {bit} of {8 * len(data)} flipped"
 
 
-def check(seed: int, count: int, scratch: Path, progress: Callable[[int], object] = lambda n: None) -> Counter:
+def check(
+    seed: int, count: int, scratch: Path, progress: Callable[[int], object] = lambda n: None, made: dict | None = None
+) -> Counter:
     """Tries `count` damages; returns how many ended how.
+
+    Args:
+        seed, count: case i of a seed is always the same.
+        scratch: a folder to work in, where `prepare` made `made`; without `made`, an empty one.
+        progress: told each case's number.
 
     Raises:
         Defect: one was believed, or ended in another error than a ValueError that names a file of the folder.
     """
-    made = prepare(scratch)
+    made = prepare(scratch) if made is None else made
     whole = {mode: tables(made[mode, "finished"]) for mode in ("all", "top", "reservoir")}
     answers = {key: _answers(folder) for key, folder in made.items()}
     outcomes: Counter = Counter()

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -193,6 +194,23 @@ def test_death_at_any_file_call_changes_nothing(text, tmp_path, driver, mode, ev
         assert driver.run(text, out, crash, **settings)["status"] == 57, crash
         assert driver.run(text, out, -1, **settings)["status"] == 0, crash
         assert_same(out, expected)
+
+
+@pytest.mark.parametrize("mode", ["all", "top"])
+def test_death_at_any_file_call_of_the_finishing(text, tmp_path, driver, mode):
+    settings = {"mode": mode, "n": 6, "shard_passages": 30}
+    whole = driver.run(text, tmp_path / "whole", -1, **settings)
+    expected, out = rows(tmp_path / "whole"), tmp_path / "out"
+    deaths = range(whole["before"] + 1, whole["calls"] + 1)
+    assert len(deaths) > 25
+    assert driver.run(text, tmp_path / "ready", deaths[0], **settings)["status"] == 57
+    for crash in deaths[::9]:
+        shutil.copytree(tmp_path / "ready", out)
+        for at in (crash - deaths[0] + 1, 9):  # from all shards done; then once more, early
+            driver.run(text, out, at, **settings)
+        assert driver.run(text, out, -1, **settings)["status"] == 0, crash
+        assert_same(out, expected)
+        shutil.rmtree(out)
 
 
 def test_many_deaths_in_one_collection(text, tmp_path, driver):

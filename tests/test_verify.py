@@ -42,18 +42,18 @@ def scratch(made):
     return made[0] / "made"
 
 
-def test_random_damage_is_never_believed(tmp_path):
-    outcomes = damage.check(0, 36, tmp_path)
-    assert sum(n for name, n in outcomes.items() if name.split()[0] in damage.STATES) == 36
-    assert outcomes["verify: named"] > 25 and outcomes["collect: made again"] > 10
+def test_random_damage_is_never_believed(made):
+    outcomes = damage.check(0, 30, scratch(made), made=made[1])
+    assert sum(n for name, n in outcomes.items() if name.split()[0] in damage.STATES) == 30
+    assert outcomes["verify: named"] > 20 and outcomes["collect: made again"] > 10
 
 
-def test_the_damage_test_can_fail(tmp_path, monkeypatch):
+def test_the_damage_test_can_fail(made, monkeypatch):
     """Digests that always agree are what it would be like without them."""
     for where in ("collect.marks", "collect.verify", "collect.store", "collect.shard"):
         monkeypatch.setattr(f"writesae.{where}.problem", lambda path, expected, progress=None: None)
     with pytest.raises(damage.Defect):
-        damage.check(0, 12, tmp_path)
+        damage.check(0, 12, scratch(made), made=made[1])
 
 
 @pytest.mark.parametrize("mode", ["all", "top", "reservoir"])
@@ -297,15 +297,22 @@ def test_a_lock_that_is_another_file(made, tmp_path):
         again(scratch(made), "all", tmp_path / "out")
 
 
-def test_other_writers(tmp_path):
+def test_other_writers(tmp_path, capsys):
     (tmp_path / "precious").write_text("precious")
-    for name in ("cfg.json", "sae.safetensors"):
-        folder = tmp_path / f"sae-{name}"
-        folder.mkdir()
-        (folder / name).symlink_to(tmp_path / "precious")
-        with pytest.raises(ValueError, match=f"{name} is a symbolic link"):
-            SAE(4, 4, F=8, k=2).save_pretrained(folder)
+    from writesae.bench.record import write_json
+    from writesae.demo import _refuse_foreign
     from writesae.experiments.parts import Parts
+
+    (tmp_path / "bench.json").symlink_to(tmp_path / "precious")
+    with pytest.raises(ValueError, match="bench.json is a symbolic link"):
+        write_json(tmp_path / "bench.json", {})
+    (tmp_path / "demo").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match="demo is a symbolic link"):
+        _refuse_foreign(tmp_path / "demo")
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "cfg.json").symlink_to(tmp_path / "precious")
+    assert main(["train", "--layer", "0", "--head", "0", "--out", str(tmp_path / "train"), "--resume"]) == 2
+    assert "cfg.json is a symbolic link" in capsys.readouterr().err
 
     (tmp_path / "parts-out").mkdir()
     (tmp_path / "parts-out" / "parts").symlink_to(tmp_path)

@@ -19,7 +19,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..default.corpus import SPLITS, stdlib_files, stdlib_folder
-from ..files import cached_digests
 
 _SNIFF = 65_536
 _KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
@@ -180,10 +179,6 @@ class Corpus:
             "files": len(self.files), "bytes": total, "sha256": digest.hexdigest(), "field": self.text_field,
             "dataset": None if self.dataset is None else list(self.dataset),
         }  # fmt: skip
-
-    def digest(self, progress: Callable[[int], object] | None = None) -> dict[str, str]:
-        """{file name shown: sha256 of its bytes}; known files are not read again. `progress` is told bytes read."""
-        return cached_digests([(path, name) for path, name, _ in self.files], progress)
 
     def documents(self, place: tuple[int, int, int] = (0, 0, 0), number: int = 0) -> Iterator[Document]:
         """Documents from `place` on, numbered from `number`."""

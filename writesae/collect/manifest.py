@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from ..files import read_json, read_sealed, sha256, stamp, write_sealed
+from ..files import cached_digests, read_json, read_sealed, sha256, stamp, write_sealed
 from .files import digest_bar
 
 FORMAT, VERSION = "writesae-firings", 2
@@ -125,7 +125,8 @@ class Watched:
         self._files = list(getattr(corpus, "files", ()))
         self._stamps = {name: stamp(path) for path, name, *_ in self._files}
         with digest_bar("reading the corpus", sum(s[3] for s in self._stamps.values()), progress) as tell:
-            self._digests = corpus.digest(tell)
+            files = [(path, name) for path, name, *_ in self._files]
+            self._digests = cached_digests(files, tell) if files else _digest(corpus, tell)
         whole = hashlib.sha256(json.dumps(sorted(self._digests.items())).encode()).hexdigest()
         self.pinned = {**corpus.fingerprint(), "sha256": whole}
         if len(self._digests) <= _FEW_FILES:
@@ -152,6 +153,11 @@ class Watched:
                     "it back, or collect into another folder"
                 )
             self._stamps[name] = now
+
+
+def _digest(corpus, progress) -> dict[str, str]:
+    """Of a corpus that is no files: what it says itself."""
+    return corpus.digest(progress) if hasattr(corpus, "digest") else {}
 
 
 def tokenizer_of(tokenizer, bos: bool) -> tuple[Callable[[str], list[int]], int | None]:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import make_folder, write_text
 from . import plots
 from .load import load_run
 from .style import STYLE
@@ -29,10 +28,10 @@ def build(source: str | Path | tuple[Mapping, Mapping], out: str | Path) -> Path
         Path of the page.
     """
     summary, table = load_run(source) if isinstance(source, (str, Path)) else source
-    out = make_folder(Path(out))
-    figures = draw(summary, table, make_folder(out, "plots"))
+    out = Path(out)
+    figures = draw(summary, table, out / "plots")
     page = out / "report.html"
-    write_text(page, render(summary, table, figures))
+    page.write_text(render(summary, table, figures), encoding="utf-8")
     return page
 
 

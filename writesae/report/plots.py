@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import make_folder, whole_file
-
 # Okabe-Ito: told apart with any colour vision, and in grey.
 COLOURS = {
     "atom": "#0072B2", "delete": "#D55E00", "random": "#6E6E6E", "native": "#000000",
@@ -41,9 +39,8 @@ def _draw(path: Path, size: tuple[float, float], paint) -> Path:
         FigureCanvasAgg(figure)
         paint(figure.add_subplot())
         path = Path(path)
-        make_folder(path.parent)
-        with whole_file(path) as temporary:
-            figure.savefig(temporary, format="png", facecolor="white", metadata={"Software": "writesae"})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, facecolor="white", metadata={"Software": "writesae"})
     return path
 
 

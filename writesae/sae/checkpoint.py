@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .. import __version__
-from ..files import make_folder, whole_file, write_text
 from .sae import SAE
 
 FORMAT = 1
@@ -27,8 +26,9 @@ _OPTIONAL = {"training", "metrics", "model"}
 
 
 def save(sae: SAE, folder: str | Path) -> None:
-    """Writes a dictionary; each file appears whole or not at all, and none is written through a symbolic link."""
-    folder = make_folder(Path(folder), argument="folder")
+    """Writes a dictionary; each file appears whole or not at all."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     config = {
         "format": FORMAT, "writesae_version": __version__, "kind": sae.kind, "d_sae": sae.F, "k": sae.k, "K": sae.K,
         "V": sae.V, "r": sae.r, "sparsity": sae.sparsity, "layer": sae.layer, "head": sae.head, "model": sae.model,
@@ -36,9 +36,12 @@ def save(sae: SAE, folder: str | Path) -> None:
         "metrics": sae.metrics,
     }  # fmt: skip
     tensors = {name: x.detach().contiguous() for name, x in sae.state_dict().items()}
-    with whole_file(folder / WEIGHTS, argument="folder") as temporary:
-        save_file(tensors, temporary)
-    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n", argument="folder")
+    partial = folder / (WEIGHTS + ".partial")
+    save_file(tensors, partial)
+    partial.replace(folder / WEIGHTS)
+    partial = folder / (CONFIG + ".partial")
+    partial.write_text(json.dumps(config, indent=2) + "\n")
+    partial.replace(folder / CONFIG)
 
 
 def load(path_or_repo: str | Path, subfolder: str | None = None, revision: str | None = None) -> SAE:
