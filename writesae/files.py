@@ -259,8 +259,8 @@ class DigestCache:
         base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
         self.path = Path(base, "writesae", "digests.json") if path is None else Path(path)
         try:
-            self._known = read_sealed(self.path).get("digests", {})
-        except ValueError:
+            self._known = dict(read_sealed(self.path)["digests"])
+        except (ValueError, KeyError, TypeError):
             self._known = {}
         self._new: dict[str, str] = {}
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..files import entry, make_folder, read_sealed, refuse_links, sync_folder, whole_file, write_sealed
+from ..models.identity import shown_name
 from . import files, manifest
 from .corpus import Corpus
 from .estimate import Estimate, batches, estimate
@@ -249,8 +250,8 @@ class _Session:
                 finish(state, n, step)
 
     def summary(self, state: Progress, complete: bool, repaired: list[str]) -> dict:
-        # What is removed once the summary stands does not count.
-        spent = manifest.spent("all" if state.selection is None else state.selection.mode)
+        # What is removed once the summary stands does not count, nor does the copy of the tokenizer.
+        spent = (*manifest.spent("all" if state.selection is None else state.selection.mode), "tokenizer")
         size = sum(
             file.stat().st_size
             for file in state.out.rglob("*")
@@ -314,7 +315,7 @@ def _create(out: Path, pinned: dict, shard_passages: int | None, source: Source,
 def _named(source, tokenizer) -> dict:
     """What a reader would look for by name; not compared on resuming, because a folder may have moved."""
     found = dict(getattr(source, "names", {}))
-    found["tokenizer"] = getattr(tokenizer, "name_or_path", None) or None
+    found["tokenizer"] = shown_name(getattr(tokenizer, "name_or_path", None))
     for package in ("writesae", "torch", "transformers", "pyarrow"):
         try:
             found[package] = version(package)

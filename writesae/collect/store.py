@@ -263,7 +263,15 @@ class Store:
         at = int(np.searchsorted(numbers, document))
         if at == len(numbers) or numbers[at] != document:
             raise ValueError(f"document: expected one of the {len(numbers)} collected, got {document}")
-        return self.documents.slice(at, 1).to_pylist()[0]
+        record = self.documents.slice(at, 1).to_pylist()[0]
+        first, passages = record["first_passage"], record["passages"]
+        most = self._shards * self.manifest["shard_passages"]
+        if min(first, passages, record["tokens"]) < 0 or first + passages > most:
+            raise ValueError(
+                f"{self.path}: by its table document {document} has {passages} passages from number {first} on, which "
+                f"{self._shards} shards cannot hold"
+            )
+        return record
 
     @cached_property
     def _document_numbers(self) -> np.ndarray:
@@ -312,6 +320,9 @@ class Store:
             raise ValueError(f"{path} is damaged: it is of another collection")
         if not isinstance(found, dict) or type(found.get("shards")) is not int or found["shards"] < 0:
             raise ValueError(f"{path}: expected the summary of a collection, with its shards")
+        markers = 1 + max(shard_numbers(self.path), default=-1)
+        if found["shards"] != markers:
+            raise ValueError(f"{path}: expected the {markers} shards that have a marker in done, got {found['shards']}")
         return found
 
     @cached_property

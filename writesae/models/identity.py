@@ -108,8 +108,12 @@ def loaded_digest(module: torch.nn.Module, name, before: list[tuple], progress=N
 
 def model_name(model) -> str | None:
     """What a model calls itself: "default", a repository, or a folder; None for one made in memory."""
-    name = getattr(getattr(model, "config", None), "_name_or_path", "") or None
-    return None if name is None else "default" if _folder(name) == _DEFAULT.resolve() else name
+    return shown_name(getattr(getattr(model, "config", None), "_name_or_path", None))
+
+
+def shown_name(name: str | None) -> str | None:
+    """The name of a model or tokenizer, "default" for the embedded one wherever it is installed."""
+    return "default" if name and _folder(name) == _DEFAULT.resolve() else name or None
 
 
 def require_same_model(model, dictionaries: Mapping | Iterable, any_model: bool = False, name: str | None = None):
