@@ -163,6 +163,7 @@ class Driver:
     def __init__(self):
         here = Path(__file__).parent
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
+        environment["XDG_CACHE_HOME"] = "/dev/null"  # a cache would be written by some runs and not by others
         self.process = subprocess.Popen(
             [sys.executable, str(here / "crash_driver.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env=environment,

@@ -98,6 +98,20 @@ def test_a_finished_collection_is_repaired_without_the_model_where_its_firings_s
     assert {name: t for name, t in tables(out).items() if not t.equals(expected[name])} == {}
 
 
+@pytest.mark.parametrize("state", damage.STATES)
+@pytest.mark.parametrize("name", ["manifest.json", "done/manifest.json"])
+def test_a_damaged_manifest_is_restored_from_its_copy(made, copy, name, state):
+    out = copy(state=state)
+    before = (out / name).read_bytes()
+    (out / name).write_bytes(before[:90])
+    assert list(verify(out).damaged) == [name]
+    assert again(scratch(made), "all", out)["complete"] and (out / name).read_bytes() == before
+    (out / "manifest.json").write_text("{}")
+    (out / "done" / "manifest.json").write_text("{}")
+    with pytest.raises(ValueError, match="manifest.json is not the manifest of a collection.*another folder"):
+        again(scratch(made), "all", out)
+
+
 def test_only_the_damaged_shard_runs_through_the_model(made, copy):
     out, source = copy(state="unfinished"), FakeSource()
     shards = Store(out).summary()["shards"]
@@ -405,6 +419,7 @@ def test_tables_that_cannot_be(copy, column):
 def test_an_old_store_is_read_and_not_gone_on_with(made, copy, capsys):
     out = copy()
     expected = Store(out).top(1, 0, 5, 5)
+    (out / "done" / "manifest.json").unlink()
     for path in (out / "manifest.json", out / "summary.json", *(out / "done").glob("part-*")):
         value = json.loads(path.read_text())
         path.write_text(json.dumps({**value, "version": 1} if "format" in value else value))

@@ -13,10 +13,11 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from ..files import cached_digests, read_json, read_sealed, sha256, stamp, write_sealed
+from ..files import cached_digests, read_json, read_sealed, sha256, stamp, whole_file, write_sealed
 from .files import digest_bar
 
 FORMAT, VERSION = "writesae-firings", 2
+COPY = "done/manifest.json"  # from which a damaged or missing one is restored
 MODES = ("all", "top", "reservoir")
 _FEW_FILES = 1000  # of a corpus with no more, the manifest holds every file's digest, so that a refusal can name it
 _OURS = re.compile(r"\.lock|manifest\.json(\.\d+)?\.tmp")
@@ -34,7 +35,7 @@ def refuse_foreign(out: Path) -> None:
         raise ValueError(f"out: expected a folder, got the link {out} that leads nowhere")
     if out.exists() and not out.is_dir():
         raise ValueError(f"out: expected a folder, got the file {out}")
-    if not out.is_dir() or (out / "manifest.json").exists():
+    if not out.is_dir() or begun(out):
         return
     others = sorted(path.name for path in out.iterdir() if not _OURS.fullmatch(path.name))
     if others:
@@ -76,8 +77,29 @@ def _count(value, least: int) -> bool:
 
 
 def make(out: Path, content: dict) -> None:
-    """Writes a new manifest."""
+    """Writes a new manifest. `restore` copies it."""
     write_sealed(out / "manifest.json", {"format": FORMAT, "version": VERSION, **content})
+
+
+def begun(out: Path) -> bool:
+    """Whether a folder holds a collection's manifest, or a copy of it."""
+    return (out / "manifest.json").exists() or (out / COPY).exists()
+
+
+def restore(out: Path) -> None:
+    """Makes the manifest and its copy, of which one may be missing or damaged, the same again."""
+    pair = out / "manifest.json", out / COPY
+    for path, other in (pair, pair[::-1]):
+        if _sound(path) and not _sound(other):
+            with whole_file(other, out) as temporary:
+                temporary.write_bytes(path.read_bytes())
+
+
+def _sound(path: Path) -> bool:
+    try:
+        return read(path)["version"] == VERSION
+    except ValueError:
+        return False
 
 
 def check(out: Path, asked: dict) -> tuple[dict, str]:

@@ -95,7 +95,7 @@ def collect(
     manifest.refuse_foreign(out)
     refuse_links(out)
     measured = None
-    if not (out / "manifest.json").exists():
+    if not manifest.begun(out):
         if next((x for x in passages(corpus, tokenize, context, first) if isinstance(x, Passage)), None) is None:
             raise ValueError("corpus: expected text, got documents without any")
         if confirm is not None:
@@ -114,8 +114,11 @@ def collect(
     with files.locked(out):
         manifest.refuse_foreign(out)
         refuse_links(out)
-        if not (out / "manifest.json").exists():
+        if not manifest.begun(out):
             _create(out, pinned, shard_passages, source, context, measured, _named(source, tokenizer))
+        for folder in (*PARTS, "done", "index"):
+            make_folder(out, folder)
+        manifest.restore(out)
         asked = pinned if shard_passages is None else {**pinned, "shard_passages": shard_passages}
         content, digest = manifest.check(out, asked)
         if (out / "summary.json").exists():
@@ -128,8 +131,6 @@ def collect(
             # What the collection ended with is made again, from the shards that are sound.
             (out / "summary.json").unlink()
             sync_folder(out)
-        for folder in (*PARTS, "done", "index"):
-            make_folder(out, folder)
         _keep_tokenizer(out, tokenizer, digest)
         selection = None if mode == "all" else Selection(n, features.total, mode, seed)
         session = _Session(tokenize, first, source, context, batch, max_tokens, progress)

@@ -7,6 +7,7 @@ Layout of a collection's folder:
     tokens/part-000000.parquet    every token fed, in order
     documents/part-000000.parquet documents that ended in the shard (removed when documents.parquet holds them)
     counts/part-000000.parquet    count, sum and max a feature (removed when features.parquet holds their totals)
+    done/manifest.json            a copy of it, from which a damaged one is restored
     done/part-000000.json         completion marker, written last: sizes, digests, and where the next shard starts
     index/layer-0-head-0.parquet  kept firings of one site by (feature, -activation)
     done/layer-0-head-0.json      its completion marker, which names the shards it was made from

@@ -69,12 +69,22 @@ def verify(folder: str | os.PathLike, progress: Callable[[int], object] | None =
         raise ValueError(f"store: expected a folder made by `writesae collect`, got {out}")
     if not (out / "manifest.json").is_file() and not (out / "done").is_dir():
         raise ValueError(f"store: expected a folder made by `writesae collect`, got {out} without manifest.json")
+    _refuse_old(out)
     check = _Check(out, progress)
     check.manifest()
     check.shards()
     check.rest()
     check.others()
     return check.found
+
+
+def _refuse_old(out: Path) -> None:
+    try:
+        version = manifest_file.read(out / "manifest.json")["version"]
+    except ValueError:
+        return
+    if version == 1:
+        raise ValueError(f"store: {out} was made by an older writesae, without digests: nothing to verify by")
 
 
 class _Check:
@@ -89,16 +99,22 @@ class _Check:
         self.summary: dict | None = None
 
     def manifest(self) -> None:
-        path = self.out / "manifest.json"
-        try:
-            content = manifest_file.read(path)
-        except ValueError as error:
-            self._bad("manifest.json", error)
+        content = None
+        for name in ("manifest.json", manifest_file.COPY):  # either will do for what follows
+            try:
+                here = manifest_file.read(self.out / name)
+                digest = sha256(self.out / name)
+                if content is not None and digest != self.digest:
+                    raise ValueError("is not the manifest's copy")
+            except ValueError as error:
+                self._bad(name, error)
+                continue
+            self._good(name)
+            content, self.digest = here, digest
+        self.known.add("summary.json")
+        if content is None:
             return
-        if content["version"] == 1:
-            raise ValueError(f"store: {self.out} was made by an older writesae, without digests: nothing to verify by")
-        self._good("manifest.json")
-        self.mode, self.digest = content["mode"], sha256(path)
+        self.mode = content["mode"]
         self.sites = [f"layer-{site[0]}-head-{site[1]}" for site in content["sites"]]
         if not self.complete:
             return
