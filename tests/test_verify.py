@@ -184,12 +184,19 @@ def test_every_weight_is_in_the_digest():
     assert before not in seen and len(seen) > 30 and weights_digest(sae) == before
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_digest_of_every_kind_of_state(tmp_path):
     module = torch.nn.Sequential(torch.nn.Linear(4, 4).to(torch.bfloat16), torch.nn.BatchNorm1d(4))
     module.register_buffer("flag", torch.tensor([True, False])), module.register_buffer("one", torch.tensor(3))
     first = weights_digest(module)
     module.flag[1] = True
     assert weights_digest(module) != first
+    packed = torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(torch.nn.Linear(4, 4)), dtype=torch.qint8)
+    before = weights_digest(packed)
+    weight, bias = packed[0].weight(), packed[0].bias()
+    other = torch._make_per_tensor_quantized_tensor(weight.int_repr() ^ 1, weight.q_scale(), weight.q_zero_point())
+    packed[0].set_weight_bias(other, bias)
+    assert weights_digest(packed) != before
     with pytest.raises(ValueError, match="0.bias has no values"):
         weights_digest(torch.nn.Sequential(torch.nn.Linear(2, 2, device="meta")))
 
@@ -367,6 +374,8 @@ def test_json_that_is_none(made, copy, capsys, name, text):
 
     with pytest.raises(ValueError, match=name):
         ask()
+    if text == DEEP:
+        assert again(scratch(made), "all", out)["complete"] and Store(out).verify().sound
 
 
 @pytest.mark.parametrize(

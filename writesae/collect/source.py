@@ -82,7 +82,7 @@ class ModelSource:
         require_same_model(model, dictionaries, any_model, name)
         self.model = model
         self.dictionaries = dict(sorted(dictionaries.items()))
-        self.accelerate = accelerate
+        self.accelerate, self.any_model = accelerate, any_model
         # On the CPU a batch is done when `begin` returns: a second one would only be held in memory.
         self.asynchronous = any(p.device.type != "cpu" for p in model.parameters())
         self.sites = [Site(layer, head, sae.F, sae.k) for (layer, head), sae in self.dictionaries.items()]

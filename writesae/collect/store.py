@@ -94,6 +94,12 @@ class Store:
         sums = {name: sum(m[name] for m in markers) for name in ("tokens", "firings", "documents")}
         return {"complete": False, "shards": len(markers), **sums}
 
+    def verify(self):
+        """Compares every file with its digest; returns what is wrong, see `collect.verify.Verified`."""
+        from .verify import verify
+
+        return verify(self.path)
+
     @cached_property
     def documents(self) -> pa.Table:
         """document, source, sha256, tokens, passages, first_passage: one row for each document that ended."""
