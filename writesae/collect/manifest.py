@@ -144,11 +144,12 @@ class Watched:
     """
 
     def __init__(self, corpus, progress: bool = False):
-        self._files = list(getattr(corpus, "files", ()))
-        self._stamps = {name: stamp(path) for path, name, *_ in self._files}
+        self._files = [(path, name) for path, name, *_ in getattr(corpus, "files", ())]
+        if len({name for _, name in self._files}) < len(self._files):
+            self._files = [(path, str(path)) for path, _ in self._files]
+        self._stamps = {name: stamp(path) for path, name in self._files}
         with digest_bar("reading the corpus", sum(s[3] for s in self._stamps.values()), progress) as tell:
-            files = [(path, name) for path, name, *_ in self._files]
-            self._digests = cached_digests(files, tell) if files else _digest(corpus, tell)
+            self._digests = cached_digests(self._files, tell) if self._files else _digest(corpus, tell)
         whole = hashlib.sha256(json.dumps(sorted(self._digests.items())).encode()).hexdigest()
         self.pinned = {**corpus.fingerprint(), "sha256": whole}
         if len(self._digests) <= _FEW_FILES:
@@ -161,7 +162,7 @@ class Watched:
 
     def check(self, first: int, last: int) -> None:
         """Raises ValueError, naming it, if one of the files `first` to `last` is no longer what was digested."""
-        for path, name, *_ in self._files[first : last + 1]:
+        for path, name in self._files[first : last + 1]:
             try:
                 now = stamp(path)
                 if now == self._stamps[name]:
