@@ -22,7 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from writesae.collect import Store, build_index, files
+from writesae.collect.marks import PARTS, mark
 from writesae.collect.source import Site
+from writesae.files import SEAL, entry, sha256, write_sealed
 
 RESULTS = Path(__file__).parent / "results" / "store_query.json"
 
@@ -57,6 +59,8 @@ def repeat(source: Path, out: Path, wanted: int) -> None:
     parts = sorted((source / "firings").iterdir())
     documents = int(store.documents["document"].to_numpy().max()) + 1
     size = store.manifest["shard_passages"]
+    write_sealed(out / "manifest.json", {name: x for name, x in store.manifest.items() if name != SEAL})
+    manifest = sha256(out / "manifest.json")
     if times > 1:  # the last shard, seldom full, would shift what comes behind it
         parts = parts[:-1]
         kept = [json.loads((source / "done" / f"{p.stem}.json").read_text())["firings"] for p in parts]
@@ -68,7 +72,12 @@ def repeat(source: Path, out: Path, wanted: int) -> None:
             for folder, rows in (("firings", files.ROW_GROUP), ("tokens", files.TOKEN_ROWS)):
                 table = _shift(pq.read_table(source / folder / part.name), "document", copy * documents)
                 files.write_table(out / folder / f"{name}.parquet", table, rows)
-            (out / "done" / f"{name}.json").write_text((source / "done" / f"{part.stem}.json").read_text())
+            made = json.loads((source / "done" / f"{part.stem}.json").read_text())
+            files_of = {folder: made["files"][f"{folder}/{part.name}"] for folder in PARTS}  # two are spent
+            files_of |= {folder: entry(out / folder / f"{name}.parquet") for folder in ("firings", "tokens")}
+            made |= {"shard": number, "manifest": manifest}
+            made["files"] = {f"{folder}/{name}.parquet": x for folder, x in files_of.items()}
+            write_sealed(out / "done" / f"{name}.json", {key: x for key, x in made.items() if key != SEAL})
             number += 1
     # Those of the dropped last shard too: some of them began before it.
     tables = [
@@ -79,8 +88,13 @@ def repeat(source: Path, out: Path, wanted: int) -> None:
     sites = [Site(*site) for site in store.manifest["sites"]]
     counts = sum(_counts(path, sites) for path in sorted((out / "firings").iterdir()))
     build_index(out, sorted((out / "firings").iterdir()), sites, counts, store.manifest["n"])
-    (out / "manifest.json").write_text(json.dumps(store.manifest))
-    (out / "summary.json").write_text(json.dumps({"firings": int(counts.sum()), "shards": number}))
+    for path in sorted((out / "index").iterdir()):
+        mark(out, path.stem, [path], manifest)
+    mark(out, "tokenizer", [], manifest)
+    integrity = {"manifest": manifest, "files": {"documents.parquet": entry(out / "documents.parquet")}}
+    write_sealed(
+        out / "summary.json", {"firings": int(counts.sum()), "shards": number, "integrity": integrity}
+    )  # fmt: skip
 
 
 def _shift(table: pa.Table, name: str, by: int) -> pa.Table:

@@ -1,7 +1,8 @@
 """Runs collections in forked children and kills them at the nth file-system call: one import, many deaths.
 
 Reads lines of JSON from standard input: {"corpus", "out", "crash": n or null, "collect": {arguments}}. Answers each
-with {"status": the child's exit status, "calls": file-system calls made}. With "crash": -1 the calls are counted.
+with {"status": the child's exit status, "calls": file-system calls made, "before": of them before the finishing}. With
+"crash": -1 the calls are counted.
 """
 
 import json
@@ -43,8 +44,15 @@ def instrument(crash: int) -> list[int]:
 
 def child(job: dict, answer: int) -> None:
     calls = instrument(job["crash"])
+    before, finish = [0], writesae.collect.run.finish
+
+    def counted(*args):
+        before[0] = calls[0]
+        finish(*args)
+
+    writesae.collect.run.finish = counted
     collect(Corpus.from_path(job["corpus"]), words, FakeSource(), job["out"], **job["collect"])
-    os.write(answer, str(calls[0]).encode())
+    os.write(answer, json.dumps({"calls": calls[0], "before": before[0]}).encode())
     os._exit(0)
 
 
@@ -63,7 +71,7 @@ def main() -> None:
         _, status = os.waitpid(pid, 0)
         with os.fdopen(read) as file:
             calls = file.read()
-        print(json.dumps({"status": os.waitstatus_to_exitcode(status), "calls": int(calls or 0)}), flush=True)
+        print(json.dumps({"status": os.waitstatus_to_exitcode(status), **json.loads(calls or "{}")}), flush=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -162,6 +163,7 @@ class Driver:
     def __init__(self):
         here = Path(__file__).parent
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
+        environment["XDG_CACHE_HOME"] = "/dev/null"  # a cache would be written by some runs and not by others
         self.process = subprocess.Popen(
             [sys.executable, str(here / "crash_driver.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env=environment,
@@ -193,6 +195,23 @@ def test_death_at_any_file_call_changes_nothing(text, tmp_path, driver, mode, ev
         assert driver.run(text, out, crash, **settings)["status"] == 57, crash
         assert driver.run(text, out, -1, **settings)["status"] == 0, crash
         assert_same(out, expected)
+
+
+@pytest.mark.parametrize("mode", ["all", "top"])
+def test_death_at_any_file_call_of_the_finishing(text, tmp_path, driver, mode):
+    settings = {"mode": mode, "n": 6, "shard_passages": 30}
+    whole = driver.run(text, tmp_path / "whole", -1, **settings)
+    expected, out = rows(tmp_path / "whole"), tmp_path / "out"
+    deaths = range(whole["before"] + 1, whole["calls"] + 1)
+    assert len(deaths) > 25
+    assert driver.run(text, tmp_path / "ready", deaths[0], **settings)["status"] == 57
+    for crash in deaths[::9]:
+        shutil.copytree(tmp_path / "ready", out)
+        for at in (crash - deaths[0] + 1, 9):  # from all shards done; then once more, early
+            driver.run(text, out, at, **settings)
+        assert driver.run(text, out, -1, **settings)["status"] == 0, crash
+        assert_same(out, expected)
+        shutil.rmtree(out)
 
 
 def test_many_deaths_in_one_collection(text, tmp_path, driver):
@@ -322,13 +341,15 @@ def test_foreign_folders_are_refused(text, tmp_path):
             collect(Corpus.from_path(text), words, FakeSource(), tmp_path / name, **SETTINGS)
 
 
-def test_damaged_shard_is_refused(text, tmp_path):
+def test_damaged_shard_is_made_again(text, tmp_path):
     with pytest.raises(KeyError):
         collect(Corpus.from_path(text), words, _Failing(8), tmp_path / "out", **SETTINGS)
     part = tmp_path / "out" / "firings" / "part-000000.parquet"
     part.write_bytes(part.read_bytes()[:-5])
-    with pytest.raises(ValueError, match="part-000000.parquet is damaged"):
-        collect(Corpus.from_path(text), words, FakeSource(), tmp_path / "out", **SETTINGS)
+    summary = collect(Corpus.from_path(text), words, FakeSource(), tmp_path / "out", **SETTINGS)
+    assert len(summary["repaired"]) == 1 and str(part) in summary["repaired"][0]
+    collect(Corpus.from_path(text), words, FakeSource(), tmp_path / "whole", **SETTINGS)
+    assert_same(tmp_path / "out", rows(tmp_path / "whole"))
 
 
 class _Failing(FakeSource):

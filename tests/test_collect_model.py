@@ -1,6 +1,7 @@
 """`writesae collect` with a real (tiny, random) model: the command, its questions and its refusals."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -71,6 +72,54 @@ def test_command(folder, tmp_path, capsys):
     torch.testing.assert_close(
         torch.tensor([f[6] for f in stored]), torch.tensor([f[6] for f in expected]), rtol=1e-3, atol=1e-6
     )
+
+
+def test_a_store_decodes_and_names_what_made_it(folder, tmp_path, capsys):
+    assert main(arguments(folder, tmp_path / "out")) == 0
+    store = Store(tmp_path / "out")
+    named = store.manifest["named"]
+    assert named["model"] == str(folder / "model") and named["tokenizer"] == str(folder / "model")
+    assert named["dictionaries"] == {"0:1": None, "1:3": None} and named["revision"] is None
+    text = (folder / "text" / "1.txt").read_text()
+    assert store.tokenizer()(store.tokens(1).tolist()).replace(" ", "") == "<end>" + text
+    context = next(c for c in store.contexts(0, 1, int(store.counts(0, 1)["count"].to_numpy().argmax()), 1))
+    assert context.token and (context.before + context.token + context.after)
+    from transformers import AutoTokenizer
+
+    assert AutoTokenizer.from_pretrained(tmp_path / "out" / "tokenizer")(text)["input_ids"]
+    import pandas
+
+    assert len(pandas.read_parquet(tmp_path / "out" / "firings")) == store.summary()["firings"]
+    capsys.readouterr()
+    assert main(["verify", str(tmp_path / "out")]) == 0
+
+
+def test_one_changed_weight_is_refused_on_resuming(folder, tmp_path, capsys):
+    model, _ = writesae.models.load(folder / "model")
+    with torch.no_grad():
+        weight = model.model.layers[3].mlp.down_proj.weight
+        weight[7, 31] = torch.nextafter(weight[7, 31], torch.tensor(9.0))
+    shutil.copytree(folder / "model", tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
+    assert main(arguments(folder, tmp_path / "out")) == 0
+    given = arguments(folder, tmp_path / "out")
+    given[given.index("--model") + 1] = str(tmp_path / "model")
+    assert main(given) == 2
+    assert "source.model is " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["collect", "replace"])
+def test_a_dictionary_of_another_model(folder, tmp_path, capsys, command):
+    writesae.SAE(8, 16, F=24, k=4, layer=0, head=1, model="owner/other").save_pretrained(tmp_path / "sae")
+    given = ["--model", str(folder / "model"), "--sae", str(tmp_path / "sae"), "--out", str(tmp_path / "out")]
+    given = ["collect", str(folder / "text"), *given] if command == "collect" else [
+        "replace", *given, "--corpus", str(folder / "text"), "--select", "none", "--firings", "4", "--horizon", "2"
+    ]  # fmt: skip
+    assert main(given) == 2
+    err = capsys.readouterr().err
+    assert "the dictionary for 0:1 was made for the model 'owner/other'" in err and "--any-model" in err
+    assert not (tmp_path / "out").exists()
+    assert main([*given, "--any-model"]) == 0
 
 
 def test_one_dictionary_and_its_site(folder, tmp_path, capsys):

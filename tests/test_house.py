@@ -18,13 +18,16 @@ MAY_IMPORT = {
     "writes": {"edits"},
     "firings": set(),
     "edits": set(),
+    "files": set(),
     "ops": {"writes", "firings", "edits", "_library"},
     "text": {"default"},
-    "sae": {"ops", "writes", "firings", "edits", "models", "default", "text"},
-    "models": {"ops", "writes", "firings", "edits", "default"},
-    "collect": {"models", "sae", "firings", "edits", "default", "text", "_library"},
-    "experiments": {"models", "sae", "ops", "writes", "firings", "edits", "collect", "report", "default", "text"},
-    "report": {"firings", "collect"},
+    "sae": {"ops", "writes", "firings", "edits", "files", "models", "default", "text"},
+    "models": {"ops", "writes", "firings", "edits", "files", "default"},
+    "collect": {"models", "sae", "firings", "edits", "files", "default", "text", "_library"},
+    "experiments": {
+        "models", "sae", "ops", "writes", "firings", "edits", "files", "collect", "report", "default", "text",
+    },
+    "report": {"firings", "files", "collect"},
 }
 EXTRAS = {"scipy", "statsmodels", "sklearn", "matplotlib", "datasets", "pandas", "plotly", "transformer_lens"}
 

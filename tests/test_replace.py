@@ -153,16 +153,17 @@ def test_a_killed_run_resumes_to_the_same_rows(model, tmp_path):
     options["memory"] = 2 * 2 * ForkEngine(model, 1, 3).bytes_a_fork(50)  # two passages a batch
     whole = run(model, out=tmp_path / "a", **options)
     same(whole.table, run(model, **options).table)
-    parts = sorted((tmp_path / "a" / "parts").iterdir())
+    parts = sorted((tmp_path / "a" / "parts").glob("*.parquet"))
     assert len(parts) > 4
     # Killed after two parts, in the middle of writing a third.
     (tmp_path / "b" / "parts").mkdir(parents=True)
     shutil.copy(tmp_path / "a" / "plan.json", tmp_path / "b")
     for part in parts[:2]:
         shutil.copy(part, tmp_path / "b" / "parts")
-    (tmp_path / "b" / "parts" / f".{parts[2].name}.77").write_bytes(parts[2].read_bytes()[:100])
+        shutil.copy(part.with_suffix(".json"), tmp_path / "b" / "parts")
+    (tmp_path / "b" / "parts" / f"{parts[2].name}.77.tmp").write_bytes(parts[2].read_bytes()[:100])
     same(whole.table, run(model, out=tmp_path / "b", **options).table)
-    assert not list((tmp_path / "b" / "parts").glob(".*"))
+    assert not list((tmp_path / "b" / "parts").glob("*.tmp"))
     with pytest.raises(ValueError, match="other settings.*seed"):
         run(model, out=tmp_path / "a", seed=1, **options)
     (tmp_path / "c").mkdir()

@@ -448,6 +448,31 @@ def test_training_two_sites_from_one_model(model, tmp_path):
     assert set(zip(tap.firings.layer.tolist(), tap.firings.head.tolist(), strict=True)) == set(sites)
 
 
+def test_a_run_goes_on_only_with_its_own_model_and_text(model, tmp_path):
+    settings = config(F=16, steps=6, states=40, block=16)
+
+    def resumed(text, **more):
+        with ModelStream(model, text, [(0, 1)]) as stream:
+            run = Trainer(stream, [(0, 1)], settings, tmp_path, progress=False, **more)
+            run.run()
+            return run.done
+
+    assert resumed(passages(32)) == resumed(passages(32), resume=True) == 6
+    other = passages(32)
+    other.ids[3, 5] += 1
+    with pytest.raises(ValueError, match="of another run: tokens differs"):
+        resumed(other, resume=True)
+    weight = model.model.layers[3].mlp.down_proj.weight
+    with torch.no_grad():
+        weight[0, 0] += 1
+    try:
+        with pytest.raises(ValueError, match="of another run: weights differs"):
+            resumed(passages(32), resume=True)
+    finally:
+        with torch.no_grad():
+            weight[0, 0] -= 1
+
+
 def test_a_head_whose_states_never_change_is_refused():
     flat = Planted()
     flat.w = flat.w * 0

@@ -12,6 +12,7 @@ COMMANDS = {
     "demo": ("writesae.demo", "the embedded model and dictionary, end to end, with a report"),
     "train": ("writesae.sae.command", "train a dictionary on the writes of a site"),
     "collect": ("writesae.collect.command", "collect the firings of a corpus into Parquet"),
+    "verify": ("writesae.collect.verify", "check every file of a collection against its digest"),
     "replace": ("writesae.experiments.command", "the replacement test: native write against atom, deletion, random"),
     "bench": ("writesae.bench.command", "every figure of speed beside its peer: JSON, table and picture"),
     "report": ("writesae.report.command", "rebuild the report of a finished run"),

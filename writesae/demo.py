@@ -13,6 +13,8 @@ import shutil
 import time
 from pathlib import Path
 
+from .files import refuse_link, write_text
+
 _CONTEXTS = 4
 _SUMMARY = (
     "model site tokens tokens_per_second firings n win_rate win_rate_ci95 strict_chain kl_median native_kl_max fvu l0 "
@@ -91,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     summary["seconds"] = time.perf_counter() - began
     ordered = {name: summary[name] for name in _SUMMARY}
     ordered.update({name: value for name, value in summary.items() if name not in ordered})
-    (args.out / "summary.json").write_text(json.dumps(ordered, indent=2, allow_nan=False) + "\n")
+    write_text(args.out / "summary.json", json.dumps(ordered, indent=2, allow_nan=False) + "\n")
     _show_result(summary, page)
     return 0
 
@@ -119,6 +121,7 @@ def _need_extras() -> None:
 
 def _refuse_foreign(out: Path) -> None:
     ours = {"firings", "parts", "plots", "summary.json", "firings.parquet", "report.html"}
+    refuse_link(out)
     others = sorted(path.name for path in out.iterdir() if path.name not in ours) if out.is_dir() else [out.name]
     if others:
         raise ValueError(f"out: expected a new folder or an earlier demo's, got {out} with {', '.join(others[:5])}")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from ..files import write_text
 from .case import Case, Disagree, Missing, Options, Row
 from .timing import ceilings
 
@@ -125,10 +126,8 @@ def run_case(case: Case, options: Options) -> dict:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """All of it or nothing, also when interrupted."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
+    """All of it or nothing, also when interrupted; through no symbolic link."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def read_records(folder: Path) -> list[dict]:

@@ -7,9 +7,10 @@ import json
 import sys
 from pathlib import Path
 
+from ..files import SEAL
 from ..text.arguments import NAMED, add_options, named, tell_empty
 from .estimate import Estimate, readable
-from .modes import MODES
+from .manifest import MODES
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
@@ -23,6 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--sae", action="append", default=[], metavar="[LAYER:HEAD=]FOLDER",
                        help="a dictionary, or a folder of dictionary folders; repeatable. Without it, the embedded "
                        "model's own")  # fmt: skip
+    model.add_argument("--any-model", action="store_true", help="also with dictionaries that name another model")
     model.add_argument("--device", default="cpu", help="cpu or cuda")
     model.add_argument(
         "--accelerate",
@@ -51,14 +53,19 @@ def run(args: argparse.Namespace) -> int:
     corpus = named(args)
     require_device(args.device)
     from ..models import load
+    from ..models.identity import loaded_digest, model_files
     from . import files
     from .run import collect
     from .source import ModelSource
 
     files.one_heap()
     dictionaries = _dictionaries(args)
+    before = model_files(args.model)
     model, tokenizer = load(args.model)
-    source = ModelSource(model.to(args.device), dictionaries, accelerate=args.accelerate)
+    source = ModelSource(
+        model.to(args.device), dictionaries, accelerate=args.accelerate, any_model=args.any_model, name=args.model,
+        digest=loaded_digest(model, args.model, before),
+    )  # fmt: skip
     try:
         summary = collect(
             corpus, tokenizer, source, args.out, mode=args.mode, n=args.n, seed=args.seed, context=args.context,
@@ -70,7 +77,8 @@ def run(args: argparse.Namespace) -> int:
             raise
         print(f"writesae collect: {error}", file=sys.stderr)
         return 1
-    print(json.dumps({**summary, "left_out": tell_empty(corpus)}, indent=2))
+    shown = {name: x for name, x in summary.items() if name not in ("integrity", SEAL)}
+    print(json.dumps({**shown, "left_out": tell_empty(corpus)}, indent=2))
     if summary.get("declined"):
         return 1
     return 0 if summary["complete"] else 130

@@ -1,4 +1,4 @@
-"""Files that exist whole or not at all, the folder's lock, and the Parquet layout of every table.
+"""The Parquet layout of every table, reading and writing them, and the folder's lock.
 
 Encodings are chosen by measurement (the default model's dictionary, F = 4,096, k = 8, on real text): a shard sorted by
 (layer, head, feature, document, row, position) with byte-stream-split columns takes 4.6 bytes a firing with the
@@ -11,15 +11,17 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
-import json
 import os
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from ..files import whole_file
 
 FIRINGS = pa.schema(
     [
@@ -66,7 +68,6 @@ ROW_GROUP = 131_072  # a byte plane of a row group is one block of zstd (128 KiB
 TOKEN_ROWS = 16_384  # a row group of tokens: what reading one passage costs, about 30 kB
 # Newer releases of pyarrow end a page after 20,000 rows unless told otherwise; older ones know no such limit.
 _ONE_PAGE = {"max_rows_per_page": ROW_GROUP} if "max_rows_per_page" in signature(pq.ParquetWriter).parameters else {}
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def parquet_options(schema: pa.Schema) -> dict:
@@ -80,40 +81,6 @@ def parquet_options(schema: pa.Schema) -> dict:
         "write_page_index": False,  # a column of a row group is one page, whose statistics the row group has already
         **_ONE_PAGE,
     }
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary name beside `path`; on success it becomes `path` in one rename, on any error it is removed."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        yield temporary
-        descriptor = os.open(temporary, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        _discard(temporary)
-        if error.errno in _FULL:
-            raise OSError(
-                error.errno,
-                f"{os.strerror(error.errno)} while writing {path}; nothing half-written is kept: free some space and "
-                "run the same command again, it goes on from the last finished shard",
-            ) from error
-        raise
-    except BaseException:
-        _discard(temporary)
-        raise
-
-
-def _discard(path: Path) -> None:
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        pass
 
 
 def release_memory() -> None:
@@ -137,26 +104,51 @@ def _glibc(name: str, *arguments: int) -> None:
         function(*arguments)
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes renames and removals in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_table(path: Path, table: pa.Table, row_group: int = ROW_GROUP) -> None:
+def write_table(path: Path, table: pa.Table, row_group: int = ROW_GROUP, root: Path | None = None) -> None:
     """Writes a Parquet file, whole or not at all."""
-    with whole_file(path) as temporary:
+    with whole_file(path, root) as temporary:
         pq.write_table(table, temporary, row_group_size=row_group, **parquet_options(table.schema))
 
 
-def read_table(path: Path) -> pa.Table:
-    """Reads a Parquet file."""
+@contextmanager
+def parquet(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetFile]:
+    """A Parquet file of one of the tables above, open.
+
+    Raises:
+        ValueError: also from the body: missing, damaged, or with other columns; names the file.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is {'no plain file' if os.path.lexists(path) else 'missing'}")
+    try:
+        with pq.ParquetFile(path) as file:
+            if not file.schema_arrow.equals(schema):
+                got = ", ".join(f"{field.name} {field.type}" for field in file.schema_arrow)
+                raise ValueError(f"expected the columns {', '.join(schema.names)}, got {got or 'none'}")
+            yield file
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        cause = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} is damaged: {cause}") from error
+
+
+def read_table(path: Path, schema: pa.Schema) -> pa.Table:
+    """Reads a Parquet file, see `parquet`."""
     # Not pyarrow's read_table, which loads the dataset machinery: a tenth of a second, and milliseconds for every file.
-    with pq.ParquetFile(path) as file:
-        return file.read(use_threads=False)
+    with parquet(path, schema) as file:
+        return checked(file.read(use_threads=False))
+
+
+def checked(table: pa.Table) -> pa.Table:
+    """The table, if only a document's source or digest is missing a value and text is text.
+
+    Raises:
+        ValueError: naming the column.
+    """
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        if column.null_count and name not in ("source", "sha256"):
+            raise ValueError(f"expected a value in every row of {name}, got {column.null_count} without")
+        if pa.types.is_string(column.type):
+            column.validate(full=True)
+    return table
 
 
 def row_groups(file: pq.ParquetFile, **ranges: tuple[int, int] | None) -> list[int]:
@@ -166,45 +158,49 @@ def row_groups(file: pq.ParquetFile, **ranges: tuple[int, int] | None) -> list[i
     for g in range(file.num_row_groups):
         group = file.metadata.row_group(g)
         limits = ((group.column(at).statistics, low, high) for at, low, high in asked)
-        if group.num_rows and all(s.min <= high and s.max >= low for s, low, high in limits):
+        if group.num_rows and all(
+            s is None or not s.has_min_max or (s.min <= high and s.max >= low) for s, low, high in limits
+        ):
             found.append(g)
     return found
 
 
-def write_json(path: Path, value) -> None:
-    """Writes a JSON file, whole or not at all."""
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n")
-
-
-def read_json(path: Path):
-    """The content of a JSON file.
-
-    Raises:
-        ValueError: it is not JSON.
-    """
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON written by writesae, got {error}") from error
-
-
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, argument: str = "out") -> Iterator[None]:
     """Holds the folder's lock. The system lets go of it when the process ends, however it ends.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: another process holds it, or `.lock` is a link or no plain file of its own.
     """
-    with open(folder / ".lock", "a+") as file:
+    path = folder / ".lock"
+    try:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise ValueError(f"{argument}: {path} is not a plain file, so nothing is written to it") from error
+        raise
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        os.close(descriptor)
+        raise ValueError(f"{argument}: {path} is not a plain file of its own, so nothing is written to it")
+    with os.fdopen(descriptor, "r+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
             raise ValueError(
-                f"out: another process ({file.read().strip() or 'unknown'}) is collecting into {folder}"
+                f"{argument}: another process ({file.read(64).strip() or 'unknown'}) is collecting into {folder}"
             ) from None
         file.truncate(0)
         file.write(f"pid {os.getpid()}\n")
         file.flush()
         yield
+
+
+@contextmanager
+def digest_bar(what: str, size: int, progress: bool) -> Iterator[Callable[[int], object]]:
+    """A function to tell bytes to, which moves a bar."""
+    from tqdm import tqdm
+
+    with tqdm(total=size, unit="B", unit_scale=True, disable=not progress, desc=what, leave=False) as bar:
+        yield bar.update

@@ -9,9 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..files import make_folder, whole_file
 from . import files
+from .marks import damaged, mark, marked, part_name
 from .modes import Columns, Features, Selection, Totals
-from .shard import Progress, firings_table, part_name
+from .shard import Progress, firings_table
 from .source import Site
 
 INDEX_ROWS = 16_384  # a row group of the index: what reading one feature costs
@@ -23,27 +25,44 @@ def index_path(out: Path, layer: int, head: int) -> Path:
 
 
 def finish(progress: Progress, top: int, step: Callable[[], None]) -> None:
-    """Writes documents.parquet, features.parquet and every site's index.
+    """Writes documents.parquet, features.parquet and every site's index with its marker.
 
-    Done again when interrupted, but for the sites whose index stands.
+    Done again when interrupted, but for the sites whose index stands: whole, and made from these shards.
     """
-    write_documents(progress.out, [progress.out / "documents" / part_name(i) for i in range(progress.shards)])
+    out = progress.out
+    write_documents(out, [out / "documents" / part_name(i) for i in range(progress.shards)])
     files.release_memory()  # the model's own working memory is no longer needed
-    write_features(progress.out, progress.features, progress.totals)
-    if progress.selection is not None:
-        write_selection(progress)
-        return
-    parts = [progress.out / "firings" / part_name(i) for i in range(progress.shards)]
-    build_index(progress.out, parts, progress.features.sites, progress.totals.count, top, step)
+    write_features(out, progress.features, progress.totals)
+    left = [site for site in progress.features.sites if not index_stands(progress, site)]
+    parts = [out / "firings" / part_name(i) for i in range(progress.shards)]
+    for site in left:
+        path = index_path(out, site.layer, site.head)
+        if progress.selection is not None:
+            write_selection(progress, site)
+            step()
+        else:
+            _write_index(path, parts, progress.features, site, progress.totals.count, top, step, out)
+        mark(out, path.stem, [path], progress.manifest, shards=progress.digest)
+
+
+def index_stands(progress: Progress, site: Site) -> bool:
+    """Whether a site's index is what a finished run of these shards left."""
+    path = index_path(progress.out, site.layer, site.head)
+    try:
+        made = marked(progress.out, path.stem, progress.manifest)
+    except ValueError:
+        return False
+    whole = made.get("shards") == progress.digest and set(made["files"]) == {f"index/{path.name}"}
+    return whole and not damaged(progress.out, made)
 
 
 def write_documents(out: Path, parts: list[Path]) -> None:
     """Writes documents.parquet, the shards' tables of documents end to end, holding one row group of it at a time."""
-    with files.whole_file(out / "documents.parquet") as temporary:
+    with whole_file(out / "documents.parquet") as temporary:
         with pq.ParquetWriter(temporary, files.DOCUMENTS, **files.parquet_options(files.DOCUMENTS)) as writer:
             held = files.DOCUMENTS.empty_table()
             for part in parts:
-                held = pa.concat_tables([held, files.read_table(part)])
+                held = pa.concat_tables([held, files.read_table(part, files.DOCUMENTS)])
                 if len(held) >= files.ROW_GROUP:
                     writer.write_table(held)
                     held = files.DOCUMENTS.empty_table()
@@ -57,15 +76,15 @@ def write_features(out: Path, features: Features, totals: Totals) -> None:
     files.write_table(out / "features.parquet", table)
 
 
-def write_selection(progress: Progress) -> None:
-    """The index of the modes top and reservoir: what was kept, and nothing else."""
+def write_selection(progress: Progress, site: Site) -> None:
+    """The index of a site in the modes top and reservoir: what was kept, and nothing else."""
     features, kept = progress.features, progress.selection.kept
-    for s, site in enumerate(features.sites):
-        low, high = np.searchsorted(kept.key, features.first[s : s + 2])
-        part = kept.take(slice(low, high))
-        order = np.lexsort((part.position, part.row, part.document, -part.activation, part.key))
-        table = firings_table(part.take(order), features)
-        files.write_table(index_path(progress.out, site.layer, site.head), table, INDEX_ROWS)
+    s = features.sites.index(site)
+    low, high = np.searchsorted(kept.key, features.first[s : s + 2])
+    part = kept.take(slice(low, high))
+    order = np.lexsort((part.position, part.row, part.document, -part.activation, part.key))
+    table = firings_table(part.take(order), features)
+    files.write_table(index_path(progress.out, site.layer, site.head), table, INDEX_ROWS, progress.out)
 
 
 def build_index(
@@ -87,22 +106,24 @@ def build_index(
         step: called after every shard of every range of features, to show progress or to raise an interrupt.
     """
     features = Features(sites)
-    (out / "index").mkdir(exist_ok=True)
-    for s, site in enumerate(sites):
-        path = index_path(out, site.layer, site.head)
-        if path.exists():
-            continue
-        count = counts[features.first[s] : features.first[s + 1]]
-        with files.whole_file(path) as temporary:
-            writer = pq.ParquetWriter(temporary, files.FIRINGS, **files.parquet_options(files.FIRINGS))
-            with writer:
-                for low, high in _ranges(np.minimum(count, top)):
-                    selection = Selection(top, features.total)
-                    for part in parts:
-                        selection.add(read_features(part, features, site, low, high))
-                        step()
-                    writer.write_table(firings_table(selection.kept, features), row_group_size=INDEX_ROWS)
-                    files.release_memory()
+    make_folder(out, "index")
+    for site in sites:
+        _write_index(index_path(out, site.layer, site.head), parts, features, site, counts, top, step, out)
+
+
+def _write_index(path, parts, features: Features, site: Site, counts, top: int, step, root: Path) -> None:
+    s = features.sites.index(site)
+    count = counts[features.first[s] : features.first[s + 1]]
+    with whole_file(path, root) as temporary:
+        writer = pq.ParquetWriter(temporary, files.FIRINGS, **files.parquet_options(files.FIRINGS))
+        with writer:
+            for low, high in _ranges(np.minimum(count, top)):
+                selection = Selection(top, features.total)
+                for part in parts:
+                    selection.add(read_features(part, features, site, low, high))
+                    step()
+                writer.write_table(firings_table(selection.kept, features), row_group_size=INDEX_ROWS)
+                files.release_memory()
 
 
 def _ranges(sizes: np.ndarray) -> list[tuple[int, int]]:
@@ -119,12 +140,12 @@ def _ranges(sizes: np.ndarray) -> list[tuple[int, int]]:
 
 def read_features(path: Path, features: Features, site: Site, low: int, high: int) -> Columns:
     """Firings of the features low..high-1 of one site out of one shard, reading only the row groups that hold them."""
-    file = pq.ParquetFile(path)
     here = {"layer": (site.layer, site.layer), "head": (site.head, site.head), "feature": (low, high - 1)}
-    groups = files.row_groups(file, **here)
-    if not groups:
-        return Columns.empty()
-    table = file.read_row_groups(groups)
+    with files.parquet(path, files.FIRINGS) as file:
+        groups = files.row_groups(file, **here)
+        if not groups:
+            return Columns.empty()
+        table = file.read_row_groups(groups)
     c = {name: table[name].to_numpy() for name in table.column_names}
     key = features.key(c["layer"], c["head"], c["feature"])
     first = features.key(np.array([site.layer]), np.array([site.head]), 0)[0]

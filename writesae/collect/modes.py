@@ -14,7 +14,6 @@ import numpy as np
 
 from .source import Site
 
-MODES = ("all", "top", "reservoir")
 _NONE = np.uint64(0xFFFFFFFF)
 
 
@@ -62,6 +61,21 @@ class Features:
     def key(self, layer, head, feature) -> np.ndarray:
         """`[n]` int64 numbers of features given as columns."""
         return self.first[self._site[np.asarray(layer, np.int64) * self._width + head]] + feature
+
+    def known(self, layer, head, feature) -> np.ndarray:
+        """`key` of columns that come from a file.
+
+        Raises:
+            ValueError: a site or feature that this collection does not have.
+        """
+        if not len(layer):
+            return np.empty(0, np.int64)
+        inside = (layer >= 0) & (layer <= self.layers.max()) & (head >= 0) & (head < self._width)
+        site = np.where(inside, self._site[np.where(inside, layer.astype(np.int64) * self._width + head, 0)], -1)
+        last = np.diff(self.first)[site]
+        if ((site < 0) | (feature < 0) | (feature >= last)).any():
+            raise ValueError("expected firings of this collection's sites and features, got others")
+        return self.first[site] + feature
 
     def split(self, key) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(layer, head, feature) int32 of numbers."""

@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from tqdm import tqdm
 
+from .. import __version__
+from ..files import entry, make_folder, read_sealed, refuse_links, sync_folder, whole_file, write_sealed
+from ..models.identity import shown_name
 from ..text.corpus import Corpus
 from ..text.passages import Cursor, Passage, passages
 from ..text.tokens import tokenizing
-from . import files
+from . import files, manifest
 from .estimate import Estimate, batches, estimate
 from .finish import finish
-from .modes import MODES, Features, Selection
-from .shard import PARTS, Progress, Shard, Writer
+from .manifest import MODES, Watched, tokenizer_digest, tokenizer_files
+from .marks import PARTS, damaged, mark, marked
+from .modes import Features, Selection
+from .shard import Progress, Shard, Writer
 from .source import Source, begin
+from .verify import verify
 
-FORMAT, VERSION = "writesae-firings", 1
 INDEX_TOP = 100
 _SHARD_FIRINGS = 500_000
 _RELEASE_SECONDS = 1.0
-_OURS = {".lock", "manifest.json.tmp"}
 
 
 def collect(
@@ -48,6 +54,8 @@ def collect(
 ) -> dict:
     """Collects the firings of a corpus. The same call again goes on where the last one ended, however it ended.
 
+    Every file is compared with its digest first; a damaged or missing one is made again, in a finished collection too.
+
     Args:
         corpus: what to read.
         tokenizer: a Hugging Face tokenizer, or a function from text to token ids.
@@ -67,10 +75,12 @@ def collect(
 
     Returns:
         the summary, also in summary.json: complete, tokens, firings, bytes, bytes_per_firing, tokens_per_second,
-        forward_seconds, write_seconds, wait_seconds (the last four of this run alone).
+        forward_seconds, write_seconds, wait_seconds (the last four of this run alone), repaired (what was wrong with
+        shards that this run made again); in summary.json also integrity, the digests of everything.
 
     Raises:
-        ValueError: a bad argument; a folder that is foreign, damaged, in use, or of other arguments; text not UTF-8.
+        ValueError: a bad argument; a folder that is foreign, in use, holds links or a damaged manifest, or is of other
+            arguments, another model, dictionary, tokenizer or corpus; a corpus that changes meanwhile; text not UTF-8.
         OSError: the disk is full. What is finished stays, and the same call resumes.
     """
     if mode not in MODES:
@@ -82,16 +92,11 @@ def collect(
             raise ValueError(f"{name}: expected at least 1, got {value}")
     tokenize, first = tokenizing(tokenizer, bos, getattr(source, "model", None))
     features = Features(source.sites)
-    pinned = {
-        "mode": mode, "n": n, "seed": seed, "context": context, "batch": batch, "max_tokens": max_tokens, "bos": first,
-        "corpus": corpus.fingerprint(), "source": source.fingerprint,
-        "sites": [list(vars(site).values()) for site in source.sites],
-    }  # fmt: skip
     out = Path(out)
-    _refuse_foreign(out)
-    session = _Session(tokenize, first, source, context, batch, max_tokens, progress)
+    manifest.refuse_foreign(out)
+    refuse_links(out)
     measured = None
-    if not (out / "manifest.json").exists():
+    if not manifest.begun(out):
         if next((x for x in passages(corpus, tokenize, context, first) if isinstance(x, Passage)), None) is None:
             raise ValueError("corpus: expected text, got documents without any")
         if confirm is not None:
@@ -99,24 +104,59 @@ def collect(
                 measured = estimate(corpus, tokenize, source, context, batch, max_tokens, mode, n)
             if not confirm(measured):
                 return {"complete": False, "declined": True, **measured.to_json()}
-    out.mkdir(parents=True, exist_ok=True)
+    watched = Watched(corpus, progress)
+    pinned = {
+        "mode": mode, "n": n, "seed": seed, "context": context, "batch": batch, "max_tokens": max_tokens, "bos": first,
+        "corpus": watched.pinned, "source": source.fingerprint,
+        "tokenizer": {"sha256": tokenizer_digest(tokenizer, tokenize)},
+        "sites": [list(vars(site).values()) for site in source.sites],
+    }  # fmt: skip
+    make_folder(out)
     with files.locked(out):
-        _refuse_foreign(out)
-        manifest = _manifest(out, pinned, shard_passages, source, context, measured)
+        manifest.refuse_foreign(out)
+        refuse_links(out)
+        if not manifest.begun(out):
+            _create(out, pinned, shard_passages, source, context, measured, _named(source, tokenizer))
         for folder in (*PARTS, "done", "index"):
-            (out / folder).mkdir(exist_ok=True)
+            make_folder(out, folder)
+        manifest.restore(out)
+        asked = pinned if shard_passages is None else {**pinned, "shard_passages": shard_passages}
+        content, digest = manifest.check(out, asked)
+        if (out / "summary.json").exists():
+            found = verify(out)
+            for line in found.lines() if progress else ():
+                tqdm.write(f"{out}: {line}", file=sys.stderr)
+            if not (found.damaged or found.missing):
+                _remove_spent(out, mode)
+                return read_sealed(out / "summary.json")
+            # What the collection ended with is made again, from the shards that are sound.
+            (out / "summary.json").unlink()
+            sync_folder(out)
+        _keep_tokenizer(out, tokenizer, digest)
         selection = None if mode == "all" else Selection(n, features.total, mode, seed)
-        state = Progress(out, features, selection)
-        state.load()
-        if not (out / "summary.json").exists():
-            session.run(corpus, state, manifest["shard_passages"], (manifest["estimate"] or {}).get("tokens"))
-            if not state.last:
-                return session.summary(state, complete=False)
-            session.finish(state, n)
-            summary = session.summary(state, complete=True)
-            files.write_json(out / "summary.json", summary)
+        session = _Session(tokenize, first, source, context, batch, max_tokens, progress)
+        state = Progress(out, features, selection, digest, lambda shard: _check_text(watched, shard))
+        repaired = session.load(corpus, state, content["shard_passages"])
+        session.run(corpus, state, content["shard_passages"], (content["estimate"] or {}).get("tokens"))
+        if not state.last:
+            return session.summary(state, False, repaired)
+        session.finish(state, n)
+        summary = session.summary(state, True, repaired)
+        left = [out / "documents.parquet", out / "features.parquet"]
+        entries = {path.name: entry(path) for path in left}
+        integrity = {"manifest": digest, "shards": state.digest, "files": entries}
+        write_sealed(out / "summary.json", {**summary, "integrity": integrity})
         _remove_spent(out, mode)
-        return files.read_json(out / "summary.json")
+        return read_sealed(out / "summary.json")
+
+
+def _check_text(watched: Watched, shard: Shard) -> None:
+    """A shard is kept only if the files it was read from are still what the manifest says."""
+    touched = [p.after.place[0] for p in shard.passages]
+    if touched:
+        watched.check(min(touched), max(touched))
+    if shard.last:
+        watched.check_all()
 
 
 class _Session:
@@ -174,6 +214,28 @@ class _Session:
         finally:
             self.write, self.wait = writer.seconds, writer.waited
 
+    def load(self, corpus: Corpus, state: Progress, shard_passages: int) -> list[str]:
+        """Takes up the shards that stand, making damaged ones again. Returns what was wrong with those."""
+        with ExitStack() as stack:
+            entered = False
+
+            def remake(wrong: str) -> Shard:
+                nonlocal entered
+                if self.progress:
+                    tqdm.write(f"made again: {wrong}", file=sys.stderr)
+                stored = state.stored()
+                shard = next(_shards(self._events(corpus, state.cursor), state.shards, shard_passages))
+                shard.stored = stored
+                if stored is None:
+                    if not entered:
+                        stack.enter_context(self.source)
+                        entered = True
+                    for rows, tokens, mask in batches(shard.passages, self.batch, self.context):
+                        _fetch(shard, (rows, begin(self.source, tokens, mask)))
+                return shard
+
+            return state.load(remake)
+
     def _events(self, corpus: Corpus, cursor: Cursor | None):
         return passages(corpus, self.tokenize, self.context, self.bos, self.max_tokens, cursor)
 
@@ -189,9 +251,9 @@ class _Session:
             with bar:
                 finish(state, n, step)
 
-    def summary(self, state: Progress, complete: bool) -> dict:
-        # What is removed once the summary stands does not count.
-        spent = _spent("all" if state.selection is None else state.selection.mode)
+    def summary(self, state: Progress, complete: bool, repaired: list[str]) -> dict:
+        # What is removed once the summary stands does not count, nor does the copy of the tokenizer.
+        spent = (*manifest.spent("all" if state.selection is None else state.selection.mode), "tokenizer")
         size = sum(
             file.stat().st_size
             for file in state.out.rglob("*")
@@ -204,6 +266,7 @@ class _Session:
             "firings": state.firings, "kept": kept, "bytes": size, "bytes_per_firing": size / max(kept, 1),
             "seconds": seconds, "tokens_per_second": self.tokens / max(self.forward + self.wait, 1e-9),
             "forward_seconds": self.forward, "write_seconds": self.write, "wait_seconds": self.wait,
+            "repaired": repaired,
         }  # fmt: skip
 
 
@@ -242,59 +305,48 @@ def _shards(events, number: int, size: int):
     yield shard
 
 
-def _refuse_foreign(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out: expected a folder, got the file {out}")
-    if not out.is_dir() or (out / "manifest.json").exists():
-        return
-    others = sorted(path.name for path in out.iterdir() if path.name not in _OURS)
-    if others:
-        raise ValueError(
-            f"out: expected a new or empty folder or a collection of writesae, got {out} with {', '.join(others[:5])} "
-            "and no manifest.json"
-        )
+def _create(out: Path, pinned: dict, shard_passages: int | None, source: Source, context: int, measured, more) -> None:
+    rate = measured.firings_per_token if measured else sum(s.k or s.features / 16 for s in source.sites)
+    # A shard counts every feature once, so it should hold several firings a feature.
+    wanted = max(_SHARD_FIRINGS, 8 * sum(s.features for s in source.sites))
+    size = shard_passages or max(1, round(wanted / max(rate * context, 1)))
+    estimated = None if measured is None else measured.to_json()
+    manifest.make(out, {"shard_passages": size, "estimate": estimated, "named": more, **pinned})
 
 
-def _manifest(out: Path, pinned: dict, shard_passages: int | None, source: Source, context: int, measured) -> dict:
-    path = out / "manifest.json"
-    if not path.exists():
-        rate = measured.firings_per_token if measured else sum(s.k or s.features / 16 for s in source.sites)
-        # A shard counts every feature once, so it should hold several firings a feature.
-        wanted = max(_SHARD_FIRINGS, 8 * sum(s.features for s in source.sites))
-        size = shard_passages or max(1, round(wanted / max(rate * context, 1)))
-        estimated = None if measured is None else measured.to_json()
-        manifest = {"format": FORMAT, "version": VERSION, "shard_passages": size, "estimate": estimated, **pinned}
-        files.write_json(path, manifest)
-    manifest = files.read_json(path)
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
-        raise ValueError(f"out: {path} is not the manifest of a collection of this version ({FORMAT} {VERSION})")
-    asked = dict(pinned)
-    if shard_passages is not None:
-        asked["shard_passages"] = shard_passages
-    differing = _differences({name: manifest.get(name) for name in asked}, asked)
-    if differing:
-        raise ValueError(f"out: {out} holds a collection with other arguments: {'; '.join(differing)}")
-    return manifest
-
-
-def _differences(stored: dict, asked: dict, prefix: str = "") -> list[str]:
-    found = []
-    for name in sorted({*stored, *asked}):
-        a, b = stored.get(name), asked.get(name)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += _differences(a, b, f"{prefix}{name}.")
-        elif a != b:
-            found.append(f"{prefix}{name} is {a!r} there, {b!r} here")
+def _named(source, tokenizer) -> dict:
+    """What a reader would look for by name; not compared on resuming, because a folder may have moved."""
+    found = dict(getattr(source, "names", {}))
+    found["tokenizer"] = shown_name(getattr(tokenizer, "name_or_path", None))
+    for package in ("writesae", "torch", "transformers", "pyarrow"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = __version__ if package == "writesae" else None
     return found
 
 
-def _spent(mode: str) -> tuple[str, ...]:
-    """Folders of shard files that the files written at the end take the place of."""
-    return ("counts", "documents") if mode == "all" else ("counts", "documents", "firings")
+def _keep_tokenizer(out: Path, tokenizer, digest: str) -> None:
+    """Writes the tokenizer's files and their marker, unless they stand."""
+    try:
+        made = marked(out, "tokenizer", digest)
+        if not damaged(out, made):
+            return
+    except ValueError:
+        pass
+    folder = make_folder(out, "tokenizer")
+    content = tokenizer_files(tokenizer)
+    for path in folder.iterdir():
+        if path.name not in content:
+            path.unlink()
+    for name, data in content.items():
+        with whole_file(folder / name, out) as temporary:
+            temporary.write_bytes(data)
+    mark(out, "tokenizer", [folder / name for name in content], digest)
 
 
 def _remove_spent(out: Path, mode: str) -> None:
-    for folder in _spent(mode):
+    for folder in manifest.spent(mode):
         for path in (out / folder).glob("part-*.parquet"):
             path.unlink()
 

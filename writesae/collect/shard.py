@@ -7,37 +7,40 @@ Layout of a collection's folder:
     tokens/part-000000.parquet    every token fed, in order
     documents/part-000000.parquet documents that ended in the shard (removed when documents.parquet holds them)
     counts/part-000000.parquet    count, sum and max a feature (removed when features.parquet holds their totals)
-    done/part-000000.json         completion marker, written last: sizes, and where the next shard starts
+    done/manifest.json            a copy of it, from which a damaged one is restored
+    done/part-000000.json         completion marker, written last: sizes, digests, and where the next shard starts
     index/layer-0-head-0.parquet  kept firings of one site by (feature, -activation)
+    done/layer-0-head-0.json      its completion marker, which names the shards it was made from
+    tokenizer/                    the tokenizer, for who reads the store; done/tokenizer.json is its marker
     documents.parquet             every document, in order
     features.parquet              totals of every feature
-    summary.json                  completion marker of the whole
+    summary.json                  completion marker of the whole, with the digests that no other marker holds
+
+Every marker carries its own digest and the manifest's, so that a damaged file of any kind is found (`verify`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import queue
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from ..files import SEAL, problem
 from ..firings import Firings
 from ..text.passages import Cursor, DocumentEnd, Passage
 from . import files
+from .marks import PARTS, damaged, mark, part_name, shard_marker, shard_numbers
 from .modes import Columns, Features, Selection, Totals, count
 
-PARTS = ("firings", "tokens", "documents", "counts")
 ROWS = {"tokens": files.TOKEN_ROWS}  # a row group, where not the usual number
-
-
-def part_name(number: int, ending: str = "parquet") -> str:
-    return f"part-{number:06d}.{ending}"
 
 
 class Found:
@@ -88,6 +91,7 @@ class Shard:
     ends: list[DocumentEnd] = field(default_factory=list)
     found: Found = field(default_factory=Found)
     last: bool = False
+    stored: Columns | None = None  # the firings, where they are known without the model
 
     def columns(self, features: Features) -> Columns:
         """The firings, sorted by (feature number, place). Takes them out of `found`, so that they are held once.
@@ -95,6 +99,8 @@ class Shard:
         Raises:
             ValueError: an activation that is not a positive number, naming its place.
         """
+        if self.stored is not None:
+            return self.stored
         if not self.found.length:
             return Columns.empty()
         parts = self.found.take()
@@ -140,32 +146,65 @@ def firings_table(columns: Columns, features: Features) -> pa.Table:
 
 def read_columns(path: Path, features: Features) -> Columns:
     """Stored firings back as columns."""
-    table = pq.read_table(path)
+    table = files.read_table(path, files.FIRINGS)
     c = {name: table[name].to_numpy() for name in table.column_names}
-    key = features.key(c["layer"], c["head"], c["feature"]) if len(table) else np.empty(0, np.int64)
+    key = features.known(c["layer"], c["head"], c["feature"])
     return Columns(key, c["document"], c["row"], c["position"], c["activation"])
 
 
 class Progress:
-    """What the finished shards add up to: the selection (modes top and reservoir), the totals, and the next cursor."""
+    """What the finished shards add up to: the selection (modes top and reservoir), the totals, and the next cursor.
 
-    def __init__(self, out: Path, features: Features, selection: Selection | None):
+    Args:
+        out: the folder.
+        features, selection: of the run.
+        manifest: digest of the folder's manifest, which every marker repeats.
+        check: called with a shard before its marker is written; raises where its text changed meanwhile.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        features: Features,
+        selection: Selection | None,
+        manifest: str,
+        check: Callable[[Shard], None] = lambda shard: None,
+    ):
         self.out, self.features, self.selection = out, features, selection
+        self.manifest, self.check = manifest, check
         self.totals = Totals(features.total)
         self.shards = self.tokens = self.firings = self.documents = 0
         self.cursor: Cursor | None = None
         self.last = False
+        self._chain = hashlib.sha256()
 
-    def load(self) -> None:
+    @property
+    def digest(self) -> str:
+        """Of the markers of all shards so far."""
+        return self._chain.hexdigest()
+
+    def load(self, remake: Callable[[str], Shard]) -> list[str]:
         """Takes up every finished shard, and removes what an ended run left unfinished.
 
-        Raises:
-            ValueError: a finished shard's file is missing or has another size.
+        Args:
+            remake: called with what is wrong with a damaged shard, the next one; returns it made again.
+
+        Returns: what was wrong.
         """
-        while (marker := self.out / "done" / part_name(self.shards, "json")).exists():
-            self._take(marker)
+        begun, repaired = max(shard_numbers(self.out), default=-1), []
+        while self.shards <= begun and not self.last:
+            try:
+                self._take()
+            except ValueError as error:
+                repaired.append(str(error))
+                self.write(remake(repaired[-1]))
+        self.sweep()
+        return repaired
+
+    def sweep(self) -> None:
+        """Removes temporary files, and files of shards beyond the last."""
         kept = {Path(part_name(i)).stem for i in range(self.shards)}
-        for folder in (*PARTS, "index", "done", "."):
+        for folder in (*PARTS, "index", "done", "tokenizer", "."):
             for path in (self.out / folder).glob("*.tmp"):
                 path.unlink()
         for folder in (*PARTS, "done"):
@@ -173,26 +212,36 @@ class Progress:
                 if path.stem not in kept:
                     path.unlink()
 
-    def _take(self, marker: Path) -> None:
-        done = files.read_json(marker)
-        finished = (self.out / "summary.json").exists()
-        for name, size in done["files"].items():
-            path = self.out / name
-            if not path.exists() or path.stat().st_size != size:
-                if finished and name.split("/")[0] in ("counts", "documents", "firings"):
-                    continue  # may be gone once the index, documents.parquet and features.parquet stand
-                got = f"{path.stat().st_size} bytes" if path.exists() else "no such file"
-                raise ValueError(f"out: {path} is damaged: expected {size} bytes, got {got}; use another folder")
-        if not finished:
-            table = pq.read_table(self.out / "counts" / part_name(self.shards))
-            c = {name: table[name].to_numpy() for name in table.column_names}
-            if len(table):
-                self.totals.add(
-                    self.features.key(c["layer"], c["head"], c["feature"]), c["count"], c["sum"], c["max"]
-                )  # fmt: skip
-            if self.selection is not None:
-                self.selection.add(read_columns(self.out / "firings" / part_name(self.shards), self.features))
+    def _take(self) -> None:
+        """Takes up the next shard.
+
+        Raises:
+            ValueError: it is damaged; nothing of it is taken.
+        """
+        done = shard_marker(self.out, self.shards, self.manifest)
+        for name, found in damaged(self.out, done).items():
+            raise ValueError(f"{self.out / name}: {found}")
+        table = files.read_table(self.out / "counts" / part_name(self.shards), files.FEATURES)
+        c = {name: table[name].to_numpy() for name in table.column_names}
+        key = self.features.known(c["layer"], c["head"], c["feature"])
+        columns = None
+        if self.selection is not None:
+            columns = read_columns(self.out / "firings" / part_name(self.shards), self.features)
+        self.totals.add(key, c["count"], c["sum"], c["max"])
+        if columns is not None:
+            self.selection.add(columns)
         self._count(done)
+
+    def stored(self) -> Columns | None:
+        """The next shard's firings, where the whole of them is on disk and sound: what need not be made again."""
+        if self.selection is not None:
+            return None
+        name = f"firings/{part_name(self.shards)}"
+        try:
+            expected = shard_marker(self.out, self.shards, self.manifest)["files"][name]
+            return None if problem(self.out / name, expected) else read_columns(self.out / name, self.features)
+        except ValueError:
+            return None
 
     def _count(self, done: dict) -> None:
         self.shards += 1
@@ -201,10 +250,12 @@ class Progress:
         self.documents += done["documents"]
         self.cursor = Cursor.from_json(done["next"])
         self.last = done["last"]
+        self._chain.update(done[SEAL].encode())
 
     def write(self, shard: Shard) -> None:
         """Writes a shard's files, each whole or not at all, then its completion marker."""
         columns = shard.columns(self.features)
+        self.check(shard)
         key, number, total, largest = count(columns)
         fired = len(columns)
         if self.selection is not None:
@@ -218,17 +269,16 @@ class Progress:
         }
         name = part_name(shard.number)
         for folder, table in tables.items():
-            files.write_table(self.out / folder / name, table, ROWS.get(folder, files.ROW_GROUP))
+            files.write_table(self.out / folder / name, table, ROWS.get(folder, files.ROW_GROUP), self.out)
         after = shard.passages[-1].after if shard.passages else self.cursor
         done = {
             "shard": shard.number, "passages": len(shard.passages), "tokens": tables["tokens"].num_rows,
             "documents": len(shard.ends), "firings": fired, "kept": len(columns), "last": shard.last,
-            "files": {f"{folder}/{name}": (self.out / folder / name).stat().st_size for folder in tables},
             "next": after.to_json(),
         }  # fmt: skip
-        files.write_json(self.out / "done" / part_name(shard.number, "json"), done)
+        mark(self.out, Path(name).stem, [self.out / folder / name for folder in tables], self.manifest, **done)
         self.totals.add(key, number, total, largest)
-        self._count(done)
+        self._count(shard_marker(self.out, shard.number, self.manifest))
 
 
 class Writer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..firings import Firings
+from ..models.identity import model_name, require_same_model, weights_digest
 from ..text.tokens import check_ids
 
 
@@ -26,7 +28,10 @@ class Site:
 
 
 class Source(Protocol):
-    """What `collect` asks of a model. Used as a context manager around the whole run."""
+    """What `collect` asks of a model. Used as a context manager around the whole run.
+
+    `fingerprint`: digests of everything that decides its firings, compared on resuming.
+    """
 
     sites: list[Site]
     fingerprint: dict
@@ -36,8 +41,9 @@ class Source(Protocol):
     def firings(self, tokens: Tensor, mask: Tensor) -> Firings:
         """Firings of one batch: tokens, mask `[B, T]` int64, padded right; `row` of a firing is the batch row."""
 
-    # A source may also have `begin(tokens, mask)`, which returns a function that returns the firings. One that sets
-    # `asynchronous` (a model on a device) is given the next batch before the last one's firings are asked for.
+    # A source may have `names`, a dictionary that the manifest keeps for its readers. It may also have
+    # `begin(tokens, mask)`, which returns a function that returns the firings. One that sets `asynchronous` (a model on
+    # a device) is given the next batch before the last one's firings are asked for.
 
 
 def begin(source: Source, tokens: Tensor, mask: Tensor) -> Callable[[], Firings]:
@@ -55,24 +61,43 @@ class ModelSource:
         model: any model `writesae.attach` knows, in eval mode.
         dictionaries: {(layer, head): SAE}.
         accelerate: run the model's recurrences on this package's own op.
+        any_model: also with dictionaries that name another model.
+        name: what the model was loaded as, default what it says itself.
+        digest: `models.identity.loaded_digest` of the model, where its files are known; otherwise its weights are read.
+
+    Raises:
+        ValueError: no dictionary, or one made for another model.
     """
 
-    def __init__(self, model, dictionaries: Mapping[tuple[int, int], object], accelerate: bool = False):
+    def __init__(
+        self,
+        model,
+        dictionaries: Mapping[tuple[int, int], object],
+        accelerate: bool = False,
+        any_model: bool = False,
+        name: str | None = None,
+        digest: str | None = None,
+    ):
         if not dictionaries:
             raise ValueError("sae: expected at least one dictionary, got none")
+        require_same_model(model, dictionaries, any_model, name)
         self.model = model
         self.dictionaries = dict(sorted(dictionaries.items()))
-        self.accelerate = accelerate
+        self.accelerate, self.any_model = accelerate, any_model
         # On the CPU a batch is done when `begin` returns: a second one would only be held in memory.
         self.asynchronous = any(p.device.type != "cpu" for p in model.parameters())
         self.sites = [Site(layer, head, sae.F, sae.k) for (layer, head), sae in self.dictionaries.items()]
         self.fingerprint = {
-            "model": weights_fingerprint(model),
-            **{
-                f"dictionary {layer}:{head}": weights_fingerprint(sae)
-                for (layer, head), sae in self.dictionaries.items()
-            },
+            "model": digest or weights_digest(model),
+            "config": _config_digest(model),
+            **{f"dictionary {layer}:{head}": weights_digest(sae) for (layer, head), sae in self.dictionaries.items()},
             "accelerate": accelerate,
+        }
+        self.names = {
+            "model": name or model_name(model),
+            "revision": getattr(getattr(model, "config", None), "_commit_hash", None),
+            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+            "dictionaries": {f"{layer}:{head}": sae.model for (layer, head), sae in self.dictionaries.items()},
         }
         self._stack = ExitStack()
         self._tap = None
@@ -111,12 +136,12 @@ class ModelSource:
         return self._tap.take()
 
 
-def weights_fingerprint(module: torch.nn.Module) -> str:
-    """Digest of every tensor's name, shape, dtype and up to 4,096 of its values, evenly spread."""
-    digest = hashlib.sha256()
-    for name, x in sorted(module.state_dict().items()):
-        flat = x.detach().reshape(-1)
-        part = flat[:: max(1, len(flat) // 4096)][:4096]
-        digest.update(f"{name} {tuple(x.shape)} {x.dtype}".encode())
-        digest.update(part.cpu().double().numpy().tobytes())
-    return digest.hexdigest()
+def _config_digest(model) -> str | None:
+    """Of what the configuration says beyond the weights, without where it came from."""
+    config = getattr(model, "config", None)
+    if not hasattr(config, "to_diff_dict"):
+        return None
+    content = config.to_diff_dict()
+    for name in ("_name_or_path", "transformers_version", "architectures"):
+        content.pop(name, None)
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

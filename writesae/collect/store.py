@@ -2,15 +2,19 @@
 
 Names, as in `Firings`: `document` counts the corpus's documents from 0, `row` the passages of a document, `position`
 the tokens of a passage. Token `row * context + position` of the document (its beginning-of-text token included) is
-meant. The same columns stand in every Parquet file, for any other reader.
+meant. The same columns stand in every Parquet file, for any other reader: `pandas.read_parquet(store / "firings")`
+reads all firings of mode "all", `store / "index"` those of the other modes (and the top ones of mode "all").
+
+A file is compared with its digest when it is first needed, so that a damaged one is named rather than believed.
 """
 
 from __future__ import annotations
 
-import json
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +22,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from .files import read_table, row_groups
+from ..files import problem, read_json, read_sealed, sha256
+from . import manifest
+from .files import DOCUMENTS, FEATURES, FIRINGS, TOKENS, checked, parquet, read_table, row_groups
+from .marks import entries_sound, marked, shard_marker, shard_numbers
 
 _PLACE = ("document", "row", "position")
 
@@ -60,10 +67,8 @@ class Store:
     def __init__(self, path):
         self.path = Path(path)
         try:
-            self.manifest = json.loads((self.path / "manifest.json").read_text())
-            if self.manifest.get("format") != "writesae-firings":
-                raise ValueError("another format")
-        except (OSError, ValueError, AttributeError) as error:
+            self.manifest = manifest.read(self.path / "manifest.json")
+        except ValueError as error:
             raise ValueError(
                 f"path: expected a folder made by `writesae collect`, got {self.path} ({error})"
             ) from error
@@ -71,6 +76,10 @@ class Store:
         self.context = self.manifest["context"]
         self.sites = [tuple(site[:2]) for site in self.manifest["sites"]]
         self.complete = (self.path / "summary.json").exists()
+        self._sealed = self.manifest["version"] > 1
+        self._known: set[str] = set()
+        if not self._sealed:
+            warnings.warn(f"{self.path} was made by an older writesae: its files have no digests", stacklevel=2)
         if not self.complete and self.mode != "all":
             raise ValueError(
                 f"path: the collection in {self.path} is not finished, and mode {self.mode} stores its firings at the "
@@ -80,16 +89,23 @@ class Store:
     def summary(self) -> dict:
         """The run's summary; of an unfinished collection the sums of its finished shards."""
         if self.complete:
-            return json.loads((self.path / "summary.json").read_text())
-        markers = [json.loads(path.read_text()) for path in sorted((self.path / "done").glob("part-*.json"))]
+            return dict(self._summary)
+        markers = [self._marker(number) for number in range(self._shards)]
         sums = {name: sum(m[name] for m in markers) for name in ("tokens", "firings", "documents")}
         return {"complete": False, "shards": len(markers), **sums}
+
+    def verify(self):
+        """Compares every file with its digest; returns what is wrong, see `collect.verify.Verified`."""
+        from .verify import verify
+
+        return verify(self.path)
 
     @cached_property
     def documents(self) -> pa.Table:
         """document, source, sha256, tokens, passages, first_passage: one row for each document that ended."""
-        whole = self.path / "documents.parquet"  # there when the collection is finished
-        return pa.concat_tables(read_table(path) for path in ([whole] if self.complete else self._parts("documents")))
+        # documents.parquet is there when the collection is finished.
+        names = ["documents.parquet"] if self.complete else self._parts("documents")
+        return _concat([self._read(name, DOCUMENTS) for name in names], DOCUMENTS)
 
     def counts(self, layer: int | None = None, head: int | None = None) -> pa.Table:
         """layer, head, feature, count, sum, max over all firings seen, kept or not; silent features have count 0.
@@ -100,7 +116,7 @@ class Store:
         if not self.complete:
             raise ValueError(f"counts: the collection in {self.path} is not finished")
         self._check(layer, head)
-        return _where(read_table(self.path / "features.parquet"), layer=layer, head=head)
+        return _where(self._read("features.parquet", FEATURES), layer=layer, head=head)
 
     def top(self, layer: int, head: int, feature: int, n: int = 100) -> pa.Table:
         """The n firings of a feature with the largest activations, first in document order where equal.
@@ -118,9 +134,9 @@ class Store:
         indexed = self.manifest["n"]
         if n > indexed and self.mode == "top":
             raise ValueError(f"n: expected at most {indexed}, the firings kept a feature, got {n}")
-        path = self._index(layer, head)
-        if path.exists():
-            found = self._feature(path, layer, head, feature)
+        name = self._index(layer, head)
+        if self.complete or (self.path / "done" / f"{Path(name).stem}.json").exists():
+            found = self._feature(name, layer, head, feature)
             if n <= indexed or len(found) < indexed:
                 return found.slice(0, n)
         found = self._log(layer, head, feature)
@@ -152,10 +168,10 @@ class Store:
                 f"{self.context}), got row {row} position {position}"
             )
         if self.mode == "all":
-            paths = [self._part("firings", record["first_passage"] + row)]
+            names = [self._part("firings", record["first_passage"] + row)]
         else:
-            paths = [self._index(*site) for site in self.sites]
-        tables = [_where(read_table(path), position=position, row=row, document=document) for path in paths]
+            names = [self._index(*site) for site in self.sites]
+        tables = [_where(self._read(name, FIRINGS), position=position, row=row, document=document) for name in names]
         return pa.concat_tables(tables).sort_by(
             [("layer", "ascending"), ("head", "ascending"), ("activation", "descending"), ("feature", "ascending")]
         )
@@ -169,13 +185,13 @@ class Store:
         (feature, descending activation). Only row groups that may hold what is asked for are read.
         """
         self._check(layer, head, feature if None not in (layer, head) else None)
-        paths = self._parts("firings") if self.mode == "all" else [self._index(*site) for site in self.sites]
+        names = self._parts("firings") if self.mode == "all" else [self._index(*site) for site in self.sites]
         wanted = {"layer": layer, "head": head, "feature": feature}
-        for path in paths:
-            with pq.ParquetFile(path) as file:
+        for name in names:
+            with parquet(self._file(name), FIRINGS) as file:
                 groups = _groups(file, **wanted)
                 for part in file.iter_batches(batch, row_groups=groups) if groups else ():
-                    table = _where(pa.Table.from_batches([part]), **wanted)
+                    table = _where(checked(pa.Table.from_batches([part])), **wanted)
                     if len(table):
                         yield table
 
@@ -189,9 +205,15 @@ class Store:
         if not record["passages"]:
             return np.empty(0, np.int32)
         first = record["first_passage"]
-        paths = dict.fromkeys(self._part("tokens", first + row) for row in range(record["passages"]))
-        tables = [_tokens(path, [{"document": document}]) for path in paths]
-        return _numpy(_where(pa.concat_tables(tables), document=document)["token"])
+        names = dict.fromkeys(self._part("tokens", first + row) for row in range(record["passages"]))
+        tables = [_tokens(self._file(name), [{"document": document}]) for name in names]
+        found = _numpy(_where(pa.concat_tables(tables), document=document)["token"])
+        if len(found) != record["tokens"]:
+            raise ValueError(
+                f"{self.path}: document {document} has {record['tokens']} tokens by documents.parquet, and "
+                f"{len(found)} in {', '.join(names)}"
+            )
+        return found
 
     def contexts(
         self, layer: int, head: int, feature: int, n: int = 100, width: int = 16, tokenizer=None
@@ -199,14 +221,20 @@ class Store:
         """The top n firings of a feature, each with up to `width` tokens either side inside its passage.
 
         Args:
-            tokenizer: decodes the tokens; a Hugging Face tokenizer or a function from a list of ids to text.
+            tokenizer: decodes the tokens; a Hugging Face tokenizer or a function from a list of ids to text. Default:
+                the one kept in the store; False: none, which leaves the texts None.
         """
         found = self.top(layer, head, feature, n).to_pylist()
-        text = _decoder(tokenizer)
+        text = _decoder(self._own_tokenizer if tokenizer is None else tokenizer or None)
         passages = self._passages({(f["document"], f["row"]) for f in found})
         contexts = []
         for f in found:
             ids, source = passages[f["document"], f["row"]]
+            if f["position"] >= len(ids):
+                raise ValueError(
+                    f"{self.path}: a firing of {layer}:{head} feature {feature} is on token {f['position']} of "
+                    f"document {f['document']} row {f['row']}, which has {len(ids)}"
+                )
             low = max(f["position"] - width, 0)
             window, at = ids[low : f["position"] + width + 1], f["position"] - low
             contexts.append(
@@ -221,11 +249,14 @@ class Store:
         """{(document, row): (token ids, source)}, reading each row group of tokens once."""
         found, shards, sources = {}, {}, {}
         for document, row in sorted(wanted):
-            record = self._document(document)
+            try:
+                record = self._document(document)
+            except ValueError as error:
+                raise ValueError(f"{self.path}: a firing is in a document that is not there: {error}") from error
             sources[document] = record["source"]
             shards.setdefault(self._part("tokens", record["first_passage"] + row), []).append((document, row))
-        for path, places in shards.items():
-            table = _tokens(path, [{"document": document, "row": row} for document, row in places])
+        for name, places in shards.items():
+            table = _tokens(self._file(name), [{"document": document, "row": row} for document, row in places])
             key = (_numpy(table["document"]).astype(np.int64) << 32) | _numpy(table["row"])
             token = _numpy(table["token"])
             for document, row in places:
@@ -238,32 +269,127 @@ class Store:
         at = int(np.searchsorted(numbers, document))
         if at == len(numbers) or numbers[at] != document:
             raise ValueError(f"document: expected one of the {len(numbers)} collected, got {document}")
-        return self.documents.slice(at, 1).to_pylist()[0]
+        record = self.documents.slice(at, 1).to_pylist()[0]
+        first, passages = record["first_passage"], record["passages"]
+        most = self._shards * self.manifest["shard_passages"]
+        if min(first, passages, record["tokens"]) < 0 or first + passages > most:
+            raise ValueError(
+                f"{self.path}: by its table document {document} has {passages} passages from number {first} on, which "
+                f"{self._shards} shards cannot hold"
+            )
+        return record
 
     @cached_property
     def _document_numbers(self) -> np.ndarray:
         return _numpy(self.documents["document"])
 
+    def tokenizer(self):
+        """What decodes the store's token ids: a function from a list of ids to text.
+
+        Of a fast Hugging Face tokenizer; needs the `tokenizers` package. The folder `tokenizer` of the store is what
+        `transformers.AutoTokenizer.from_pretrained` reads.
+
+        Raises:
+            ValueError: the store has none of this kind, its file is damaged, or the package is missing.
+        """
+        if "tokenizer/tokenizer.json" not in self._tokenizer_files:
+            kept = "one that transformers must load" if self._tokenizer_files else "none"
+            raise ValueError(f"tokenizer: expected a fast one in {self.path / 'tokenizer'}, got {kept}")
+        path = self._file("tokenizer/tokenizer.json")
+        try:
+            from tokenizers import Tokenizer
+        except ImportError as error:
+            raise ValueError("tokenizer: needs the tokenizers package: pip install tokenizers") from error
+        try:
+            made = Tokenizer.from_file(str(path))
+        except Exception as error:  # whatever a foreign file makes of the package
+            raise ValueError(f"{path}: not a tokenizer: {error}") from error
+        return lambda ids: made.decode(ids, skip_special_tokens=False)
+
+    @cached_property
+    def _own_tokenizer(self):
+        usable = "tokenizer/tokenizer.json" in self._tokenizer_files and find_spec("tokenizers") is not None
+        return self.tokenizer() if usable else None
+
+    @cached_property
+    def _tokenizer_files(self) -> dict:
+        return marked(self.path, "tokenizer", self._manifest_digest)["files"] if self._sealed else {}
+
+    @cached_property
+    def _summary(self) -> dict:
+        path = self.path / "summary.json"
+        found = read_sealed(path) if self._sealed else read_json(path)
+        integrity = found.get("integrity") if isinstance(found, dict) else None
+        if self._sealed and not (isinstance(integrity, dict) and entries_sound(integrity.get("files"))):
+            raise ValueError(f"{path}: expected the summary of a collection")
+        if self._sealed and integrity.get("manifest") != self._manifest_digest:
+            raise ValueError(f"{path} is damaged: it is of another collection")
+        if not isinstance(found, dict) or type(found.get("shards")) is not int or found["shards"] < 0:
+            raise ValueError(f"{path}: expected the summary of a collection, with its shards")
+        markers = 1 + max(shard_numbers(self.path), default=-1)
+        if found["shards"] != markers:
+            raise ValueError(f"{path}: expected the {markers} shards that have a marker in done, got {found['shards']}")
+        return found
+
+    @cached_property
+    def _manifest_digest(self) -> str:
+        return sha256(self.path / "manifest.json")
+
     @cached_property
     def _shards(self) -> int:
-        return len(list((self.path / "done").glob("part-*.json")))
+        if self.complete:
+            return self._summary["shards"]
+        return 1 + max(shard_numbers(self.path), default=-1)
 
-    def _parts(self, folder: str) -> list[Path]:
-        return [self.path / folder / f"part-{i:06d}.parquet" for i in range(self._shards)]
+    def _marker(self, number: int) -> dict:
+        if self._sealed:
+            return shard_marker(self.path, number, self._manifest_digest)
+        return read_json(self.path / "done" / f"part-{number:06d}.json")
 
-    def _part(self, folder: str, passage: int) -> Path:
-        return self.path / folder / f"part-{passage // self.manifest['shard_passages']:06d}.parquet"
+    def _file(self, name: str) -> Path:
+        """A file of the store, compared with its digest when it is first needed.
 
-    def _index(self, layer: int, head: int) -> Path:
-        return self.path / "index" / f"layer-{layer}-head-{head}.parquet"
+        Raises:
+            ValueError: it is damaged or missing; names it.
+        """
+        path = self.path / name
+        if self._sealed and name not in self._known:
+            stem = Path(name).stem
+            if "/" not in name:
+                listed = self._summary["integrity"]["files"]
+            elif stem.startswith("part-"):
+                listed = self._marker(int(stem[5:]))["files"]
+            elif name.startswith("tokenizer/"):
+                listed = self._tokenizer_files
+            else:
+                listed = marked(self.path, stem, self._manifest_digest)["files"]
+            if name not in listed:
+                raise ValueError(f"{path} is no file of this collection")
+            found = problem(path, listed[name])
+            if found is not None:
+                raise ValueError(f"{path} is {found}" if found == "missing" else f"{path} is damaged: {found}")
+            self._known.add(name)
+        return path
+
+    def _read(self, name: str, schema: pa.Schema) -> pa.Table:
+        return read_table(self._file(name), schema)
+
+    def _parts(self, folder: str) -> list[str]:
+        return [f"{folder}/part-{i:06d}.parquet" for i in range(self._shards)]
+
+    def _part(self, folder: str, passage: int) -> str:
+        return f"{folder}/part-{passage // self.manifest['shard_passages']:06d}.parquet"
+
+    def _index(self, layer: int, head: int) -> str:
+        return f"index/layer-{layer}-head-{head}.parquet"
 
     def _log(self, layer: int, head: int, feature: int) -> pa.Table:
-        return pa.concat_tables(self._feature(path, layer, head, feature) for path in self._parts("firings"))
+        return _concat([self._feature(name, layer, head, feature) for name in self._parts("firings")], FIRINGS)
 
-    def _feature(self, path: Path, layer: int, head: int, feature: int) -> pa.Table:
+    def _feature(self, name: str, layer: int, head: int, feature: int) -> pa.Table:
         wanted = {"layer": layer, "head": head, "feature": feature}
-        with pq.ParquetFile(path) as file:
-            return _where(file.read_row_groups(_groups(file, **wanted)), **wanted)
+        with parquet(self._file(name), FIRINGS) as file:
+            return _where(checked(file.read_row_groups(_groups(file, **wanted))), **wanted)
 
     def _check(self, layer: int | None, head: int | None, feature: int | None = None) -> None:
         if not any(layer in (None, a) and head in (None, b) for a, b in self.sites):
@@ -273,6 +399,10 @@ class Store:
             size = next(site[2] for site in self.manifest["sites"] if tuple(site[:2]) == (layer, head))
             if not 0 <= feature < size:
                 raise ValueError(f"feature: expected 0 <= feature < {size}, got {feature}")
+
+
+def _concat(tables: list[pa.Table], schema: pa.Schema) -> pa.Table:
+    return pa.concat_tables(tables) if tables else schema.empty_table()
 
 
 def _numpy(column: pa.ChunkedArray) -> np.ndarray:
@@ -291,9 +421,9 @@ def _where(table: pa.Table, **wanted: int | None) -> pa.Table:
 
 def _tokens(path: Path, places: list[dict[str, int]]) -> pa.Table:
     """document, row, token of the row groups that may hold one of the places."""
-    with pq.ParquetFile(path) as file:
+    with parquet(path, TOKENS) as file:
         groups = sorted({group for place in places for group in _groups(file, **place)})
-        return file.read_row_groups(groups, ["document", "row", "token"], use_threads=False)
+        return checked(file.read_row_groups(groups, ["document", "row", "token"], use_threads=False))
 
 
 def _groups(file: pq.ParquetFile, **wanted: int | None) -> list[int]:

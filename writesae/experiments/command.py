@@ -46,6 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--conditions", choices=CONDITIONS, nargs="+", default=list(DEFAULT_CONDITIONS),
                      help="what is put in its place")  # fmt: skip
     how.add_argument("--seed", type=int, default=0, help="of the choice of firings, the random control, the bootstraps")
+    what.add_argument("--any-model", action="store_true", help="also with dictionaries that name another model")
     how.add_argument("--device", default="cpu", help="cpu or cuda")
     how.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model's weights")
     how.add_argument("--memory", type=_bytes, default="1G", help="memory of a batch of forks, about")
@@ -84,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
         model.to(args.device), tokenizer, saes, passages(test, args.max_tokens), select=chosen,
         min_selected=args.min_selected, firings=args.firings, each=args.each, horizon=args.horizon, natives=args.native,
         scales=args.scale, conditions=args.conditions, seed=args.seed, memory=args.memory, out=args.out,
+        any_model=args.any_model,
     )  # fmt: skip
     out = Path(args.out)
     left_out = {"corpus": tell_empty(test)}

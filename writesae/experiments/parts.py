@@ -1,14 +1,26 @@
-"""A run's folder: a plan, and finished parts, each a Parquet file renamed into place whole, so that a run can go on."""
+"""A run's folder: a plan, and finished parts, each a Parquet file and a marker with its digest; so a run can go on."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from ..files import (
+    entry,
+    make_folder,
+    problem,
+    read_json,
+    read_sealed,
+    refuse_links,
+    sha256,
+    whole_file,
+    write_sealed,
+    write_text,
+)  # fmt: skip
 
 PLAN = "plan.json"
 
@@ -47,14 +59,10 @@ def concatenate(tables: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
 
 
-def write_atomically(path: Path, write) -> None:
-    """Calls `write(temporary path)`, then renames it to `path`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+def write_atomically(path: Path, write, root: Path | None = None) -> None:
+    """Calls `write(temporary path)`, then renames it to `path`, through no link below `root`."""
+    with whole_file(path, root) as temporary:
         write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class Parts:
@@ -66,10 +74,13 @@ class Parts:
             return
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"out: expected a folder, got the file {self.folder}")
+        refuse_links(self.folder)
         known = self.folder / PLAN
         plan = json.loads(json.dumps(plan))
-        if known.is_file():
-            before = json.loads(known.read_text())
+        if known.exists():
+            before = read_json(known)
+            if not isinstance(before, dict):
+                raise ValueError(f"out: {known} is not the plan of a run; choose another folder")
             changed = sorted(k for k in {*before, *plan} if before.get(k) != plan.get(k))
             if changed:
                 first = changed[0]
@@ -79,22 +90,31 @@ class Parts:
                 )
         elif self.folder.is_dir() and any(self.folder.iterdir()):
             raise ValueError(f"out: expected a new or empty folder, or one of an earlier run, got {self.folder}")
-        (self.folder / "parts").mkdir(parents=True, exist_ok=True)
-        for left_over in (self.folder / "parts").glob(".*"):
+        make_folder(self.folder, "parts")
+        for left_over in (p for where in (self.folder, self.folder / "parts") for p in where.glob("*.tmp")):
             left_over.unlink()
-        write_atomically(known, lambda path: path.write_text(json.dumps(plan, indent=2) + "\n"))
+        write_text(known, json.dumps(plan, indent=2) + "\n")
+        self._plan = sha256(known)
 
     def _path(self, name: str) -> Path:
         return self.folder / "parts" / f"{name}.parquet"
 
     def read(self, name: str) -> dict[str, np.ndarray] | None:
-        """A finished part, or None."""
-        if self.folder is None or not self._path(name).is_file():
+        """A finished part, or None where there is none, or one that is no longer what was written."""
+        if self.folder is None:
             return None
-        return from_arrow(pq.read_table(self._path(name)))
+        path = self._path(name)
+        try:
+            marker = read_sealed(path.with_suffix(".json"))
+            if marker.get("plan") != self._plan or problem(path, marker["file"]) is not None:
+                return None
+            return from_arrow(pq.read_table(path))
+        except (ValueError, KeyError, TypeError):
+            return None
 
     def write(self, name: str, table: dict[str, np.ndarray]) -> None:
-        """Puts a part in place."""
+        """Puts a part in place, then the marker that holds its digest."""
         if self.folder is not None:
-            rows = to_arrow(table)
-            write_atomically(self._path(name), lambda path: pq.write_table(rows, path, compression="zstd"))
+            rows, path = to_arrow(table), self._path(name)
+            write_atomically(path, lambda temporary: pq.write_table(rows, temporary, compression="zstd"), self.folder)
+            write_sealed(path.with_suffix(".json"), {"plan": self._plan, "file": entry(path)}, self.folder)

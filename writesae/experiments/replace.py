@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..collect.source import weights_fingerprint
+from ..models.identity import require_same_model, weights_digest
 from ..sae import SAE
 from ..text import Corpus
 from ..text.passages import DocumentEnd
@@ -109,6 +109,7 @@ def run_replacement(
     memory: int = 2**30,
     out: str | Path | None = None,
     progress: bool = True,
+    any_model: bool = False,
 ) -> ReplacementResult:
     """Runs the replacement test.
 
@@ -127,12 +128,14 @@ def run_replacement(
         memory: bytes that a batch of forks may take, roughly.
         out: folder for finished parts; the same call on the same folder resumes and gives the same rows.
         progress: show a bar.
+        any_model: also with dictionaries that name another model.
 
     Raises:
-        ValueError: before any work, for settings, sites or texts that cannot be tested.
+        ValueError: before any work, for settings, sites or texts that cannot be tested, or another model's dictionary.
     """
     start = time.perf_counter()
     saes = _sites(saes)
+    require_same_model(model, saes, any_model)
     _check(natives, scales, conditions, firings, each, select, horizon)
     engines = {layer: ForkEngine(model, layer, horizon) for layer in sorted({layer for layer, _ in saes})}
     for (layer, head), sae in saes.items():
@@ -146,8 +149,8 @@ def run_replacement(
         raise ValueError(f"passages: expected one of more than horizon + 1 = {horizon + 1} tokens, got none")
     # Of all settings, those that decide a row; memory is among them because batch sizes decide the last bits.
     plan = {
-        "test": "replacement", "model": weights_fingerprint(model), "torch": torch.__version__,
-        "saes": {f"{layer}:{head}": weights_fingerprint(sae) for (layer, head), sae in saes.items()},
+        "test": "replacement", "model": weights_digest(model), "torch": torch.__version__,
+        "saes": {f"{layer}:{head}": weights_digest(sae) for (layer, head), sae in saes.items()},
         "passages": _digest(passages), "select": None if select is None else _digest(select),
         "min_selected": min_selected, "firings": firings, "each": each, "horizon": horizon, "natives": list(natives),
         "scales": list(scales), "conditions": list(conditions), "seed": seed, "memory": memory,

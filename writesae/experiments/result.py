@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
+from ..files import make_folder
 from . import statistics
 from .conditions import arm
 from .divergence import DIRECTIONS
@@ -113,7 +114,7 @@ class ReplacementResult:
     def save(self, folder: str | Path, **extra) -> dict:
         """Writes `summary.json` (with `extra` entries) and `firings.parquet` into `folder`; returns the summary."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         summary = {**extra, **self.summary()}
         rows = to_arrow(self.table)
         write_atomically(folder / "firings.parquet", lambda path: pq.write_table(rows, path, compression="zstd"))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ..files import make_folder, refuse_links, write_text
 from ..text import Corpus
 from ..text.arguments import NAMED, add_options, named, tell_empty, told
 from ..text.tokens import check_vocabulary
@@ -100,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
         for (layer, head), sae in saes.items():
             sae.metrics = evaluate(sae, Block([part[layer] for part in parts], head))
             sae.training_record["seconds"] = round(seconds, 1)
-            folder = args.out if len(sites) == 1 else args.out / f"L{layer}H{head}"
+            folder = args.out if len(sites) == 1 else make_folder(args.out, f"L{layer}H{head}")
             sae.save_pretrained(folder)
             everything[f"L{layer}H{head}"] = sae.metrics
             m = sae.metrics
@@ -111,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
             )
     record = {"model": args.model, "seconds": seconds, "config": config.record(), "metrics": everything,
               "left_out": left_out}  # fmt: skip
-    (args.out / METRICS).write_text(json.dumps(record, indent=2) + "\n")
+    write_text(args.out / METRICS, json.dumps(record, indent=2) + "\n")
     return 0
 
 
@@ -137,6 +138,7 @@ def _check_out(out: Path, resume: bool) -> None:
 
     if out.exists() and not out.is_dir():
         raise ValueError(f"out: expected a folder, got the file {out}")
+    refuse_links(out)
     known = {CHECKPOINT, CONFIG, METRICS}
     here = {p.name for p in out.iterdir()} if out.is_dir() else set()
     if here and not here & known and not any((out / name / CONFIG).is_file() for name in here):

@@ -7,6 +7,7 @@ functions of the seed and s alone. A resumed run makes its current block again a
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import signal
 import threading
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..files import make_folder, whole_file, write_text
 from .block import Block
 from .sae import SAE
 from .site import Batch, SiteTrainer, TrainConfig, generator
@@ -62,6 +64,7 @@ class Trainer:
         self.folder = None if folder is None else Path(folder)
         self.rows = min(config.block, len(stream))
         self._block: tuple[int, dict[tuple[int, int], Block]] | None = None
+        self._data = {} if folder is None else _data_digests(stream)
         saved = self._read_checkpoint() if resume else None
         prepared = self._make_block(self._passages(config.prepare, "prepare"), "preparation")
         self.trainers = {site: SiteTrainer(*site, config, prepared[site]) for site in self.sites}
@@ -177,23 +180,21 @@ class Trainer:
         return {
             "config": self.config.record(), "sites": [list(s) for s in self.sites], "model": self.model_name,
             "passages": len(self.stream), "length": self.stream.length,
+            **self._data,
         }  # fmt: skip
 
     def checkpoint(self) -> None:
         """Writes the whole state of the run, atomically; plain tensors and numbers only."""
         if self.folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         content = {
             "identity": self._identity(), "done": self.done, "history": self.history,
             "trainers": [self.trainers[s].state() for s in self.sites],
         }  # fmt: skip
-        partial = self.folder / (CHECKPOINT + ".partial")
-        torch.save(content, partial)
-        partial.replace(self.folder / CHECKPOINT)
-        partial = self.folder / (HISTORY + ".partial")
-        partial.write_text(json.dumps(self.history) + "\n")
-        partial.replace(self.folder / HISTORY)
+        with whole_file(self.folder / CHECKPOINT) as temporary:
+            torch.save(content, temporary)
+        write_text(self.folder / HISTORY, json.dumps(self.history) + "\n")
 
     def _read_checkpoint(self) -> dict:
         path = None if self.folder is None else self.folder / CHECKPOINT
@@ -210,6 +211,19 @@ class Trainer:
             detail = [f"{n} was {was.get(n)!r} and is {now[n]!r}" for n in now if now[n] != was.get(n)]
             raise ValueError(f"{path}: the checkpoint is of another run: {', '.join(detail or differs)} differs")
         return saved
+
+
+def _data_digests(stream) -> dict[str, str]:
+    """Of the weights and the tokens that a stream of a model's writes comes from: a resumed run must have the same."""
+    found = {}
+    if isinstance(getattr(stream, "model", None), torch.nn.Module):
+        from ..models.identity import weights_digest
+
+        found["weights"] = weights_digest(stream.model)
+    ids = getattr(getattr(stream, "passages", None), "ids", None)
+    if isinstance(ids, Tensor):
+        found["tokens"] = hashlib.sha256(ids.contiguous().cpu().numpy()).hexdigest()
+    return found
 
 
 @contextlib.contextmanager
