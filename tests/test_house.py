@@ -15,11 +15,12 @@ OPS = sorted(p.stem for p in (PACKAGE / "ops" / "reference").glob("*.py") if p.s
 
 # folder or module -> what of writesae it may import (itself always)
 MAY_IMPORT = {
-    "writes": {"edits"},
-    "firings": set(),
-    "edits": set(),
-    "ops": {"writes", "firings", "edits", "_library"},
-    "sae": {"ops", "writes", "firings", "edits", "models", "default"},
+    "writes": {"edits", "_arguments"},
+    "_arguments": set(),
+    "firings": {"_arguments"},
+    "edits": {"_arguments"},
+    "ops": {"writes", "firings", "edits", "_library", "_arguments"},
+    "sae": {"ops", "writes", "firings", "edits", "models", "default", "_arguments"},
     "models": {"ops", "writes", "firings", "edits", "default"},
     "collect": {"models", "sae", "firings", "edits", "default", "_library"},
     "experiments": {"models", "sae", "ops", "writes", "firings", "edits", "collect", "report", "default"},

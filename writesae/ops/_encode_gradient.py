@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..edits import Edits
 from ..writes import Writes
-from . import _dispatch
+from . import _dispatch, _transforms
 from ._encode_arguments import _arguments, _float, _rest
 from .reference.encode import _Factors, decay_matrix
 
@@ -36,7 +36,7 @@ class _WritesGradient(torch.autograd.Function):
         return values.view_as(values)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_transforms.once_differentiable("encode", "torch.func (a grad of a grad, hessian) has one")
     def backward(ctx, grad):
         decay, left, right, edit_left, edit_right, v, w, indices, carry, values = ctx.saved_tensors
         edits = ctx.writes.edits
