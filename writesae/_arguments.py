@@ -8,8 +8,8 @@ from dataclasses import fields
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_batchedtensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
+from torch._guards import detect_fake_mode
 
 _FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 _INTEGERS = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
@@ -46,16 +46,18 @@ def check_type(name: str, x, kind: type, optional: bool = False) -> None:
         raise ValueError(f"{name}: expected {kind.__name__}{' or None' if optional else ''}, got {said(x)}")
 
 
-def integers(name: str, x) -> Tensor:
-    """`[n]` int64 on the host from a number, a sequence or a tensor of integers; nothing is rounded.
+def integers(name: str, x) -> list[int]:
+    """From a number, a sequence or a tensor of integers; nothing is rounded.
 
     Raises:
         ValueError: anything else (1.5, True, text, NaN, beyond int64), naming the argument.
     """
     if isinstance(x, Tensor):
         check_integers(name, x, "[n]")
-        refuse_unreadable(name, name, x)
-        return x.detach().to("cpu", torch.int64).reshape(-1)
+        reason = unreadable(x)
+        if reason is not None:
+            raise RuntimeError(f"{name}: its numbers are needed, and {reason}")
+        return x.reshape(-1).tolist()
     found = x.reshape(-1).tolist() if hasattr(x, "reshape") else x
     found = list(found) if hasattr(found, "__iter__") and not isinstance(found, (str, bytes)) else [found]
     for value in found:
@@ -67,7 +69,7 @@ def integers(name: str, x) -> Tensor:
             raise ValueError(f"{name}: expected integers, got {said(value)}") from None
         if not fits:
             raise ValueError(f"{name}: expected integers that fit in 64 bits, got {value}")
-    return torch.tensor([operator.index(value) for value in found], dtype=torch.int64)
+    return [operator.index(value) for value in found]
 
 
 def sequence_offsets(op: str, cu_seqlens: Tensor, B: int, T: int) -> list[int]:
@@ -92,10 +94,12 @@ def unreadable(x: Tensor) -> str | None:
     """Why a tensor's numbers cannot be looked at, or None."""
     if x.device.type == "meta":
         return "a meta tensor has no numbers"
-    if torch.compiler.is_compiling() or isinstance(x, FakeTensor):
+    if torch.compiler.is_compiling() or detect_fake_mode(x) is not None:
         return "tensors have no numbers while torch.export or torch.compile traces"
-    if is_batchedtensor(x):
-        return "a tensor mapped by vmap has others for each element"
+    while is_functorch_wrapped_tensor(x):
+        if is_batchedtensor(x):
+            return "a tensor mapped by vmap has others for each element"
+        x = get_unwrapped(x)
     return None
 
 

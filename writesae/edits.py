@@ -48,7 +48,7 @@ class Edits:
     def __init__(self, row, position, head, left, right, kind="add"):
         """Raises ValueError for numbers that are no integers or beyond int64, sizes that do not go together, left or
         right that is not finite, and an unknown kind, naming the argument."""
-        columns = {name: integers(name, x) for name, x in (("row", row), ("position", position), ("head", head))}
+        columns = {name: _column(name, x) for name, x in (("row", row), ("position", position), ("head", head))}
         columns["kind"] = _kinds(kind)
         sides = {"left": _side("left", left), "right": _side("right", right)}
         check_floats(**sides)
@@ -66,6 +66,8 @@ class Edits:
 
     def __getitem__(self, index) -> Edits:
         """Edits by mask, slice or index tensor."""
+        if isinstance(index, Tensor) and index.dtype == torch.bool:
+            index = index.nonzero().flatten()  # vmap takes no mask
         return Edits(*(getattr(self, n)[index] for n in ("row", "position", "head", "left", "right", "kind")))
 
     def __repr__(self) -> str:
@@ -144,6 +146,13 @@ class Edits:
         return Edits(row, self.position[index], self.head[index], self.left[index], self.right[index], self.kind[index])
 
 
+def _column(name: str, x) -> Tensor:
+    """`[n]` int64, on the host."""
+    if isinstance(x, Tensor) and x.dtype == torch.int64 and x.device.type == "cpu" and x.ndim == 1:
+        return x  # as it is, numbers unread: edits are cut and joined once a call of a model
+    return torch.tensor(integers(name, x), dtype=torch.int64)
+
+
 def _kinds(kind) -> Tensor:
     """`[n]` int8 from a name, names, or codes."""
     if isinstance(kind, str):
@@ -153,7 +162,7 @@ def _kinds(kind) -> Tensor:
             if not isinstance(name, str) or name not in KINDS:
                 raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {name!r}")
         kind = [KINDS.index(name) for name in kind]
-    codes = integers("kind", kind)
+    codes = _column("kind", kind)
     bad = ((codes < 0) | (codes >= len(KINDS))).nonzero().flatten().tolist()
     if bad:
         raise ValueError(f"kind: expected codes 0 to {len(KINDS) - 1}, got {int(codes[bad[0]])} in edit {bad[0]}")

@@ -25,10 +25,8 @@ _libraries: dict[str, torch.library.Library] = {}
 
 
 def transformed(*tensors: Tensor | None) -> bool:
-    """Whether forward mode or `torch.func` follows one of these."""
-    if torch_func_acts():
-        return any(x is not None and is_functorch_wrapped_tensor(x) for x in tensors)
-    return forward_mode._current_level >= 0 and any(map(_has_tangent, tensors))
+    """Whether forward mode follows one of these, or `torch.func` acts at all: it takes no Function of ours."""
+    return torch_func_acts() or (forward_mode._current_level >= 0 and any(map(_has_tangent, tensors)))
 
 
 def _has_tangent(x) -> bool:
@@ -41,7 +39,11 @@ def say_plain(op: str) -> None:
 
 def refuse_transformed(op: str, advice: str, *tensors: Tensor | None) -> None:
     """For what no plain formula can do."""
-    if transformed(*tensors):
+    if torch_func_acts():
+        refused = any(x is not None and is_functorch_wrapped_tensor(x) for x in tensors)
+    else:
+        refused = forward_mode._current_level >= 0 and any(map(_has_tangent, tensors))
+    if refused:
         raise RuntimeError(f"{op}: not defined under forward-mode AD or torch.func (jvp, grad, vmap); {advice}")
 
 
@@ -139,10 +141,12 @@ def _as_tuple(x) -> tuple[Tensor, ...]:
 
 
 class _RefuseSecond(torch.autograd.Function):
+    """Passes gradients through, with all that they depend on behind them."""
+
     @staticmethod
-    def forward(ctx, message, *grads):
+    def forward(ctx, message, n, *grads_and_sources):
         ctx.message = message
-        return tuple(x.view_as(x) for x in grads)
+        return tuple(x.view_as(x) for x in grads_and_sources[:n])
 
     @staticmethod
     def backward(ctx, *_):
@@ -156,13 +160,18 @@ def once_differentiable(op: str, advice: str) -> Callable:
     def decorate(backward: Callable) -> Callable:
         @wraps(backward)
         def call(ctx, *grads):
+            if forward_mode._current_level >= 0 and any(map(_has_tangent, grads)):
+                raise RuntimeError(f"{op}: no forward-mode derivative of a backward pass; {advice}")
             with torch.no_grad():
                 found = without_autocast(backward)(ctx, *grads)
             if not torch.is_grad_enabled():
                 return found
+            sources = [x for x in (*grads, *ctx.saved_tensors) if x is not None and x.requires_grad]
+            if not sources:
+                return found
             message = f"{op} is once_differentiable: no second derivative (create_graph=True) by kernels; {advice}"
             which = [i for i, x in enumerate(found) if x is not None]
-            asked = iter(_RefuseSecond.apply(message, *(found[i].detach().requires_grad_() for i in which)))
+            asked = iter(_RefuseSecond.apply(message, len(which), *(found[i] for i in which), *sources))
             return tuple(None if x is None else next(asked) for x in found)
 
         return call

@@ -12,7 +12,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .._arguments import check_floats, check_integers, check_type, integers, said, sizes_repr, unreadable
+from .._arguments import (
+    check_floats,
+    check_integers,
+    check_type,
+    integers,
+    refuse_unreadable,
+    said,
+    sizes_repr,
+    unreadable,
+)
 from .._library import CPU_ERROR
 from ..writes import Writes
 from . import _dispatch, _transforms
@@ -225,7 +234,7 @@ def _prepare(writes, v_enc, w_enc, b_enc, heads, initial_state, carry, names=("v
         )
     if T == 0:
         raise ValueError("writes: expected at least one token, got T = 0")
-    heads = list(range(H)) if heads is None else integers("heads", heads).tolist()
+    heads = list(range(H)) if heads is None else integers("heads", heads)
     if not heads or not all(0 <= h < H for h in heads):
         raise ValueError(f"heads: expected at least one head, each 0 <= head < H={H}, got {heads}")
     Hs, N = len(heads), writes.num_sequences
@@ -266,6 +275,7 @@ def _prepare(writes, v_enc, w_enc, b_enc, heads, initial_state, carry, names=("v
             else:
                 carry = _StateActivations.apply(*of_states, heads)
     if writes.edits is not None:
+        refuse_unreadable("encode", "writes.edits", writes.edits.row)
         if writes.edits.needs_clean_pass:
             raise ValueError('writes: expected edits of kind "add" only; the recurrence resolves delete and replace')
         lengths = [stop - start for _, _, start, stop in writes.sequences()]

@@ -22,7 +22,7 @@ from .._arguments import (
     sizes_repr,
 )
 from .._library import CPU_ERROR
-from ..edits import ADD, Edits
+from ..edits import DELETE, Edits
 from ..writes import Writes
 from . import _dispatch, _transforms
 from .reference.gated_delta_rule import gated_delta_rule as reference
@@ -100,6 +100,7 @@ def gated_delta_rule(
     scale = _scale(scale, K)
     check_type("edits", edits, Edits, optional=True)
     if edits is not None:
+        refuse_unreadable("gated_delta_rule", "edits", edits.row)
         edits.check(len(lengths), lengths, H, K, V)
         edits = edits.expand_rows(len(lengths))
     places, as_list = _places(snapshots, lengths)
@@ -242,9 +243,7 @@ def _additions(edits: Edits | None) -> Edits | None:
     """What edits add beyond the (already zeroed) native writes."""
     if edits is None or not len(edits):
         return None
-    kept = (edits.kind == ADD) | (edits.left.abs().sum(1) > 0)
-    kept &= edits.kind != 1
-    e = edits[kept]
+    e = edits[edits.kind != DELETE]
     return Edits(e.row, e.position, e.head, e.left, e.right) if len(e) else None
 
 
@@ -261,24 +260,21 @@ def _places(snapshots, lengths: list[int]) -> tuple[Tensor | None, bool]:
         return None, False
     as_list = not (isinstance(snapshots, Tensor) and snapshots.ndim == 2)
     if as_list:
-        flat = integers("snapshots", snapshots)
-        rows = torch.arange(len(lengths)).repeat_interleave(len(flat))
-        places = torch.stack([rows, flat.repeat(len(lengths))], 1)
+        positions = integers("snapshots", snapshots)
+        places = [(n, t) for n in range(len(lengths)) for t in positions]
     else:
         check_integers("snapshots", snapshots, "[P, 2]")
-        places = snapshots.to(torch.int64).contiguous()
-        if places.shape[1] != 2:
-            raise ValueError(f"snapshots: expected [P, 2] of (row, position), got shape {tuple(places.shape)}")
-    refuse_unreadable("gated_delta_rule", "snapshots", places)
-    limit = torch.tensor(lengths)
-    bad = (places[:, 0] < 0) | (places[:, 0] >= len(lengths)) | (places[:, 1] < 0)
-    bad |= places[:, 1] >= limit[places[:, 0].clamp(0, len(lengths) - 1)]
-    if bool(bad.any()):
-        n, t = places[int(bad.nonzero()[0])].tolist()
-        raise ValueError(
-            f"snapshots: expected rows below {len(lengths)} and positions inside their row, got row {n}, position {t}"
-        )
-    return places, as_list
+        if snapshots.shape[1] != 2:
+            raise ValueError(f"snapshots: expected [P, 2] of (row, position), got shape {tuple(snapshots.shape)}")
+        refuse_unreadable("gated_delta_rule", "snapshots", snapshots)
+        places = snapshots.tolist()
+    for n, t in places:
+        if not 0 <= n < len(lengths) or not 0 <= t < lengths[n]:
+            raise ValueError(
+                f"snapshots: expected rows below {len(lengths)} and positions inside their row, got row {n}, "
+                f"position {t}"
+            )
+    return torch.tensor(places, dtype=torch.int64).reshape(-1, 2), as_list
 
 
 def _check(q, k, v, g, beta, initial_state, cu_seqlens) -> list[int]:

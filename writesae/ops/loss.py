@@ -64,7 +64,7 @@ def factored_loss(
     check_floats(("bias",), **{"writes.right": writes.right}, values=values, v_dec=v_dec, w_dec=w_dec, bias=bias)
     check_integers("indices", indices, "[B, T, Hs, k]")
     B, T, H, K, V = writes.shape
-    heads = list(range(H)) if heads is None else integers("heads", heads).tolist()
+    heads = list(range(H)) if heads is None else integers("heads", heads)
     Hs = len(heads)
     if values.shape != indices.shape:
         raise ValueError(f"values: expected the shape of indices {tuple(indices.shape)}, got {tuple(values.shape)}")

@@ -187,6 +187,7 @@ class _Loss(torch.autograd.Function):
             d_offset = matrix.finish(dv_dec, dw_dec, *factors[2:], usage, states, weight)
             grads = (dv_enc, dw_enc, db_enc, dv_dec, dw_dec, d_offset)
             inputs = (v_enc, w_enc, b_enc, v_dec, w_dec, offset)
+            ctx.save_for_backward(*inputs)  # what a second derivative would go to
             ctx.grads = tuple(
                 g.to(x.dtype) if need else None
                 for g, x, need in zip(grads, inputs, ctx.needs_input_grad[:6], strict=True)
