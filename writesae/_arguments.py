@@ -94,13 +94,18 @@ def unreadable(x: Tensor) -> str | None:
     """Why a tensor's numbers cannot be looked at, or None."""
     if x.device.type == "meta":
         return "a meta tensor has no numbers"
-    if torch.compiler.is_compiling() or detect_fake_mode(x) is not None:
+    if torch.compiler.is_compiling() or _fake(x):
         return "tensors have no numbers while torch.export or torch.compile traces"
-    while is_functorch_wrapped_tensor(x):
+    while torch._C._are_functorch_transforms_active() and is_functorch_wrapped_tensor(x):
         if is_batchedtensor(x):
             return "a tensor mapped by vmap has others for each element"
         x = get_unwrapped(x)
     return None
+
+
+def _fake(x: Tensor) -> bool:
+    plain = type(x) is Tensor and not torch._C._len_torch_dispatch_stack()  # nearly always, and to look on takes 5 us
+    return not plain and detect_fake_mode(x) is not None
 
 
 def refuse_unreadable(op: str, name: str, x: Tensor) -> None:

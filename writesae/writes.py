@@ -19,10 +19,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ._arguments import check_floats, check_integers, check_type, integers, said
 from .edits import Edits
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Writes:
     """The rank-1 writes of one layer over a batch, as the forward pass made them.
 
@@ -52,6 +53,9 @@ class Writes:
 
     def __post_init__(self):
         left, right, decay = self.left, self.right, self.decay
+        for name, x in (("decay", decay), ("left", left), ("right", right)):
+            if not isinstance(x, Tensor):
+                raise ValueError(f"{name}: expected a tensor, got {said(x)}")
         if left.ndim != 5:
             raise ValueError(f"left: expected [B, T, Hl, R, K] (5 dimensions), got shape {tuple(left.shape)}")
         if right.ndim != 5:
@@ -72,6 +76,21 @@ class Writes:
                 f"decay_matrix: expected [H={H}, K={K}, V={V}] with a [B, T, H, V] decay, got shape "
                 f"{tuple(self.decay_matrix.shape)} and decay {tuple(decay.shape)}"
             )
+
+    def __repr__(self) -> str:
+        B, T, H, K, V = self.shape
+        Hl, R = self.left.shape[2:4]
+        gate = "element" if self.decay_matrix is not None else "channel" if self.decay.ndim == 4 else "scalar"
+        rule = "delta" if self.beta is not None else "low-rank" if self.erase is not None else "additive"
+        more = [f"{gate} gate", f"{rule} rule", str(self.right.dtype).removeprefix("torch.")]
+        if self.cu_seqlens is not None:
+            more.append(f"{self.num_sequences} packed sequences")
+        if self.initial_state is not None:
+            more.append("an initial state")
+        if self.edits is not None:
+            more.append(f"{len(self.edits)} edits")
+        sizes = f"B={B}, T={T}, H={H}, Hl={Hl}, R={R}, K={K}, V={V}"
+        return f"Writes({sizes}; {', '.join(more)}; {self.nbytes / 1e6:.1f} MB)"
 
     # ---- shape ------------------------------------------------------------------------------------------------
 
@@ -141,9 +160,12 @@ class Writes:
         """Positions argument to a list of (sequence, position)."""
         lengths = [stop - start for _, _, start, stop in self.sequences()]
         if isinstance(positions, Tensor) and positions.ndim == 2:
+            check_integers("positions", positions, "[P, 2]")
+            if positions.shape[1] != 2:
+                raise ValueError(f"positions: expected [P, 2] of (row, position), got shape {tuple(positions.shape)}")
             pairs = [tuple(p) for p in positions.tolist()]
         else:
-            flat = positions.tolist() if isinstance(positions, Tensor) else list(positions)
+            flat = integers("positions", positions)
             pairs = [(n, t) for n in range(len(lengths)) for t in flat]
         for n, t in pairs:
             if not 0 <= n < len(lengths) or not 0 <= t < lengths[n]:
@@ -252,7 +274,10 @@ class Writes:
         Returns:
             `[B, T, H, R]`; 0 where a write is zero.
         """
+        if not isinstance(atom, (tuple, list)) or len(atom) != 2:
+            raise ValueError(f"atom: expected a pair (v, w), got {said(atom)}")
         v, w = atom
+        check_floats(**{"writes.right": self.right, "atom[0]": v, "atom[1]": w})
         _, _, H, K, V = self.shape
         if v.shape[-1] != K or w.shape[-1] != V:
             got = f"{tuple(v.shape)}, {tuple(w.shape)}"
@@ -276,6 +301,7 @@ class Writes:
         Returns:
             `[E, length, K]`: p_t, p_{t+1}, ...; zero past the end of the row. dtype of `right`.
         """
+        check_type("edit", edit, Edits)
         if edit.needs_clean_pass:
             raise ValueError('edit: propagate takes kind "add" only; resolve delete and replace into additions first')
         if self.decay_matrix is not None:

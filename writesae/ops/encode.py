@@ -118,7 +118,7 @@ def encode(
         values, indices, last = _plain_topk(writes, v_enc, w_enc, b_enc, heads, carry, k, bf16)
         return Codes(values, indices, None, last.detach(), tuple(heads))
     operators = _dispatch.operators(chosen)
-    with torch.no_grad():
+    with torch.no_grad(), _transforms.below_autograd():
         if chosen == "reference":
             rounded = _rounded(writes, v_enc, w_enc) if bf16 else (writes, v_enc, w_enc)
             if threshold is None:
@@ -183,7 +183,7 @@ def chosen_activations(writes, v, w, indices, b, heads, initial_state, carry, ba
     chosen = _dispatch.choose("activations", backend, tensors)
     if _transforms.transformed(*tensors.values(), *_sides(writes), indices):
         return _plain_activations(writes, v, w, indices, b, heads, carry)
-    with torch.no_grad():
+    with torch.no_grad(), _transforms.below_autograd():
         if chosen == "reference":
             v_, w_, a = _reference_inputs(writes, v, w, heads, carry)
             values = v_.new_empty(indices.shape)
@@ -220,12 +220,12 @@ def check_indices(writes: Writes, v: Tensor, indices: Tensor) -> None:
 def _prepare(writes, v_enc, w_enc, b_enc, heads, initial_state, carry, names=("v_enc", "w_enc", "b_enc")):
     """Validates by name; returns (writes, factors with a rank axis, bias, heads as a list, carry or None)."""
     check_type("writes", writes, Writes)
-    check_floats(
-        ("writes.initial_state", names[2], "initial_state", "carry"),
-        **{"writes.decay": writes.decay, "writes.left": writes.left, "writes.right": writes.right},
-        **{"writes.initial_state": writes.initial_state, names[0]: v_enc, names[1]: w_enc, names[2]: b_enc},
-        initial_state=initial_state, carry=carry,
-    )  # fmt: skip
+    tensors = {
+        "writes.right": writes.right, "writes.decay": writes.decay, "writes.left": writes.left, names[0]: v_enc,
+        names[1]: w_enc, names[2]: b_enc, "writes.initial_state": writes.initial_state, "carry": carry,
+        "initial_state": initial_state,
+    }  # fmt: skip
+    check_floats(("writes.initial_state", names[2], "initial_state", "carry"), **tensors)
     B, T, H, K, V = writes.shape
     if writes.decay.ndim != 3:
         raise ValueError(
