@@ -61,7 +61,10 @@ def factored_loss(
     nothing.
     """
     check_type("writes", writes, Writes)
-    check_floats(("bias",), **{"writes.right": writes.right}, values=values, v_dec=v_dec, w_dec=w_dec, bias=bias)
+    check_floats(
+        ("bias", "initial_state"), **{"writes.right": writes.right}, values=values, v_dec=v_dec, w_dec=w_dec, bias=bias,
+        initial_state=initial_state,
+    )  # fmt: skip
     check_integers("indices", indices, "[B, T, Hs, k]")
     B, T, H, K, V = writes.shape
     heads = list(range(H)) if heads is None else integers("heads", heads)
