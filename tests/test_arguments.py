@@ -66,7 +66,8 @@ def _calls() -> dict[str, tuple]:
             {"x": normal(B, 4), "weight": normal(4), "gate": normal(B, 4)}, ("x", "weight", "gate"), (), ("gate",),
         ),
         "encode": (
-            {"writes": writes, **encoder, "k": TOP, "carry": normal(B, H, F)}, (*encoder, "carry"), (), ("b_enc", "carry"),
+            {"writes": writes, **encoder, "k": TOP, "carry": normal(B, H, F)}, (*encoder, "carry"), (),
+            ("b_enc", "carry"),
         ),
         "activations": (
             {"writes": writes, "v": v, "w": w, "b": b, "indices": at, "initial_state": state},

@@ -15,11 +15,12 @@ OPS = sorted(p.stem for p in (PACKAGE / "ops" / "reference").glob("*.py") if p.s
 
 # folder or module -> what of writesae it may import (itself always)
 MAY_IMPORT = {
-    "writes": {"edits", "_arguments"},
+    "writes": {"edits", "_arguments", "_autocast"},
     "_arguments": set(),
+    "_autocast": set(),
     "firings": {"_arguments"},
     "edits": {"_arguments"},
-    "ops": {"writes", "firings", "edits", "_library", "_arguments"},
+    "ops": {"writes", "firings", "edits", "_library", "_arguments", "_autocast"},
     "sae": {"ops", "writes", "firings", "edits", "models", "default", "_arguments"},
     "models": {"ops", "writes", "firings", "edits", "default"},
     "collect": {"models", "sae", "firings", "edits", "default", "_library"},

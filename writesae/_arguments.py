@@ -8,7 +8,13 @@ from dataclasses import fields
 
 import torch
 from torch import Tensor
-from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
+from torch._C._functorch import (
+    TransformType,
+    get_interpreter_stack,
+    get_unwrapped,
+    is_batchedtensor,
+    is_functorch_wrapped_tensor,
+)
 from torch._guards import detect_fake_mode
 
 _FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
@@ -96,16 +102,23 @@ def unreadable(x: Tensor) -> str | None:
         return "a meta tensor has no numbers"
     if torch.compiler.is_compiling() or _fake(x):
         return "tensors have no numbers while torch.export or torch.compile traces"
-    while torch._C._are_functorch_transforms_active() and is_functorch_wrapped_tensor(x):
-        if is_batchedtensor(x):
-            return "a tensor mapped by vmap has others for each element"
-        x = get_unwrapped(x)
+    if torch._C._are_functorch_transforms_active():
+        if any(level.key() == TransformType.Functionalize for level in get_interpreter_stack()):
+            return "torch.func.functionalize hides them"
+        while is_functorch_wrapped_tensor(x):
+            if is_batchedtensor(x):
+                return "a tensor mapped by vmap has others for each element"
+            x = get_unwrapped(x)
     return None
 
 
 def _fake(x: Tensor) -> bool:
     plain = type(x) is Tensor and not torch._C._len_torch_dispatch_stack()  # nearly always, and to look on takes 5 us
-    return not plain and detect_fake_mode(x) is not None
+    if plain:
+        return False
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    return detect_fake_mode(x) is not None or get_proxy_mode() is not None
 
 
 def refuse_unreadable(op: str, name: str, x: Tensor) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ._arguments import check_floats, check_integers, check_type, integers, said
+from ._autocast import without_autocast
 from .edits import Edits
 
 
@@ -177,6 +178,7 @@ class Writes:
 
     # ---- questions --------------------------------------------------------------------------------------------
 
+    @without_autocast
     def states(self, positions: Tensor | Sequence[int]) -> Tensor:
         """States after the writes at the listed positions, only.
 
@@ -185,7 +187,14 @@ class Writes:
         Returns:
             `[P, H, K, V]`, or `[N, P, H, K, V]` for a list of positions; dtype of `right`.
         """
-        pairs = self._resolve(positions)
+        _, _, H, K, V = self.shape
+        out = self._states_at(self._resolve(positions))
+        if isinstance(positions, Tensor) and positions.ndim == 2:
+            return out
+        return out.reshape(self.num_sequences, -1, H, K, V)
+
+    def _states_at(self, pairs: list[tuple[int, int]]) -> Tensor:
+        """`[P, H, K, V]` at (sequence, position)."""
         _, _, H, K, V = self.shape
         wanted: dict[int, dict[int, list[int]]] = {}
         for i, (n, t) in enumerate(pairs):
@@ -207,10 +216,7 @@ class Writes:
                     state[head] += torch.outer(left.to(state), right.to(state))
                 for i in wanted[n].get(t, ()):
                     found[i] = state
-        out = torch.stack(found) if found else self.right.new_zeros(0, H, K, V)
-        if isinstance(positions, Tensor) and positions.ndim == 2:
-            return out
-        return out.reshape(self.num_sequences, -1, H, K, V)
+        return torch.stack(found) if found else self.right.new_zeros(0, H, K, V)
 
     def _advance(self, state: Tensor, b: int, start: int, stop: int) -> Tensor:
         """State `[H, K, V]` at `start` carried through the writes `start..stop-1` of row b."""
@@ -230,6 +236,7 @@ class Writes:
             state = self._element_decay(total) * state + written
         return state
 
+    @without_autocast
     def norms(self) -> Tensor:
         """Frobenius norm of the state after every token, `[B, T, H]`, without storing states.
 
@@ -266,6 +273,7 @@ class Writes:
                 square = state.square().sum((1, 2))  # re-anchor: the recurrence alone would drift
         return out
 
+    @without_autocast
     def cosine(self, atom: tuple[Tensor, Tensor]) -> Tensor:
         """Signed cosine of an atom and each native write: cos(v, left) * cos(w, right).
 
@@ -288,6 +296,7 @@ class Writes:
         v, w = v.expand(H, K)[:, None], w.expand(H, V)[:, None]
         return (unit(left, dim=-1) * v).sum(-1) * (unit(self.right, dim=-1) * w).sum(-1)
 
+    @without_autocast
     def propagate(self, edit: Edits, length: int | None = None) -> Tensor:
         """Key side of each edit's perturbation as later tokens act on it.
 

@@ -100,7 +100,7 @@ def writes_gradient(
             for j in reversed(range(len(bounds))):
                 lo, hi = bounds[j]
                 da = grad[b, lo:hi, i].to(v)
-                if tail is None and not bool(da.any()):
+                if tail is None and not torch.compiler.is_compiling() and not bool(da.any()):
                     continue
                 block = head_of.block(b, lo, hi, added, start)
                 lam = block.adjoint(torch.zeros_like(block.increments).scatter_add_(1, indices[b, lo:hi, i], da), tail)

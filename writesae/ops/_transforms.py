@@ -18,8 +18,9 @@ import torch
 import torch.autograd.forward_ad as forward_mode
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active as torch_func_acts
-from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 
+from .._autocast import without_autocast
 from ._dispatch import say_once
 
 _libraries: dict[str, torch.library.Library] = {}
@@ -31,12 +32,16 @@ def transformed(*tensors: Tensor | None) -> bool:
 
 
 def _has_tangent(x) -> bool:
-    return isinstance(x, Tensor) and forward_mode.unpack_dual(x).tangent is not None
+    return isinstance(x, Tensor) and torch._VF._unpack_dual(x, level=0).tangent is not None
 
 
 def below_autograd():
     """For calls of operators inside `torch.no_grad`, once `transformed` is answered: to ask again costs 7 us a call."""
     return nullcontext() if torch.compiler.is_compiling() else torch._C._AutoDispatchBelowAutograd()
+
+
+def _is_mapped(x: Tensor | None) -> bool:
+    return x is not None and (is_functorch_wrapped_tensor(x) or is_legacy_batchedtensor(x))
 
 
 def say_plain(op: str) -> None:
@@ -45,8 +50,9 @@ def say_plain(op: str) -> None:
 
 def refuse_transformed(op: str, advice: str, *tensors: Tensor | None) -> None:
     """For what no plain formula can do."""
-    if torch_func_acts():
-        refused = any(x is not None and is_functorch_wrapped_tensor(x) for x in tensors)
+    if torch_func_acts():  # whom it follows torch.compile cannot ask
+        followed = (x is not None and is_functorch_wrapped_tensor(x) for x in tensors)
+        refused = torch.compiler.is_compiling() or any(followed)
     else:
         refused = forward_mode._current_level >= 0 and any(map(_has_tangent, tensors))
     if refused:
@@ -91,7 +97,8 @@ def register(
         function = type(f"Gradient_{op}", (torch.autograd.Function,), members)
 
     def autograd(*args):
-        if forward_mode._current_level >= 0 and any(map(_has_tangent, args)):
+        # A jvp that torch.compile has traced raises no level of forward_mode's.
+        if (forward_mode._current_level >= 0 or torch_func_acts()) and any(map(_has_tangent, args)):
             if plain is None:
                 raise RuntimeError(f"writesae::{op}: no forward-mode derivative (forward_ad, torch.func.jvp); {advice}")
         elif torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
@@ -166,6 +173,8 @@ def once_differentiable(op: str, advice: str) -> Callable:
     def decorate(backward: Callable) -> Callable:
         @wraps(backward)
         def call(ctx, *grads):
+            if not torch.compiler.is_compiling() and any(map(_is_mapped, grads)):
+                raise RuntimeError(f"{op}: no vmap of a backward pass (is_grads_batched=True); use torch.func.jacrev")
             if forward_mode._current_level >= 0 and any(map(_has_tangent, grads)):
                 raise RuntimeError(f"{op}: no forward-mode derivative of a backward pass; {advice}")
             with torch.no_grad():
@@ -183,22 +192,3 @@ def once_differentiable(op: str, advice: str) -> Callable:
         return call
 
     return decorate
-
-
-# ---- autocast -------------------------------------------------------------------------------------------------------
-
-
-def without_autocast(function: Callable) -> Callable:
-    """Within the function autocast is off: operands stay in the dtypes they came in, sums in float32."""
-
-    @wraps(function)
-    def call(*args, **kwargs):
-        if not torch._C._is_any_autocast_enabled():
-            return function(*args, **kwargs)
-        with torch.autocast("cpu", enabled=False):
-            if not torch.is_autocast_enabled("cuda"):
-                return function(*args, **kwargs)
-            with torch.autocast("cuda", enabled=False):
-                return function(*args, **kwargs)
-
-    return call

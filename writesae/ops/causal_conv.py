@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import check_floats, sequence_offsets
+from .._autocast import without_autocast
 from .._library import CPU_ERROR
 from . import _dispatch, _transforms
 from .reference.causal_conv import causal_conv as reference
@@ -14,7 +15,7 @@ from .reference.causal_conv import causal_conv as reference
 ACTIVATIONS = (None, "silu", "swish")
 
 
-@_transforms.without_autocast
+@without_autocast
 def causal_conv(
     x: Tensor,  # [B, T, D]
     weight: Tensor,  # [D, W]

@@ -22,6 +22,7 @@ from .._arguments import (
     sizes_repr,
     unreadable,
 )
+from .._autocast import without_autocast
 from .._library import CPU_ERROR
 from ..writes import Writes
 from . import _dispatch, _transforms
@@ -52,7 +53,7 @@ class Codes:
     __repr__ = sizes_repr
 
 
-@_transforms.without_autocast
+@without_autocast
 def encode(
     writes: Writes,
     v_enc: Tensor,  # [Hs, F, K] or [Hs, F, r, K]
@@ -141,7 +142,7 @@ def encode(
     return Codes(values, indices, offsets, last, tuple(heads))
 
 
-@_transforms.without_autocast
+@without_autocast
 def activations(
     writes: Writes,
     v: Tensor,  # [Hs, F, K] or [Hs, F, r, K]

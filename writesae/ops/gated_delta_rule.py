@@ -21,6 +21,7 @@ from .._arguments import (
     sequence_offsets,
     sizes_repr,
 )
+from .._autocast import without_autocast
 from .._library import CPU_ERROR
 from ..edits import DELETE, Edits
 from ..writes import Writes
@@ -40,7 +41,7 @@ class GatedDeltaRuleOutput:
     __repr__ = sizes_repr
 
 
-@_transforms.without_autocast
+@without_autocast
 def gated_delta_rule(
     q: Tensor,  # [B, T, Hk, K]
     k: Tensor,  # [B, T, Hk, K]
@@ -150,7 +151,7 @@ class GatedDeltaRuleStepOutput:
     __repr__ = sizes_repr
 
 
-@_transforms.without_autocast
+@without_autocast
 def gated_delta_rule_step(
     q: Tensor,  # [B, Hk, K]
     k: Tensor,  # [B, Hk, K]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import check_floats, check_integers, check_type, integers, said
+from .._autocast import without_autocast
 from ..writes import Writes
 from . import _dispatch, _transforms
 from .encode import _compute_dtype, _float, _prepare, check_indices, chosen_activations
@@ -24,7 +25,7 @@ _BLOCK = 64  # tokens of one triangular product
 _GATHERED = 1 << 22  # numbers gathered at a time for the Gram matrix of the active set
 
 
-@_transforms.without_autocast
+@without_autocast
 def factored_loss(
     writes: Writes,
     values: Tensor,  # [B, T, Hs, k]
@@ -113,8 +114,8 @@ def _plain_loss(writes, values, indices, v_dec, w_dec, bias, heads, mask) -> Ten
     check_indices(writes, v, indices)
     _transforms.say_plain("factored_loss")
     compute = _compute_dtype(writes.right, values, v, w, bias)
-    places = torch.tensor([(n, t) for n, _, start, stop in writes.sequences() for t in range(stop - start)])
-    states = writes.to(compute).states(places)
+    tokens = [(n, t) for n, _, start, stop in writes.sequences() for t in range(stop - start)]
+    states = writes.to(compute)._states_at(tokens)
     target = states.unflatten(0, writes.shape[:2])[:, :, heads]
     if bias is not None:
         target = target - bias.to(compute)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import check_floats
+from .._autocast import without_autocast
 from .._library import CPU_ERROR
 from . import _dispatch, _transforms
 from .reference.rms_norm import rms_norm as reference
@@ -14,7 +15,7 @@ from .reference.rms_norm import rms_norm as reference
 _ADVICE = 'use backend="reference", or torch.no_grad()'
 
 
-@_transforms.without_autocast
+@without_autocast
 def rms_norm(
     x: Tensor,  # [..., D]
     weight: Tensor,  # [D]

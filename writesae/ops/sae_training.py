@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import check_floats, check_type, sizes_repr
+from .._autocast import without_autocast
 from .._library import CPU_ERROR
 from ..writes import Writes
 from . import _dispatch, _transforms
@@ -35,7 +36,7 @@ class Step:
     __repr__ = sizes_repr
 
 
-@_transforms.without_autocast
+@without_autocast
 def training_loss(
     writes: Writes,
     v_enc: Tensor,  # [Hs, F, K] or [Hs, F, r, K]

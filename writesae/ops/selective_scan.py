@@ -5,12 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from .._arguments import check_floats
+from .._autocast import without_autocast
 from ..writes import Writes
-from . import _dispatch, _transforms
+from . import _dispatch
 from .reference.selective_scan import selective_scan as reference
 
 
-@_transforms.without_autocast
+@without_autocast
 def selective_scan(
     x: Tensor,  # [B, T, V]
     dt: Tensor,  # [B, T, V]

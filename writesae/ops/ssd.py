@@ -5,12 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from .._arguments import check_floats
+from .._autocast import without_autocast
 from ..writes import Writes
-from . import _dispatch, _transforms
+from . import _dispatch
 from .reference.ssd import ssd as reference
 
 
-@_transforms.without_autocast
+@without_autocast
 def ssd(
     x: Tensor,  # [B, T, H, V]
     dt: Tensor,  # [B, T, H]

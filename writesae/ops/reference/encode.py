@@ -158,7 +158,7 @@ def backward(
         for lo in reversed(range(start, stop, size)):
             hi = min(lo + size, stop)
             da = grad[b, lo:hi].to(v_enc).transpose(0, 1)  # [Hs, t, m]
-            if tail is None and not bool(da.any()):
+            if tail is None and not torch.compiler.is_compiling() and not bool(da.any()):
                 continue
             decay, left, right = factors.block(b, lo, hi)
             lam = v_enc.new_zeros(Hs, hi - lo, F).scatter_add_(2, indices[b, lo:hi].transpose(0, 1), da)
