@@ -360,7 +360,7 @@ def test_compiled_gradients(name):
 
 @pytest.mark.filterwarnings("ignore:.*running the slow", "ignore::DeprecationWarning")
 def test_compiled_forward_mode():
-    """A jvp inside torch.compile raises no level of torch.autograd.forward_ad: the operator must see it all the same."""
+    """A jvp inside torch.compile raises no level of torch.autograd.forward_ad; the operator must see it."""
     case = CASES["gated_delta_rule"]
 
     def run(*inputs):
