@@ -109,7 +109,7 @@ def test_opcheck_and_gradients():
         ("weight: expected floating .D=4, W.", {"weight": torch.zeros(5, 4)}),
         ("bias: expected floating .D=4.", {"bias": torch.zeros(3)}),
         ("activation: expected None", {"activation": "gelu"}),
-        ("cu_seqlens: expected B = 1 and integers rising from 0 to T=3", {"cu_seqlens": torch.tensor([0, 2])}),
+        ("cu_seqlens: expected offsets rising from 0 to T=3", {"cu_seqlens": torch.tensor([0, 2])}),
         ("cu_seqlens", {"x": torch.zeros(2, 3, 4), "cu_seqlens": torch.tensor([0, 3])}),
         ("backend", {"backend": "gpu"}),
     ],

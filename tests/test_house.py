@@ -15,13 +15,15 @@ OPS = sorted(p.stem for p in (PACKAGE / "ops" / "reference").glob("*.py") if p.s
 
 # folder or module -> what of writesae it may import (itself always)
 MAY_IMPORT = {
-    "writes": {"edits"},
-    "firings": set(),
-    "edits": set(),
+    "_arguments": set(),
+    "_autocast": set(),
+    "writes": {"edits", "_arguments", "_autocast"},
+    "firings": {"_arguments"},
+    "edits": {"_arguments"},
     "files": set(),
-    "ops": {"writes", "firings", "edits", "_library"},
+    "ops": {"writes", "firings", "edits", "_library", "_arguments", "_autocast"},
     "text": {"default"},
-    "sae": {"ops", "writes", "firings", "edits", "files", "models", "default", "text"},
+    "sae": {"ops", "writes", "firings", "edits", "files", "models", "default", "text", "_arguments"},
     "models": {"ops", "writes", "firings", "edits", "files", "default"},
     "collect": {"models", "sae", "firings", "edits", "files", "default", "text", "_library"},
     "experiments": {

@@ -95,7 +95,7 @@ def test_opcheck_and_gradients():
 @pytest.mark.parametrize(
     ("message", "change"),
     [
-        ("x: expected floating", {"x": torch.zeros(3, 4, dtype=torch.int64)}),
+        ("x: expected a floating dtype", {"x": torch.zeros(3, 4, dtype=torch.int64)}),
         ("weight: expected floating .D=4.", {"weight": torch.zeros(5)}),
         ("gate: expected floating of x's shape", {"gate": torch.zeros(4)}),
         ("eps: expected a number >= 0", {"eps": -1.0}),

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ._arguments import check_floats, integers, said, span, unreadable
+
 KINDS = ("add", "delete", "replace")
 ADD, DELETE, REPLACE = range(3)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Edits:
     """E changes, each at one (row, position, head), all acting at that position's write.
 
@@ -23,6 +25,9 @@ class Edits:
 
     Several edits may share a position: any delete or replace removes the native write once, and every left right^T of
     the adds and replaces is added, in the order given.
+
+    `Edits.add`, `Edits.delete` and `Edits.replace` make them. A number, or a single row of left or right, is repeated
+    for all edits: `Edits.add(0, range(8), head=3, left=p, right=q)` adds `p q^T` at eight positions.
 
     Attributes:
         row: `[E]` int64 batch row, or index of the sequence in a packed batch; -1 means every row.
@@ -41,47 +46,61 @@ class Edits:
     kind: Tensor
 
     def __init__(self, row, position, head, left, right, kind="add"):
-        row, position, head = (torch.as_tensor(x, dtype=torch.int64).reshape(-1) for x in (row, position, head))
-        left, right = torch.as_tensor(left), torch.as_tensor(right)
-        E = len(row)
-        if isinstance(kind, str):
-            kind = [kind] * E
-        if not isinstance(kind, Tensor):
-            for name in kind:
-                if name not in KINDS:
-                    raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {name!r}")
-            kind = torch.tensor([KINDS.index(name) for name in kind], dtype=torch.int8)
-        for name, column in (("position", position), ("head", head), ("kind", kind)):
-            if len(column) != E:
-                raise ValueError(f"{name}: expected {E} entries, one for each row entry, got {len(column)}")
-        for name, side in (("left", left), ("right", right)):
-            if side.ndim != 2 or len(side) != E or not side.is_floating_point():
-                raise ValueError(
-                    f"{name}: expected floating [E={E}, size], got {side.dtype} of shape {tuple(side.shape)}"
-                )
-            if not torch.isfinite(side).all():
-                bad = int((~torch.isfinite(side)).any(1).nonzero()[0])
-                raise ValueError(f"{name}: expected finite values, got a NaN or infinity in edit {bad}")
-        for name, value in (("row", row), ("position", position), ("head", head), ("left", left), ("right", right)):
-            object.__setattr__(self, name, value)
-        object.__setattr__(self, "kind", kind.to(torch.int8))
+        """Raises ValueError for numbers that are no integers or beyond int64, sizes that do not go together, left or
+        right that is not finite, and an unknown kind, naming the argument."""
+        columns = {name: _column(name, x) for name, x in (("row", row), ("position", position), ("head", head))}
+        columns["kind"] = _kinds(kind)
+        sides = {"left": _side("left", left), "right": _side("right", right)}
+        check_floats(**sides)
+        lengths = {name: len(x) for name, x in columns.items()} | {name: len(x) for name, x in sides.items()}
+        counted = next((name for name, n in lengths.items() if n != 1), "row")
+        E = lengths[counted]
+        for name, n in lengths.items():
+            if n not in (1, E):
+                raise ValueError(f"{name}: expected {E} entries, as {counted} has, or one for all, got {n}")
+        for name, x in (columns | sides).items():
+            object.__setattr__(self, name, x if len(x) == E else x.expand(E, *x.shape[1:]))
 
     def __len__(self) -> int:
         return len(self.row)
 
     def __getitem__(self, index) -> Edits:
         """Edits by mask, slice or index tensor."""
+        if isinstance(index, Tensor) and index.dtype == torch.bool:
+            index = index.nonzero().flatten()  # vmap takes no mask
         return Edits(*(getattr(self, n)[index] for n in ("row", "position", "head", "left", "right", "kind")))
+
+    def __repr__(self) -> str:
+        counts = torch.bincount(self.kind.long(), minlength=len(KINDS)).tolist()
+        kinds = ", ".join(f"{n} {kind}" for n, kind in zip(counts, KINDS, strict=True) if n) or "none"
+        places = f"row {span(self.row)}, position {span(self.position)}, head {span(self.head)}"
+        return f"Edits({kinds}; {places}; K={self.left.shape[1]}, V={self.right.shape[1]})"
+
+    @classmethod
+    def add(cls, row, position, head, left, right) -> Edits:
+        """Additions of `left right^T` after the writes at the given places: left `[K]` or `[E, K]`, right `[V]` or
+        `[E, V]`."""
+        return cls(row, position, head, left, right, "add")
+
+    @classmethod
+    def replace(cls, row, position, head, left, right) -> Edits:
+        """`left right^T` in the stead of the native writes at the given places, sizes as in `add`."""
+        return cls(row, position, head, left, right, "replace")
 
     @classmethod
     def delete(cls, row, position, head, K: int, V: int) -> Edits:
-        """Deletions of the native writes at the given places."""
-        n = torch.as_tensor(row).numel()
-        return cls(row, position, head, torch.zeros(n, K), torch.zeros(n, V), "delete")
+        """Deletions of the native writes at the given places; K and V are the sizes of a state."""
+        for name, size in (("K", K), ("V", V)):
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name}: expected a size of the state, an integer >= 1, got {said(size)}")
+        return cls(row, position, head, torch.zeros(1, K), torch.zeros(1, V), "delete")
 
     @classmethod
     def cat(cls, parts: Iterable[Edits]) -> Edits:
+        """All of them, in order; at least one."""
         parts = list(parts)
+        if not parts:
+            raise ValueError("parts: expected at least one Edits, got none")
         names = ("row", "position", "head", "left", "right", "kind")
         return cls(*(torch.cat([getattr(p, n) for p in parts]) for n in names))
 
@@ -125,3 +144,42 @@ class Edits:
                 row.append(target)
         index = torch.tensor(index)
         return Edits(row, self.position[index], self.head[index], self.left[index], self.right[index], self.kind[index])
+
+
+def _column(name: str, x) -> Tensor:
+    """`[n]` int64, on the host."""
+    if isinstance(x, Tensor) and x.dtype == torch.int64 and x.device.type == "cpu" and x.ndim == 1:
+        return x  # as it is, numbers unread: edits are cut and joined once a call of a model
+    return torch.tensor(integers(name, x), dtype=torch.int64)
+
+
+def _kinds(kind) -> Tensor:
+    """`[n]` int8 from a name, names, or codes."""
+    if isinstance(kind, str):
+        kind = [kind]
+    if isinstance(kind, (list, tuple)) and any(isinstance(name, str) for name in kind):
+        for name in kind:
+            if not isinstance(name, str) or name not in KINDS:
+                raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {name!r}")
+        kind = [KINDS.index(name) for name in kind]
+    codes = _column("kind", kind)
+    bad = ((codes < 0) | (codes >= len(KINDS))).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(f"kind: expected codes 0 to {len(KINDS) - 1}, got {int(codes[bad[0]])} in edit {bad[0]}")
+    return codes.to(torch.int8)
+
+
+def _side(name: str, x) -> Tensor:
+    """`[n, size]`, finite; `[size]` is one."""
+    try:
+        side = torch.as_tensor(x)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name}: expected numbers [E, size] or [size], got {said(x)}") from None
+    check_floats(**{name: side})
+    if side.ndim not in (1, 2):
+        raise ValueError(f"{name}: expected floating [E, size] or [size], got {said(side)}")
+    side = side[None] if side.ndim == 1 else side
+    if unreadable(side) is None and not torch.isfinite(side).all():
+        bad = int((~torch.isfinite(side)).any(1).nonzero()[0])
+        raise ValueError(f"{name}: expected finite values, got a NaN or infinity in edit {bad}")
+    return side

@@ -8,13 +8,15 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from ._arguments import said, span
+
 _DTYPES = {
     "row": torch.int32, "position": torch.int32, "layer": torch.int32, "head": torch.int32,
     "feature": torch.int32, "activation": torch.float32,
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Firings:
     """Columns of equal length n, one entry a firing (a token, a site and a feature with a non-zero code).
 
@@ -35,9 +37,11 @@ class Firings:
     activation: Tensor
 
     def __post_init__(self):
-        n = len(self.row)
+        n = len(self.row) if isinstance(self.row, Tensor) and self.row.ndim else 0
         for field in fields(self):
             column = getattr(self, field.name)
+            if not isinstance(column, Tensor):
+                raise ValueError(f"{field.name}: expected a tensor, got {said(column)}")
             if column.ndim != 1 or len(column) != n:
                 raise ValueError(f"{field.name}: expected a column of length {n}, got shape {tuple(column.shape)}")
             if column.dtype != _DTYPES[field.name]:
@@ -49,6 +53,13 @@ class Firings:
     def __getitem__(self, index) -> Firings:
         """Rows by mask, slice or index tensor."""
         return Firings(**{name: getattr(self, name)[index] for name in _DTYPES})
+
+    def __repr__(self) -> str:
+        n = len(self)
+        if not n:
+            return "Firings(none)"
+        parts = (f"{name} {span(getattr(self, name))}" for name in ("row", "position", "layer", "head", "feature"))
+        return f"Firings({n}; {', '.join(parts)}; activation {span(self.activation)})"
 
     @classmethod
     def empty(cls, n: int = 0) -> Firings:
@@ -72,3 +83,15 @@ class Firings:
 
     def columns(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in _DTYPES}
+
+    def to_pandas(self):
+        """A `pandas.DataFrame` of the six columns, in this order and these dtypes.
+
+        Raises:
+            ImportError: pandas is not installed (`pip install writesae[pandas]`).
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("to_pandas: needs pandas: pip install writesae[pandas]") from error
+        return pandas.DataFrame({name: column.detach().cpu().numpy() for name, column in self.columns().items()})

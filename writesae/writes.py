@@ -19,10 +19,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ._arguments import check_floats, check_integers, check_type, integers, said
+from ._autocast import without_autocast
 from .edits import Edits
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Writes:
     """The rank-1 writes of one layer over a batch, as the forward pass made them.
 
@@ -52,6 +54,9 @@ class Writes:
 
     def __post_init__(self):
         left, right, decay = self.left, self.right, self.decay
+        for name, x in (("decay", decay), ("left", left), ("right", right)):
+            if not isinstance(x, Tensor):
+                raise ValueError(f"{name}: expected a tensor, got {said(x)}")
         if left.ndim != 5:
             raise ValueError(f"left: expected [B, T, Hl, R, K] (5 dimensions), got shape {tuple(left.shape)}")
         if right.ndim != 5:
@@ -72,6 +77,21 @@ class Writes:
                 f"decay_matrix: expected [H={H}, K={K}, V={V}] with a [B, T, H, V] decay, got shape "
                 f"{tuple(self.decay_matrix.shape)} and decay {tuple(decay.shape)}"
             )
+
+    def __repr__(self) -> str:
+        B, T, H, K, V = self.shape
+        Hl, R = self.left.shape[2:4]
+        gate = "element" if self.decay_matrix is not None else "channel" if self.decay.ndim == 4 else "scalar"
+        rule = "delta" if self.beta is not None else "low-rank" if self.erase is not None else "additive"
+        more = [f"{gate} gate", f"{rule} rule", str(self.right.dtype).removeprefix("torch.")]
+        if self.cu_seqlens is not None:
+            more.append(f"{self.num_sequences} packed sequences")
+        if self.initial_state is not None:
+            more.append("an initial state")
+        if self.edits is not None:
+            more.append(f"{len(self.edits)} edits")
+        sizes = f"B={B}, T={T}, H={H}, Hl={Hl}, R={R}, K={K}, V={V}"
+        return f"Writes({sizes}; {', '.join(more)}; {self.nbytes / 1e6:.1f} MB)"
 
     # ---- shape ------------------------------------------------------------------------------------------------
 
@@ -141,9 +161,12 @@ class Writes:
         """Positions argument to a list of (sequence, position)."""
         lengths = [stop - start for _, _, start, stop in self.sequences()]
         if isinstance(positions, Tensor) and positions.ndim == 2:
+            check_integers("positions", positions, "[P, 2]")
+            if positions.shape[1] != 2:
+                raise ValueError(f"positions: expected [P, 2] of (row, position), got shape {tuple(positions.shape)}")
             pairs = [tuple(p) for p in positions.tolist()]
         else:
-            flat = positions.tolist() if isinstance(positions, Tensor) else list(positions)
+            flat = integers("positions", positions)
             pairs = [(n, t) for n in range(len(lengths)) for t in flat]
         for n, t in pairs:
             if not 0 <= n < len(lengths) or not 0 <= t < lengths[n]:
@@ -155,6 +178,7 @@ class Writes:
 
     # ---- questions --------------------------------------------------------------------------------------------
 
+    @without_autocast
     def states(self, positions: Tensor | Sequence[int]) -> Tensor:
         """States after the writes at the listed positions, only.
 
@@ -163,7 +187,14 @@ class Writes:
         Returns:
             `[P, H, K, V]`, or `[N, P, H, K, V]` for a list of positions; dtype of `right`.
         """
-        pairs = self._resolve(positions)
+        _, _, H, K, V = self.shape
+        out = self._states_at(self._resolve(positions))
+        if isinstance(positions, Tensor) and positions.ndim == 2:
+            return out
+        return out.reshape(self.num_sequences, -1, H, K, V)
+
+    def _states_at(self, pairs: list[tuple[int, int]]) -> Tensor:
+        """`[P, H, K, V]` at (sequence, position)."""
         _, _, H, K, V = self.shape
         wanted: dict[int, dict[int, list[int]]] = {}
         for i, (n, t) in enumerate(pairs):
@@ -185,10 +216,7 @@ class Writes:
                     state[head] += torch.outer(left.to(state), right.to(state))
                 for i in wanted[n].get(t, ()):
                     found[i] = state
-        out = torch.stack(found) if found else self.right.new_zeros(0, H, K, V)
-        if isinstance(positions, Tensor) and positions.ndim == 2:
-            return out
-        return out.reshape(self.num_sequences, -1, H, K, V)
+        return torch.stack(found) if found else self.right.new_zeros(0, H, K, V)
 
     def _advance(self, state: Tensor, b: int, start: int, stop: int) -> Tensor:
         """State `[H, K, V]` at `start` carried through the writes `start..stop-1` of row b."""
@@ -208,6 +236,7 @@ class Writes:
             state = self._element_decay(total) * state + written
         return state
 
+    @without_autocast
     def norms(self) -> Tensor:
         """Frobenius norm of the state after every token, `[B, T, H]`, without storing states.
 
@@ -244,6 +273,7 @@ class Writes:
                 square = state.square().sum((1, 2))  # re-anchor: the recurrence alone would drift
         return out
 
+    @without_autocast
     def cosine(self, atom: tuple[Tensor, Tensor]) -> Tensor:
         """Signed cosine of an atom and each native write: cos(v, left) * cos(w, right).
 
@@ -252,7 +282,10 @@ class Writes:
         Returns:
             `[B, T, H, R]`; 0 where a write is zero.
         """
+        if not isinstance(atom, (tuple, list)) or len(atom) != 2:
+            raise ValueError(f"atom: expected a pair (v, w), got {said(atom)}")
         v, w = atom
+        check_floats(**{"writes.right": self.right, "atom[0]": v, "atom[1]": w})
         _, _, H, K, V = self.shape
         if v.shape[-1] != K or w.shape[-1] != V:
             got = f"{tuple(v.shape)}, {tuple(w.shape)}"
@@ -263,6 +296,7 @@ class Writes:
         v, w = v.expand(H, K)[:, None], w.expand(H, V)[:, None]
         return (unit(left, dim=-1) * v).sum(-1) * (unit(self.right, dim=-1) * w).sum(-1)
 
+    @without_autocast
     def propagate(self, edit: Edits, length: int | None = None) -> Tensor:
         """Key side of each edit's perturbation as later tokens act on it.
 
@@ -276,6 +310,7 @@ class Writes:
         Returns:
             `[E, length, K]`: p_t, p_{t+1}, ...; zero past the end of the row. dtype of `right`.
         """
+        check_type("edit", edit, Edits)
         if edit.needs_clean_pass:
             raise ValueError('edit: propagate takes kind "add" only; resolve delete and replace into additions first')
         if self.decay_matrix is not None:

@@ -11,7 +11,6 @@ from .._library import backends, twin_error
 
 BACKENDS = ("reference", "cpu", "cuda")
 _said: set[str] = set()
-_guards: dict[str, torch.library.Library] = {}
 
 
 def can_run(backend: str, op: str, tensors: dict[str, Tensor | None], raise_error: bool = False) -> bool:
@@ -34,7 +33,7 @@ def _refusal(backend: str, tensors: dict[str, Tensor | None]) -> str | None:
         if x is None:
             continue
         device = "cpu" if backend == "twin" else backend
-        if x.device.type != device:
+        if x.device.type != device and x.device.type != "meta":  # a meta tensor has a shape for every backend
             return f"{name} is on {x.device}, expected a {device} tensor"
         if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"{name} is {x.dtype}, expected float32, bfloat16 or float16"
@@ -47,11 +46,14 @@ def choose(op: str, backend: str | None, tensors: dict[str, Tensor | None]) -> s
         can_run(backend, op, tensors, raise_error=True)
         return backend
     first = next(x for x in tensors.values() if x is not None)
-    native = "cuda" if first.device.type == "cuda" else "cpu"
-    reason = _refusal(native, tensors)
-    if reason is None:
+    where = first.device.type
+    native = "cuda" if where == "cuda" else "cpu"
+    # The caller has seen that all are of a floating dtype and on one device: what can be wrong is asked before why.
+    wide = any([x is not None and x.dtype is torch.float64 for x in tensors.values()])
+    if not wide and where in ("cpu", "cuda", "meta") and backends()[native] is None:
         return native
-    _say_once(f'{op}: running the slow token-by-token reference, because backend="{native}" cannot run this: {reason}')
+    reason = _refusal(native, tensors)
+    say_once(f'{op}: running the slow token-by-token reference, because backend="{native}" cannot run this: {reason}')
     return "reference"
 
 
@@ -67,34 +69,20 @@ def reference_only(op: str, backend: str | None) -> None:
     if backend in ("cpu", "cuda"):
         raise ValueError(f'{op}: backend="{backend}" cannot run this: {op} has no {backend} kernel in this version')
     if backend is None:
-        _say_once(f"{op}: running the slow token-by-token reference, because {op} has no kernel in this version")
+        say_once(f"{op}: running the slow token-by-token reference, because {op} has no kernel in this version")
 
 
-def _say_once(message: str) -> None:
+def say_once(message: str) -> None:
+    if torch.compiler.is_compiling():
+        return
     if message not in _said:
         _said.add(message)
         warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
-def guard_autograd(op: str, advice: str, namespace: str = "writesae") -> None:
-    """Makes `torch.ops.<namespace>.<op>` raise when a gradient would be asked of it, instead of returning none."""
-    packet = getattr(getattr(torch.ops, namespace), op)
-
-    def forward(*args):
-        asked = any(isinstance(x, Tensor) and x.requires_grad for x in args)
-        if asked and torch.is_grad_enabled():
-            raise RuntimeError(f"writesae::{op}: no backward in this backend; {advice}")
-        with torch._C._AutoDispatchBelowAutograd():
-            return packet.default(*args)
-
-    if namespace not in _guards:
-        _guards[namespace] = torch.library.Library(namespace, "IMPL")
-    _guards[namespace].impl(op, forward, "Autograd")
-
-
 def refuse_gradient(op: str, tensors: dict[str, Tensor | None], advice: str) -> None:
-    """Raises when a gradient would be asked of an op that has no backward."""
-    if not torch.is_grad_enabled():
+    """Raises when a gradient would be asked of an op that has no backward. (Under `torch.func` operators do.)"""
+    if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
         return
     asked = [name for name, x in tensors.items() if x is not None and x.requires_grad]
     if asked:

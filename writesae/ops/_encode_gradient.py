@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..edits import Edits
 from ..writes import Writes
-from . import _dispatch
+from . import _dispatch, _transforms
 from ._encode_arguments import _arguments, _float, _rest
 from .reference.encode import _Factors, decay_matrix
 
@@ -36,7 +36,7 @@ class _WritesGradient(torch.autograd.Function):
         return values.view_as(values)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_transforms.once_differentiable("encode", "torch.func (a grad of a grad, hessian) has one")
     def backward(ctx, grad):
         decay, left, right, edit_left, edit_right, v, w, indices, carry, values = ctx.saved_tensors
         edits = ctx.writes.edits
@@ -100,7 +100,7 @@ def writes_gradient(
             for j in reversed(range(len(bounds))):
                 lo, hi = bounds[j]
                 da = grad[b, lo:hi, i].to(v)
-                if tail is None and not bool(da.any()):
+                if tail is None and not torch.compiler.is_compiling() and not bool(da.any()):
                     continue
                 block = head_of.block(b, lo, hi, added, start)
                 lam = block.adjoint(torch.zeros_like(block.increments).scatter_add_(1, indices[b, lo:hi, i], da), tail)

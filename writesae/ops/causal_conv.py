@@ -6,13 +6,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._arguments import check_floats, sequence_offsets
+from .._autocast import without_autocast
 from .._library import CPU_ERROR
-from . import _dispatch
+from . import _dispatch, _transforms
 from .reference.causal_conv import causal_conv as reference
 
 ACTIVATIONS = (None, "silu", "swish")
 
 
+@without_autocast
 def causal_conv(
     x: Tensor,  # [B, T, D]
     weight: Tensor,  # [D, W]
@@ -37,23 +40,22 @@ def causal_conv(
     Raises:
         ValueError: a wrong shape, dtype or activation, naming the argument.
         RuntimeError: a gradient asked of a kernel, which has no backward; backend="reference" has one.
+
+    Forward mode and `torch.func` are right (by the reference, which is slow, but for a lone vmap). Autocast changes
+    nothing.
     """
-    if x.ndim != 3 or not x.is_floating_point():
-        raise ValueError(f"x: expected floating [B, T, D], got {x.dtype} of shape {tuple(x.shape)}")
+    check_floats(("bias",), x=x, weight=weight, bias=bias)
+    if x.ndim != 3:
+        raise ValueError(f"x: expected floating [B, T, D], got shape {tuple(x.shape)}")
     B, T, D = x.shape
-    if weight.ndim != 2 or weight.shape[0] != D or not weight.shape[1] or not weight.is_floating_point():
-        raise ValueError(
-            f"weight: expected floating [D={D}, W], got {weight.dtype} of shape {tuple(weight.shape)}"
-        )
-    if bias is not None and (tuple(bias.shape) != (D,) or not bias.is_floating_point()):
-        raise ValueError(f"bias: expected floating [D={D}], got {bias.dtype} of shape {tuple(bias.shape)}")
+    if weight.ndim != 2 or weight.shape[0] != D or not weight.shape[1]:
+        raise ValueError(f"weight: expected floating [D={D}, W], got shape {tuple(weight.shape)}")
+    if bias is not None and tuple(bias.shape) != (D,):
+        raise ValueError(f"bias: expected floating [D={D}], got shape {tuple(bias.shape)}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected None, 'silu' or 'swish', got {activation!r}")
     if cu_seqlens is not None:
-        offsets = cu_seqlens.tolist() if cu_seqlens.ndim == 1 and not cu_seqlens.is_floating_point() else []
-        rising = all(lo <= hi for lo, hi in zip(offsets[:-1], offsets[1:], strict=True))
-        if B != 1 or len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != T or not rising:
-            raise ValueError(f"cu_seqlens: expected B = 1 and integers rising from 0 to T={T}, got B={B}, {cu_seqlens}")
+        sequence_offsets("causal_conv", cu_seqlens, B, T)
     tensors = {"x": x, "weight": weight, "bias": bias}
     chosen = _dispatch.choose("causal_conv", backend, tensors)
     if chosen == "reference":
@@ -68,4 +70,10 @@ if CPU_ERROR is None:
     def _(x, weight, bias, silu, cu_seqlens):
         return x.new_empty(x.shape)
 
-    _dispatch.guard_autograd("causal_conv", 'use backend="reference", or torch.no_grad()')
+    _transforms.register(
+        "causal_conv",
+        'use backend="reference", or torch.no_grad()',
+        lambda x, weight, bias, silu, cu: reference(x, weight, bias, "silu" if silu else None, cu),
+        fold=("x",),
+        alone=("cu_seqlens",),
+    )

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .._arguments import check_floats
+from .._autocast import without_autocast
 from ..writes import Writes
 from . import _dispatch
 from .reference.dplr import dplr as reference
 
 
+@without_autocast
 def dplr(
     q: Tensor,  # [B, T, H, K]
     k: Tensor,  # [B, T, H, K]
@@ -40,6 +43,7 @@ def dplr(
     Source: Peng et al., *RWKV-7*, arXiv 2503.14456; Yang et al., *GLA*, arXiv 2312.06635; the writes: Young, arXiv
     2605.12770.
     """
+    check_floats(("a", "b", "initial_state"), q=q, k=k, v=v, g=g, a=a, b=b, initial_state=initial_state)
     if v.ndim != 4:
         raise ValueError(f"v: expected [B, T, H, V], got shape {tuple(v.shape)}")
     rows, T, H, V = v.shape

@@ -12,9 +12,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .._arguments import (
+    check_floats,
+    check_integers,
+    check_type,
+    integers,
+    refuse_unreadable,
+    said,
+    sizes_repr,
+    unreadable,
+)
+from .._autocast import without_autocast
 from .._library import CPU_ERROR
 from ..writes import Writes
-from . import _dispatch
+from . import _dispatch, _transforms
 from ._encode_arguments import _arguments, _float, _rest
 from ._encode_gradient import attach_writes_gradient
 from .reference import encode as reference
@@ -22,7 +33,7 @@ from .reference import encode as reference
 PRECISIONS = ("fp32", "tf32", "bf16")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Codes:
     """Sparse codes of every token and encoded head.
 
@@ -39,7 +50,10 @@ class Codes:
     carry: Tensor
     heads: tuple[int, ...]
 
+    __repr__ = sizes_repr
 
+
+@without_autocast
 def encode(
     writes: Writes,
     v_enc: Tensor,  # [Hs, F, K] or [Hs, F, r, K]
@@ -78,7 +92,10 @@ def encode(
 
     Raises:
         ValueError: a wrong shape, dtype or size, naming the argument.
-        RuntimeError: a gradient asked for in threshold mode.
+        RuntimeError: a gradient, forward mode or `torch.func` asked for in threshold mode; a second derivative.
+
+    In top-k mode forward mode and `torch.func` are right by plain torch, which is slow and holds `[B, T, Hs, F]`.
+    Autocast changes nothing: sums stay float32.
     """
     writes, v_enc, w_enc, b_enc, heads, carry = _prepare(writes, v_enc, w_enc, b_enc, heads, initial_state, carry)
     Hs, F = v_enc.shape[:2]
@@ -92,13 +109,17 @@ def encode(
             "encode", {"v_enc": v_enc, "w_enc": w_enc, "b_enc": b_enc, "carry": carry, **of_writes},
             "threshold mode has none; use top-k mode, activations(), or torch.no_grad()",
         )  # fmt: skip
+        _transforms.refuse_transformed("encode in threshold mode", "use top-k mode", *tensors.values())
     elif isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= F:
         raise ValueError(f"k: expected an integer, 1 <= k <= F={F}, got {k!r}")
     chosen = _dispatch.choose("encode", backend, tensors)
     if precision == "tf32" and chosen in ("cpu", "reference"):
         raise ValueError(f'precision: expected "fp32" or "bf16" with backend="{chosen}", got "tf32"')
+    if _transforms.transformed(*tensors.values(), *_sides(writes)):
+        values, indices, last = _plain_topk(writes, v_enc, w_enc, b_enc, heads, carry, k, bf16)
+        return Codes(values, indices, None, last.detach(), tuple(heads))
     operators = _dispatch.operators(chosen)
-    with torch.no_grad():
+    with torch.no_grad(), _transforms.below_autograd():
         if chosen == "reference":
             rounded = _rounded(writes, v_enc, w_enc) if bf16 else (writes, v_enc, w_enc)
             if threshold is None:
@@ -121,6 +142,7 @@ def encode(
     return Codes(values, indices, offsets, last, tuple(heads))
 
 
+@without_autocast
 def activations(
     writes: Writes,
     v: Tensor,  # [Hs, F, K] or [Hs, F, r, K]
@@ -146,6 +168,9 @@ def activations(
 
     Raises:
         ValueError: a wrong shape, dtype or index, naming the argument.
+        RuntimeError: a second derivative.
+
+    Transforms as in `encode`.
     """
     return chosen_activations(writes, v, w, indices, b, heads, initial_state, carry, backend, ("v", "w", "b"))
 
@@ -155,8 +180,11 @@ def chosen_activations(writes, v, w, indices, b, heads, initial_state, carry, ba
     writes, v, w, b, heads, carry = _prepare(writes, v, w, b, heads, initial_state, carry, names)
     Hs = len(v)
     check_indices(writes, v, indices)
-    chosen = _dispatch.choose("activations", backend, _tensors(writes, v, w, b, carry))
-    with torch.no_grad():
+    tensors = _tensors(writes, v, w, b, carry)
+    chosen = _dispatch.choose("activations", backend, tensors)
+    if _transforms.transformed(*tensors.values(), *_sides(writes), indices):
+        return _plain_activations(writes, v, w, indices, b, heads, carry)
+    with torch.no_grad(), _transforms.below_autograd():
         if chosen == "reference":
             v_, w_, a = _reference_inputs(writes, v, w, heads, carry)
             values = v_.new_empty(indices.shape)
@@ -175,12 +203,15 @@ def chosen_activations(writes, v, w, indices, b, heads, initial_state, carry, ba
 def check_indices(writes: Writes, v: Tensor, indices: Tensor) -> None:
     """Features `[B, T, Hs, m]` chosen at every token, of a dictionary `v [Hs, F, r, K]`."""
     (Hs, F), (B, T) = v.shape[:2], writes.shape[:2]
+    check_integers("indices", indices, "[B, T, Hs, m]")
     if indices.ndim != 4 or indices.shape[:3] != (B, T, Hs) or indices.dtype != torch.int64:
         raise ValueError(
             f"indices: expected int64 [B={B}, T={T}, Hs={Hs}, m], got {indices.dtype} of shape {tuple(indices.shape)}"
         )
     # On a device nobody waits to look: an index out of range gives NaN there.
-    if indices.numel() and indices.device.type == "cpu" and not 0 <= int(indices.min()) <= int(indices.max()) < F:
+    if unreadable(indices) is not None or indices.device.type != "cpu":
+        return
+    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < F:
         raise ValueError(f"indices: expected 0 <= index < F={F}, got {int(indices.min())} to {int(indices.max())}")
 
 
@@ -189,6 +220,13 @@ def check_indices(writes: Writes, v: Tensor, indices: Tensor) -> None:
 
 def _prepare(writes, v_enc, w_enc, b_enc, heads, initial_state, carry, names=("v_enc", "w_enc", "b_enc")):
     """Validates by name; returns (writes, factors with a rank axis, bias, heads as a list, carry or None)."""
+    check_type("writes", writes, Writes)
+    tensors = {
+        "writes.right": writes.right, "writes.decay": writes.decay, "writes.left": writes.left, names[0]: v_enc,
+        names[1]: w_enc, names[2]: b_enc, "writes.initial_state": writes.initial_state, "carry": carry,
+        "initial_state": initial_state,
+    }  # fmt: skip
+    check_floats(("writes.initial_state", names[2], "initial_state", "carry"), **tensors)
     B, T, H, K, V = writes.shape
     if writes.decay.ndim != 3:
         raise ValueError(
@@ -197,14 +235,12 @@ def _prepare(writes, v_enc, w_enc, b_enc, heads, initial_state, carry, names=("v
         )
     if T == 0:
         raise ValueError("writes: expected at least one token, got T = 0")
-    heads = list(range(H)) if heads is None else [int(h) for h in heads]
+    heads = list(range(H)) if heads is None else integers("heads", heads)
     if not heads or not all(0 <= h < H for h in heads):
         raise ValueError(f"heads: expected at least one head, each 0 <= head < H={H}, got {heads}")
     Hs, N = len(heads), writes.num_sequences
     sides = []
     for name, side, letter, size in ((names[0], v_enc, "K", K), (names[1], w_enc, "V", V)):
-        if not side.is_floating_point():
-            raise ValueError(f"{name}: expected a floating dtype, got {side.dtype}")
         fits = side.ndim in (3, 4) and side.shape[0] == Hs and side.shape[-1] == size and side.shape[1] > 0
         if not fits or (side.ndim == 4 and side.shape[2] == 0):
             raise ValueError(
@@ -219,15 +255,13 @@ def _prepare(writes, v_enc, w_enc, b_enc, heads, initial_state, carry, names=("v
             f"{names[1]}: expected the features and rank of {names[0]}, F={F} and r={rank}, got F={w_enc.shape[1]} and "
             f"r={w_enc.shape[2]}"
         )
-    if b_enc is not None and (tuple(b_enc.shape) != (Hs, F) or not b_enc.is_floating_point()):
-        raise ValueError(f"{names[2]}: expected floating [Hs={Hs}, F={F}], got {b_enc.dtype} {tuple(b_enc.shape)}")
+    if b_enc is not None and tuple(b_enc.shape) != (Hs, F):
+        raise ValueError(f"{names[2]}: expected floating [Hs={Hs}, F={F}], got shape {tuple(b_enc.shape)}")
     if carry is not None:
         if initial_state is not None:
             raise ValueError("carry: expected carry or initial_state, got both")
-        if tuple(carry.shape) != (N, Hs, F) or not carry.is_floating_point():
-            raise ValueError(
-                f"carry: expected floating [N={N}, Hs={Hs}, F={F}], got {carry.dtype} {tuple(carry.shape)}"
-            )
+        if tuple(carry.shape) != (N, Hs, F):
+            raise ValueError(f"carry: expected floating [N={N}, Hs={Hs}, F={F}], got shape {tuple(carry.shape)}")
     else:
         state = writes.initial_state if initial_state is None else initial_state
         if state is not None:
@@ -236,8 +270,13 @@ def _prepare(writes, v_enc, w_enc, b_enc, heads, initial_state, carry, names=("v
                     f"initial_state: expected [N={N}, H={H}, K={K}, V={V}], got shape {tuple(state.shape)}"
                 )
             compute = _compute_dtype(state, writes.right, v_enc, w_enc)
-            carry = _StateActivations.apply(v_enc.to(compute), w_enc.to(compute), state.to(compute), heads)
+            of_states = v_enc.to(compute), w_enc.to(compute), state.to(compute)
+            if _transforms.transformed(*of_states):
+                carry = torch.einsum("hfxk,hfxv,nhkv->nhf", *of_states[:2], of_states[2][:, heads])
+            else:
+                carry = _StateActivations.apply(*of_states, heads)
     if writes.edits is not None:
+        refuse_unreadable("encode", "writes.edits", writes.edits.row)
         if writes.edits.needs_clean_pass:
             raise ValueError('writes: expected edits of kind "add" only; the recurrence resolves delete and replace')
         lengths = [stop - start for _, _, start, stop in writes.sequences()]
@@ -247,6 +286,10 @@ def _prepare(writes, v_enc, w_enc, b_enc, heads, initial_state, carry, names=("v
 
 
 def _threshold(threshold, Hs: int, F: int) -> Tensor:
+    if isinstance(threshold, Tensor):
+        check_floats(threshold=threshold)
+    elif isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
+        raise ValueError(f"threshold: expected a number or [Hs={Hs}, F={F}], got {said(threshold)}")
     threshold = torch.as_tensor(threshold, dtype=torch.float32)
     if tuple(threshold.shape) not in ((), (Hs, F)):
         raise ValueError(f"threshold: expected a number or [Hs={Hs}, F={F}], got shape {tuple(threshold.shape)}")
@@ -319,6 +362,32 @@ def _reference_threshold(writes, v_enc, w_enc, b_enc, heads, carry, threshold: T
     return values, indices, counts.flatten(), a
 
 
+# ---- under transforms -----------------------------------------------------------------------------------------------
+
+
+def _sides(writes: Writes) -> tuple[Tensor, ...]:
+    return () if writes.edits is None else (writes.edits.left, writes.edits.right)
+
+
+def _plain_topk(writes, v_enc, w_enc, b_enc, heads, carry, k: int, bf16: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Of torch's own operations throughout, dense."""
+    _transforms.say_plain("encode")
+    compute = _compute_dtype(*_tensors(writes, v_enc, w_enc, None, carry).values())
+    pre, last = reference.preactivations(writes, v_enc.to(compute), w_enc.to(compute), heads, carry=carry)
+    if bf16:  # the numbers of the rounded operands, the derivative of the others
+        cut, v_cut, w_cut = _rounded(writes, v_enc, w_enc)
+        there, last = reference.preactivations(cut, v_cut.to(compute), w_cut.to(compute), heads, carry=carry)
+        pre = pre + (there - pre).detach()
+    return *reference.topk(pre if b_enc is None else pre + b_enc.to(pre), k), last
+
+
+def _plain_activations(writes, v, w, indices, b, heads, carry) -> Tensor:
+    _transforms.say_plain("activations")
+    compute = _compute_dtype(*_tensors(writes, v, w, None, carry).values())
+    pre, _ = reference.preactivations(writes, v.to(compute), w.to(compute), heads, carry=carry)
+    return (pre if b is None else pre + b.to(pre)).gather(-1, indices)
+
+
 # ---- gradients ------------------------------------------------------------------------------------------------------
 
 
@@ -336,7 +405,7 @@ class _StateActivations(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_transforms.once_differentiable("encode", "torch.func (a grad of a grad, hessian) has one")
     def backward(ctx, grad):
         v, w, state = ctx.saved_tensors
         dv, dw, d_state = torch.zeros_like(v), torch.zeros_like(w), torch.zeros_like(state)
@@ -361,7 +430,7 @@ class _Gradient(torch.autograd.Function):
         return values.view_as(values)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_transforms.once_differentiable("encode", "torch.func (a grad of a grad, hessian) has one")
     def backward(ctx, grad):
         v, w, indices, values = ctx.saved_tensors
         if values is not None:
@@ -427,3 +496,13 @@ if CPU_ERROR is None:
         (B, T), Hs, R = decay.shape[:2], len(v_enc), right.shape[3]
         sizes = v_enc.shape[-1], w_enc.shape[-1]
         return tuple(decay.new_empty(B, T, Hs, R, size, dtype=torch.float32) for size in sizes)
+
+    _advice = "use ops.encode, which has a gradient and a plain path"
+    for _op, _more in (
+        ("encode_topk", ("carry",)),
+        ("encode_at", ("indices", "carry")),
+        ("encode_writes_backward", ("indices", "grad")),
+    ):
+        _fold = ("decay", "left", "right", *_more)
+        _transforms.register(_op, _advice, fold=_fold, alone=("cu_seqlens", "edit_index"))
+    _transforms.register("encode_threshold", _advice)

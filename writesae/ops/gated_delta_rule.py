@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
+from .._arguments import (
+    check_floats,
+    check_integers,
+    check_type,
+    integers,
+    refuse_unreadable,
+    said,
+    sequence_offsets,
+    sizes_repr,
+)
+from .._autocast import without_autocast
 from .._library import CPU_ERROR
-from ..edits import ADD, Edits
+from ..edits import DELETE, Edits
 from ..writes import Writes
-from . import _dispatch
+from . import _dispatch, _transforms
 from .reference.gated_delta_rule import gated_delta_rule as reference
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GatedDeltaRuleOutput:
     """o `[B,T,H,V]` in the input dtype; final_state `[N,H,K,V]` or None; writes or None; snapshots or None."""
 
@@ -25,7 +38,10 @@ class GatedDeltaRuleOutput:
     writes: Writes | None
     snapshots: Tensor | None
 
+    __repr__ = sizes_repr
 
+
+@without_autocast
 def gated_delta_rule(
     q: Tensor,  # [B, T, Hk, K]
     k: Tensor,  # [B, T, Hk, K]
@@ -67,6 +83,9 @@ def gated_delta_rule(
         ValueError: a wrong shape, dtype or place, naming the argument.
         RuntimeError: a second derivative asked of a kernel; backend="reference" has one.
 
+    Under forward mode and `torch.func` (jvp, grad and what is made of them) the reference runs, which is slow and
+    right; a lone vmap joins its axis to B. Autocast changes nothing: inputs stay as they come, states float32.
+
     Differentiable once, in q, k, v, g, beta, initial_state and the edits' left and right; o, final_state, the writes
     and the snapshots all carry gradient. A write that an edit deletes or replaces is not made, so v and beta of that
     token have gradient 0 there, and k what reaches it by other ways. Kept for the backward: the inputs and the writes;
@@ -75,12 +94,14 @@ def gated_delta_rule(
 
     Source: Yang et al., *Gated Delta Networks*, arXiv 2412.06464; the writes: Young, arXiv 2605.12770.
     """
-    _check(q, k, v, g, beta, initial_state, cu_seqlens)
-    B, T, H, V = v.shape
+    check_floats(("initial_state",), q=q, k=k, v=v, g=g, beta=beta, initial_state=initial_state)
+    lengths = _check(q, k, v, g, beta, initial_state, cu_seqlens)
+    H, V = v.shape[2:]
     K = k.shape[-1]
-    scale = K**-0.5 if scale is None else float(scale)
-    lengths = [T] * B if cu_seqlens is None else cu_seqlens.cpu().diff().tolist()
+    scale = _scale(scale, K)
+    check_type("edits", edits, Edits, optional=True)
     if edits is not None:
+        refuse_unreadable("gated_delta_rule", "edits", edits.row)
         edits.check(len(lengths), lengths, H, K, V)
         edits = edits.expand_rows(len(lengths))
     places, as_list = _places(snapshots, lengths)
@@ -119,7 +140,7 @@ def gated_delta_rule(
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GatedDeltaRuleStepOutput:
     """o `[B,H,V]` in v's dtype; left `[B,Hk,K]` and right `[B,H,V]` float32, or None without `return_writes`."""
 
@@ -127,7 +148,10 @@ class GatedDeltaRuleStepOutput:
     left: Tensor | None
     right: Tensor | None
 
+    __repr__ = sizes_repr
 
+
+@without_autocast
 def gated_delta_rule_step(
     q: Tensor,  # [B, Hk, K]
     k: Tensor,  # [B, Hk, K]
@@ -152,10 +176,11 @@ def gated_delta_rule_step(
         ValueError: a wrong shape, dtype or place, naming the argument.
         RuntimeError: a gradient asked for; the state is overwritten, so no backend has one.
     """
+    tensors = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "state": state}
+    check_floats(**tensors)
     if v.ndim != 3:
         raise ValueError(f"v: expected [B, H, V], got shape {tuple(v.shape)}")
-    tensors = {"q": q, "k": k, "v": v, "g": g, "beta": beta}
-    _check(*(x[:, None] if x.ndim else x for x in tensors.values()), None, None)
+    _check(*(x[:, None] if x.ndim else x for x in (q, k, v, g, beta)), None, None)
     B, H, V = v.shape
     K = k.shape[-1]
     if tuple(state.shape) != (B, H, K, V):
@@ -164,13 +189,14 @@ def gated_delta_rule_step(
     if state.dtype != wanted or not state.is_contiguous():
         layout = "contiguous" if state.is_contiguous() else "non-contiguous"
         raise ValueError(f"state: expected contiguous {wanted}, got {layout} {state.dtype}")
-    scale = K**-0.5 if scale is None else float(scale)
+    scale = _scale(scale, K)
+    check_type("edits", edits, Edits, optional=True)
     if edits is not None:
         at = torch.zeros_like(edits.position)
         edits = Edits(edits.row, at, edits.head, edits.left, edits.right, edits.kind)
         edits.check(B, [1] * B, H, K, V)
         edits = edits.expand_rows(B)
-    tensors["state"] = state
+    _transforms.refuse_transformed("gated_delta_rule_step", "use gated_delta_rule", *tensors.values())
     chosen = _dispatch.choose("gated_delta_rule_step", backend, tensors)
     _dispatch.refuse_gradient("gated_delta_rule_step", tensors, "use torch.no_grad()")
     if chosen == "reference":
@@ -193,8 +219,10 @@ def first_nonfinite(right: Tensor) -> tuple[int, int, int] | None:
     A state is finite as long as its increments are, so this is where one broke. One pass over `right` when nothing is
     wrong.
     """
+    check_floats(right=right)
     if right.ndim != 4:
         raise ValueError(f"right: expected [B, T, H, V], got shape {tuple(right.shape)}")
+    refuse_unreadable("first_nonfinite", "right", right)
     # The sum of finite numbers can overflow, so it only clears; what it does not clear is looked at in full.
     if bool(torch.isfinite(right.sum(dtype=torch.float32))):
         return None
@@ -216,10 +244,16 @@ def _additions(edits: Edits | None) -> Edits | None:
     """What edits add beyond the (already zeroed) native writes."""
     if edits is None or not len(edits):
         return None
-    kept = (edits.kind == ADD) | (edits.left.abs().sum(1) > 0)
-    kept &= edits.kind != 1
-    e = edits[kept]
+    e = edits[edits.kind != DELETE]
     return Edits(e.row, e.position, e.head, e.left, e.right) if len(e) else None
+
+
+def _scale(scale, K: int) -> float:
+    if scale is None:
+        return K**-0.5
+    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number or None, got {said(scale)}")
+    return float(scale)
 
 
 def _places(snapshots, lengths: list[int]) -> tuple[Tensor | None, bool]:
@@ -227,25 +261,25 @@ def _places(snapshots, lengths: list[int]) -> tuple[Tensor | None, bool]:
         return None, False
     as_list = not (isinstance(snapshots, Tensor) and snapshots.ndim == 2)
     if as_list:
-        flat = torch.as_tensor(snapshots, dtype=torch.int64).reshape(-1)
-        rows = torch.arange(len(lengths)).repeat_interleave(len(flat))
-        places = torch.stack([rows, flat.repeat(len(lengths))], 1)
+        positions = integers("snapshots", snapshots)
+        places = [(n, t) for n in range(len(lengths)) for t in positions]
     else:
-        places = snapshots.to(torch.int64).contiguous()
-        if places.shape[1] != 2:
-            raise ValueError(f"snapshots: expected [P, 2] of (row, position), got shape {tuple(places.shape)}")
-    limit = torch.tensor(lengths)
-    bad = (places[:, 0] < 0) | (places[:, 0] >= len(lengths)) | (places[:, 1] < 0)
-    bad |= places[:, 1] >= limit[places[:, 0].clamp(0, len(lengths) - 1)]
-    if bool(bad.any()):
-        n, t = places[int(bad.nonzero()[0])].tolist()
-        raise ValueError(
-            f"snapshots: expected rows below {len(lengths)} and positions inside their row, got row {n}, position {t}"
-        )
-    return places, as_list
+        check_integers("snapshots", snapshots, "[P, 2]")
+        if snapshots.shape[1] != 2:
+            raise ValueError(f"snapshots: expected [P, 2] of (row, position), got shape {tuple(snapshots.shape)}")
+        refuse_unreadable("gated_delta_rule", "snapshots", snapshots)
+        places = snapshots.tolist()
+    for n, t in places:
+        if not 0 <= n < len(lengths) or not 0 <= t < lengths[n]:
+            raise ValueError(
+                f"snapshots: expected rows below {len(lengths)} and positions inside their row, got row {n}, "
+                f"position {t}"
+            )
+    return torch.tensor(places, dtype=torch.int64).reshape(-1, 2), as_list
 
 
-def _check(q, k, v, g, beta, initial_state, cu_seqlens) -> None:
+def _check(q, k, v, g, beta, initial_state, cu_seqlens) -> list[int]:
+    """Refuses what does not fit; returns the lengths of the sequences. The caller has seen to the tensors' kind."""
     if v.ndim != 4:
         raise ValueError(f"v: expected [B, T, H, V], got shape {tuple(v.shape)}")
     B, T, H, V = v.shape
@@ -258,26 +292,16 @@ def _check(q, k, v, g, beta, initial_state, cu_seqlens) -> None:
             raise ValueError(f"{name}: expected [B={B}, T={T}, H={H}], got shape {tuple(x.shape)}")
     if T == 0:
         raise ValueError("v: expected at least one token, got T = 0")
-    for name, x in (("q", q), ("k", k), ("v", v), ("g", g), ("beta", beta)):
-        if not x.is_floating_point():
-            raise ValueError(f"{name}: expected a floating dtype, got {x.dtype}")
-    N = B
+    lengths = [T] * B
     if cu_seqlens is not None:
-        if cu_seqlens.ndim != 1 or cu_seqlens.is_floating_point():
-            raise ValueError(
-                f"cu_seqlens: expected [N + 1] integers, got {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
-            )
-        if B != 1:
-            raise ValueError(f"cu_seqlens: packed sequences need B = 1, got B = {B}")
-        offsets = cu_seqlens.cpu().tolist()
-        ordered = all(lo <= hi for lo, hi in zip(offsets[:-1], offsets[1:], strict=True))
-        if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != T or not ordered:
-            raise ValueError(f"cu_seqlens: expected offsets rising from 0 to T={T}, got {offsets[:8]}")
-        N = len(offsets) - 1
+        offsets = sequence_offsets("gated_delta_rule", cu_seqlens, B, T)
+        lengths = [hi - lo for lo, hi in zip(offsets[:-1], offsets[1:], strict=True)]
+    N = len(lengths)
     if initial_state is not None and tuple(initial_state.shape) != (N, H, k.shape[-1], V):
         raise ValueError(
             f"initial_state: expected [N={N}, H={H}, K={k.shape[-1]}, V={V}], got shape {tuple(initial_state.shape)}"
         )
+    return lengths
 
 
 def _fake(
@@ -340,13 +364,34 @@ def _backward_with(operators):
     return backward
 
 
+def _plain(
+    q, k, v, g, beta, scale, initial_state, use_qk_l2norm, cu_seqlens, edit_index, edit_left, edit_right, snapshots,
+    return_writes,
+):  # fmt: skip
+    """The operator by the reference, for transforms."""
+    edits = None
+    if edit_index is not None:  # not Edits, whose check looks at numbers that a transform may hide
+        row, position, head, kind = edit_index.unbind(1)
+        edits = SimpleNamespace(row=row, position=position, head=head, left=edit_left, right=edit_right, kind=kind)
+    o, final, left, right, shots = reference(
+        q, k, v, g, beta, scale, initial_state, use_qk_l2norm, cu_seqlens, edits, snapshots
+    )
+    return (o, final, left, right, shots) if return_writes else (o, final, v.new_empty(0), v.new_empty(0), shots)
+
+
 @cache
 def _register_gradients(namespace: str) -> None:
     """Of a library's operators, once it is loaded. On CUDA they are the namespace `writesae`, as on the CPU."""
-    backward = _backward_with(getattr(torch.ops, namespace))
-    torch.library.register_autograd(f"{namespace}::gated_delta_rule", backward, setup_context=_save)
-    advice = 'for a second derivative use backend="reference"'
-    _dispatch.guard_autograd("gated_delta_rule_backward", advice, namespace)
+    alone = ("cu_seqlens", "edit_index", "snapshots")
+    inputs = ("q", "k", "v", "g", "beta", "initial_state")
+    _transforms.register(
+        "gated_delta_rule", 'use backend="reference"', _plain,
+        (_save, _backward_with(getattr(torch.ops, namespace))), inputs, alone, namespace,
+    )  # fmt: skip
+    _transforms.register(
+        "gated_delta_rule_backward", 'for a second derivative use backend="reference"',
+        fold=(*inputs, "right", "d_o", "d_final_state", "d_left", "d_right"), alone=alone, namespace=namespace,
+    )  # fmt: skip
 
 
 if CPU_ERROR is None:
@@ -354,4 +399,4 @@ if CPU_ERROR is None:
     torch.library.register_fake("writesae::gated_delta_rule_step", _fake_step)
     torch.library.register_fake("writesae::gated_delta_rule_backward", _fake_backward)
     _register_gradients("writesae")
-    _dispatch.guard_autograd("gated_delta_rule_step", "use torch.no_grad()")
+    _transforms.register("gated_delta_rule_step", "use gated_delta_rule, or torch.no_grad()")

@@ -13,16 +13,19 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .._arguments import check_floats, check_integers, check_type, integers, said
+from .._autocast import without_autocast
 from ..writes import Writes
-from . import _dispatch
-from .encode import _float, _prepare, check_indices, chosen_activations
+from . import _dispatch, _transforms
+from .encode import _compute_dtype, _float, _prepare, check_indices, chosen_activations
 from .reference.encode import decay_matrix
-from .sae_training import Offset, loss_kernel
+from .sae_training import _ADVICE, Offset, loss_kernel
 
 _BLOCK = 64  # tokens of one triangular product
 _GATHERED = 1 << 22  # numbers gathered at a time for the Gram matrix of the active set
 
 
+@without_autocast
 def factored_loss(
     writes: Writes,
     values: Tensor,  # [B, T, Hs, k]
@@ -53,26 +56,36 @@ def factored_loss(
 
     Raises:
         ValueError: a wrong shape, dtype or index, naming the argument; or writes with edits.
-        RuntimeError: a gradient asked for the writes.
+        RuntimeError: a gradient asked for the writes; a second derivative.
+
+    Forward mode and `torch.func` are right by plain torch, in the writes too, and hold all states. Autocast changes
+    nothing.
     """
+    check_type("writes", writes, Writes)
+    check_floats(
+        ("bias", "initial_state"), **{"writes.right": writes.right}, values=values, v_dec=v_dec, w_dec=w_dec, bias=bias,
+        initial_state=initial_state,
+    )  # fmt: skip
+    check_integers("indices", indices, "[B, T, Hs, k]")
     B, T, H, K, V = writes.shape
-    heads = list(range(H)) if heads is None else [int(h) for h in heads]
+    heads = list(range(H)) if heads is None else integers("heads", heads)
     Hs = len(heads)
-    if values.shape != indices.shape or not values.is_floating_point():
-        raise ValueError(
-            f"values: expected floating of the shape of indices {tuple(indices.shape)}, got {values.dtype} of shape "
-            f"{tuple(values.shape)}"
-        )
+    if values.shape != indices.shape:
+        raise ValueError(f"values: expected the shape of indices {tuple(indices.shape)}, got {tuple(values.shape)}")
     if bias is not None and tuple(bias.shape) != (Hs, K, V):
         raise ValueError(f"bias: expected [Hs={Hs}, K={K}, V={V}], got shape {tuple(bias.shape)}")
-    if mask is not None and (tuple(mask.shape) != (B, T) or mask.dtype != torch.bool):
-        raise ValueError(f"mask: expected bool [B={B}, T={T}], got {mask.dtype} of shape {tuple(mask.shape)}")
+    if mask is not None and (
+        not isinstance(mask, Tensor) or tuple(mask.shape) != (B, T) or mask.dtype != torch.bool
+    ):  # fmt: skip
+        raise ValueError(f"mask: expected a bool tensor [B={B}, T={T}], got {said(mask)}")
     if writes.edits is not None and len(writes.edits):
         raise ValueError("writes: the factored loss is not defined for writes with edits")
     if initial_state is not None:
         writes = replace(writes, initial_state=initial_state)
     of_writes = {name: getattr(writes, name) for name in ("decay", "left", "right", "initial_state")}
     _dispatch.refuse_gradient("factored_loss", of_writes, "only codes and dictionary have one; detach the writes")
+    if _transforms.transformed(*of_writes.values(), values, indices, v_dec, w_dec, bias, mask):
+        return _plain_loss(writes, values, indices, v_dec, w_dec, bias, heads, mask)
     if mask is not None:
         values = values * mask[:, :, None, None]
     names = ("v_dec", "w_dec", "b_dec")
@@ -91,6 +104,25 @@ def factored_loss(
         projected = projected - on_bias[torch.arange(Hs, device=v.device)[:, None], indices]
         error = error - 2 * state_product(own, bias) + bias.square().sum((1, 2))
     error = error - 2 * (values * projected).sum(-1) + _reconstruction_norm(values, indices, v, w)
+    return error if mask is None else error * mask[:, :, None]
+
+
+def _plain_loss(writes, values, indices, v_dec, w_dec, bias, heads, mask) -> Tensor:
+    """The same of torch's own operations, from all states."""
+    plain = replace(writes, initial_state=None)
+    _, v, w, _, _, _ = _prepare(plain, v_dec, w_dec, None, heads, None, None, ("v_dec", "w_dec", ""))
+    check_indices(writes, v, indices)
+    _transforms.say_plain("factored_loss")
+    compute = _compute_dtype(writes.right, values, v, w, bias)
+    tokens = [(n, t) for n, _, start, stop in writes.sequences() for t in range(stop - start)]
+    states = writes.to(compute)._states_at(tokens)
+    target = states.unflatten(0, writes.shape[:2])[:, :, heads]
+    if bias is not None:
+        target = target - bias.to(compute)
+    head = torch.arange(len(heads), device=v.device)[:, None]
+    active = (values, v[head, indices], w[head, indices])
+    made = torch.einsum("bthj,bthjxk,bthjxv->bthkv", *(x.to(compute) for x in active))
+    error = (target - made).square().sum((3, 4))
     return error if mask is None else error * mask[:, :, None]
 
 
@@ -114,7 +146,7 @@ class _Loss(torch.autograd.Function):
         )[0]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_transforms.once_differentiable("factored_loss", _ADVICE)
     def backward(ctx, grad):  # [B, T, Hs]
         values, v, w, bias, indices = ctx.saved_tensors
         writes, heads, mask = ctx.rest
@@ -184,7 +216,7 @@ class _ReconstructionNorm(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_transforms.once_differentiable("factored_loss", _ADVICE)
     def backward(ctx, grad):
         values, indices, v, w, product = ctx.saved_tensors
         d_values = 2 * grad[:, None] * product

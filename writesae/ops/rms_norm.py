@@ -6,13 +6,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._arguments import check_floats
+from .._autocast import without_autocast
 from .._library import CPU_ERROR
-from . import _dispatch
+from . import _dispatch, _transforms
 from .reference.rms_norm import rms_norm as reference
 
 _ADVICE = 'use backend="reference", or torch.no_grad()'
 
 
+@without_autocast
 def rms_norm(
     x: Tensor,  # [..., D]
     weight: Tensor,  # [D]
@@ -41,17 +44,18 @@ def rms_norm(
     Raises:
         ValueError: a wrong shape, dtype or eps, naming the argument.
         RuntimeError: a gradient asked of a kernel, which has no backward; backend="reference" has one.
+
+    Forward mode and `torch.func` are right (by the reference, but for a lone vmap). Autocast changes nothing.
     """
-    if x.ndim < 1 or not x.is_floating_point() or not x.shape[-1]:
-        raise ValueError(f"x: expected floating [..., D], got {x.dtype} of shape {tuple(x.shape)}")
+    check_floats(("gate",), x=x, weight=weight, gate=gate)
+    if x.ndim < 1 or not x.shape[-1]:
+        raise ValueError(f"x: expected floating [..., D], got shape {tuple(x.shape)}")
     D = x.shape[-1]
-    if tuple(weight.shape) != (D,) or not weight.is_floating_point():
-        raise ValueError(f"weight: expected floating [D={D}], got {weight.dtype} of shape {tuple(weight.shape)}")
-    if gate is not None and (gate.shape != x.shape or not gate.is_floating_point()):
-        raise ValueError(
-            f"gate: expected floating of x's shape {tuple(x.shape)}, got {gate.dtype} of shape {tuple(gate.shape)}"
-        )
-    if not eps >= 0:
+    if tuple(weight.shape) != (D,):
+        raise ValueError(f"weight: expected floating [D={D}], got shape {tuple(weight.shape)}")
+    if gate is not None and gate.shape != x.shape:
+        raise ValueError(f"gate: expected floating of x's shape {tuple(x.shape)}, got shape {tuple(gate.shape)}")
+    if not isinstance(eps, (int, float)) or not eps >= 0:
         raise ValueError(f"eps: expected a number >= 0, got {eps!r}")
     tensors = {"x": x, "weight": weight, "gate": gate}
     if _dispatch.choose("rms_norm", backend, tensors) == "reference":
@@ -67,4 +71,4 @@ if CPU_ERROR is None:
     def _(x, weight, gate, eps, zero_centred, round_once):
         return x.new_empty(x.shape)
 
-    _dispatch.guard_autograd("rms_norm", _ADVICE)
+    _transforms.register("rms_norm", _ADVICE, reference, fold=("x", "gate"))

@@ -12,15 +12,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .._arguments import check_floats, check_type, sizes_repr
+from .._autocast import without_autocast
 from .._library import CPU_ERROR
 from ..writes import Writes
-from . import _dispatch
+from . import _dispatch, _transforms
 from ._encode_arguments import _arguments, _float, _rest
 from .encode import Codes, _prepare, _tensors
 from .reference import sae_training as reference
 
+_ADVICE = "torch.func (a grad of a grad, hessian) has one"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Step:
     """loss: scalar with gradients. errors: `[B, T, Hs]` squared error of every token of weight other than 0, else 0.
     codes: of every token, without gradients."""
@@ -29,7 +33,10 @@ class Step:
     errors: Tensor
     codes: Codes
 
+    __repr__ = sizes_repr
 
+
+@without_autocast
 def training_loss(
     writes: Writes,
     v_enc: Tensor,  # [Hs, F, K] or [Hs, F, r, K]
@@ -58,8 +65,12 @@ def training_loss(
 
     Raises:
         ValueError: a wrong shape, dtype or size, naming the argument; or writes with edits.
-        RuntimeError: a gradient asked for the writes.
+        RuntimeError: a gradient asked for the writes; a second derivative.
+
+    Forward mode and `torch.func` are right by plain torch, in the writes too, and hold all states. Autocast changes
+    nothing.
     """
+    check_type("writes", writes, Writes)
     if writes.edits is not None and len(writes.edits):
         raise ValueError("writes: training_loss is not defined for writes with edits")
     of_writes = {name: getattr(writes, name) for name in ("decay", "left", "right", "initial_state")}
@@ -74,15 +85,19 @@ def training_loss(
         )
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= F:
         raise ValueError(f"k: expected an integer, 1 <= k <= F={F}, got {k!r}")
+    check_floats(
+        ("offset", "weight"), **{"writes.right": writes.right}, v_dec=v_dec, offset=offset, weight=weight
+    )  # fmt: skip
     if offset is not None and tuple(offset.shape) != (Hs, K, V):
         raise ValueError(f"offset: expected [Hs={Hs}, K={K}, V={V}], got shape {tuple(offset.shape)}")
     if weight is None:
         weight = torch.full((B, T), 1 / (B * T), device=writes.right.device)
-    elif tuple(weight.shape) != (B, T) or not weight.is_floating_point():
-        raise ValueError(f"weight: expected floating [B={B}, T={T}], got {weight.dtype} of shape {tuple(weight.shape)}")
+    elif tuple(weight.shape) != (B, T):
+        raise ValueError(f"weight: expected [B={B}, T={T}], got shape {tuple(weight.shape)}")
     tensors = _tensors(writes, v_enc, w_enc, b_enc, None) | {"v_dec": v_dec, "w_dec": w_dec, "offset": offset}
     chosen = _dispatch.choose("training_loss", backend, tensors)
-    if chosen != "cpu":  # from two operators, on a device by the kernels of encode and of its backward
+    # From two operators: on a device by the kernels of encode and of its backward, under transforms by plain torch.
+    if chosen != "cpu" or _transforms.transformed(*tensors.values(), writes.initial_state, weight):
         loss, errors, codes = reference.step(
             writes, v_enc, w_enc, b_enc, v_dec, w_dec, offset, k, weight, heads, chosen
         )
@@ -128,7 +143,7 @@ class _AtomsOn(torch.autograd.Function):
         return found.on_atoms
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_transforms.once_differentiable("training_loss", _ADVICE)
     def backward(ctx, grad):
         left, right = ctx.saved_tensors
         return grad[:, :, None, None] * right, grad[:, :, None, None] * left, None
@@ -173,6 +188,7 @@ class _Loss(torch.autograd.Function):
             d_offset = matrix.finish(dv_dec, dw_dec, *factors[2:], usage, states, weight)
             grads = (dv_enc, dw_enc, db_enc, dv_dec, dw_dec, d_offset)
             inputs = (v_enc, w_enc, b_enc, v_dec, w_dec, offset)
+            ctx.save_for_backward(*inputs)  # what a second derivative would go to
             ctx.grads = tuple(
                 g.to(x.dtype) if need else None
                 for g, x, need in zip(grads, inputs, ctx.needs_input_grad[:6], strict=True)
@@ -181,7 +197,7 @@ class _Loss(torch.autograd.Function):
         return (errors * weight).sum(), errors
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @_transforms.once_differentiable("training_loss", _ADVICE)
     def backward(ctx, grad, _):
         return *(None if g is None else g * grad for g in ctx.grads), *[None] * 5
 
@@ -207,3 +223,6 @@ if CPU_ERROR is None:
             (encoder, w_dec.shape), (encoder, (Hs, F)),
         )  # fmt: skip
         return tuple(decay.new_empty(shape if on else (0,), dtype=torch.float32) for on, shape in shapes)
+
+    _transforms.register("encode_backward", "use ops.encode, which has a gradient and a plain path", fold=())
+    _transforms.register("factored_loss", "use ops.factored_loss or ops.training_loss", fold=())

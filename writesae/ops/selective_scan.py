@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .._arguments import check_floats
+from .._autocast import without_autocast
 from ..writes import Writes
 from . import _dispatch
 from .reference.selective_scan import selective_scan as reference
 
 
+@without_autocast
 def selective_scan(
     x: Tensor,  # [B, T, V]
     dt: Tensor,  # [B, T, V]
@@ -38,6 +41,7 @@ def selective_scan(
 
     Source: Gu and Dao, *Mamba*, arXiv 2312.00752; the writes: Young, arXiv 2605.12770.
     """
+    check_floats(("D", "initial_state"), x=x, dt=dt, A=A, B=B, C=C, D=D, initial_state=initial_state)
     if x.ndim != 3:
         raise ValueError(f"x: expected [B, T, V], got shape {tuple(x.shape)}")
     rows, T, V = x.shape

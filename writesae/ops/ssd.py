@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .._arguments import check_floats
+from .._autocast import without_autocast
 from ..writes import Writes
 from . import _dispatch
 from .reference.ssd import ssd as reference
 
 
+@without_autocast
 def ssd(
     x: Tensor,  # [B, T, H, V]
     dt: Tensor,  # [B, T, H]
@@ -38,6 +41,7 @@ def ssd(
 
     Source: Dao and Gu, *Transformers are SSMs*, arXiv 2405.21060; the writes: Young, arXiv 2605.12770.
     """
+    check_floats(("D", "initial_state"), x=x, dt=dt, A=A, B=B, C=C, D=D, initial_state=initial_state)
     if x.ndim != 4:
         raise ValueError(f"x: expected [B, T, H, V], got shape {tuple(x.shape)}")
     rows, T, H, V = x.shape

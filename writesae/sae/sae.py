@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._arguments import sizes
 from .sparse import Decode, exact_topk
 
 KINDS = ("bilinear", "bilinear_tied", "bilinear_flat", "matrix", "flat")
@@ -29,6 +30,9 @@ class SparseCodes(NamedTuple):
 
     values: Tensor
     indices: Tensor
+
+    def __repr__(self) -> str:
+        return f"SparseCodes(values={sizes(self.values)}, indices={sizes(self.indices)})"
 
 
 class SAE(nn.Module):

@@ -36,7 +36,6 @@ def preactivations(
     right = writes.right[:, :, index].to(v_enc)
     increments = torch.einsum("hfxk,bthrk,bthrv,hfxv->bthf", v_enc, left, right, w_enc)
     decay = writes.decay[:, :, index].to(v_enc).exp()
-    out = v_enc.new_empty(B, T, len(heads), v_enc.shape[1]) if not increments.requires_grad else None
     rows: list[list[Tensor]] = [[] for _ in range(B)]
     lasts = []
     for n, b, start, stop in writes.sequences():
@@ -51,16 +50,11 @@ def preactivations(
             a = decay[b, t][:, None] * a + increments[b, t]
             for head, p, q in additions.get(t - start, ()):
                 for i in (i for i, encoded in enumerate(heads) if encoded == head):
-                    a = a.clone()
-                    a[i] += torch.einsum("fxk,k,v,fxv->f", v_enc[i], p.to(v_enc), q.to(v_enc), w_enc[i])
-            if out is None:
-                rows[b].append(a)
-            else:
-                out[b, t] = a
+                    added = torch.einsum("fxk,k,v,fxv->f", v_enc[i], p.to(v_enc), q.to(v_enc), w_enc[i])
+                    a = a.index_add(0, torch.tensor([i], device=a.device), added[None])
+            rows[b].append(a)
         lasts.append(a)
-    if out is None:
-        out = torch.stack([torch.stack(r) for r in rows])
-    return out, torch.stack(lasts)
+    return torch.stack([torch.stack(r) for r in rows]), torch.stack(lasts)
 
 
 def topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -164,7 +158,7 @@ def backward(
         for lo in reversed(range(start, stop, size)):
             hi = min(lo + size, stop)
             da = grad[b, lo:hi].to(v_enc).transpose(0, 1)  # [Hs, t, m]
-            if tail is None and not bool(da.any()):
+            if tail is None and not torch.compiler.is_compiling() and not bool(da.any()):
                 continue
             decay, left, right = factors.block(b, lo, hi)
             lam = v_enc.new_zeros(Hs, hi - lo, F).scatter_add_(2, indices[b, lo:hi].transpose(0, 1), da)

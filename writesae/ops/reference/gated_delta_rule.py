@@ -69,8 +69,9 @@ def gated_delta_rule(
             for i in here:
                 if edits.kind[i] == DELETE:
                     continue
-                state = state.clone()
-                state[int(edits.head[i])] += torch.outer(edits.left[i].to(state), edits.right[i].to(state))
+                head = torch.tensor([int(edits.head[i])], device=state.device)
+                added = torch.outer(edits.left[i].to(state), edits.right[i].to(state))
+                state = state.index_add(0, head, added[None])  # a new tensor: what vmap maps may be the edit alone
             o_rows[b].append(torch.einsum("hkv,hk->hv", state, q_t))
             u_rows[b].append(u)
             for i in wanted.get((n, t - start), ()):
