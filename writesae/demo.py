@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import time
 from pathlib import Path
@@ -21,30 +20,27 @@ _SUMMARY = (
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder; an earlier demo there is redone")
-    parser.add_argument("--firings", type=int, default=1500, help="held-out firings to test")
-    parser.add_argument("--atoms", type=int, default=8, help="atoms to print")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR",
+                        help="folder to write to; an earlier demo there is redone")  # fmt: skip
+    parser.add_argument("--firings", type=int, default=1500, help="firings of the held-out text to test")
+    parser.add_argument("--atoms", type=int, default=8, help="atoms to print, the strongest first")
     parser.add_argument("--horizon", type=int, default=8, help="tokens followed after the edit")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of firings and the random control")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of firings and of the random control")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints what it finds as it goes. Returns 0."""
     began = time.perf_counter()
     _need_extras()
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice to install faster kernels: ours run
     from . import report
     from .collect import Corpus, ModelSource, Store, collect
+    from .default import load_default
     from .default.corpus import documents, stdlib_files, stdlib_folder
     from .experiments import passages_of, run_replacement
-    from .models import load
     from .ops import _dispatch
-    from .sae import SAE
 
-    folder = next(iter(sorted((Path(__file__).parent / "default" / "sae").glob("*/cfg.json")))).parent
-    model, tokenizer = load("default")
-    sae = SAE.from_pretrained(folder)
-    site = (sae.layer, sae.head)
+    model, tokenizer, saes = load_default()
+    (site, sae), *_ = saes.items()
     backend = "cpu" if _dispatch.can_run("cpu", "demo", {}) else "reference"
     parameters = sum(p.numel() for p in model.parameters())
     print(

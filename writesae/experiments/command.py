@@ -14,18 +14,18 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 
 def configure(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what is tested")
-    what.add_argument("--model", default="default", help="folder or name of the model; default is the embedded one")
+    what.add_argument("--model", default="default", help="folder or hub name of a model; default is the embedded one")
     what.add_argument("--sae", action="append", default=[], metavar="[LAYER:HEAD=]FOLDER",
-                      help="a dictionary's folder, or a folder of such folders; repeatable. Without it, the embedded "
-                      "model's own")  # fmt: skip
-    what.add_argument("--corpus", default="stdlib:test", help="held-out text: a file or folder of text, .jsonl or "
-                      ".parquet, or stdlib:SPLIT, the Python standard library's sources")  # fmt: skip
+                      help="a dictionary's folder, or a folder of such folders; repeatable (default: the embedded "
+                      "model's own)")  # fmt: skip
+    what.add_argument("--corpus", default="stdlib:test", metavar="CORPUS", help="held-out text: a file or folder of "
+                      "text, .jsonl or .parquet, or stdlib:SPLIT, the Python standard library's sources")  # fmt: skip
     what.add_argument("--select", default="stdlib:validation", metavar="CORPUS", help="text on which features "
                       "are chosen, "
                       "or none to test whatever fires")  # fmt: skip
     what.add_argument("--min-selected", type=int, default=5, help="tokens of the --select text at which a feature must "
                       "have the largest code")  # fmt: skip
-    what.add_argument("--firings", type=int, default=1000, help="firings tested a site")
+    what.add_argument("--firings", type=int, default=1000, help="firings tested at each site")
     what.add_argument("--each", type=int, default=8, help="firings tested a passage and site, at most")
     what.add_argument("--context", type=int, default=256, help="tokens a passage")
     how = parser.add_argument_group("how")
@@ -38,13 +38,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
                      "the first is the headline")  # fmt: skip
     how.add_argument("--conditions", choices=CONDITIONS, nargs="+", default=list(DEFAULT_CONDITIONS),
                      help="what is put in its place")  # fmt: skip
-    how.add_argument("--seed", type=int, default=0, help="of the choice of firings, the random control, the bootstraps")
-    how.add_argument("--device", default="cpu", help="cpu or cuda")
-    how.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model's weights")
-    how.add_argument("--memory", type=_bytes, default="1G", help="memory of a batch of forks, about")
-    how.add_argument("--out", required=True, help="folder for summary.json, firings.parquet, plots and "
-                     "report.html; the "
-                     "same command on the same folder resumes")  # fmt: skip
+    how.add_argument("--seed", type=int, default=0, help="seed of the choice, the random control and the bootstraps")
+    how.add_argument("--device", default="cpu", help="device of the model: cpu or cuda")
+    how.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the model's weights")
+    how.add_argument("--memory", type=_bytes, default="1G", metavar="SIZE", help="bytes of a batch of forks, about")
+    how.add_argument("--out", metavar="DIR", required=True, help="folder to write to; the same command on it resumes")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from ..collect.source import weights_fingerprint
+from ..models.quiet import quiet
 from ..sae import SAE
 from .conditions import BASELINE, CONDITIONS, DEFAULT_CONDITIONS, NATIVES, SCALES, Fired, arms, deltas  # fmt: skip
 from .engine import ForkEngine, Places
@@ -61,6 +62,7 @@ def passages_of(texts: Iterable[tuple[str, str]], tokenizer, context: int = 256)
 
 
 @torch.no_grad()
+@quiet()
 def run_replacement(
     model,
     tokenizer,

@@ -16,6 +16,7 @@ from ..ops.encode import check_precision
 from . import hf_gated_delta, hf_norms
 from .hf_gated_delta import LayerSite
 from .model_call import has_attention
+from .quiet import quiet
 from .tap import DENSE_KINDS, Tap
 
 # Largest |hooked - plain| logit over the largest plain logit that the self-test lets pass, by parameter dtype. Measured
@@ -98,10 +99,11 @@ def attach(
     tap.prepare(found)
     hooked = {*by_layer, *edits}
     if self_test:
-        _self_test(model, [s for i, s in found.items() if accelerate or i in hooked], accelerate, backend)
+        with quiet():
+            _self_test(model, [s for i, s in found.items() if accelerate or i in hooked], accelerate, backend)
     handlers = {i: _Handler(tap, i in hooked, accelerate, check_finite, write_gradients, backend) for i in found}
     convs = {i: _Convolution(backend) for i in found} if accelerate else {}
-    with hf_gated_delta.intercept(model, handlers, convs), _norms(model, accelerate, backend):
+    with quiet(), hf_gated_delta.intercept(model, handlers, convs), _norms(model, accelerate, backend):
         yield tap
     tap.require_everything_ran()
 

@@ -247,7 +247,8 @@ class SAE(nn.Module):
         """Loads a folder written by `save_pretrained`, a published `.pt` checkpoint, or a Hugging Face repository.
 
         Args:
-            path_or_repo: a folder, a `.pt` file, or a repository id such as "someone/dictionaries".
+            path_or_repo: "default" (the embedded model's dictionary), a folder, a `.pt` file, or a repository id such
+                as "someone/dictionaries".
             subfolder: folder inside it (one folder a site).
             revision: branch, tag or commit of a repository.
         Raises:
@@ -256,4 +257,8 @@ class SAE(nn.Module):
         """
         from .checkpoint import load
 
+        if str(path_or_repo) == "default":
+            from ..default import dictionaries
+
+            path_or_repo = next(iter(dictionaries().values()))
         return load(path_or_repo, subfolder, revision)
