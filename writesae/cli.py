@@ -110,12 +110,9 @@ def main(argv: list[str] | None = None) -> int:
         return import_module(COMMANDS[args.command].module).run(args)
     except KeyboardInterrupt:
         return _say(args.command, "interrupted", 130)
-    except BrokenPipeError:  # what reads our output has had enough (writesae info | head -1)
-        sys.stderr.close()  # else Python complains about it at exit
-        return 1
     except (ValueError, ImportError, *_MISUSE) as error:
         return _say(args.command, error, 2)
-    except OSError as error:  # a full disk, a broken network
+    except OSError as error:  # a full disk, a broken pipe
         return _say(args.command, error, 1)
 
 

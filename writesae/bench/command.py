@@ -23,10 +23,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
                         "bench/results in a clone, else ./bench-results; with --quick runs/bench-quick)")  # fmt: skip
     parser.add_argument("--gpu", action="store_true", help="measure the cases of a CUDA device instead")
     parser.add_argument("--dry", default="", metavar="TWIN", help="with --gpu: no GPU, no figures; every case runs "
-                        "on the kernels' host twin, the library that scripts/build_twin.py prints")  # fmt: skip
+                        "on the kernels' host twin, which scripts/build_twin.py prints (default: a GPU)")  # fmt: skip
     parser.add_argument("--fresh", action="store_true", help="start anew instead of going on with an interrupted run")
     parser.add_argument("--readme", type=Path, metavar="FILE", help="put table and picture between the markers of "
-                        "FILE too, such as docs/measured.md")  # fmt: skip
+                        "FILE too, such as docs/measured.md (default: of none)")  # fmt: skip
 
 
 def default_out(quick: bool) -> Path:
