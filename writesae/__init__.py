@@ -11,7 +11,7 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers
     from .default import load_default
     from .edits import Edits
     from .firings import Firings
-    from .models import attach
+    from .models.attach import attach
     from .sae import SAE
     from .writes import Writes
 

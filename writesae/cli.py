@@ -132,7 +132,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action) or ""
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        return {int: "N", float: "X"}.get(action.type) or super()._get_default_metavar_for_optional(action)
+        number = "N" if action.type is int else "X" if action.type is float else None
+        return number or super()._get_default_metavar_for_optional(action)
 
 
 if __name__ == "__main__":

@@ -91,14 +91,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _evaluate(model, tokenizer, sae, texts) -> dict:
-    import torch
-
     from .sae import ModelStream, Passages, evaluate
     from .sae.block import Block
 
     passages = Passages.from_texts(texts, tokenizer, 256)
     with ModelStream(model, passages, [(sae.layer, sae.head)]) as stream:
-        parts = list(stream.writes(torch.arange(0, len(passages), 3)))
+        parts = list(stream.writes(range(0, len(passages), 3)))
     return evaluate(sae, Block([part[sae.layer] for part in parts], sae.head), states=20_000)
 
 

@@ -168,7 +168,7 @@ class Writes:
         wanted: dict[int, dict[int, list[int]]] = {}
         for i, (n, t) in enumerate(pairs):
             wanted.setdefault(n, {}).setdefault(t, []).append(i)
-        found: list[Tensor | None] = [None] * len(pairs)
+        found: dict[int, Tensor] = {}
         for n, b, start, _ in self.sequences():
             if n not in wanted:
                 continue
@@ -185,7 +185,7 @@ class Writes:
                     state[head] += torch.outer(left.to(state), right.to(state))
                 for i in wanted[n].get(t, ()):
                     found[i] = state
-        out = torch.stack(found) if found else self.right.new_zeros(0, H, K, V)
+        out = torch.stack([found[i] for i in range(len(pairs))]) if found else self.right.new_zeros(0, H, K, V)
         if isinstance(positions, Tensor) and positions.ndim == 2:
             return out
         return out.reshape(self.num_sequences, -1, H, K, V)

@@ -19,6 +19,8 @@ from collections.abc import Iterator
 
 FALSE_ALARMS = re.compile(r"is falling back to its reference PyTorch implementation|[Tt]he fast path is not available")
 
+_NAME = "warning_once"  # of every logger, put there by transformers; ours stands in its place while a context is open
+_OURS = "_writesae_instead_of"
 _lock = threading.Lock()
 _inside: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # one _Token for each open context -> its thread
 
@@ -45,8 +47,8 @@ def quiet() -> Iterator[None]:
 
 
 def _install() -> None:
-    said = getattr(logging.Logger, "warning_once", None)
-    if said is None or hasattr(said, "_writesae_instead_of"):  # no transformers here, or quiet already
+    said = getattr(logging.Logger, _NAME, None)
+    if said is None or hasattr(said, _OURS):  # no transformers here, or quiet already
         return
 
     @functools.wraps(said)
@@ -55,11 +57,11 @@ def _install() -> None:
             return None
         return said(self, message, *args, **kwargs)
 
-    warning_once._writesae_instead_of = said
-    logging.Logger.warning_once = warning_once
+    setattr(warning_once, _OURS, said)
+    setattr(logging.Logger, _NAME, warning_once)
 
 
 def _remove() -> None:
-    said = getattr(logging.Logger, "warning_once", None)
-    if hasattr(said, "_writesae_instead_of"):
-        logging.Logger.warning_once = said._writesae_instead_of
+    said = getattr(getattr(logging.Logger, _NAME, None), _OURS, None)
+    if said is not None:
+        setattr(logging.Logger, _NAME, said)

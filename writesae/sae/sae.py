@@ -64,6 +64,9 @@ class SAE(nn.Module):
         ValueError: a size or name out of range, naming the argument.
     """
 
+    mean: Tensor
+    threshold: Tensor | None
+
     def __init__(
         self,
         K: int,
@@ -191,7 +194,7 @@ class SAE(nn.Module):
             ValueError: a wrong shape or dtype.
         """
         pre = self.preactivations(X)
-        if self.sparsity == "topk":
+        if self.threshold is None:
             return SparseCodes(*exact_topk(pre, self.k))
         fires = pre > self.threshold
         most = max(int(fires.sum(-1).max()) if fires.numel() else 0, 1)
