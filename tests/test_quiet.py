@@ -85,3 +85,16 @@ def test_a_plain_model_is_still_warned_of(said):
             model(torch.tensor([[5, 6, 7]]))
         model(torch.tensor([[5, 6, 7]]))
     assert [x for x in said if FALSE_ALARMS.search(x)]
+
+
+def test_a_text_that_is_cut_into_passages_is_not_called_too_long(said):
+    from writesae.experiments import passages_of
+    from writesae.sae import Passages
+
+    tokenizer = writesae.load_default().tokenizer
+    tokenizer.model_max_length = 16
+    texts = [("a", "for name in names:\n    print(name)\n" * 20)]
+    assert len(Passages.from_texts(texts, tokenizer, 16)) > 3 and len(passages_of(texts, tokenizer, 16)) > 3
+    assert said == []
+    tokenizer(texts[0][1])  # in the user's own call it is as it was
+    assert len(said) == 1 and "longer than the specified maximum" in said[0]
