@@ -106,7 +106,7 @@ def _need_extras() -> None:
 
     missing = [name for name in ("scipy", "statsmodels", "matplotlib") if find_spec(name) is None]
     if missing:
-        raise ValueError(f"demo: {', '.join(missing)} missing: pip install 'writesae[experiments]'")
+        raise ValueError(f"not installed: {', '.join(missing)}; pip install 'writesae[experiments]'")
 
 
 def _refuse_foreign(out: Path) -> None:
