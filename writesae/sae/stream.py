@@ -40,9 +40,10 @@ class Passages:
         if length < 1:
             raise ValueError(f"length: expected >= 1, got {length}")
         mark = next((x for x in (tokenizer.bos_token_id, tokenizer.eos_token_id) if x is not None), None)
+        silent = {"verbose": False} if hasattr(tokenizer, "model_max_length") else {}  # no "too long": it is cut
         pieces, documents = [], 0
         for _, text in tqdm(texts, "tokens", unit=" documents", disable=not progress, leave=False):
-            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            ids = tokenizer(text, add_special_tokens=False, **silent)["input_ids"]
             pieces.append(torch.tensor(ids if mark is None else [mark, *ids], dtype=torch.int32))
             documents += 1
         stream = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int32)
