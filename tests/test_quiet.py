@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 
 import pytest
@@ -12,7 +13,7 @@ from tiny_models import tiny_model
 
 import writesae
 from writesae.models import load
-from writesae.models.quiet import FALSE_ALARMS, quiet
+from writesae.models.quiet import FALSE_ALARMS, _inside, quiet
 
 ALARM = "`chunk_gated_delta_rule` is falling back to its reference PyTorch implementation because it is much slower"
 EARLIER = "The fast path is not available because one of the required library is not installed."
@@ -60,6 +61,58 @@ def test_nothing_is_left_after_an_error(said):
     with pytest.raises(KeyboardInterrupt), quiet():
         raise KeyboardInterrupt
     assert logging.Logger.warning_once is before
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_nothing_is_left_wherever_an_interrupt_comes(said):
+    """At every line of the module in turn, then with the context ended as usual."""
+    before, file = logging.Logger.warning_once, quiet.__wrapped__.__code__.co_filename
+
+    def run(nth: int) -> bool:
+        """Whether the nth line was reached."""
+        left = nth
+
+        def trace(frame, event, argument):
+            nonlocal left
+            if frame.f_code.co_filename != file:
+                return None
+            if event == "line":
+                left -= 1
+                if left == 0:
+                    raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            with quiet():
+                log(ALARM)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        return left <= 0
+
+    lines = 0
+    while run(lines + 1):
+        lines += 1
+        assert logging.Logger.warning_once is before and not _inside, f"line {lines}"
+    assert lines > 15 and said == []
+
+
+def test_many_threads(said):
+    before = logging.Logger.warning_once
+
+    def work():
+        for _ in range(300):
+            with quiet():
+                log(ALARM)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert said == [] and logging.Logger.warning_once is before
 
 
 @torch.no_grad()

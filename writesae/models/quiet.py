@@ -14,54 +14,62 @@ import functools
 import logging
 import re
 import threading
-import weakref
 from collections.abc import Iterator
 
 FALSE_ALARMS = re.compile(r"is falling back to its reference PyTorch implementation|[Tt]he fast path is not available")
 
 _NAME = "warning_once"  # of every logger, put there by transformers; ours stands in its place while a context is open
 _OURS = "_writesae_instead_of"
-_lock = threading.Lock()
-_inside: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # one _Token for each open context -> its thread
-
-
-class _Token:
-    pass
+# id of each open context -> its thread. No lock: an interrupt may come between taking one and the block that gives it
+# back. Whoever changes something looks again afterwards, so that the last one to do so leaves things right.
+_inside: dict[int, int] = {}
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Within the context, this thread's calls do not log `FALSE_ALARMS`. Everything else is logged, other threads too;
     nothing of it is left after the last context."""
-    token = _Token()
+    context = _Context()
     try:
-        with _lock:
-            _inside[token] = threading.get_ident()
-            _install()
+        context.open()
         yield
     finally:
-        with _lock:
-            _inside.pop(token, None)
-            if not _inside:
-                _remove()
+        context.close()
 
 
-def _install() -> None:
-    said = getattr(logging.Logger, _NAME, None)
-    if said is None or hasattr(said, _OURS):  # no transformers here, or quiet already
-        return
+class _Context:
+    closed = False
 
+    def open(self) -> None:
+        _inside[id(self)] = threading.get_ident()
+        _settle()
+
+    def close(self) -> None:
+        _inside.pop(id(self), None)
+        _settle()
+        self.closed = True
+
+    def __del__(self):
+        if not self.closed:  # an interrupt came between the lines above
+            self.close()
+
+
+def _settle() -> None:
+    while (said := getattr(logging.Logger, _NAME, None)) is not None:  # None: no transformers here
+        instead_of = getattr(said, _OURS, None)
+        if bool(_inside) == (instead_of is not None):
+            return
+        setattr(logging.Logger, _NAME, instead_of or _silenced(said))
+
+
+def _silenced(said):
     @functools.wraps(said)
     def warning_once(self, message, *args, **kwargs):
-        if threading.get_ident() in _inside.values() and FALSE_ALARMS.search(str(message)):
-            return None
-        return said(self, message, *args, **kwargs)
+        return None if _is_false_alarm(message) else said(self, message, *args, **kwargs)
 
     setattr(warning_once, _OURS, said)
-    setattr(logging.Logger, _NAME, warning_once)
+    return warning_once
 
 
-def _remove() -> None:
-    said = getattr(getattr(logging.Logger, _NAME, None), _OURS, None)
-    if said is not None:
-        setattr(logging.Logger, _NAME, said)
+def _is_false_alarm(message) -> bool:
+    return bool(FALSE_ALARMS.search(str(message))) and threading.get_ident() in _inside.copy().values()
