@@ -36,7 +36,7 @@ cuda-check: $(VENV)/.built
 	$(BIN)/python scripts/cuda_check.py
 
 lint: $(VENV)/.built
-	$(BIN)/ruff check .
+	$(BIN)/ruff check . && $(BIN)/mypy
 
 info: $(VENV)/.built
 	$(BIN)/writesae info

@@ -1,8 +1,8 @@
 """Builds the compiled parts, stable-ABI libraries of operators: the rest of the packaging is in pyproject.toml.
 
-_C_cpu is always built. _C_cuda, the CUDA kernels, is built where nvcc is found; WRITESAE_CUDA=0 leaves it out and
-WRITESAE_CUDA=1 insists on it. Neither needs a GPU, nor a torch with CUDA. WRITESAE_CUDA_ARCHITECTURES ("80 90a 100a
-90-ptx" by default) says what for.
+_C_cpu is always built. _C_cuda, the CUDA kernels, takes minutes and nvcc, and is built only where WRITESAE_CUDA=1 asks
+for it. Neither needs a GPU, nor a torch with CUDA. WRITESAE_CUDA_ARCHITECTURES ("80 90a 100a 90-ptx" by default) says
+what for.
 """
 
 import os
@@ -36,15 +36,15 @@ FLAGS = ["-O3", "-g0", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-W
 
 
 def nvcc() -> str | None:
-    """The compiler for CUDA, or None where it is not wanted or not there."""
+    """The compiler for CUDA, or None where the CUDA kernels are not asked for."""
     wanted = os.environ.get("WRITESAE_CUDA", "")
     if wanted not in ("", "0", "1"):
         sys.exit(f"WRITESAE_CUDA: expected 0 or 1, got {wanted!r}")
-    if wanted == "0":
+    if wanted != "1":
         return None
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     found = shutil.which("nvcc", path=os.path.join(home, "bin")) if home else shutil.which("nvcc")
-    if found is None and wanted == "1":
+    if found is None:
         where = f"in {home}/bin (CUDA_HOME)" if home else "on PATH; set CUDA_HOME or PATH"
         sys.exit(f"WRITESAE_CUDA=1 asks for the CUDA kernels, but nvcc was not found {where}")
     return found
@@ -135,6 +135,8 @@ def extension(name: str, sources: list[str], side: int, **options) -> CppExtensi
 
 
 CUDA = nvcc()
+print("writesae: " + (f"CUDA kernels for {ARCHITECTURES}, by {CUDA}" if CUDA else
+      "the CPU kernels alone; WRITESAE_CUDA=1 builds the CUDA kernels too, with nvcc"), flush=True)  # fmt: skip
 extensions = [extension("_C_cpu", glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp"), 0)]
 if CUDA is not None:
     sources = [*(f"csrc/{name}" for name in both_sides()), "csrc/cuda/library.cpp"]

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One wheel under several torch versions: builds it once with the first Python, installs it beside each, runs the ops' tests.
 #   scripts/check_wheel.sh PYTHON [PYTHON...]      each a Python with torch, numpy, pyarrow, safetensors, transformers, pytest
-# The first also needs setuptools, wheel and ninja; WRITESAE_CUDA=0|1 says whether the CUDA kernels are in.
+# The first also needs setuptools, wheel and ninja; with WRITESAE_CUDA=1 the CUDA kernels are in, else not.
 set -euo pipefail
 [ $# -ge 1 ] || { echo "usage: $0 PYTHON [PYTHON...]"; exit 2; }
 pythons=()

@@ -1,36 +1,58 @@
 """The rank-1 writes of matrix-state language models, encoded, collected and edited inside a fast forward pass."""
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-_PUBLIC = {
+if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers
+    from . import collect, experiments, models, ops, report, sae
+    from .collect import Store
+    from .default import load_default
+    from .edits import Edits
+    from .firings import Firings
+    from .models.attach import attach
+    from .sae import SAE
+    from .writes import Writes
+
+__all__ = [
+    "SAE",
+    "Edits",
+    "Firings",
+    "Store",
+    "Writes",
+    "__version__",
+    "attach",
+    "collect",
+    "experiments",
+    "load_default",
+    "models",
+    "ops",
+    "report",
+    "sae",
+]
+
+# Where a name is defined; every other public name is a module of its own.
+_HOME = {
     "Writes": "writesae.writes",
     "Firings": "writesae.firings",
     "Edits": "writesae.edits",
     "SAE": "writesae.sae",
     "attach": "writesae.models",
+    "load_default": "writesae.default",
     "Store": "writesae.collect",
-    "ops": None,
-    "models": None,
-    "sae": None,
-    "collect": None,
-    "experiments": None,
-    "report": None,
 }
-
-__all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name: str):
     """Public names load on first use, so that `import writesae` needs neither transformers nor a compiled library."""
-    if name not in _PUBLIC:
+    if name not in __all__:
         raise AttributeError(f"module 'writesae' has no attribute {name!r}")
-    home = _PUBLIC[name]
+    home = _HOME.get(name)
     value = import_module(f"writesae.{name}") if home is None else getattr(import_module(home), name)
     globals()[name] = value
     return value
 
 
 def __dir__():
-    return sorted([*globals(), *_PUBLIC])
+    return sorted({*globals(), *__all__})

@@ -23,7 +23,7 @@ def _load(stem: str) -> str | None:
 
 def _load_cuda() -> str | None:
     if not list(_FOLDER.glob("_C_cuda*")):
-        return "not built: nvcc was not found where this was built, or WRITESAE_CUDA=0 (WRITESAE_CUDA=1 pip install .)"
+        return "not built: only built when asked for (WRITESAE_CUDA=1 pip install . where nvcc is)"
     if torch.version.cuda is None:
         return f"built, but this torch ({torch.__version__}) has no CUDA"
     if CPU_ERROR is not None:

@@ -6,17 +6,99 @@ import argparse
 import os
 import sys
 from importlib import import_module
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """A subcommand: its module, one line for the overview, and what its own --help says besides the options."""
+
+    module: str
+    summary: str
+    writes: str  # what it writes, and how it ends
+    example: str
+
 
 COMMANDS = {
-    "info": ("writesae.info", "versions, backends built and usable (or why not), CPU instruction sets"),
-    "demo": ("writesae.demo", "the embedded model and dictionary, end to end, with a report"),
-    "train": ("writesae.sae.command", "train a dictionary on the writes of a site"),
-    "collect": ("writesae.collect.command", "collect the firings of a corpus into Parquet"),
-    "verify": ("writesae.collect.verify", "check every file of a collection against its digest"),
-    "replace": ("writesae.experiments.command", "the replacement test: native write against atom, deletion, random"),
-    "bench": ("writesae.bench.command", "every figure of speed beside its peer: JSON, table and picture"),
-    "report": ("writesae.report.command", "rebuild the report of a finished run"),
-}
+    "info": Command(
+        "writesae.info",
+        "say what is installed, what is built and usable here, and why not",
+        "Writes nothing but what it prints.",
+        "writesae info --json",
+    ),
+    "demo": Command(
+        "writesae.demo",
+        "show everything once on the embedded model: firings, strongest atoms, replacement test, report",
+        "Takes about 3 minutes and no network. Writes the collection firings/, summary.json, firings.parquet, plots/ "
+        "and the page report.html to --out.",
+        "writesae demo --out runs/demo",
+    ),
+    "train": Command(
+        "writesae.sae.command",
+        "train a dictionary (WriteSAE) on the writes of one or several sites of a model",
+        "Writes cfg.json and sae.safetensors (several sites: a folder L<layer>H<head> for each), metrics.json with the "
+        "held-out figures, and a checkpoint, to --out. Interrupted, the same command with --resume goes on.",
+        "writesae train --layer 5 --head 3 --features 4096 -k 8 --steps 2000 --out runs/L5H3",
+    ),
+    "collect": Command(
+        "writesae.collect.command",
+        "collect what fires on a corpus: text in, a folder of Parquet files out",
+        "Writes Parquet shards of firings, tokens and documents, an index by feature, manifest.json and summary.json "
+        "to --out; writesae.Store reads the folder. Interrupted or killed, the same command goes on with nothing lost. "
+        "Exit status: 0 done, 1 disk full or declined, 2 bad input, 130 interrupted.",
+        "writesae collect notes/ --out runs/notes --max-tokens 1000000",
+    ),
+    "verify": Command(
+        "writesae.collect.verify",
+        "check every file of a collection against its digest",
+        "Names every damaged, missing or unexpected file; changes nothing. Exit status: 0 sound, 1 not sound, 2 no such "
+        "collection.",
+        "writesae verify runs/notes",
+    ),
+    "replace": Command(
+        "writesae.experiments.command",
+        "run the replacement test: a write against the atom, its deletion and a random matrix",
+        "Follows the model's next-token distribution after each edit. Writes summary.json, firings.parquet, plots/ and "
+        "the page report.html to --out. Interrupted, the same command goes on.",
+        "writesae replace --firings 200 --out runs/replace",
+    ),
+    "bench": Command(
+        "writesae.bench.command",
+        "measure every figure of speed and accuracy beside its peer",
+        "Writes one JSON file a case and the picture bench.png to --out, and prints the table. Exit status 1 where a "
+        "case failed or its result disagrees with its peer's.",
+        "writesae bench 'encode*' --quick",
+    ),
+    "report": Command(
+        "writesae.report.command",
+        "draw the pictures and the page of a finished replacement run again",
+        "Writes report.html and plots/ from the run's summary.json and firings.parquet; runs no model.",
+        "writesae report runs/replace",
+    ),
+}  # fmt: skip
+
+_MISUSE = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+
+
+def parser(only: str | None = None) -> argparse.ArgumentParser:
+    """The command's parser; options are filled in for the subcommand `only`, whose module alone is imported (`writesae
+    info` must answer even where another command's packages are missing), or for all with "*"."""
+    top = argparse.ArgumentParser(
+        prog="writesae",
+        description="The rank-1 writes of matrix-state language models (Gated DeltaNet and kin): say which atoms of a "
+        "dictionary fire at every token, collect and edit them, inside the model's fast forward pass.",
+        epilog="writesae COMMAND --help explains a command. Start with: writesae demo",
+    )
+    top.add_argument("--version", action="store_true", help="print the version and exit")
+    subparsers = top.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for name, command in COMMANDS.items():
+        sub = subparsers.add_parser(
+            name, help=command.summary, formatter_class=_Help,
+            description=f"{command.summary[0].upper()}{command.summary[1:]}. {command.writes}",
+            epilog=f"example: {command.example}",
+        )  # fmt: skip
+        if only in (name, "*"):
+            import_module(command.module).configure(sub)
+    return top
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,42 +106,46 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if sys.stdin is None:  # closed: whoever asks a question meets its end, not a missing file
         sys.stdin = open(os.devnull)
-    parser = argparse.ArgumentParser(prog="writesae", description=__doc__.split("\n")[0])
-    parser.add_argument("--version", action="store_true", help="print the version and exit")
-    subparsers = parser.add_subparsers(dest="command", metavar="command")
-    modules = {}
-    for name, (module, summary) in COMMANDS.items():
-        sub = subparsers.add_parser(
-            name, help=summary, description=summary[0].upper() + summary[1:] + ".",
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        )  # fmt: skip
-        # Only the chosen command is imported: `writesae info` must answer even where torch's extras are missing.
-        if name in argv[:1]:
-            modules[name] = import_module(module)
-            modules[name].configure(sub)
-    args = parser.parse_args(argv)
+    top = parser(argv[0] if argv else None)
+    args = top.parse_args(argv)
     if args.version:
         from . import __version__
 
         print(__version__)
         return 0
     if args.command is None:
-        parser.print_help()
+        top.print_help()
         return 2
     try:
-        return modules[args.command].run(args)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"writesae {args.command}: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"writesae {args.command}: {error}", file=sys.stderr)
-        return 1
-    except EOFError:
-        print(f"writesae {args.command}: a question could not be asked: standard input is closed", file=sys.stderr)
-        return 2
+        return import_module(COMMANDS[args.command].module).run(args)
     except KeyboardInterrupt:
-        print(f"writesae {args.command}: interrupted", file=sys.stderr)
-        return 130
+        return _say(args.command, "interrupted", 130)
+    except (ValueError, ImportError, *_MISUSE) as error:
+        return _say(args.command, error, 2)
+    except EOFError:
+        return _say(args.command, "a question could not be asked: standard input is closed", 2)
+    except OSError as error:  # a full disk, a broken pipe
+        return _say(args.command, error, 1)
+
+
+def _say(command: str, error: object, status: int) -> int:
+    print(f"writesae {command}: {error}", file=sys.stderr)
+    return status
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to every option that has one, leaves out "(default: None)", and writes N for a whole number."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.default in (None, [], "") or action.default is False or "default" in (action.help or ""):
+            return action.help or ""
+        if isinstance(action.default, (list, tuple)):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
+        return super()._get_help_string(action) or ""
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        number = "N" if action.type is int else "X" if action.type is float else None
+        return number or super()._get_default_metavar_for_optional(action)
 
 
 if __name__ == "__main__":

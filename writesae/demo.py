@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import time
 from pathlib import Path
@@ -23,31 +22,28 @@ _SUMMARY = (
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder; an earlier demo there is redone")
-    parser.add_argument("--firings", type=int, default=1500, help="held-out firings to test")
-    parser.add_argument("--atoms", type=int, default=8, help="atoms to print")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR",
+                        help="folder to write to; an earlier demo there is redone")  # fmt: skip
+    parser.add_argument("--firings", type=int, default=1500, help="firings of the held-out text to test")
+    parser.add_argument("--atoms", type=int, default=8, help="atoms to print, the strongest first")
     parser.add_argument("--horizon", type=int, default=8, help="tokens followed after the edit")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of firings and the random control")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of firings and of the random control")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints what it finds as it goes. Returns 0."""
     began = time.perf_counter()
     _need_extras()
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice to install faster kernels: ours run
     from . import report
     from .collect import ModelSource, Store, collect
+    from .default import load_default
     from .experiments import passages_of, run_replacement
     from .experiments.replace import select_tokens
-    from .models import load
     from .ops import _dispatch
-    from .sae import SAE
     from .text import Corpus
 
-    folder = next(iter(sorted((Path(__file__).parent / "default" / "sae").glob("*/cfg.json")))).parent
-    model, tokenizer = load("default")
-    sae = SAE.from_pretrained(folder)
-    site = (sae.layer, sae.head)
+    model, tokenizer, saes = load_default()
+    (site, sae), *_ = saes.items()
     backend = "cpu" if _dispatch.can_run("cpu", "demo", {}) else "reference"
     parameters = sum(p.numel() for p in model.parameters())
     print(
@@ -99,14 +95,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _evaluate(model, tokenizer, sae, corpus) -> dict:
-    import torch
-
     from .sae import ModelStream, Passages, evaluate
     from .sae.block import Block
 
     passages = Passages.from_corpus(corpus, tokenizer, 256)
     with ModelStream(model, passages, [(sae.layer, sae.head)]) as stream:
-        parts = list(stream.writes(torch.arange(0, len(passages), 3)))
+        parts = list(stream.writes(range(0, len(passages), 3)))
     return evaluate(sae, Block([part[sae.layer] for part in parts], sae.head), states=20_000)
 
 
@@ -116,7 +110,7 @@ def _need_extras() -> None:
 
     missing = [name for name in ("scipy", "statsmodels", "matplotlib") if find_spec(name) is None]
     if missing:
-        raise ValueError(f"demo: {', '.join(missing)} missing: pip install 'writesae[experiments]'")
+        raise ValueError(f"not installed: {', '.join(missing)}; pip install 'writesae[experiments]'")
 
 
 def _refuse_foreign(out: Path) -> None:

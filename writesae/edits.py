@@ -137,12 +137,12 @@ class Edits:
         """Edits of row -1 repeated for every row."""
         if not bool((self.row < 0).any()):
             return self
-        index, row = [], []
+        found, row = [], []
         for i, r in enumerate(self.row.tolist()):
             for target in range(rows) if r < 0 else (r,):
-                index.append(i)
+                found.append(i)
                 row.append(target)
-        index = torch.tensor(index)
+        index = torch.tensor(found)
         return Edits(row, self.position[index], self.head[index], self.left[index], self.right[index], self.kind[index])
 
 

@@ -8,7 +8,12 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 
 PACKAGES = ("torch", "transformers", "safetensors", "pyarrow", "numpy")
-EXTRAS = ("scipy", "statsmodels", "scikit-learn", "matplotlib", "datasets")
+# What each extra of `pip install 'writesae[EXTRA]'` brings.
+EXTRAS = {
+    "experiments": ("scipy", "statsmodels", "scikit-learn", "matplotlib", "jinja2"),
+    "datasets": ("datasets",),
+    "pandas": ("pandas",),
+}
 
 
 def gather() -> dict:
@@ -17,19 +22,17 @@ def gather() -> dict:
 
     from . import __version__
     from ._library import backends, cpu_isa
-
-    def installed(name: str) -> str | None:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return None
+    from .models import versions
 
     return {
         "writesae": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: installed(name) for name in PACKAGES},
-        "extras": {name: installed(name) for name in EXTRAS},
+        "packages": {name: _installed(name) for name in PACKAGES},
+        "transformers": {
+            "installed": versions.installed(), "tested": list(versions.TESTED), "in_tested_range": versions.in_range(),
+        },
+        "extras": {name: _installed(name) for names in EXTRAS.values() for name in names},
         "backends": backends(),
         "cpu": {
             "cores": os.cpu_count(), "torch_threads": torch.get_num_threads(),
@@ -44,16 +47,32 @@ def configure(parser) -> None:
 
 
 def run(args) -> int:
+    from .models import versions
+
     info = gather()
     if args.json:
         print(json.dumps(info, indent=2))
         return 0
     print(f"writesae {info['writesae']}   Python {info['python']}   {info['platform']}")
-    for title in ("packages", "extras"):
-        print(f"{title + ':':10}" + "  ".join(f"{k} {v or '(not installed)'}" for k, v in info[title].items()))
+    print(f"{'packages:':19}" + _listed(info["packages"]))
+    print(f"{'transformers:':19}{versions.remark()}")
+    for extra, names in EXTRAS.items():
+        found = {name: info["extras"][name] for name in names}
+        missing = "" if all(found.values()) else f"   (pip install 'writesae[{extra}]')"
+        print(f"extra {extra + ':':13}" + _listed(found) + missing)
     for name, reason in info["backends"].items():
         print(f"backend {name + ':':11}{'usable' if reason is None else reason}")
-    cpu = info["cpu"]
-    print("cpu:      " + "  ".join(f"{k} {v}" for k, v in cpu.items()))
-    print(f"gpu:      {info['cuda_device'] or 'none seen by torch'}")
+    print(f"{'cpu:':19}" + _listed(info["cpu"]))
+    print(f"{'gpu:':19}{info['cuda_device'] or 'none seen by torch'}")
     return 0
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _listed(versions: dict) -> str:
+    return "  ".join(f"{k} {v or '(not installed)'}" for k, v in versions.items())

@@ -199,7 +199,7 @@ class Writes:
         wanted: dict[int, dict[int, list[int]]] = {}
         for i, (n, t) in enumerate(pairs):
             wanted.setdefault(n, {}).setdefault(t, []).append(i)
-        found: list[Tensor | None] = [None] * len(pairs)
+        found: dict[int, Tensor] = {}
         for n, b, start, _ in self.sequences():
             if n not in wanted:
                 continue

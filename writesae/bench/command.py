@@ -13,19 +13,20 @@ ROOT = Path(__file__).parents[2]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("names", nargs="*", metavar="NAME", help="cases to measure, or patterns (encode*); all if none")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="cases, or patterns such as encode* (default: all)")
     parser.add_argument("--list", action="store_true", help="list the cases and stop")
     parser.add_argument("--show", action="store_true", help="measure nothing: table and picture of what --out holds")
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds, to see that all runs")
-    parser.add_argument("--repeats", type=int, metavar="N", help="interleaved rounds (default: each case's own number)")
-    parser.add_argument("--threads", type=int, metavar="N", help="torch threads (default: torch's choice)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the JSON files and the picture (default: "
+    parser.add_argument("--repeats", type=int, metavar="N", help="rounds of each case (default: the case's own number)")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads of torch (default: torch's choice)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write to (default: "
                         "bench/results in a clone, else ./bench-results; with --quick runs/bench-quick)")  # fmt: skip
-    parser.add_argument("--gpu", action="store_true", help="the cases of a CUDA device instead")
+    parser.add_argument("--gpu", action="store_true", help="measure the cases of a CUDA device instead")
     parser.add_argument("--dry", default="", metavar="TWIN", help="with --gpu: no GPU, no figures; every case runs "
-                        "on the kernels' host twin, the library that scripts/build_twin.py prints")  # fmt: skip
-    parser.add_argument("--fresh", action="store_true", help="do not go on with an interrupted run")
-    parser.add_argument("--readme", type=Path, metavar="FILE", help="put table and picture between the markers of FILE")
+                        "on the kernels' host twin, which scripts/build_twin.py prints (default: a GPU)")  # fmt: skip
+    parser.add_argument("--fresh", action="store_true", help="start anew instead of going on with an interrupted run")
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="put table and picture between the markers of "
+                        "FILE too, such as docs/measured.md (default: of none)")  # fmt: skip
 
 
 def default_out(quick: bool) -> Path:

@@ -20,12 +20,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     text.add_argument("corpus", nargs="?", help=NAMED)
     add_options(text)
     model = parser.add_argument_group("model")
-    model.add_argument("--model", default="default", help="folder or name of the model; default is the embedded one")
+    model.add_argument("--model", default="default", help="folder or hub name of a model; default is the embedded one")
     model.add_argument("--sae", action="append", default=[], metavar="[LAYER:HEAD=]FOLDER",
-                       help="a dictionary, or a folder of dictionary folders; repeatable. Without it, the embedded "
-                       "model's own")  # fmt: skip
+                       help="a dictionary's folder, or a folder of such folders; repeatable (default: the embedded "
+                       "model's own)")  # fmt: skip
     model.add_argument("--any-model", action="store_true", help="also with dictionaries that name another model")
-    model.add_argument("--device", default="cpu", help="cpu or cuda")
+    model.add_argument("--device", default="cpu", help="device of the model: cpu or cuda")
     model.add_argument(
         "--accelerate",
         action=argparse.BooleanOptionalAction,
@@ -33,19 +33,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="run all the model's recurrences on this package's op, not only the dictionaries' layers",
     )
     what = parser.add_argument_group("what is kept")
-    what.add_argument("--out", required=True, help="folder; the same command on the same folder resumes")
-    what.add_argument("--mode", choices=MODES, default="all", help="all firings, the largest or a sample a feature")
-    what.add_argument("--n", type=int, help="firings kept a feature in the modes top and reservoir (1000), firings in "
-                      "the index by feature in mode all (100)")  # fmt: skip
-    what.add_argument("--seed", type=int, default=0, help="of the reservoir")
+    what.add_argument("--out", metavar="DIR", required=True, help="folder to write to; the same command on it resumes")
+    what.add_argument("--mode", choices=MODES, default="all", help="keep all firings, the largest of a feature, or a "
+                      "random sample of a feature")  # fmt: skip
+    what.add_argument("--n", type=int, help="firings kept of a feature in the modes top and reservoir (default: 1000), "
+                      "firings of a feature in the index in mode all (default: 100)")  # fmt: skip
+    what.add_argument("--seed", type=int, default=0, help="seed of the random sample")
     what.add_argument("--context", type=int, default=512, help="tokens a passage")
     what.add_argument("--batch", type=int, default=4, help="passages run together; more pay off on a GPU only")
-    what.add_argument("--max-tokens", type=int, help="stop after this many tokens")
-    what.add_argument(
-        "--shard-passages", type=int, help="passages a shard; by default what gives about 500,000 firings"
-    )
-    what.add_argument("--limit", type=_size, default="1GB", help="ask before collecting more than this")
-    what.add_argument("--yes", action="store_true", help="do not ask")
+    what.add_argument("--max-tokens", type=int, help="stop after this many tokens (default: the whole corpus)")
+    what.add_argument("--shard-passages", type=int, help="passages a shard (default: about 500,000 firings a shard)")
+    what.add_argument("--limit", type=_size, default="1GB", metavar="SIZE",
+                      help="bytes on disk above which to ask first")  # fmt: skip
+    what.add_argument("--yes", action="store_true", help="do not ask, whatever the size")
 
 
 def run(args: argparse.Namespace) -> int:

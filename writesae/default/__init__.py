@@ -1,1 +1,46 @@
 """The embedded default: a small language model, one dictionary, and the split of the standard library behind both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from ..sae import SAE
+
+FOLDER = Path(__file__).parent
+
+
+class Default(NamedTuple):
+    """What `load_default` returns; unpacks as `model, tokenizer, saes`.
+
+    Attributes:
+        model: the language model, of transformers, float32, in eval mode.
+        tokenizer: its tokenizer, of transformers.
+        saes: `{(layer, head): dictionary}`, as `attach` takes it.
+    """
+
+    model: Any
+    tokenizer: Any
+    saes: dict[tuple[int, int], SAE]
+
+
+def load_default() -> Default:
+    """The small language model inside the package, its tokenizer and its dictionary. Nothing is downloaded.
+
+        model, tokenizer, saes = writesae.load_default()
+    """
+    from ..models import load
+    from ..sae import SAE
+
+    model, tokenizer = load("default")
+    return Default(model, tokenizer, {site: SAE.from_pretrained(path) for site, path in dictionaries().items()})
+
+
+def dictionaries() -> dict[tuple[int, int], Path]:
+    """{(layer, head): folder} of the embedded dictionaries."""
+    found = {}
+    for path in sorted((FOLDER / "sae").glob("L*H*")):
+        layer, head = path.name[1:].split("H")
+        found[int(layer), int(head)] = path
+    return found

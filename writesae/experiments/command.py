@@ -18,21 +18,22 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 
 def configure(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what is tested")
-    what.add_argument("--model", default="default", help="folder or name of the model; default is the embedded one")
+    what.add_argument("--model", default="default", help="folder or hub name of a model; default is the embedded one")
     what.add_argument("--sae", action="append", default=[], metavar="[LAYER:HEAD=]FOLDER",
-                      help="a dictionary's folder, or a folder of such folders; repeatable. Without it, the embedded "
-                      "model's own")  # fmt: skip
-    what.add_argument("--corpus", help=f"held-out text: {NAMED}; default: {_CORPUS}")
+                      help="a dictionary's folder, or a folder of such folders; repeatable (default: the embedded "
+                      "model's own)")  # fmt: skip
+    what.add_argument("--corpus", help=f"held-out text: {NAMED} (default: {_CORPUS})")
     add_options(what)
     what.add_argument("--max-tokens", type=int, default=2_000_000, help="tokens of it that are read at most, from "
                       "files in an order drawn by --seed")  # fmt: skip
     what.add_argument("--select", default="stdlib:validation", metavar="CORPUS", help="text on which features are "
                       "chosen, named like --corpus, or none to test whatever fires")  # fmt: skip
     what.add_argument("--select-tokens", type=int, help="tokens of it that are read at most, from files in an order "
-                      "drawn by --seed; default 200 for each of --firings, at least 20,000")  # fmt: skip
+                      "drawn by --seed (default: 200 for each of --firings, at least 20,000)")  # fmt: skip
+    what.add_argument("--any-model", action="store_true", help="also with dictionaries that name another model")
     what.add_argument("--min-selected", type=int, default=5, help="tokens of the --select text at which a feature must "
                       "have the largest code")  # fmt: skip
-    what.add_argument("--firings", type=int, default=1000, help="firings tested a site")
+    what.add_argument("--firings", type=int, default=1000, help="firings tested at each site")
     what.add_argument("--each", type=int, default=8, help="firings tested a passage and site, at most")
     what.add_argument("--context", type=int, default=256, help="tokens a passage")
     how = parser.add_argument_group("how")
@@ -45,14 +46,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
                      "the first is the headline")  # fmt: skip
     how.add_argument("--conditions", choices=CONDITIONS, nargs="+", default=list(DEFAULT_CONDITIONS),
                      help="what is put in its place")  # fmt: skip
-    how.add_argument("--seed", type=int, default=0, help="of the choice of firings, the random control, the bootstraps")
-    what.add_argument("--any-model", action="store_true", help="also with dictionaries that name another model")
-    how.add_argument("--device", default="cpu", help="cpu or cuda")
-    how.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model's weights")
-    how.add_argument("--memory", type=_bytes, default="1G", help="memory of a batch of forks, about")
-    how.add_argument("--out", required=True, help="folder for summary.json, firings.parquet, plots and "
-                     "report.html; the "
-                     "same command on the same folder resumes")  # fmt: skip
+    how.add_argument("--seed", type=int, default=0, help="seed of the choice, the random control and the bootstraps")
+    how.add_argument("--device", default="cpu", help="device of the model: cpu or cuda")
+    how.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the model's weights")
+    how.add_argument("--memory", type=_bytes, default="1G", metavar="SIZE", help="bytes of a batch of forks, about")
+    how.add_argument("--out", metavar="DIR", required=True, help="folder to write to; the same command on it resumes")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from ..models.identity import require_same_model, weights_digest
+from ..models.quiet import quiet
 from ..sae import SAE
 from ..text import Corpus
 from ..text.passages import DocumentEnd
@@ -91,6 +92,7 @@ def select_tokens(firings: int) -> int:
 
 
 @torch.no_grad()
+@quiet()
 def run_replacement(
     model,
     tokenizer,

@@ -16,6 +16,7 @@ from ..ops.encode import check_precision
 from . import hf_gated_delta, hf_norms
 from .hf_gated_delta import LayerSite
 from .patch import Owner
+from .quiet import quiet
 from .self_test import self_test as run_self_test
 from .tap import DENSE_KINDS, Tap
 
@@ -106,7 +107,8 @@ def attach(
     norms = accelerate and backend in (None, "cpu")
     if self_test:
         tested = [s for i, s in found.items() if accelerate or i in hooked]
-        run_self_test(model, list(found.values()), tested, _rule(backend), (gated_delta_rule, backend), conv, norms)
+        with quiet():
+            run_self_test(model, list(found.values()), tested, _rule(backend), (gated_delta_rule, backend), conv, norms)
     handlers = {i: _Handler(tap, i in hooked, accelerate, check_finite, write_gradients, backend) for i in found}
     owner = Owner()
     try:
@@ -115,7 +117,8 @@ def attach(
             hf_gated_delta.install(owner, model, list(found.values()), handlers, convs)
             if norms:
                 hf_norms.install(owner, model)
-            yield tap
+            with quiet():
+                yield tap
         finally:
             owner.close()
     finally:  # again, should an interrupt have hit the first

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from .quiet import quiet
+
 _DEFAULT = Path(__file__).parent.parent / "default" / "model"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -30,7 +32,8 @@ def load(path: str | os.PathLike = "default", dtype: torch.dtype = torch.float32
         source = str(where)
     else:
         source = str(path)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
     return model.eval(), AutoTokenizer.from_pretrained(source)
 
 

@@ -36,5 +36,5 @@ def remark() -> str:
 
 
 def _key(release: str) -> tuple[int, ...]:
-    numbers = [int(x) for x in re.match(r"\d+(?:\.\d+)*", release)[0].split(".")]
-    return tuple([*numbers, 0, 0][:3])
+    numbers = re.split(r"[^\d.]", release)[0].strip(".").split(".")  # "5.24.0.dev0" -> 5, 24, 0
+    return tuple([*map(int, numbers), 0, 0][:3])

@@ -6,8 +6,8 @@ import argparse
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", help="folder of a finished replacement run (summary.json and firings.parquet)")
-    parser.add_argument("--out", help="folder for report.html and plots/ (default: the run's own)")
+    parser.add_argument("run", metavar="RUN", help="folder of a finished run (with summary.json and firings.parquet)")
+    parser.add_argument("--out", metavar="DIR", help="folder to write to (default: the run's own)")
 
 
 def run(args: argparse.Namespace) -> int:

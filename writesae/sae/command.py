@@ -24,35 +24,39 @@ _DEFAULTS = {f.name: f.default for f in fields(TrainConfig)}
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the subcommand's arguments."""
     add = parser.add_argument
-    add("--model", default="default", help="the embedded default, a folder, or a Hugging Face repository")
-    add("--layer", type=int, help="layer of the site (with --head)")
-    add("--head", type=int, help="value head of the site (with --layer)")
-    add("--site", action="append", metavar="LAYER:HEAD", help="a site; repeat to train several from the same passes")
-    add("--out", type=Path, required=True, help="folder to save in (several sites: a folder L<layer>H<head> each)")
+    add("--model", default="default", help="folder or hub name of a model; default is the embedded one")
+    add("--layer", type=int, help="layer of a single site, with --head")
+    add("--head", type=int, help="value head of a single site, with --layer")
+    add("--site", action="append", metavar="LAYER:HEAD", help="a site, instead of --layer and --head; "
+        "repeatable: several are trained from the same passes")  # fmt: skip
+    add("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
-    add("--corpus", nargs="+", help=f"each {NAMED}; default: stdlib:train")
+    add("--corpus", nargs="+", help=f"each {NAMED} (default: stdlib:train)")
     add_options(parser)
-    add("--validation", nargs="+", help="held-out text, named like --corpus; default: stdlib:validation, or one in 20 "
-        "of the documents of a --corpus or --dataset, which are then not trained on")  # fmt: skip
-    add("--max-tokens", type=int, help="read no more of the text, nor of the held-out text, than this")
-    add("--length", type=int, default=256, help="tokens of a passage")
+    add("--validation", nargs="+", help="held-out text, named like --corpus (default: stdlib:validation, or one in 20 "
+        "of the documents of a --corpus or --dataset, which are then not trained on)")  # fmt: skip
+    add("--max-tokens", type=int, help="tokens of the text, and of the held-out text, that are read at most")
+    add("--length", type=int, default=256, help="tokens a passage")
     add("--batch", type=int, default=16, help="passages in one forward pass")
     add("--eval-passages", type=int, default=128, help="held-out passages the dictionary is evaluated on")
     add("--checkpoint-every", type=int, default=1000, help="steps between checkpoints")
     add("--quiet", action="store_true", help="no progress bars")
     add("--kind", choices=KINDS, default=_DEFAULTS["kind"], help="kind of dictionary")
-    add("-F", "--features", type=int, default=_DEFAULTS["F"], help="number of atoms")
-    add("-k", type=int, default=_DEFAULTS["k"], help="atoms active at once")
+    add("-F", "--features", type=int, default=_DEFAULTS["F"], help="atoms of the dictionary")
+    add("-k", type=int, default=_DEFAULTS["k"], help="atoms active at a token")
     add("--rank", type=int, default=_DEFAULTS["r"], help="rank of an atom")
     add("--init", choices=INITS, default=_DEFAULTS["init"], help="what atoms start from")
-    add("--path", choices=PATHS, default=_DEFAULTS["path"], help="form the sampled states, or none at all")
+    add("--path", choices=PATHS, default=_DEFAULTS["path"], help="how losses are computed: from sampled states "
+        "(dense), from their writes (factored), or as the kind of dictionary allows (auto)")  # fmt: skip
     for name, text in (
-        ("steps", "optimiser steps"), ("states", "states in a step"),
+        ("steps", "optimiser steps"), ("states", "states a step"),
         ("passages", "passages a step's states come from; 0: all of a block, on the factored path as few as hold them"),
-        ("block", "passages held as writes"),
-        ("uses", "times a block is drawn through"), ("lr", "learning rate"), ("lr_end", "learning rate at the end"),
-        ("aux", "weight of the auxiliary loss"), ("k_aux", "dead atoms it uses"),
-        ("prepare", "passages of the initial pass"), ("seed", "seed of everything"),
+        ("block", "passages whose writes are held at once"),
+        ("uses", "times each state of a block is drawn, on average"), ("lr", "learning rate at the start"),
+        ("lr_end", "learning rate at the end"),
+        ("aux", "weight of the auxiliary loss, which revives dead atoms; 0: none"),
+        ("k_aux", "dead atoms in the auxiliary loss"),
+        ("prepare", "passages of the first pass, for the mean and the initial atoms"), ("seed", "seed of everything"),
     ):  # fmt: skip
         add("--" + name.replace("_", "-"), type=type(_DEFAULTS[name]), default=_DEFAULTS[name], help=text)
     add("--not-centred", action="store_true", help="do not subtract the mean state")

@@ -68,6 +68,9 @@ class SAE(nn.Module):
         ValueError: a size or name out of range, naming the argument.
     """
 
+    mean: Tensor
+    threshold: Tensor | None
+
     def __init__(
         self,
         K: int,
@@ -195,7 +198,7 @@ class SAE(nn.Module):
             ValueError: a wrong shape or dtype.
         """
         pre = self.preactivations(X)
-        if self.sparsity == "topk":
+        if self.threshold is None:
             return SparseCodes(*exact_topk(pre, self.k))
         fires = pre > self.threshold
         most = max(int(fires.sum(-1).max()) if fires.numel() else 0, 1)
@@ -251,7 +254,8 @@ class SAE(nn.Module):
         """Loads a folder written by `save_pretrained`, a published `.pt` checkpoint, or a Hugging Face repository.
 
         Args:
-            path_or_repo: a folder, a `.pt` file, or a repository id such as "someone/dictionaries".
+            path_or_repo: "default" (the embedded model's dictionary), a folder, a `.pt` file, or a repository id such
+                as "someone/dictionaries".
             subfolder: folder inside it (one folder a site).
             revision: branch, tag or commit of a repository.
         Raises:
@@ -260,4 +264,8 @@ class SAE(nn.Module):
         """
         from .checkpoint import load
 
+        if str(path_or_repo) == "default":
+            from ..default import dictionaries
+
+            path_or_repo = next(iter(dictionaries().values()))
         return load(path_or_repo, subfolder, revision)
