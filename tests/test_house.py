@@ -19,13 +19,14 @@ MAY_IMPORT = {
     "firings": set(),
     "edits": set(),
     "ops": {"writes", "firings", "edits", "_library"},
-    "sae": {"ops", "writes", "firings", "edits", "models", "default"},
-    "models": {"ops", "writes", "firings", "edits", "default"},
+    "untrusted": set(),
+    "sae": {"ops", "writes", "firings", "edits", "models", "default", "untrusted"},
+    "models": {"ops", "writes", "firings", "edits", "default", "untrusted"},
     "collect": {"models", "sae", "firings", "edits", "default", "_library"},
     "experiments": {"models", "sae", "ops", "writes", "firings", "edits", "collect", "report", "default"},
-    "report": {"firings", "collect"},
+    "report": {"firings", "collect", "untrusted"},
 }
-EXTRAS = {"scipy", "statsmodels", "sklearn", "matplotlib", "datasets", "pandas", "plotly", "transformer_lens"}
+EXTRAS = {"scipy", "statsmodels", "sklearn", "matplotlib", "datasets", "jinja2", "pandas", "plotly", "transformer_lens"}
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:
