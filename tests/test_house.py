@@ -20,10 +20,11 @@ MAY_IMPORT = {
     "edits": set(),
     "ops": {"writes", "firings", "edits", "_library"},
     "untrusted": set(),
-    "sae": {"ops", "writes", "firings", "edits", "models", "default", "untrusted"},
+    "options": set(),
+    "sae": {"ops", "writes", "firings", "edits", "models", "default", "options", "untrusted"},
     "models": {"ops", "writes", "firings", "edits", "default", "untrusted"},
-    "collect": {"models", "sae", "firings", "edits", "default", "_library"},
-    "experiments": {"models", "sae", "ops", "writes", "firings", "edits", "collect", "report", "default"},
+    "collect": {"models", "sae", "firings", "edits", "default", "options", "_library"},
+    "experiments": {"models", "sae", "ops", "writes", "firings", "edits", "collect", "report", "default", "options"},
     "report": {"firings", "collect", "untrusted"},
 }
 EXTRAS = {"scipy", "statsmodels", "sklearn", "matplotlib", "datasets", "jinja2", "pandas", "plotly", "transformer_lens"}

@@ -15,6 +15,7 @@ from typing import Any
 
 JSON_LIMIT = 4 * 2**20  # bytes; a list of empty lists takes some twenty times its text in memory
 HEADER_LIMIT = 8 * 2**20
+_DEPTH = 64  # objects in objects; more would exhaust the stack of whoever walks or writes them
 _LONE = re.compile("[\ud800-\udfff]")
 
 
@@ -48,8 +49,8 @@ def regular_size(path: Path) -> int:
     return status.st_size
 
 
-def read_json(path: str | Path, limit: int = JSON_LIMIT) -> dict:
-    """A JSON object as plain data, with every number finite and no key given twice.
+def read_json(path: str | Path, limit: int = JSON_LIMIT, strict: bool = True) -> dict:
+    """A JSON object as plain data; if `strict`, with every number finite, no key given twice, and all of it text.
 
     Raises:
         ValueError: naming the file: too large, not UTF-8, not JSON, nested too deep, not an object.
@@ -65,16 +66,24 @@ def read_json(path: str | Path, limit: int = JSON_LIMIT) -> dict:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not JSON: not UTF-8 text ({error.reason} at byte {error.start})") from error
     try:
-        value = json.loads(
-            text, object_pairs_hook=_once, parse_constant=_refuse_constant, parse_float=_finite, parse_int=_integer
-        )
+        value = json.loads(text, parse_int=_integer, **(_STRICT if strict else {}))
     except RecursionError as error:
         raise ValueError(f"{path}: not JSON that can be read: nested too deep") from error
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {first_line(error)}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, got {shown(value)}")
+    if _deep(value):
+        raise ValueError(f"{path}: not JSON that can be read: nested too deep")
     return value
+
+
+def _deep(value: dict) -> bool:
+    level: list[Any] = [value]
+    for _ in range(_DEPTH):
+        level = [x for part in level for x in (part.values() if isinstance(part, dict) else part)
+                 if isinstance(x, (dict, list))]  # fmt: skip
+    return bool(level)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict:
@@ -102,6 +111,9 @@ def _integer(text: str) -> int:
     if len(text) > 40:
         raise ValueError(f"an integer of {len(text)} digits is out of range")
     return int(text)
+
+
+_STRICT = {"object_pairs_hook": _once, "parse_constant": _refuse_constant, "parse_float": _finite}
 
 
 def is_integer(value: Any, least: int = 0, most: int = 2**62) -> bool:

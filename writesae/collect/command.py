@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+from ..options import add_model
 from .estimate import Estimate, readable
 from .modes import MODES
 
@@ -21,7 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--split", default="train", help="split of --dataset")
     text.add_argument("--field", default="text", help="JSONL field, or Parquet or dataset column, with the text")
     model = parser.add_argument_group("model")
-    model.add_argument("--model", default="default", help="folder or name of the model; default is the embedded one")
+    add_model(model)
     model.add_argument("--sae", action="append", default=[], metavar="[LAYER:HEAD=]FOLDER",
                        help="a dictionary, or a folder of dictionary folders; repeatable. Without it, the embedded "
                        "model's own")  # fmt: skip
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
     files.one_heap()
     dictionaries = _dictionaries(args)
-    model, tokenizer = load(args.model)
+    model, tokenizer = load(args.model, trust_remote_code=args.trust_remote_code)
     source = ModelSource(model.to(args.device), dictionaries, accelerate=args.accelerate)
     try:
         summary = collect(

@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+from ..options import add_model
 from .conditions import CONDITIONS, DEFAULT_CONDITIONS, NATIVES, SCALES
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
@@ -14,7 +15,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 
 def configure(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what is tested")
-    what.add_argument("--model", default="default", help="folder or name of the model; default is the embedded one")
+    add_model(what)
     what.add_argument("--sae", action="append", default=[], metavar="[LAYER:HEAD=]FOLDER",
                       help="a dictionary's folder, or a folder of such folders; repeatable. Without it, the embedded "
                       "model's own")  # fmt: skip
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     test = _texts(args.corpus, "corpus")
     select = None if args.select == "none" else _texts(args.select, "select")
     saes = _dictionaries(args)
-    model, tokenizer = load(args.model, getattr(torch, args.dtype))
+    model, tokenizer = load(args.model, getattr(torch, args.dtype), args.trust_remote_code)
     result = run_replacement(
         model.to(args.device), tokenizer, saes, passages_of(test, tokenizer, args.context),
         select=None if select is None else passages_of(select, tokenizer, args.context),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from ..options import add_model
 from .sae import KINDS
 from .site import INITS, PATHS, TrainConfig, generator
 
@@ -22,7 +23,7 @@ _DEFAULTS = {f.name: f.default for f in fields(TrainConfig)}
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the subcommand's arguments."""
     add = parser.add_argument
-    add("--model", default="default", help="the embedded default, a folder, or a Hugging Face repository")
+    add_model(parser)
     add("--layer", type=int, help="layer of the site (with --head)")
     add("--head", type=int, help="value head of the site (with --layer)")
     add("--site", action="append", metavar="LAYER:HEAD", help="a site; repeat to train several from the same passes")
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     from .train import Trainer
 
     show = not args.quiet
-    model, tokenizer = load(args.model)
+    model, tokenizer = load(args.model, trust_remote_code=args.trust_remote_code)
     passages = Passages.from_texts(training, tokenizer, args.length, progress=show)
     validation = Passages.from_texts(held_out, tokenizer, args.length, progress=show)
     if show:

@@ -107,7 +107,8 @@ class TorchFile:
             name = entry.filename.partition("/")[2]
             if name in records:
                 raise _Refused(f"two records {name!r}"[:200])
-            if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 or entry.file_size > entry.compress_size:
+            stored = entry.compress_type == zipfile.ZIP_STORED and entry.file_size <= entry.compress_size
+            if not stored or entry.flag_bits & 1:
                 raise _Refused(f"a compressed record {name!r}"[:200])
             records[name] = entry
         if sum(entry.file_size for entry in records.values()) > size:
