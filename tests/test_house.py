@@ -21,11 +21,11 @@ MAY_IMPORT = {
     "ops": {"writes", "firings", "edits", "_library"},
     "untrusted": set(),
     "options": set(),
-    "sae": {"ops", "writes", "firings", "edits", "models", "default", "options", "untrusted"},
+    "sae": {"ops", "writes", "firings", "edits", "models", "default", "files", "options", "untrusted"},
     "models": {"ops", "writes", "firings", "edits", "default", "untrusted"},
     "collect": {"models", "sae", "firings", "edits", "default", "options", "_library"},
     "experiments": {"models", "sae", "ops", "writes", "firings", "edits", "collect", "report", "default", "options"},
-    "report": {"firings", "collect", "untrusted"},
+    "report": {"firings", "collect", "files", "untrusted"},
 }
 EXTRAS = {"scipy", "statsmodels", "sklearn", "matplotlib", "datasets", "jinja2", "pandas", "plotly", "transformer_lens"}
 

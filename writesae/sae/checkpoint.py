@@ -7,8 +7,6 @@ weights before a tensor is read, and every tensor's values before it becomes par
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import __version__
+from ..files import whole_file, write_text
 from ..untrusted import first_line, is_integer, is_number, read_json, safetensors_file, shown
 from .published import assign, load_published
 from .sae import SAE
@@ -34,7 +33,7 @@ _DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F
 
 
 def save(sae: SAE, folder: str | Path) -> None:
-    """Writes a dictionary; each file appears whole or not at all, in the place of a link and never through one."""
+    """Writes a dictionary; each file appears whole or not at all, and never through a link."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = {
@@ -45,14 +44,9 @@ def save(sae: SAE, folder: str | Path) -> None:
     }  # fmt: skip
     text = json.dumps(config, indent=2, allow_nan=False) + "\n"
     tensors = {name: x.detach().contiguous() for name, x in sae.state_dict().items()}
-    _put(folder / WEIGHTS, lambda path: save_file(tensors, path))
-    _put(folder / CONFIG, lambda path: path.write_text(text))
-
-
-def _put(path: Path, write: Callable[[Path], object]) -> None:
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as private:
-        write(Path(private) / path.name)
-        os.replace(Path(private) / path.name, path)
+    with whole_file(folder / WEIGHTS) as path:
+        save_file(tensors, path)
+    write_text(folder / CONFIG, text)
 
 
 def load(path_or_repo: str | Path, subfolder: str | None = None, revision: str | None = None) -> SAE:

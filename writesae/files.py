@@ -1,0 +1,316 @@
+"""Files that appear whole or not at all, are never written through a link, and are known by their digest.
+
+Whatever writes into a folder that may have come from elsewhere writes through `whole_file`: a symbolic link where a
+file or an inner folder should be would have it overwrite something outside. What must be trusted later is written with
+`write_sealed`, JSON that carries its own digest, and names other files with theirs (`entry`, `problem`).
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+SEAL = "sha256"
+_BLOCK = 1 << 20
+_LARGEST_JSON = 1 << 28
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_RACY_SECONDS = 2.0  # a file changed so recently may change again without its times saying so
+
+
+# ---- writing ----------------------------------------------------------------------------------------------------
+
+
+def refuse_link(path: Path, argument: str = "out") -> None:
+    """Raises ValueError if `path` itself is a symbolic link, broken or not."""
+    if os.path.islink(path):
+        raise ValueError(
+            f"{argument}: {path} is a symbolic link to {os.readlink(path)}, and nothing is written through one: remove "
+            "it or name another folder"
+        )
+
+
+def refuse_links(folder: Path, argument: str = "out") -> None:
+    """Raises ValueError if anything below `folder` is a symbolic link. The folder itself may be one."""
+    if not Path(folder).is_dir():
+        return
+    for here, folders, names in os.walk(folder):
+        for name in sorted((*folders, *names)):
+            refuse_link(Path(here, name), argument)
+
+
+def make_folder(root: Path, *names: str, argument: str = "out") -> Path:
+    """`root/names...`, made where it is missing; `root` may be a link to a folder, nothing below it.
+
+    Raises:
+        ValueError: a link below the root, or a file where a folder should be.
+    """
+    path = Path(root)
+    if not path.is_dir() and os.path.lexists(path):
+        kind = "a link that leads nowhere" if path.is_symlink() and not path.exists() else "the file"
+        raise ValueError(f"{argument}: expected a folder, got {kind} {path}")
+    path.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        path = path / name
+        refuse_link(path, argument)
+        if os.path.lexists(path) and not path.is_dir():
+            raise ValueError(f"{argument}: expected a folder, got the file {path}")
+        path.mkdir(exist_ok=True)
+    return path
+
+
+@contextmanager
+def whole_file(path: Path, root: Path | None = None, argument: str = "out") -> Iterator[Path]:
+    """Yields a temporary name beside `path`; on success it becomes `path` in one rename, on any error it is removed.
+
+    Args:
+        path: the file; what stands there is replaced.
+        root: the folder the user named, default the file's own. Nothing from it down to the file may be a link.
+        argument: what a refusal names.
+
+    Raises:
+        ValueError: `path`, or a folder between `root` and it, is a symbolic link.
+        OSError: the disk is full; nothing half-written is left.
+    """
+    path = Path(path)
+    for part in _below(path, path.parent if root is None else Path(root)):
+        refuse_link(part, argument)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        # Made here, exclusively, so that nothing that waits under this name is ever opened.
+        discard(temporary)
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666))
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        discard(temporary)
+        if error.errno in _FULL:
+            raise OSError(
+                error.errno,
+                f"{os.strerror(error.errno)} while writing {path}; nothing half-written is kept: free some space and "
+                "run the same command again, it goes on from the last finished part",
+            ) from error
+        raise
+    except BaseException:
+        discard(temporary)
+        raise
+
+
+def _below(path: Path, root: Path) -> list[Path]:
+    """`path` and its folders up to, without, `root`."""
+    found = [path]
+    while found[-1].parent != root and root in found[-1].parents:
+        found.append(found[-1].parent)
+    return found
+
+
+def discard(path: Path) -> None:
+    """Removes a file that may not be there (of a link, the link)."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames and removals in `folder` survive a power cut."""
+    _sync(folder)
+
+
+def write_text(path: Path, text: str, root: Path | None = None, argument: str = "out") -> None:
+    """Writes a UTF-8 file, whole or not at all, through no link."""
+    with whole_file(path, root, argument) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_sealed(path: Path, value: dict, root: Path | None = None) -> None:
+    """Writes a JSON object with its own digest as the last entry."""
+    write_text(path, sealed(value), root)
+
+
+def sealed(value: dict) -> str:
+    """The text of `write_sealed`. Entries, order and spacing are all under the digest."""
+    digest = hashlib.sha256(json.dumps(value, indent=1).encode()).hexdigest()
+    return json.dumps({**value, SEAL: digest}, indent=1) + "\n"
+
+
+# ---- reading ----------------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path):
+    """The content of a JSON file.
+
+    Raises:
+        ValueError: it is missing, no plain file, too large, not JSON, or nested too deeply, naming the file.
+    """
+    return _json(path)[1]
+
+
+def read_sealed(path: Path) -> dict:
+    """What `write_sealed` wrote, its digest included.
+
+    Raises:
+        ValueError: one byte of it is another, naming the file.
+    """
+    text, value = _json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    if text != sealed({name: x for name, x in value.items() if name != SEAL}):
+        raise ValueError(f"{path} is damaged: its content and its digest disagree")
+    return value
+
+
+def _json(path: Path):
+    try:
+        with open_plain(path) as file:
+            if os.fstat(file.fileno()).st_size > _LARGEST_JSON:
+                raise ValueError(f"larger than {_LARGEST_JSON:,} bytes")
+            text = file.read().decode()
+        return text, json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"{path}: expected JSON written by writesae, got one nested too deeply") from error
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON written by writesae, got {error}") from error
+
+
+def open_plain(path: Path):
+    """Opens a plain file for reading bytes: never a device or a pipe, which would keep the reader waiting for ever.
+
+    Raises:
+        ValueError: it is something else. OSError: as `open`.
+    """
+    file = open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise ValueError(f"{path}: expected a plain file")
+    return file
+
+
+# ---- digests ----------------------------------------------------------------------------------------------------
+
+
+def sha256(path: Path, progress: Callable[[int], object] | None = None) -> str:
+    """Digest of a file's bytes, a block at a time; `progress` is told the bytes of each."""
+    digest = hashlib.sha256()
+    with open_plain(path) as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+            if progress is not None:
+                progress(len(block))
+    return digest.hexdigest()
+
+
+def entry(path: Path) -> dict:
+    """{bytes, sha256} of a file: what `problem` compares."""
+    return {"bytes": path.stat().st_size, SEAL: sha256(path)}
+
+
+def problem(path: Path, expected: dict, progress: Callable[[int], object] | None = None) -> str | None:
+    """What is wrong with a file of which `entry` was once `expected`, or None."""
+    try:
+        size = path.stat().st_size
+        if size != expected["bytes"]:
+            return f"expected {expected['bytes']} bytes, got {size}"
+        got = sha256(path, progress)
+    except FileNotFoundError:
+        return "missing"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    except ValueError:
+        return "not a plain file"
+    return None if got == expected[SEAL] else "its content and its digest disagree"
+
+
+def stamp(path: Path) -> tuple:
+    """What changes when a file's content does: path, device, inode, size, and times of content and status in ns."""
+    s = os.stat(path)
+    return os.path.realpath(path), s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns
+
+
+class DigestCache:
+    """Digests of files by their `stamp`, in the user's cache folder, so that a large file is read once.
+
+    A wrong answer would need a file whose content changed while size, inode and both times stayed, which systems do not
+    let happen but within a clock tick; files changed in the last seconds are therefore not kept. A damaged cache, or a
+    folder that cannot be written, costs time and nothing else.
+    """
+
+    MOST = 200_000
+
+    def __init__(self, path: Path | None = None):
+        base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+        self.path = Path(base, "writesae", "digests.json") if path is None else Path(path)
+        try:
+            self._known = read_sealed(self.path).get("digests", {})
+        except ValueError:
+            self._known = {}
+        self._new: dict[str, str] = {}
+
+    def __enter__(self) -> DigestCache:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.save()
+
+    @staticmethod
+    def _key(stamps, what: str) -> str:
+        return hashlib.sha256(json.dumps([what, stamps]).encode()).hexdigest()
+
+    def get(self, stamps, what: str = "file") -> str | None:
+        """The digest kept for files of these stamps."""
+        key = self._key(stamps, what)
+        return self._new.get(key) or self._known.get(key)
+
+    def put(self, stamps, digest: str, what: str = "file") -> None:
+        """Keeps a digest made after the stamps were taken, unless a file is too young for its times to be trusted."""
+        youngest = max((max(s[4], s[5]) for s in stamps), default=0)
+        if time.time_ns() - youngest > _RACY_SECONDS * 1e9:
+            self._new[self._key(stamps, what)] = digest
+
+    def file(self, path: Path, progress: Callable[[int], object] | None = None) -> str:
+        """`sha256(path)`, read only where it is not known."""
+        before = stamp(path)
+        known = self.get([before])
+        if known is None:
+            known = sha256(path, progress)
+            if stamp(path) == before:
+                self.put([before], known)
+        elif progress is not None:
+            progress(before[3])
+        return known
+
+    def save(self) -> None:
+        """Writes what was learnt."""
+        if not self._new:
+            return
+        entries = list({**self._known, **self._new}.items())[-self.MOST :]
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_sealed(self.path, {"digests": dict(entries)})
+        except (OSError, ValueError):
+            return
+        self._known, self._new = dict(entries), {}
+
+
+def cached_digests(files: list[tuple[Path, str]], progress: Callable[[int], object] | None = None) -> dict[str, str]:
+    """{name: sha256} of files, reading only those that changed since they were last read."""
+    with DigestCache() as cache:
+        return {name: cache.file(path, progress) for path, name in files}
