@@ -24,7 +24,7 @@ _STYLE = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#8a8a8a", "axes.linewidth": 0.8,
     "axes.labelcolor": "#333333", "text.color": "#222222", "xtick.color": "#555555", "ytick.color": "#555555",
     "axes.grid": True, "grid.color": "#e9e9e9", "grid.linewidth": 0.7, "axes.axisbelow": True,
-    "legend.frameon": False, "figure.dpi": 100, "savefig.dpi": 170, "text.parse_math": False,
+    "legend.frameon": False, "figure.dpi": 100, "savefig.dpi": 170,
     "axes.facecolor": "none",
 }  # fmt: skip
 _DARK_STYLE = {

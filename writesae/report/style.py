@@ -32,9 +32,11 @@ figure img{display:block;width:100%;height:auto}
 figcaption{font-size:14px;color:var(--soft);line-height:1.45;margin-top:6px}
 figcaption b{color:var(--ink)}
 .scroll{overflow-x:auto}
-table{border-collapse:collapse;font-size:14px;width:100%;font-variant-numeric:tabular-nums}
+.scroll table{font-size:12.5px}
+.scroll th,.scroll td{padding:5px 6px}
+table{border-collapse:collapse;font-size:13.5px;width:100%;font-variant-numeric:tabular-nums}
 table.narrow{width:auto;min-width:340px}
-th,td{padding:5px 10px;text-align:right;white-space:nowrap;vertical-align:bottom}
+th,td{padding:5px 7px;text-align:right;white-space:nowrap;vertical-align:bottom}
 th:first-child{text-align:left;font-weight:400}
 thead th{font-weight:600;color:var(--soft);border-bottom:1.5px solid var(--ink)}
 thead th:first-child{font-weight:600}
