@@ -24,7 +24,7 @@ _FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "soc
 
 @dataclass
 class Case:
-    """A hostile thing in `folder`, made by `name`; `load` loads it, `check(result)` says what is wrong with a result."""
+    """A hostile thing in `folder`: `load` loads it, `check(result)` says what is wrong with what was accepted."""
 
     name: str
     folder: Path
@@ -93,8 +93,9 @@ def judge(case: Case, watch: Watch, marker: Path) -> tuple[str, str]:
 
 
 def run(cases: Callable[[int, int, Path, Path], Iterator[Case]], seed: int, count: int, warm: int = 3) -> dict:
-    """Judges `count` cases of a generator. {"cases", "accepted", "refused", "bad": [(name, why)], "most_bytes"}."""
-    watch, out = Watch(), {"cases": 0, "accepted": 0, "refused": 0, "bad": [], "most_bytes": 0}
+    """Judges `count` cases of a generator. {"cases", "accepted", "refused", "bad": [(name, why)],
+    "taken": [names of those accepted], "most_bytes"}."""
+    watch, out = Watch(), {"cases": 0, "accepted": 0, "refused": 0, "bad": [], "most_bytes": 0, "taken": []}
     with tempfile.TemporaryDirectory() as folder:
         marker = Path(folder) / "owned"
         for i, case in enumerate(cases(seed, count, Path(folder) / "cases", marker)):
@@ -113,6 +114,7 @@ def run(cases: Callable[[int, int, Path, Path], Iterator[Case]], seed: int, coun
                 marker.unlink(missing_ok=True)
             else:
                 out[what] += 1
+                out["taken"] += [case.name] if what == "accepted" else []
     return out
 
 

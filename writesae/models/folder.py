@@ -123,6 +123,16 @@ def _check_config(config: dict | list, where: Path, held: Held, trust_remote_cod
             raise ValueError(f"{where}: {name}: weights under another name than {WEIGHTS} are not read")
 
 
+def tokenizer_code(folder: Path) -> str | None:
+    """Name of a tokenizer that says it comes with code, which would otherwise be passed over for a general one."""
+    where = folder / "tokenizer_config.json"
+    config = read_json(where, _LARGE, strict=False) if where.exists() else {}
+    found = config.get("auto_map")
+    if not found or (isinstance(found, dict) and "AutoTokenizer" not in found):
+        return None
+    return str(config.get("tokenizer_class"))
+
+
 ALLOW = "which runs only with trust_remote_code=True (--trust-remote-code)"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..untrusted import first_line
-from .folder import ALLOW, Held, check_folder, no_larger_than
+from .folder import ALLOW, Held, check_folder, no_larger_than, tokenizer_code
 
 _DEFAULT = Path(__file__).parent.parent / "default" / "model"
 _FILES = ("*.json", "*.jinja", "*.txt", "*.model", "model*.safetensors")
@@ -39,8 +39,13 @@ def load(
     held = check_folder(folder, trust_remote_code)
     options = {"trust_remote_code": trust_remote_code, "local_files_only": not trust_remote_code}
     model = _model(folder, held, dtype, options)
+    import transformers
     from transformers import AutoTokenizer
 
+    name = tokenizer_code(folder)
+    if name is not None and not trust_remote_code and not hasattr(transformers, name):
+        where = folder / "tokenizer_config.json"
+        raise ValueError(f"{where}: the tokenizer {name[:200]} comes with its own code, {ALLOW}")
     with _named(folder, "the tokenizer (tokenizer.json, tokenizer_config.json, ...)"):
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     return model.eval(), tokenizer
@@ -75,10 +80,10 @@ def _named(folder: Path, what: str) -> Iterator[None]:
         yield
     except Exception as error:
         text = first_line(error)
-        if str(folder) in text and isinstance(error, ValueError) and "custom code" not in text:
-            raise
         if "trust_remote_code" in str(error):
             text = f"it comes with code of its own, {ALLOW}"
+        elif isinstance(error, ValueError) and str(folder) in text:
+            raise
         raise ValueError(f"{folder}: {what} cannot be loaded: {text}") from error
 
 

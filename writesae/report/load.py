@@ -33,7 +33,10 @@ def load_run(folder: str | Path) -> tuple[dict, dict[str, np.ndarray]]:
     columns = _columns(folder / "firings.parquet")
     if "tests" not in summary or "activation" not in columns:
         raise ValueError(f"run: expected the folder of a replacement run, got {folder} of another kind")
-    check_run(summary, columns)
+    try:
+        check_run(summary, columns)
+    except ValueError as error:
+        raise ValueError(f"run: {folder}: {str(error).removeprefix('run: ')}") from error
     return summary, columns
 
 
