@@ -32,8 +32,8 @@ from watch import in_child  # noqa: E402
 
 @pytest.mark.parametrize(
     "module, function, count",
-    [("hostile_dictionaries", "folders", 110), ("hostile_dictionaries", "published", 80),
-     ("hostile_models", "folders", 56), ("hostile_runs", "injected", 120)],
+    [("hostile_dictionaries", "folders", 100), ("hostile_dictionaries", "published", 60),
+     ("hostile_models", "folders", 56), ("hostile_runs", "injected", 60)],
 )  # fmt: skip
 def test_hostile_files(module, function, count):
     found = in_child(module, function, seed=20, count=count)
@@ -97,8 +97,43 @@ def test_weights_that_are_missing_are_not_made_up(model_folder, tmp_path):
     name = next(n for n in tensors if n.endswith("out_proj.weight"))
     del tensors[name]
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match="the weights are without .*out_proj.weight|describes a model of more than"):
+    with pytest.raises(ValueError, match="the weights are without .*out_proj.weight"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
+)
+def test_a_damaged_file_of_a_model_is_named(model_folder, tmp_path, name):
+    from writesae.models import load
+
+    for file in model_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    data = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=f"{tmp_path}/{name}: not "):
+        load(tmp_path)
+
+
+def test_a_repository_is_checked_like_a_folder(model_folder, monkeypatch):
+    import huggingface_hub
+
+    from writesae.models import load
+
+    asked = []
+
+    def download(name, allow_patterns, ignore_patterns):
+        asked.append((name, allow_patterns))
+        if name == "some/nothing":
+            raise OSError("offline")
+        return str(model_folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert not load("some/model")[0].training
+    load("some/model", trust_remote_code=True)
+    assert [("*.py" in patterns, "*.bin" in patterns) for _, patterns in asked] == [(False, False), (True, False)]
+    with pytest.raises(ValueError, match="'some/nothing': no such folder, and not to be had from the hub: offline"):
+        load("some/nothing")
 
 
 # ---- dictionaries ---------------------------------------------------------------------------------------------------
@@ -296,7 +331,7 @@ def test_ties_sites_and_indentation_show(tmp_path):
     result.save(tmp_path)
     page = build(tmp_path, tmp_path).read_text()
     assert '<b class="verdict tie">A tie' in page and "200 ties" in page
-    assert "        return" in page and '⏎</span>\n\t' in page
+    assert "        return" in page and "⏎</span>\n\t" in page
     assert "Site by site" in page and page.count("<th>layer 4, head ") == 2
     summary, _ = load_run(tmp_path)
     assert {s: x["ties"] for s, x in summary["sites"].items()} == {"4:0": 100, "4:1": 100}

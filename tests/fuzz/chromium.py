@@ -37,6 +37,22 @@ def ran(browser: str, page: Path) -> bool:
     return MARK in start[start.index("<html") : start.index(">", start.index("<html"))]
 
 
+def wherever(summary: dict, table: dict, payload: str) -> dict:
+    """The payload in every place of a summary, string, number or key, that is not refused."""
+    from hostile_runs import inject, places
+
+    from writesae.report.schema import check_run
+
+    for place in list(places(summary)):
+        try:
+            changed = inject(summary, place, payload)
+            check_run(changed, table)
+        except (ValueError, KeyError):
+            continue
+        summary = changed
+    return summary
+
+
 def main() -> int:
     browser = next((path for path in map(shutil.which, NAMES) if path), None)
     if browser is None:
@@ -55,6 +71,9 @@ def main() -> int:
         for i, payload in enumerate(PAYLOADS):
             write(root / str(i), *everything(summary, result.table, payload))
             found[payload] = ran(browser, build(root / str(i), root / str(i)))
+        for payload in (PAYLOADS[1], PAYLOADS[3]):
+            write(root / "leaves", wherever(summary, result.table, payload), result.table)
+            found[f"wherever it is taken: {payload}"] = ran(browser, build(root / "leaves", root / "leaves"))
         (root / "open.html").write_text(f"<!doctype html><html><body>{PAYLOADS[0]}{PAYLOADS[1]}</body></html>")
         if not ran(browser, root / "open.html"):
             print("the control did not run: this browser proves nothing", file=sys.stderr)

@@ -76,6 +76,16 @@ def inject(summary: dict, path: tuple, payload: str) -> dict:
     return out
 
 
+def without(summary: dict, path: tuple) -> dict:
+    """A copy of the summary with what is there left out."""
+    out = copy.deepcopy(summary)
+    at, path = out, path[:-1] if path[-1] == KEY else path
+    for name in path[:-1]:
+        at = at[name]
+    del at[path[-1]]
+    return out
+
+
 def everything(summary: dict, table: dict, payload: str) -> tuple[dict, dict]:
     """The payload in every text of a run that may be any text."""
     out, columns = copy.deepcopy(summary), dict(table)
@@ -125,7 +135,7 @@ def injected(seed: int, count: int, root: Path, marker: Path) -> Iterator[Case]:
     wanted = [("column", name) for name in result.table] + [("all", payload) for payload in PAYLOADS]
     leaves = list(places(summary))
     draw.shuffle(leaves)
-    wanted += [("leaf", leaf) for leaf in leaves]
+    wanted += [(what, leaf) for leaf in leaves for what in ("leaf", "less")]
     for i, (what, at) in enumerate(wanted[:count]):
         payload = PAYLOADS[i % len(PAYLOADS)]
         folder = root / f"run{i}"
@@ -135,6 +145,8 @@ def injected(seed: int, count: int, root: Path, marker: Path) -> Iterator[Case]:
             write(folder, summary, {**result.table, at: column})
         elif what == "all":
             write(folder, *everything(summary, result.table, at))
+        elif what == "less":
+            write(folder, without(summary, at), result.table)
         else:
             write(folder, inject(summary, at, payload), result.table)
 

@@ -140,29 +140,31 @@ ALLOW = "which runs only with trust_remote_code=True (--trust-remote-code)"
 def no_larger_than(held: Held, where: Path) -> Iterator[None]:
     """Inside, building modules on the meta device stops with ValueError once they outgrow the weights there are."""
     # An unembedding is made before it is tied to the embedding; a packed weight holds up to 16 values an element.
-    most = (32 if held.quantized else 2) * held.elements + 10**6
-    thread, found = threading.get_ident(), {"elements": 0, "modules": 0}
+    # Buffers, such as masks of all positions, are in no file.
+    most = {
+        "elements": (32 if held.quantized else 2) * held.elements + 10**7,
+        "modules": 100 * held.tensors + 10_000,
+        "elements of buffers": 2 * held.elements + 4 * 10**7,
+    }
+    thread, found = threading.get_ident(), dict.fromkeys(most, 0)
 
-    def grown(kind: str, by: int, limit: int) -> None:
+    def grown(kind: str, by: int) -> None:
         if threading.get_ident() == thread:
             found[kind] += by
-            if found[kind] > limit:
+            if found[kind] > most[kind]:
                 raise ValueError(
-                    f"{where}: describes a model of more than {found[kind] - 1:,} {kind}, but its weight files hold "
+                    f"{where}: describes a model of {found[kind]:,} {kind} or more, but its weight files hold "
                     f"{held.tensors:,} tensors of {held.elements:,} elements in all"
                 )
 
-    def tensor(module, name, x) -> None:
-        if isinstance(x, torch.Tensor):
-            grown("elements", x.numel(), most)
+    def size(x) -> int:
+        return x.numel() if isinstance(x, torch.Tensor) else 0
 
     hooks = torch.nn.modules.module
     handles = [
-        hooks.register_module_parameter_registration_hook(tensor),
-        hooks.register_module_buffer_registration_hook(tensor),
-        hooks.register_module_module_registration_hook(
-            lambda module, name, child: grown("modules", 1, 100 * held.tensors + 10_000)
-        ),
+        hooks.register_module_parameter_registration_hook(lambda m, name, x: grown("elements", size(x))),
+        hooks.register_module_buffer_registration_hook(lambda m, name, x: grown("elements of buffers", size(x))),
+        hooks.register_module_module_registration_hook(lambda m, name, child: grown("modules", 1)),
     ]
     try:
         with torch.device("meta"):

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 
-from ..untrusted import first_line
+from ..untrusted import first_line, read_json
 from .folder import ALLOW, Held, check_folder, no_larger_than, tokenizer_code
 
 _DEFAULT = Path(__file__).parent.parent / "default" / "model"
 _FILES = ("*.json", "*.jinja", "*.txt", "*.model", "model*.safetensors")
+_VOCABULARY = 2**28  # bytes of JSON
 _PIECE = 2**22  # values looked at together
 
 
@@ -46,8 +47,13 @@ def load(
     if name is not None and not trust_remote_code and not hasattr(transformers, name):
         where = folder / "tokenizer_config.json"
         raise ValueError(f"{where}: the tokenizer {name[:200]} comes with its own code, {ALLOW}")
-    with _named(folder, "the tokenizer (tokenizer.json, tokenizer_config.json, ...)"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    try:
+        with _named(folder, "the tokenizer (tokenizer.json, tokenizer_config.json, ...)"):
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    except ValueError:
+        if (folder / "tokenizer.json").exists():
+            read_json(folder / "tokenizer.json", _VOCABULARY, strict=False)  # torn, it says so by name
+        raise
     return model.eval(), tokenizer
 
 

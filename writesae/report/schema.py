@@ -45,6 +45,7 @@ def _site(name: object) -> bool:
 NUMBER, COUNT = _is(is_number, "a finite number"), _is(is_integer, "an integer >= 0")
 INTEGER = _is(lambda x: is_integer(x, -(2**62)), "an integer")
 RATE = _is(lambda x: is_number(x) and 0 <= x <= 1, "a share between 0 and 1")
+_ANY = _is(lambda x: True, "anything")
 TEXT = _is(lambda x: isinstance(x, str), "text")
 SITE = _is(_site, "LAYER:HEAD")
 
@@ -91,6 +92,19 @@ def _fields(needed: Mapping[str, Check], optional: Mapping[str, Check] | None = 
     return each
 
 
+def _both(*checks: Check) -> Check:
+    def each(value, where):
+        for check in checks:
+            check(value, where)
+
+    return each
+
+
+def _a_rate_each(value, where) -> None:
+    if value["n"] and len(value.get("win_rates", ())) != value["n"]:
+        raise ValueError(f"run: {where}: expected win_rates of {value['n']} features, got other or none")
+
+
 _PAIR = _list(NUMBER, 2)
 _CONDITION = _one_of(*CONDITIONS)
 _TEST = _fields(
@@ -101,10 +115,14 @@ _TEST = _fields(
         }),
         "win_rate_by_feature": _fields({"ci95": _PAIR}), "win_rate_by_passage": _fields({"ci95": _PAIR}),
         "wilcoxon": _fields({"p": RATE}),
-        "population": _fields(
-            {"n": COUNT, "rate": _or_none(RATE), "ci95": _or_none(_PAIR), "firings": COUNT}, {"win_rates": _list(RATE)}
+        "population": _both(
+            _fields(
+                {"n": COUNT, "rate": _or_none(RATE), "ci95": _or_none(_PAIR), "firings": COUNT},
+                {"win_rates": _list(RATE)},
+            ),
+            _a_rate_each,
         ),
-        "kl": _mapping(_CONDITION, _fields({"median": NUMBER})),
+        "kl": _both(_mapping(_CONDITION, _fields({"median": NUMBER})), _fields({"atom": _ANY, "delete": _ANY})),
         "atom_against": _mapping(_CONDITION, _fields({"rate": RATE, "ci95": _PAIR, "ties": COUNT})),
     },
     {"strict_chain": _fields({"rate": RATE})},
@@ -142,7 +160,7 @@ _SUMMARY = _fields(
         "model": TEXT,
         "sites": _mapping(SITE, _fields({
             "n": COUNT, "features": COUNT, "rate": RATE, "ci95": _PAIR, "ties": COUNT,
-            "kl_median": _mapping(_CONDITION, NUMBER),
+            "kl_median": _both(_mapping(_CONDITION, NUMBER), _fields({"atom": _ANY, "delete": _ANY})),
         })),
     },
 )  # fmt: skip
