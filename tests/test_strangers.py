@@ -340,13 +340,13 @@ def test_ties_sites_and_indentation_show(tmp_path):
 def test_a_figure_of_one_feature_has_a_sensible_axis(tmp_path, monkeypatch):
     from writesae.report import plots
 
-    seen = {}
+    seen, ticks = {}, {}
     draw = plots._draw
 
     def spy(path, size, paint):
         def watched(axes, colours):
             paint(axes, colours)
-            seen[path.stem] = axes.get_xlim()
+            seen[path.stem], ticks[path.stem] = axes.get_xlim(), list(axes.get_xticks())
 
         return draw(path, size, watched)
 
@@ -354,5 +354,5 @@ def test_a_figure_of_one_feature_has_a_sensible_axis(tmp_path, monkeypatch):
     plots.feature_win_rates([0.8], 7, tmp_path / "p" / "one.png")
     plots.win_rate_by(np.full(5, 0.3), np.ones(5, bool), "cosine", tmp_path / "p" / "by.png")
     plots.ratio_densities(*[np.full(5, 1e-3)] * 3, tmp_path / "p" / "ratio.png")
-    assert seen["one"] == pytest.approx((0.49, 1.51))
+    assert seen["one"] == pytest.approx((0.49, 1.51)) and ticks["one"] == [1]
     assert all(seen[name][1] - seen[name][0] >= 0.199 for name in ("by", "ratio"))

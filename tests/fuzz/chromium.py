@@ -66,24 +66,27 @@ def main() -> int:
     result = made_up(60)
     summary = json.loads(json.dumps({"model": "a model", **result.summary(50)}))
     found = {}
+
+    def look(name: str, page: Path) -> None:
+        found[name] = ran(browser, page)
+        print(f"{'RAN  ' if found[name] else 'quiet'} {name}", flush=True)
+
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        for i, payload in enumerate(PAYLOADS):
-            write(root / str(i), *everything(summary, result.table, payload))
-            found[payload] = ran(browser, build(root / str(i), root / str(i)))
-        for payload in (PAYLOADS[1], PAYLOADS[3]):
-            write(root / "leaves", wherever(summary, result.table, payload), result.table)
-            found[f"wherever it is taken: {payload}"] = ran(browser, build(root / "leaves", root / "leaves"))
         (root / "open.html").write_text(f"<!doctype html><html><body>{PAYLOADS[0]}{PAYLOADS[1]}</body></html>")
         if not ran(browser, root / "open.html"):
             print("the control did not run: this browser proves nothing", file=sys.stderr)
             return 2
+        for payload in (PAYLOADS[1], PAYLOADS[3]):
+            write(root / "leaves", wherever(summary, result.table, payload), result.table)
+            look(f"wherever it is taken: {payload}", build(root / "leaves", root / "leaves"))
+        for i, payload in enumerate(PAYLOADS):
+            write(root / str(i), *everything(summary, result.table, payload))
+            look(payload, build(root / str(i), root / str(i)))
         raw = f"<main>{PAYLOADS[0]}{PAYLOADS[3]}{PAYLOADS[1]}"
         text = (root / "0" / "report.html").read_text().replace("<main>", raw)
         (root / "raw.html").write_text(text)
-        found["raw script in a report, stopped by its policy"] = ran(browser, root / "raw.html")
-    for name, it_ran in found.items():
-        print(f"{'RAN  ' if it_ran else 'quiet'} {name}")
+        look("raw script in a report, stopped by its policy", root / "raw.html")
     return 1 if any(found.values()) else 0
 
 

@@ -199,7 +199,10 @@ def feature_win_rates(win_rates: Sequence[float], firings: int, path: Path) -> P
         many = "" if len(rates) == 1 else "s"
         axes.set(ylim=(-0.03, 1.03), xlabel=f"features, ranked ({len(rates)} feature{many}, {firings} firings)")
         axes.set_xlim(0.5 - 0.01 * len(rates), len(rates) + 0.5 + 0.01 * len(rates))
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        if len(rates) <= 10:
+            axes.set_xticks(x)  # no feature has half a rank
+        else:
+            axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel("share of its firings won")
 
     return _draw(path, (5.0, 2.9), paint)
