@@ -499,7 +499,7 @@ def train(args, model, library, suite, held_out, tokenizer) -> dict:
 
 def final_losses(model, folder: Path, held_out: dict, text_bytes: dict, counts: CountModels) -> dict:
     """Return the losses of ``model``, of the stored copy in ``folder`` and of the two count models."""
-    stored = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    stored = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
     losses = {}
     for split, rows in held_out.items():
         after = mean_loss(stored, rows)
@@ -536,7 +536,7 @@ def main() -> None:
     texts = {suite: [read_source(p) for p in stdlib_files("train", test_suite=suite)] for suite in (False, True)}
     folder = args.work / "tokenizer"
     if (folder / "tokenizer.json").exists():
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
     else:
         tokenizer = train_tokenizer(texts[False] + texts[True], folder)
     library, suite = encode(tokenizer, texts[False]), encode(tokenizer, texts[True])

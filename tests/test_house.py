@@ -21,17 +21,22 @@ MAY_IMPORT = {
     "firings": {"_arguments"},
     "edits": {"_arguments"},
     "files": set(),
+    "untrusted": set(),
+    "options": set(),
     "ops": {"writes", "firings", "edits", "_library", "_arguments", "_autocast"},
     "text": {"default"},
-    "sae": {"ops", "writes", "firings", "edits", "files", "models", "default", "text", "_arguments"},
-    "models": {"ops", "writes", "firings", "edits", "files", "default"},
-    "collect": {"models", "sae", "firings", "edits", "files", "default", "text", "_library"},
+    "sae": {
+        "ops", "writes", "firings", "edits", "files", "models", "default", "text", "_arguments", "options", "untrusted",
+    },
+    "models": {"ops", "writes", "firings", "edits", "files", "default", "untrusted"},
+    "collect": {"models", "sae", "firings", "edits", "files", "default", "text", "_library", "options"},
     "experiments": {
         "models", "sae", "ops", "writes", "firings", "edits", "files", "collect", "report", "default", "text",
+        "options",
     },
-    "report": {"firings", "files", "collect"},
+    "report": {"firings", "files", "collect", "untrusted"},
 }
-EXTRAS = {"scipy", "statsmodels", "sklearn", "matplotlib", "datasets", "pandas", "plotly", "transformer_lens"}
+EXTRAS = {"scipy", "statsmodels", "sklearn", "matplotlib", "datasets", "jinja2", "pandas", "plotly", "transformer_lens"}
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from ..files import SEAL
+from ..options import add_model
 from ..text.arguments import NAMED, add_options, named, tell_empty
 from .estimate import Estimate, readable
 from .manifest import MODES
@@ -20,7 +21,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     text.add_argument("corpus", nargs="?", help=NAMED)
     add_options(text)
     model = parser.add_argument_group("model")
-    model.add_argument("--model", default="default", help="folder or hub name of a model; default is the embedded one")
+    add_model(model)
     model.add_argument("--sae", action="append", default=[], metavar="[LAYER:HEAD=]FOLDER",
                        help="a dictionary's folder, or a folder of such folders; repeatable (default: the embedded "
                        "model's own)")  # fmt: skip
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     files.one_heap()
     dictionaries = _dictionaries(args)
     before = model_files(args.model)
-    model, tokenizer = load(args.model)
+    model, tokenizer = load(args.model, trust_remote_code=args.trust_remote_code)
     source = ModelSource(
         model.to(args.device), dictionaries, accelerate=args.accelerate, any_model=args.any_model, name=args.model,
         digest=loaded_digest(model, args.model, before),

@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+from ..options import add_model
 from ..text import Corpus
 from ..text.arguments import NAMED, add_options, named, tell_empty, told
 from ..text.tokens import check_vocabulary
@@ -18,7 +19,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 
 def configure(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what is tested")
-    what.add_argument("--model", default="default", help="folder or hub name of a model; default is the embedded one")
+    add_model(what)
     what.add_argument("--sae", action="append", default=[], metavar="[LAYER:HEAD=]FOLDER",
                       help="a dictionary's folder, or a folder of such folders; repeatable (default: the embedded "
                       "model's own)")  # fmt: skip
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     test = named(args, _CORPUS)
     select = None if args.select == "none" else told(Corpus.from_name(args.select, args.field, "select"), "select")
     saes = _dictionaries(args)
-    model, tokenizer = load(args.model, getattr(torch, args.dtype))
+    model, tokenizer = load(args.model, getattr(torch, args.dtype), args.trust_remote_code)
     check_vocabulary(tokenizer, model)
 
     def passages(corpus, most):

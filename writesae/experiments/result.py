@@ -101,7 +101,7 @@ class ReplacementResult:
             "cosine_median": float(np.median(table["cosine"])),
             "features": by_feature.clusters, "passages": by_passage.clusters,
             "documents": len(set(table["document"].tolist())),
-            "heads": statistics.across_heads(rates), "tests": tests,
+            "heads": statistics.across_heads(rates), "sites": self._by_site(native, scale), "tests": tests,
             "settings": {
                 "horizon": self.horizon, "natives": list(self.natives), "scales": list(self.scales),
                 "conditions": list(self.conditions), "seed": self.seed, "resamples": resamples,
@@ -110,6 +110,21 @@ class ReplacementResult:
             },
             "versions": versions(),
         }  # fmt: skip
+
+    def _by_site(self, native: str, scale: str) -> dict[str, dict]:
+        """The headline of every site by itself: one good site must not stand for the others."""
+        table, out = self.table, {}
+        for layer, head in sorted(self.sites):
+            mine = (table["layer"] == layer) & (table["head"] == head)
+            if mine.any():
+                kl = {c: self.kl(native, c, scale)[mine] for c in self.conditions if c != "native"}
+                won = statistics.win_rate(kl["atom"], kl["delete"])
+                out[f"{layer}:{head}"] = {
+                    **{name: won[name] for name in ("statistic", "n", "rate", "ci95", "wins", "losses", "ties")},
+                    "features": len(np.unique(table["feature"][mine])),
+                    "kl_median": {c: float(np.median(x)) for c, x in kl.items()},
+                }
+        return out
 
     def save(self, folder: str | Path, **extra) -> dict:
         """Writes `summary.json` (with `extra` entries) and `firings.parquet` into `folder`; returns the summary."""

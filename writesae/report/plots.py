@@ -7,14 +7,17 @@ from pathlib import Path
 
 import numpy as np
 
-# Okabe-Ito: told apart with any colour vision, and in grey.
+from ..files import make_folder, whole_file
+from .schema import CONDITIONS as NAMES
+
+# Okabe-Ito: told apart with any colour vision, and in grey; on dark paper the same hues, lighter.
 COLOURS = {
-    "atom": "#0072B2", "delete": "#D55E00", "random": "#6E6E6E", "native": "#000000",
-    "mean": "#009E73", "previous": "#CC79A7", "singular": "#E69F00",
+    "atom": "#0072B2", "delete": "#D55E00", "random": "#6E6E6E", "native": "#000000", "mean": "#009E73",
+    "previous": "#CC79A7", "singular": "#E69F00", "tie": "#9a9a9a", "line": "#444444",
 }  # fmt: skip
-NAMES = {
-    "atom": "atom", "delete": "deletion", "random": "random rank-1", "native": "native write",
-    "mean": "mean write", "previous": "previous write", "singular": "top singular pair",
+DARK_COLOURS = {
+    "atom": "#4BA9E2", "delete": "#F08A4B", "random": "#A6A6A6", "native": "#FFFFFF", "mean": "#33C699",
+    "previous": "#DE9FC3", "singular": "#F2BC45", "tie": "#7a828b", "line": "#b9c0c8",
 }  # fmt: skip
 _STYLE = {
     "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 9.5, "axes.titlesize": 10.5,
@@ -22,26 +25,47 @@ _STYLE = {
     "axes.labelcolor": "#333333", "text.color": "#222222", "xtick.color": "#555555", "ytick.color": "#555555",
     "axes.grid": True, "grid.color": "#e9e9e9", "grid.linewidth": 0.7, "axes.axisbelow": True,
     "legend.frameon": False, "figure.dpi": 100, "savefig.dpi": 170,
+    "axes.facecolor": "none",
 }  # fmt: skip
+_DARK_STYLE = {
+    **_STYLE, "axes.edgecolor": "#6b7480", "axes.labelcolor": "#cfd4da", "text.color": "#dfe3e8",
+    "xtick.color": "#a9b1ba", "ytick.color": "#a9b1ba", "grid.color": "#2a3038",
+}  # fmt: skip
+PAPER, DARK_PAPER = "#ffffff", "#14171b"
+
+
+def dark(path: Path) -> Path:
+    """Where a figure's twin for dark paper is."""
+    return Path(path).parent / "dark" / Path(path).name
 
 
 def _draw(path: Path, size: tuple[float, float], paint) -> Path:
-    """Runs `paint(axes)` on a fresh figure of `size` inches and writes it to `path`."""
+    """Runs `paint(axes, colours)` on fresh figures of `size` inches, and writes them to `path` and `dark(path)`."""
     try:
         from matplotlib import rc_context
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("matplotlib is needed to draw a report: pip install writesae[experiments]") from error
-    with rc_context(_STYLE):
-        # No pyplot: a figure of our own needs no global state and no display.
-        figure = Figure(figsize=size, layout="constrained")
-        FigureCanvasAgg(figure)
-        paint(figure.add_subplot())
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, facecolor="white", metadata={"Software": "writesae"})
+    path = Path(path)
+    themes = ((path, _STYLE, COLOURS, PAPER), (dark(path), _DARK_STYLE, DARK_COLOURS, DARK_PAPER))
+    make_folder(path.parent.parent, path.parent.name, "dark")
+    for to, style, colours, paper in themes:
+        with rc_context(style):
+            # No pyplot: a figure of our own needs no global state and no display.
+            figure = Figure(figsize=size, layout="constrained")
+            FigureCanvasAgg(figure)
+            paint(figure.add_subplot(), colours)
+            with whole_file(to) as temporary:
+                figure.savefig(temporary, format="png", facecolor=paper, metadata={"Software": "writesae"})
     return path
+
+
+def _no_narrower(axes, least: float) -> None:
+    """Widens the horizontal axis to `least`: of a single value matplotlib shows a meaningless sliver."""
+    low, high = axes.get_xlim()
+    if high - low < least:
+        axes.set_xlim((low + high - least) / 2, (low + high + least) / 2)
 
 
 def _floor(*columns: np.ndarray) -> float:
@@ -53,19 +77,21 @@ def _floor(*columns: np.ndarray) -> float:
 def kl_scatter(atom: np.ndarray, delete: np.ndarray, path: Path) -> Path:
     """KL after the atom against KL after deletion, one point a firing (`[n]` each)."""
 
-    def paint(axes):
+    def paint(axes, colours):
         floor = _floor(atom, delete)
         x, y = np.maximum(delete, floor), np.maximum(atom, floor)
-        won = y < x
+        groups = ((atom < delete, "atom", "atom closer"), (atom > delete, "delete", "deletion closer"),
+                  (atom == delete, "tie", "tie"))  # fmt: skip
         size, alpha = (16, 0.6) if len(x) < 400 else (9, 0.45) if len(x) < 3000 else (4, 0.25)
-        for mask, winner in ((won, "atom"), (~won, "delete")):
-            axes.scatter(
-                x[mask], y[mask], s=size, alpha=alpha, color=COLOURS[winner], linewidths=0,
-                label=f"{NAMES[winner]} closer  ({mask.mean():.0%})",
-            )  # fmt: skip
+        for mask, colour, label in groups:
+            if colour != "tie" or mask.any():
+                axes.scatter(
+                    x[mask], y[mask], s=size, alpha=alpha, color=colours[colour], linewidths=0,
+                    label=f"{label}  ({mask.mean():.0%})",
+                )  # fmt: skip
         low, high = np.percentile(np.concatenate([x, y]), [0, 100])
         span = [low * 0.7, high * 1.4]
-        axes.plot(span, span, color="#444444", linewidth=0.9, linestyle=(0, (4, 3)))
+        axes.plot(span, span, color=colours["line"], linewidth=0.9, linestyle=(0, (4, 3)))
         axes.set(xscale="log", yscale="log", xlim=span, ylim=span, aspect="equal")
         axes.set_xlabel("KL with the write deleted (nats)")
         axes.set_ylabel("KL with the atom in its place (nats)")
@@ -77,23 +103,24 @@ def kl_scatter(atom: np.ndarray, delete: np.ndarray, path: Path) -> Path:
 def ratio_densities(atom: np.ndarray, delete: np.ndarray, random: np.ndarray, path: Path) -> Path:
     """Densities of log10 KL_atom / KL_delete and log10 KL_delete / KL_random over firings (`[n]` each)."""
 
-    def paint(axes):
+    def paint(axes, colours):
         floor = _floor(atom, delete, random)
         a, d, r = (np.log10(np.maximum(x, floor)) for x in (atom, delete, random))
         series = (
-            (a - d, COLOURS["atom"], "atom / deletion"),
-            (d - r, COLOURS["delete"], "deletion / random"),
+            (a - d, colours["atom"], "atom / deletion"),
+            (d - r, colours["delete"], "deletion / random"),
         )
         both = np.concatenate([values for values, _, _ in series])
         low, high = np.percentile(both, [0.5, 99.5])
+        low, high = min(low, -0.1), max(high, 0.1)  # never narrower, so that ratios of one look like it
         pad = 0.08 * max(high - low, 1e-3)
-        grid = np.linspace(min(low, 0) - pad, max(high, 0) + pad, 400)
+        grid = np.linspace(low - pad, high + pad, 400)
         for values, colour, label in series:
             curve = _density(values, grid)
             axes.fill_between(grid, curve, color=colour, alpha=0.18, linewidth=0)
             axes.plot(grid, curve, color=colour, linewidth=1.6, label=f"{label}: {np.mean(values < 0):.0%} below 1")
             axes.plot([np.median(values)] * 2, [0, np.interp(np.median(values), grid, curve)], color=colour, lw=1)
-        axes.axvline(0, color="#444444", linewidth=0.9, linestyle=(0, (4, 3)))
+        axes.axvline(0, color=colours["line"], linewidth=0.9, linestyle=(0, (4, 3)))
         axes.set(xlim=(grid[0], grid[-1]), ylim=(0, None), yticks=[])
         axes.spines["left"].set_visible(False)
         axes.grid(False, axis="y")
@@ -119,10 +146,10 @@ def _density(values: np.ndarray, grid: np.ndarray) -> np.ndarray:
 def activation_histogram(activation: np.ndarray, path: Path) -> Path:
     """Histogram of the codes of the firings tested (`[n]`)."""
 
-    def paint(axes):
-        axes.hist(activation, bins=min(60, max(10, len(activation) // 15)), color=COLOURS["atom"], alpha=0.85)
+    def paint(axes, colours):
+        axes.hist(activation, bins=min(60, max(10, len(activation) // 15)), color=colours["atom"], alpha=0.85)
         middle = float(np.median(activation))
-        axes.axvline(middle, color="#222222", linewidth=1)
+        axes.axvline(middle, color=colours["line"], linewidth=1)
         axes.annotate(
             f"median {middle:.3g}", (middle, 1), xycoords=("data", "axes fraction"), xytext=(5, -10),
             textcoords="offset points", fontsize=9,
@@ -137,7 +164,7 @@ def activation_histogram(activation: np.ndarray, path: Path) -> Path:
 def horizon_curve(curves: Mapping[str, np.ndarray], path: Path) -> Path:
     """Median KL by tokens after the edit, with the middle half of the firings as a band. {condition: `[n, H + 1]`}."""
 
-    def paint(axes):
+    def paint(axes, colours):
         lowest = np.inf
         for name, curve in curves.items():
             h = np.arange(curve.shape[1])
@@ -145,7 +172,7 @@ def horizon_curve(curves: Mapping[str, np.ndarray], path: Path) -> Path:
             if not (mid > 0).all():
                 continue
             lowest = min(lowest, low[low > 0].min(initial=mid.min()))
-            colour = COLOURS.get(name, "#444444")
+            colour = colours.get(name, colours["line"])
             axes.fill_between(h, np.maximum(low, 1e-300), high, color=colour, alpha=0.13, linewidth=0)
             axes.plot(h, mid, color=colour, linewidth=1.7, marker="o", markersize=3.5, label=NAMES.get(name, name))
         axes.set(yscale="log", xlabel="tokens after the edit (0: the token itself)")
@@ -161,15 +188,21 @@ def horizon_curve(curves: Mapping[str, np.ndarray], path: Path) -> Path:
 def feature_win_rates(win_rates: Sequence[float], firings: int, path: Path) -> Path:
     """Every tested feature's own win rate, ranked: is the result a few frequent features, or most of them?"""
 
-    def paint(axes):
+    def paint(axes, colours):
         rates = np.sort(np.asarray(win_rates, float))
         x = np.arange(1, len(rates) + 1)
-        axes.axhline(0.5, color="#444444", linewidth=0.9, linestyle=(0, (4, 3)))
-        axes.vlines(x, 0.5, rates, color=np.where(rates > 0.5, COLOURS["atom"], COLOURS["delete"]), alpha=0.4, lw=1.2)
-        axes.scatter(x, rates, s=14, color=np.where(rates > 0.5, COLOURS["atom"], COLOURS["delete"]), linewidths=0)
+        axes.axhline(0.5, color=colours["line"], linewidth=0.9, linestyle=(0, (4, 3)))
+        colour = [colours["atom" if rate > 0.5 else "delete" if rate < 0.5 else "tie"] for rate in rates]
+        axes.vlines(x, 0.5, rates, color=colour, alpha=0.4, lw=1.2)
+        axes.scatter(x, rates, s=14, color=colour, linewidths=0)
         axes.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
-        axes.set(ylim=(-0.03, 1.03), xlabel=f"features, ranked ({len(rates)} features, {firings} firings)")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        many = "" if len(rates) == 1 else "s"
+        axes.set(ylim=(-0.03, 1.03), xlabel=f"features, ranked ({len(rates)} feature{many}, {firings} firings)")
+        axes.set_xlim(0.5 - 0.01 * len(rates), len(rates) + 0.5 + 0.01 * len(rates))
+        if len(rates) <= 10:
+            axes.set_xticks(x)  # no feature has half a rank
+        else:
+            axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel("share of its firings won")
 
     return _draw(path, (5.0, 2.9), paint)
@@ -178,17 +211,18 @@ def feature_win_rates(win_rates: Sequence[float], firings: int, path: Path) -> P
 def win_rate_by(value: np.ndarray, won: np.ndarray, label: str, path: Path, bins: int = 10) -> Path:
     """Win rate in equal-count bins of `value [n]`, with 95 % intervals: where does the atom win?"""
 
-    def paint(axes):
+    def paint(axes, colours):
         count = max(1, min(bins, len(value) // 15))
         for part in np.array_split(np.argsort(value, kind="stable"), count):
             n, rate = len(part), float(won[part].mean())
             centre, half = (rate + 1.92 / n) / (1 + 3.84 / n), 1.96 * np.sqrt(rate * (1 - rate) / n + 0.9604 / n**2)
             half /= 1 + 3.84 / n
             at = float(np.median(value[part]))
-            axes.plot([at, at], [centre - half, centre + half], color=COLOURS["atom"], linewidth=1.2, alpha=0.7)
-            axes.plot([at], [rate], "o", color=COLOURS["atom"], markersize=4.5)
-        axes.axhline(0.5, color="#444444", linewidth=0.9, linestyle=(0, (4, 3)))
+            axes.plot([at, at], [centre - half, centre + half], color=colours["atom"], linewidth=1.2, alpha=0.7)
+            axes.plot([at], [rate], "o", color=colours["atom"], markersize=4.5)
+        axes.axhline(0.5, color=colours["line"], linewidth=0.9, linestyle=(0, (4, 3)))
         axes.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
         axes.set(ylim=(-0.02, 1.02), xlabel=label, ylabel="win rate against deletion")
+        _no_narrower(axes, 0.2)
 
     return _draw(path, (5.0, 2.9), paint)

@@ -1,7 +1,10 @@
 """The look of a report: one column of text, figures two abreast where there is room, sensible on paper."""
 
 STYLE = """
-:root{--ink:#1d2126;--soft:#5b6470;--rule:#dfe3e8;--paper:#fff;--wash:#f5f7f9;--blue:#0072b2;--mark:#ffe9a8}
+:root{color-scheme:light dark;--ink:#1d2126;--soft:#5b6470;--rule:#dfe3e8;--paper:#fff;--wash:#f5f7f9;--blue:#0072b2;
+--mark:#ffe9a8;--under:#d55e00;--here:#e8f2f9;--faint:#9aa3ad;--win:#0072b2;--loss:#b84c00}
+@media screen and (prefers-color-scheme:dark){:root{--ink:#e3e7ec;--soft:#a1abb6;--rule:#2c343d;--paper:#14171b;
+--wash:#1d2228;--blue:#4ba9e2;--mark:#5a4a16;--under:#f08a4b;--here:#172c3b;--faint:#66707b;--win:#4ba9e2;--loss:#f08a4b}}
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%}
 body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 -apple-system,"Segoe UI",Inter,Roboto,
@@ -29,15 +32,22 @@ figure img{display:block;width:100%;height:auto}
 figcaption{font-size:14px;color:var(--soft);line-height:1.45;margin-top:6px}
 figcaption b{color:var(--ink)}
 .scroll{overflow-x:auto}
-table{border-collapse:collapse;font-size:14px;width:100%;font-variant-numeric:tabular-nums}
+.scroll table{font-size:12.5px}
+.scroll th,.scroll td{padding:5px 6px}
+table{border-collapse:collapse;font-size:13.5px;width:100%;font-variant-numeric:tabular-nums}
 table.narrow{width:auto;min-width:340px}
-th,td{padding:5px 10px;text-align:right;white-space:nowrap;vertical-align:bottom}
+th,td{padding:5px 7px;text-align:right;white-space:nowrap;vertical-align:bottom}
 th:first-child{text-align:left;font-weight:400}
 thead th{font-weight:600;color:var(--soft);border-bottom:1.5px solid var(--ink)}
 thead th:first-child{font-weight:600}
 tbody tr{border-bottom:1px solid var(--rule)}
 tr.group th{font-weight:600;padding-top:14px}
-tr.here{background:#e8f2f9}
+tr.here{background:var(--here)}
+.verdict{font-weight:600}
+.verdict.win{color:var(--win)}
+.verdict.loss{color:var(--loss)}
+.verdict.tie{color:var(--soft)}
+p .verdict.tie{color:inherit}
 .small{font-size:13.5px;color:var(--soft)}
 .atoms{columns:2 440px;column-gap:32px}
 .atom{break-inside:avoid;margin:0 0 20px}
@@ -46,12 +56,12 @@ tr.here{background:#e8f2f9}
 .context{display:flex;gap:8px;align-items:baseline;margin:5px 0;font-size:12.5px}
 .context code{flex:1;min-width:0;font:12px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation Mono",monospace;
 white-space:pre-wrap;
-overflow-wrap:anywhere;background:var(--wash);border-radius:4px;padding:2px 6px}
+tab-size:4;overflow-wrap:anywhere;background:var(--wash);border-radius:4px;padding:2px 6px}
 .context .act{flex:none;width:3.2em;text-align:right;color:var(--soft);font-variant-numeric:tabular-nums}
 .context .doc{flex:none;max-width:9em;overflow:hidden;text-overflow:ellipsis;white-space:nowrap;color:var(--soft);
 font-size:11.5px}
-mark{background:var(--mark);color:inherit;box-shadow:inset 0 -2px 0 #d55e00;border-radius:2px;font-weight:700}
-.nl{color:#9aa3ad}
+mark{background:var(--mark);color:inherit;box-shadow:inset 0 -2px 0 var(--under);border-radius:2px;font-weight:700}
+.nl{color:var(--faint)}
 footer{margin-top:44px;border-top:1px solid var(--rule);padding-top:12px;color:var(--soft);font-size:12.5px}
 @media (max-width:640px){main{padding:22px 16px 40px}h1{font-size:26px}.context .doc{display:none}}
 @media print{main{max-width:none;padding:0}body{font-size:10.5pt}.card,.context code,tr.here,

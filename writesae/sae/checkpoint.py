@@ -1,20 +1,26 @@
-"""Files of dictionaries: our own folder (`cfg.json` + `sae.safetensors`), and published `best.pt` checkpoints.
+"""Our own folder of a dictionary, `cfg.json` + `sae.safetensors`, and the door to every other file of one.
 
-Neither ever runs code from a file: safetensors holds tensors only, and `.pt` files load with `weights_only=True`.
+No file runs code, and none is believed: the configuration's types and sizes are checked against the header of the
+weights before a tensor is read, and every tensor's values before it becomes part of a dictionary.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import __version__
+from ..files import whole_file, write_text
+from ..untrusted import first_line, is_integer, is_number, read_json, safetensors_file, shown
+from .published import assign, load_published
 from .sae import SAE
+
+__all__ = ["CONFIG", "FORMAT", "WEIGHTS", "load", "load_published", "save"]
 
 FORMAT = 1
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
@@ -23,10 +29,11 @@ _KEYS = {
     "dtype", "training", "metrics",
 }  # fmt: skip
 _OPTIONAL = {"training", "metrics", "model"}
+_DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 def save(sae: SAE, folder: str | Path) -> None:
-    """Writes a dictionary; each file appears whole or not at all."""
+    """Writes a dictionary; each file appears whole or not at all, and never through a link."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = {
@@ -35,13 +42,11 @@ def save(sae: SAE, folder: str | Path) -> None:
         "centred": sae.centred, "dtype": str(sae.b_enc.dtype).removeprefix("torch."), "training": sae.training_record,
         "metrics": sae.metrics,
     }  # fmt: skip
+    text = json.dumps(config, indent=2, allow_nan=False) + "\n"
     tensors = {name: x.detach().contiguous() for name, x in sae.state_dict().items()}
-    partial = folder / (WEIGHTS + ".partial")
-    save_file(tensors, partial)
-    partial.replace(folder / WEIGHTS)
-    partial = folder / (CONFIG + ".partial")
-    partial.write_text(json.dumps(config, indent=2) + "\n")
-    partial.replace(folder / CONFIG)
+    with whole_file(folder / WEIGHTS) as path:
+        save_file(tensors, path)
+    write_text(folder / CONFIG, text)
 
 
 def load(path_or_repo: str | Path, subfolder: str | None = None, revision: str | None = None) -> SAE:
@@ -53,7 +58,7 @@ def load(path_or_repo: str | Path, subfolder: str | None = None, revision: str |
         path = _download(str(path_or_repo), subfolder, revision)
     folder = path / subfolder if subfolder else path
     for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
+        if not (folder / name).exists():
             hint = f"; it does hold {', '.join(_sites(folder))}" if _sites(folder) else ""
             raise FileNotFoundError(f"{folder}: no {name} there, so this is not a saved dictionary{hint}")
     return _load_folder(folder)
@@ -76,165 +81,65 @@ def _download(name: str, subfolder: str | None, revision: str | None) -> Path:
 
 
 def _load_folder(folder: Path) -> SAE:
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder / CONFIG}: not JSON: {error}") from error
-    if not isinstance(config, dict) or "format" not in config:
-        raise ValueError(f"{folder / CONFIG}: not a writesae dictionary (no key format)")
-    if config["format"] != FORMAT:
+    where = folder / CONFIG
+    config = read_json(where)
+    if "format" not in config:
+        raise ValueError(f"{where}: not a writesae dictionary (no key format)")
+    if not is_integer(config["format"]) or config["format"] != FORMAT:
         raise ValueError(
-            f"{folder / CONFIG}: format {config['format']} (written by writesae {config.get('writesae_version')}), "
-            f"but writesae {__version__} reads format {FORMAT}"
+            f"{where}: format {shown(config['format'])} (written by writesae {_plain(config.get('writesae_version'))}),"
+            f" but writesae {__version__} reads format {FORMAT}"
         )
     if unknown := sorted(set(config) - _KEYS):
-        raise ValueError(f"{folder / CONFIG}: unknown keys {', '.join(unknown)}")
+        raise ValueError(f"{where}: unknown keys {shown(', '.join(unknown))[1:-1]}")
     if missing := sorted(_KEYS - _OPTIONAL - set(config)):
-        raise ValueError(f"{folder / CONFIG}: missing keys {', '.join(missing)}")
-    if config["dtype"] not in ("float32", "float64", "bfloat16", "float16"):
-        raise ValueError(f"{folder / CONFIG}: dtype: expected a floating dtype, got {config['dtype']!r}")
+        raise ValueError(f"{where}: missing keys {', '.join(missing)}")
+    if not isinstance(config["writesae_version"], str):
+        raise ValueError(f"{where}: writesae_version: expected text, got {shown(config['writesae_version'])}")
+    if not isinstance(config["dtype"], str) or config["dtype"] not in _DTYPES:
+        raise ValueError(f"{where}: dtype: expected a floating dtype, got {shown(config['dtype'])}")
     try:
         sae = SAE(
             config["K"], config["V"], config["d_sae"], config["k"], config["kind"], config["r"], config["sparsity"],
             config["layer"], config["head"], config.get("model"), config["centred"], config.get("training"),
-            config.get("metrics"),
+            config.get("metrics"), empty=True,
         )  # fmt: skip
+        fvu = sae.metrics.get("fvu")
+        if fvu is not None and not is_number(fvu):
+            raise ValueError(f"metrics: fvu: expected a number, got {shown(fvu)}")
     except ValueError as error:
-        raise ValueError(f"{folder / CONFIG}: {error}") from error
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS}: not a readable safetensors file: {error}") from error
-    return _fill(sae.to(getattr(torch, config["dtype"])), tensors, folder / WEIGHTS)
+        raise ValueError(f"{where}: {error}") from error
+    with safetensors_file(folder / WEIGHTS) as (header, get):
+        return fill(sae, header, get, folder / WEIGHTS, getattr(torch, config["dtype"]))
 
 
-def _fill(sae: SAE, tensors: dict[str, Tensor], source: Path) -> SAE:
-    """Puts tensors into a dictionary, refusing what does not fit by name."""
-    own = sae.state_dict()
-    if unknown := sorted(set(tensors) - set(own)):
-        raise ValueError(f"{source}: unknown tensors {', '.join(unknown)} for kind {sae.kind}")
-    if missing := sorted(set(own) - set(tensors)):
-        raise ValueError(f"{source}: missing tensors {', '.join(missing)} for kind {sae.kind}")
-    for name, x in tensors.items():
-        if x.shape != own[name].shape:
-            raise ValueError(f"{source}: {name}: expected shape {tuple(own[name].shape)}, got {tuple(x.shape)}")
-        if not bool(torch.isfinite(x).all()):
-            raise ValueError(f"{source}: {name}: expected finite values, got a NaN or infinity")
-    sae.load_state_dict(tensors)
-    return sae.eval().requires_grad_(False)
+def _plain(value) -> str:
+    return shown(value).strip("'")
 
 
-# ---- published checkpoints ------------------------------------------------------------------------------------------
-
-_PUBLISHED = {"encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias", "V", "W", "bias", "V_enc", "W_enc",
-              "b_enc", "V_dec", "W_dec", "b_gate", "b_mag", "r_mag", "log_threshold", "threshold",
-              "steps_since_active"}  # fmt: skip
-
-
-def load_published(
-    path: str | Path,
-    K: int | None = None,
-    V: int | None = None,
-    layer: int | None = None,
-    head: int | None = None,
-    threshold: float | None = None,
+def fill(
+    sae: SAE,
+    header: dict[str, tuple[str, tuple[int, ...]]],
+    get: Callable[[str], Tensor],
+    source: Path,
+    dtype: torch.dtype,
 ) -> SAE:
-    """Loads a `best.pt` of the paper's own code (arXiv 2605.12770): `model_state_dict`, `config`, and counters.
-
-    The atoms keep the norms they were saved with and nothing is centred, so codes are the publisher's. JumpReLU
-    becomes a threshold dictionary. So does Gated, with its hard gate (`gate > 0`); the paper's code trains Gated with
-    a sigmoid of width 0.1 in the gate's place, whose codes are never exactly zero. BatchTopK needs the threshold that
-    its training estimated.
-
-    Args:
-        path: the file.
-        K, V: sizes of the head, where the file does not say (flat dictionaries).
-        layer, head: the site, default from the file's config.
-        threshold: of a BatchTopK dictionary, default the file's own.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a file that needs unpickling, an unknown layout, or sizes that contradict each other.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a torn, foreign or code-carrying file: torch has many ways of saying so
-        cause = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"{path}: refused: it is not a checkpoint of plain tensors and numbers. Loading it would mean unpickling, "
-            f"which can run any code the file carries ({cause})"
-        ) from error
-    if not isinstance(content, dict) or not isinstance(content.get("model_state_dict"), dict):
-        raise ValueError(f"{path}: expected a dict with model_state_dict, got {type(content).__name__}")
-    state, config = content["model_state_dict"], content.get("config") or {}
-    if unknown := sorted(set(state) - _PUBLISHED):
-        raise ValueError(f"{path}: unknown tensors {', '.join(unknown)}")
-    state = {
-        name: x[:, None] if name in ("V", "W", "V_enc", "W_enc", "V_dec", "W_dec") and x.ndim == 2 else x
-        for name, x in state.items()
-    }  # older files have no rank axis
-    kind = _published_kind(state, path)
-    F = len(state.get("b_enc", state.get("b_mag", state.get("encoder.bias"))))
-    factors = [state[n] for n in ("V_dec", "V", "V_enc") if n in state], [
-        state[n] for n in ("W_dec", "W", "W_enc") if n in state
-    ]
-    K = factors[0][0].shape[-1] if factors[0] else K if K is not None else config.get("d_k")
-    V = factors[1][0].shape[-1] if factors[1] else V if V is not None else config.get("d_v")
-    if K is None or V is None:
-        raise ValueError(f"{path}: a {kind} dictionary does not say its head's sizes: pass K and V")
-    r = factors[0][0].shape[1] if factors[0] else 1
-    b_enc = state.get("b_enc", state.get("encoder.bias"))
-    tensors, cut = {}, None
-    if kind in ("bilinear", "bilinear_flat"):
-        tensors.update(v_enc=state["V_enc"], w_enc=state["W_enc"])
-    elif kind in ("matrix", "flat"):
-        tensors["W_enc"] = state["encoder.weight"]
-    if "log_threshold" in state:
-        cut = state["log_threshold"].exp()
-    elif "b_gate" in state:
-        # mag = e^r x + b_mag and gate = x + b_gate > 0: one pre-activation e^r x + b_mag above b_mag - e^r b_gate.
-        gain = state["r_mag"].exp()
-        b_enc, cut = state["b_mag"], (state["b_mag"] - gain * state["b_gate"]).clamp_min(0)
-        tensors["v_enc"] = tensors["v_enc"] * gain[:, None, None]
-    elif config.get("use_batchtopk"):
-        threshold = state.get("threshold", config.get("threshold")) if threshold is None else threshold
-        if threshold is None:
-            raise ValueError(f"{path}: a BatchTopK dictionary without its threshold: pass threshold=")
-        cut = torch.as_tensor(threshold, dtype=torch.float32).expand(F).clone()
-    if kind in ("bilinear", "bilinear_tied"):
-        tensors.update(v_dec=state["V_dec"], w_dec=state["W_dec"], bias=state["bias"])
-    elif kind == "matrix":
-        tensors.update(v_dec=state["V"], w_dec=state["W"], bias=state["bias"])
-    else:
-        tensors.update(W_dec=state["decoder.weight"].T, bias=state["decoder.bias"].reshape(-1))
-        if tensors["bias"].numel() != K * V:
-            raise ValueError(f"{path}: decoder.bias: expected K*V = {K * V} entries, got {tensors['bias'].numel()}")
-        tensors["bias"] = tensors["bias"].view(K, V)
-    tensors.update(b_enc=b_enc, mean=torch.zeros(K, V))
-    if cut is not None:
-        tensors["threshold"] = cut
-    tensors = {name: x.float().contiguous() for name, x in tensors.items()}
-    layer, head = (config.get(n) if x is None else x for n, x in (("layer", layer), ("head", head)))
-    record = {n: content[n] for n in ("epoch", "step", "val_mse") if isinstance(content.get(n), (int, float))}
-    k = min(int(config.get("k", 32)), F)
-    sae = SAE(int(K), int(V), F, k, kind, r, "topk" if cut is None else "threshold", layer, head, None, False, record)
-    return _fill(sae, tensors, path)
-
-
-def _published_kind(state: dict, path: Path) -> str:
-    layouts = {
-        "bilinear": {"V_enc", "W_enc", "V_dec", "W_dec", "bias"},
-        "bilinear_tied": {"V_dec", "W_dec", "bias", "b_enc"},
-        "bilinear_flat": {"V_enc", "W_enc", "b_enc", "decoder.weight", "decoder.bias"},
-        "matrix": {"encoder.weight", "encoder.bias", "V", "W", "bias"},
-        "flat": {"encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias"},
-    }
-    for kind, needed in layouts.items():
-        if needed <= set(state):
-            if kind == "bilinear" and "b_enc" not in state and not {"b_gate", "b_mag", "r_mag"} <= set(state):
-                continue
-            return kind
-    raise ValueError(f"{path}: no known layout has exactly the tensors {', '.join(sorted(state))}")
+    """Puts tensors into an empty dictionary, one at a time, refusing by name what does not fit before reading any."""
+    own = sae.state_dict()
+    if unknown := sorted(set(header) - set(own)):
+        raise ValueError(f"{source}: unknown tensors {shown(', '.join(unknown))[1:-1]} for kind {sae.kind}")
+    if missing := sorted(set(own) - set(header)):
+        raise ValueError(f"{source}: missing tensors {', '.join(missing)} for kind {sae.kind}")
+    expected = _DTYPES[str(dtype).removeprefix("torch.")]
+    for name, (stored, shape) in header.items():
+        if shape != tuple(own[name].shape):
+            raise ValueError(f"{source}: {name}: expected shape {tuple(own[name].shape)}, got {shape}")
+        if stored != expected:
+            raise ValueError(f"{source}: {name}: expected dtype {dtype} ({expected}, as {CONFIG} says), got {stored}")
+    tensors = {}
+    for name in header:
+        try:
+            tensors[name] = get(name).clone()  # of the mapped file, which may change under us
+        except RuntimeError as error:
+            raise ValueError(f"{source}: {name}: cannot be read: {first_line(error)}") from error
+    return assign(sae, tensors, source)

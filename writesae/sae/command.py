@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from ..files import make_folder, refuse_links, write_text
+from ..options import add_model
 from ..text import Corpus
 from ..text.arguments import NAMED, add_options, named, tell_empty, told
 from ..text.tokens import check_vocabulary
@@ -24,7 +25,7 @@ _DEFAULTS = {f.name: f.default for f in fields(TrainConfig)}
 def configure(parser: argparse.ArgumentParser) -> None:
     """Adds the subcommand's arguments."""
     add = parser.add_argument
-    add("--model", default="default", help="folder or hub name of a model; default is the embedded one")
+    add_model(parser)
     add("--layer", type=int, help="layer of a single site, with --head")
     add("--head", type=int, help="value head of a single site, with --layer")
     add("--site", action="append", metavar="LAYER:HEAD", help="a site, instead of --layer and --head; "
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     from .train import Trainer
 
     show = not args.quiet
-    model, tokenizer = load(args.model)
+    model, tokenizer = load(args.model, trust_remote_code=args.trust_remote_code)
     check_vocabulary(tokenizer, model)
     how = {"bos": not args.no_bos, "max_tokens": args.max_tokens, "progress": show}
     if held_out is None:

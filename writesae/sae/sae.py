@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from .._arguments import sizes
+from ..untrusted import is_integer, shown
 from .sparse import Decode, exact_topk
 
 KINDS = ("bilinear", "bilinear_tied", "bilinear_flat", "matrix", "flat")
 BILINEAR = ("bilinear", "bilinear_tied", "bilinear_flat")
 RANK_ONE = ("bilinear", "bilinear_tied", "matrix")
 SPARSITIES = ("topk", "threshold")
+_LARGEST = 2**59  # entries of a dense dictionary, so that no size in bytes overflows
 
 
 class SparseCodes(NamedTuple):
@@ -59,6 +61,7 @@ class SAE(nn.Module):
         layer, head, model: where the states come from, or None.
         centred: whether `mean` is in use (it is zero otherwise).
         training, metrics: plain dictionaries kept in the saved configuration.
+        empty: leave every tensor on the meta device, without memory, for a loader that puts its own in.
 
     Attributes (parameters and buffers, float32):
         v_enc `[F, r, K]`, w_enc `[F, r, V]`, or W_enc `[F, K*V]` (row-major: index k V + v); b_enc `[F]`
@@ -86,39 +89,59 @@ class SAE(nn.Module):
         centred: bool = True,
         training: dict | None = None,
         metrics: dict | None = None,
+        *,
+        empty: bool = False,
     ):
         super().__init__()
         for name, value in (("K", K), ("V", V), ("F", F), ("k", k), ("r", r)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+            if not is_integer(value, 1):
+                raise ValueError(f"{name}: expected an integer >= 1, got {shown(value)}")
         if kind not in KINDS:
-            raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+            raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {shown(kind)}")
         if sparsity not in SPARSITIES:
-            raise ValueError(f"sparsity: expected one of {', '.join(SPARSITIES)}, got {sparsity!r}")
+            raise ValueError(f"sparsity: expected one of {', '.join(SPARSITIES)}, got {shown(sparsity)}")
         if k > F:
             raise ValueError(f"k: expected k <= F={F}, got {k}")
         if r > min(K, V):
             raise ValueError(f"r: expected a rank <= min(K, V) = {min(K, V)}, got {r}")
         if kind == "flat" and r != 1:
             raise ValueError(f"r: kind flat has neither factored encoder nor atoms, expected r = 1, got {r}")
+        if F * K * V > _LARGEST:
+            raise ValueError(f"F: expected F * K * V <= {_LARGEST:,}, got {F:,} * {K:,} * {V:,}")
+        for name, value in (("layer", layer), ("head", head)):
+            if value is not None and not is_integer(value):
+                raise ValueError(f"{name}: expected an integer >= 0 or None, got {shown(value)}")
+        if model is not None and not isinstance(model, str):
+            raise ValueError(f"model: expected a name or None, got {shown(model)}")
+        if not isinstance(centred, bool):
+            raise ValueError(f"centred: expected true or false, got {shown(centred)}")
+        for name, value in (("training", training), ("metrics", metrics)):
+            if value is not None and not isinstance(value, dict):
+                raise ValueError(f"{name}: expected a dictionary or None, got {shown(value)}")
         self.K, self.V, self.F, self.k, self.kind, self.r, self.sparsity = K, V, F, k, kind, r, sparsity
         self.layer, self.head, self.model, self.centred = layer, head, model, centred
         self.training_record, self.metrics = dict(training or {}), dict(metrics or {})
-        unit = nn.functional.normalize
+
+        def rows(*shape: int) -> nn.Parameter:  # random unit vectors along the last axis
+            if empty:
+                return nn.Parameter(torch.empty(shape, device="meta"))
+            return nn.Parameter(nn.functional.normalize(torch.randn(shape), dim=-1))
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.empty(shape, device="meta") if empty else torch.zeros(shape)
+
         if self.rank_one_atoms:
-            self.v_dec = nn.Parameter(unit(torch.randn(F, r, K), dim=-1))
-            self.w_dec = nn.Parameter(unit(torch.randn(F, r, V), dim=-1))
+            self.v_dec, self.w_dec = rows(F, r, K), rows(F, r, V)
         else:
-            self.W_dec = nn.Parameter(unit(torch.randn(F, K * V), dim=-1))
+            self.W_dec = rows(F, K * V)
         if kind in ("bilinear", "bilinear_flat"):
-            self.v_enc = nn.Parameter(unit(torch.randn(F, r, K), dim=-1))
-            self.w_enc = nn.Parameter(unit(torch.randn(F, r, V), dim=-1))
+            self.v_enc, self.w_enc = rows(F, r, K), rows(F, r, V)
         elif kind != "bilinear_tied":
-            self.W_enc = nn.Parameter(unit(torch.randn(F, K * V), dim=-1))
-        self.b_enc = nn.Parameter(torch.zeros(F))
-        self.bias = nn.Parameter(torch.zeros(K, V))
-        self.register_buffer("mean", torch.zeros(K, V))
-        self.register_buffer("threshold", torch.zeros(F) if sparsity == "threshold" else None)
+            self.W_enc = rows(F, K * V)
+        self.b_enc = nn.Parameter(zeros(F))
+        self.bias = nn.Parameter(zeros(K, V))
+        self.register_buffer("mean", zeros(K, V))
+        self.register_buffer("threshold", zeros(F) if sparsity == "threshold" else None)
 
     # ---- what it is -------------------------------------------------------------------------------------------
 

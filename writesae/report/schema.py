@@ -1,0 +1,214 @@
+"""What a run's summary and table must be before anything of them is drawn: numbers are numbers, names are known ones.
+
+A run's folder may come from a stranger, so every value that a page shows is listed here with its type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from ..untrusted import is_integer, is_number, shown
+
+NATIVES = {
+    "increment": "the increment (what the token actually added)", "outer": "the outer product (erase left in place)"
+}  # fmt: skip
+SCALES = {"coef": "the atom at its own coefficient", "matched": "the atom at the write’s norm"}
+METRICS = {"h0": "at the token", "h1": "next token", "mean": "mean of the tokens after"}
+DIRECTIONS = ("forward", "reverse")
+CONDITIONS = {
+    "atom": "atom", "delete": "deletion", "random": "random rank-1", "native": "native write",
+    "mean": "mean write", "previous": "previous write", "singular": "top singular pair",
+}  # fmt: skip
+
+Check = Callable[[object, str], None]
+
+
+def _is(test: Callable[[object], bool], what: str) -> Check:
+    def check(value, where):
+        if not test(value):
+            raise ValueError(f"run: {where}: expected {what}, got {shown(value)}")
+
+    return check
+
+
+def _one_of(*names: str) -> Check:
+    return _is(lambda x: isinstance(x, str) and x in names, f"one of {', '.join(names)}")
+
+
+def _site(name: object) -> bool:
+    layer, _, head = str(name).partition(":")
+    return all(x.isascii() and x.isdigit() and len(x) < 7 for x in (layer, head))
+
+
+NUMBER, COUNT = _is(is_number, "a finite number"), _is(is_integer, "an integer >= 0")
+INTEGER = _is(lambda x: is_integer(x, -(2**62)), "an integer")
+RATE = _is(lambda x: is_number(x) and 0 <= x <= 1, "a share between 0 and 1")
+_ANY = _is(lambda x: True, "anything")
+TEXT = _is(lambda x: isinstance(x, str), "text")
+SITE = _is(_site, "LAYER:HEAD")
+
+
+def _or_none(check: Check) -> Check:
+    return lambda value, where: None if value is None else check(value, where)
+
+
+def _list(check: Check, length: int | None = None) -> Check:
+    def each(value, where):
+        if not isinstance(value, (list, tuple)) or length not in (None, len(value)):
+            raise ValueError(f"run: {where}: expected a list{f' of {length}' if length else ''}, got {shown(value)}")
+        for i, x in enumerate(value):
+            check(x, f"{where}[{i}]")
+
+    return each
+
+
+def _mapping(key: Check, check: Check) -> Check:
+    def each(value, where):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"run: {where}: expected an object, got {shown(value)}")
+        for name, x in value.items():
+            key(name, f"{where}: a key")
+            check(x, f"{where}.{name}"[:200])
+
+    return each
+
+
+def _fields(needed: Mapping[str, Check], optional: Mapping[str, Check] | None = None) -> Check:
+    """An object with these entries at least; what a page does not show may be anything."""
+
+    def each(value, where):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"run: {where}: expected an object, got {shown(value)}")
+        for name, check in needed.items():
+            if name not in value:
+                raise ValueError(f"run: {where}: expected an entry {name}, got none")
+            check(value[name], f"{where}.{name}")
+        for name, check in (optional or {}).items():
+            if name in value:
+                check(value[name], f"{where}.{name}")
+
+    return each
+
+
+def _both(*checks: Check) -> Check:
+    def each(value, where):
+        for check in checks:
+            check(value, where)
+
+    return each
+
+
+def _a_rate_each(value, where) -> None:
+    if value["n"] and len(value.get("win_rates", ())) != value["n"]:
+        raise ValueError(f"run: {where}: expected win_rates of {value['n']} features, got other or none")
+
+
+_PAIR = _list(NUMBER, 2)
+_CONDITION = _one_of(*CONDITIONS)
+_TEST = _fields(
+    {
+        "win_rate": _fields({
+            "n": COUNT, "wins": COUNT, "losses": COUNT, "ties": COUNT, "rate": RATE, "ci95": _PAIR,
+            "paired_effect": NUMBER,
+        }),
+        "win_rate_by_feature": _fields({"ci95": _PAIR}), "win_rate_by_passage": _fields({"ci95": _PAIR}),
+        "wilcoxon": _fields({"p": RATE}),
+        "population": _both(
+            _fields(
+                {"n": COUNT, "rate": _or_none(RATE), "ci95": _or_none(_PAIR), "firings": COUNT},
+                {"win_rates": _list(RATE)},
+            ),
+            _a_rate_each,
+        ),
+        "kl": _both(_mapping(_CONDITION, _fields({"median": NUMBER})), _fields({"atom": _ANY, "delete": _ANY})),
+        "atom_against": _mapping(_CONDITION, _fields({"rate": RATE, "ci95": _PAIR, "ties": COUNT})),
+    },
+    {"strict_chain": _fields({"rate": RATE})},
+)  # fmt: skip
+_SUMMARY = _fields(
+    {
+        "n": _is(lambda x: is_integer(x, 1), "an integer >= 1"),
+        "features": COUNT, "documents": COUNT, "tokens": COUNT, "seconds": NUMBER,
+        "firings_per_second": _or_none(NUMBER),
+        "headline": _fields({
+            "native": _one_of(*NATIVES), "scale": _one_of(*SCALES), "horizon": _one_of(*METRICS),
+            "direction": _one_of(*DIRECTIONS),
+        }),
+        "win_rate": RATE, "win_rate_ci95": _PAIR, "win_rate_ci95_by_feature": _PAIR, "win_rate_ci95_by_passage": _PAIR,
+        "strict_chain": _or_none(RATE), "strict_chain_ci95": _or_none(_PAIR),
+        "kl_median": _mapping(_CONDITION, NUMBER), "native_kl_max": _or_none(NUMBER), "cosine_median": NUMBER,
+        "heads": _mapping(TEXT, _fields({
+            "n": COUNT, "mean": RATE, "sd": _or_none(NUMBER), "heads": _mapping(TEXT, RATE),
+        })),
+        "tests": _mapping(
+            _one_of(*(f"{native}/{scale}" for native in NATIVES for scale in SCALES)),
+            _mapping(_one_of(*METRICS), _mapping(_one_of(*DIRECTIONS), _TEST)),
+        ),
+        "settings": _fields({
+            "horizon": COUNT, "conditions": _list(_CONDITION), "seed": INTEGER, "resamples": COUNT,
+            "selection": _or_none(_fields({"tokens": COUNT, "min_selected": COUNT})),
+            "sites": _mapping(SITE, _fields(
+                {"kind": TEXT, "F": COUNT, "k": COUNT, "K": COUNT, "V": COUNT},
+                {"metrics": _or_none(_fields({}, {"fvu": _or_none(NUMBER)}))},
+            )),
+        }),
+        "versions": _mapping(TEXT, TEXT),
+    },
+    {
+        "model": TEXT,
+        "sites": _mapping(SITE, _fields({
+            "n": COUNT, "features": COUNT, "rate": RATE, "ci95": _PAIR, "ties": COUNT,
+            "kl_median": _both(_mapping(_CONDITION, NUMBER), _fields({"atom": _ANY, "delete": _ANY})),
+        })),
+    },
+)  # fmt: skip
+
+
+def check_run(summary: Mapping, table: Mapping[str, np.ndarray]) -> None:
+    """Raises ValueError, naming the entry or column, for a summary or table of other types than a run's."""
+    _SUMMARY(summary, "summary.json")
+    head, settings = summary["headline"], summary["settings"]
+    try:
+        summary["tests"][f"{head['native']}/{head['scale']}"][head["horizon"]][head["direction"]]
+    except KeyError as error:
+        raise ValueError(f"run: summary.json.tests: expected the headline's, got none for {error}") from error
+    n = summary["n"]
+    for name in ("layer", "head", "feature", "passage", "context_at"):
+        _column(table, name, n, "iu")
+    for name in ("activation", "cosine"):
+        _column(table, name, n, "iuf")
+    for name in ("atom", "delete"):
+        if name not in settings["conditions"]:
+            raise ValueError(f"run: summary.json.settings.conditions: expected {name} among them, got none")
+    for condition in settings["conditions"]:
+        if condition != "native":
+            _column(table, curve(head, condition), n, "iuf", settings["horizon"] + 1)
+    if settings["horizon"] < 1:
+        raise ValueError(f"run: summary.json.settings.horizon: expected at least 1, got {settings['horizon']}")
+    for name, good, what in (
+        ("document", lambda x: isinstance(x, str), "text"),
+        ("context", lambda x: isinstance(x, (list, tuple)) and all(isinstance(y, str) for y in x), "lists of text"),
+    ):
+        if name not in table or len(table[name]) != n or not all(map(good, table[name])):
+            raise ValueError(f"run: firings.parquet: {name}: expected {n} entries of {what}")
+    at = table["context_at"]
+    if any(not 0 <= int(i) < len(tokens) for i, tokens in zip(at, table["context"], strict=True)):
+        raise ValueError("run: firings.parquet: context_at: expected positions inside their context")
+
+
+def curve(head: Mapping, condition: str) -> str:
+    """The column of a condition's KLs, `[n, horizon + 1]`, in the headline reading."""
+    middle = "" if condition == "delete" else f"{head['scale']}."
+    return f"{head['direction']}:{head['native']}.{middle}{condition}"
+
+
+def _column(table: Mapping[str, np.ndarray], name: str, n: int, kinds: str, width: int | None = None) -> None:
+    shape = (n,) if width is None else (n, width)
+    column = table.get(name)
+    if column is None or column.shape != shape or column.dtype.kind not in kinds:
+        got = "none" if column is None else f"shape {column.shape} of {column.dtype}"
+        raise ValueError(f"run: firings.parquet: {name}: expected numbers of shape {shape}, got {got}")
+    if column.dtype.kind == "f" and not np.isfinite(column).all():
+        raise ValueError(f"run: firings.parquet: {name}: expected finite numbers, got a NaN or infinity")
