@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
 
     torch.set_num_threads(1)
     everything = []
-    for i, kind in enumerate(args.only):
+    for kind in args.only:
         share = args.minutes * 60 / len(args.only)
         cases, findings, start = 0, [], time.monotonic()
         with tempfile.TemporaryDirectory() as scratch:

@@ -273,9 +273,13 @@ def test_a_question_that_cannot_be_asked(folder, tmp_path, monkeypatch, capsys, 
     monkeypatch.setattr(command, "run", lambda args: input("another's question"))
     assert main([*map(str, given), "--out", str(tmp_path / "out")]) == 2
     assert "a question could not be asked: standard input is closed" in capsys.readouterr().err
-    monkeypatch.setattr(command, "run", lambda args: open("/proc/self/mem/x"))
+
+    def full(args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(command, "run", full)
     assert main([*map(str, given), "--out", str(tmp_path / "out")]) == 1
-    assert "writesae collect: [Errno 20] Not a directory" in capsys.readouterr().err
+    assert "writesae collect: [Errno 28] No space left" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["train", "collect", "replace"])

@@ -63,7 +63,7 @@ def integers(name: str, x) -> list[int]:
         reason = unreadable(x)
         if reason is not None:
             raise RuntimeError(f"{name}: its numbers are needed, and {reason}")
-        return x.reshape(-1).tolist()
+        return x.reshape(-1).cpu().tolist()
     found = x.reshape(-1).tolist() if hasattr(x, "reshape") else x
     found = list(found) if hasattr(found, "__iter__") and not isinstance(found, (str, bytes)) else [found]
     for value in found:
@@ -86,7 +86,7 @@ def sequence_offsets(op: str, cu_seqlens: Tensor, B: int, T: int) -> list[int]:
     if B != 1:
         raise ValueError(f"cu_seqlens: packed sequences need B = 1, got B = {B}")
     refuse_unreadable(op, "cu_seqlens", cu_seqlens)
-    offsets = cu_seqlens.tolist()
+    offsets = cu_seqlens.cpu().tolist()
     rising = all(lo <= hi for lo, hi in zip(offsets[:-1], offsets[1:], strict=True))
     if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != T or not rising:
         raise ValueError(f"cu_seqlens: expected offsets rising from 0 to T={T}, got {offsets[:8]}")

@@ -50,7 +50,7 @@ COMMANDS = {
     "verify": Command(
         "writesae.collect.verify",
         "check every file of a collection against its digest",
-        "Names every damaged, missing or unexpected file; changes nothing. Exit status: 0 sound, 1 not sound, 2 no "
+        "Writes nothing; names every damaged, missing or unexpected file. Exit status: 0 sound, 1 not sound, 2 no "
         "such collection.",
         "writesae verify runs/notes",
     ),

@@ -216,7 +216,7 @@ class Writes:
                     state[head] += torch.outer(left.to(state), right.to(state))
                 for i in wanted[n].get(t, ()):
                     found[i] = state
-        return torch.stack(found) if found else self.right.new_zeros(0, H, K, V)
+        return torch.stack([found[i] for i in range(len(pairs))]) if found else self.right.new_zeros(0, H, K, V)
 
     def _advance(self, state: Tensor, b: int, start: int, stop: int) -> Tensor:
         """State `[H, K, V]` at `start` carried through the writes `start..stop-1` of row b."""

@@ -11,6 +11,7 @@ import torch
 
 from ..untrusted import first_line, read_json
 from .folder import ALLOW, Held, check_folder, no_larger_than, tokenizer_code
+from .quiet import quiet
 
 _DEFAULT = Path(__file__).parent.parent / "default" / "model"
 _FILES = ("*.json", "*.jinja", "*.txt", "*.model", "model*.safetensors")

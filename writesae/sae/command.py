@@ -36,7 +36,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_options(parser)
     add("--validation", nargs="+", help="held-out text, named like --corpus (default: stdlib:validation, or one in 20 "
         "of the documents of a --corpus or --dataset, which are then not trained on)")  # fmt: skip
-    add("--max-tokens", type=int, help="tokens of the text, and of the held-out text, that are read at most")
+    add("--max-tokens", type=int, help="tokens of the text, and of the held-out text, that are read at most "
+        "(default: all)")  # fmt: skip
     add("--length", type=int, default=256, help="tokens a passage")
     add("--batch", type=int, default=16, help="passages in one forward pass")
     add("--eval-passages", type=int, default=128, help="held-out passages the dictionary is evaluated on")

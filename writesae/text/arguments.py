@@ -16,10 +16,10 @@ _EXAMPLES = 3
 
 def add_options(parser) -> None:
     """Adds what the commands have in common beside their corpus argument."""
-    parser.add_argument("--dataset", metavar="NAME[:CONFIG]", help="in place of a corpus, a name for the `datasets` "
-                        "package, streamed; offline, its local copy")  # fmt: skip
+    parser.add_argument("--dataset", metavar="NAME[:CONFIG]", help="instead of a corpus: a data set of the Hugging "
+                        "Face hub, streamed, or offline its local copy (needs writesae[datasets])")  # fmt: skip
     parser.add_argument("--split", default="train", help="split of --dataset")
-    parser.add_argument("--field", default="text", help="JSON field, or Parquet or dataset column, with the text")
+    parser.add_argument("--field", default="text", help="field of JSON, or column of Parquet or of --dataset, with the text")
     parser.add_argument("--no-bos", action="store_true", help="put no token before a document; else it is the one that "
                         "the tokenizer puts there, or its beginning-of-text token")  # fmt: skip
 
