@@ -19,7 +19,8 @@ def add_options(parser) -> None:
     parser.add_argument("--dataset", metavar="NAME[:CONFIG]", help="instead of a corpus: a data set of the Hugging "
                         "Face hub, streamed, or offline its local copy (needs writesae[datasets])")  # fmt: skip
     parser.add_argument("--split", default="train", help="split of --dataset")
-    parser.add_argument("--field", default="text", help="field of JSON, or column of Parquet or of --dataset, with the text")
+    parser.add_argument("--field", default="text", help="field of JSON, or column of Parquet or of --dataset, "
+                        "with the text")  # fmt: skip
     parser.add_argument("--no-bos", action="store_true", help="put no token before a document; else it is the one that "
                         "the tokenizer puts there, or its beginning-of-text token")  # fmt: skip
 
