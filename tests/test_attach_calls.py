@@ -552,3 +552,59 @@ def test_token_ids_are_not_the_vocabulary(model):
     with attach(model, dictionaries()) as tap:
         model(text)
     assert set(tap.firings.position.tolist()) == {0, 1, 2, 3}
+
+
+def test_forward_mode_goes_through_a_hooked_model(model):
+    """A direction in the weights and in the embeddings: the hooked model's tangent is the plain one's."""
+    text, forward_mode = tokens(2, 9), torch.autograd.forward_ad
+    model.set_attn_implementation("eager")  # torch's fused attention knows no forward mode
+    embedded = model.get_input_embeddings()(text)
+    direction = torch.randn(embedded.shape, generator=torch.Generator().manual_seed(1))
+
+    def tangent():
+        with forward_mode.dual_level():
+            logits = model(inputs_embeds=forward_mode.make_dual(embedded, direction), use_cache=False).logits
+            return forward_mode.unpack_dual(logits)
+
+    plain = tangent()
+    for accelerate in (False, True):
+        with attach(model, dictionaries(), accelerate=accelerate) as tap:
+            hooked = tangent()
+        close(hooked.primal, plain.primal)
+        close(hooked.tangent, plain.tangent, 1e-3)
+        same_firings(tap.firings, one_pass(model, text))
+        assert not tap.firings.activation.requires_grad
+
+
+def test_torch_func_is_right_or_refused(model):
+    model.set_attn_implementation("eager")
+    embedded = model.get_input_embeddings()(tokens(2, 9))
+    direction = torch.randn(embedded.shape, generator=torch.Generator().manual_seed(1))
+
+    def run(x):
+        return model(inputs_embeds=x, use_cache=False).logits
+
+    plain = torch.func.jvp(run, (embedded,), (direction,))
+    with attach(model, {}, accelerate=True):
+        for a, b in zip(torch.func.jvp(run, (embedded,), (direction,)), plain, strict=True):
+            close(a, b, 1e-3)
+    with attach(model, dictionaries()) as tap:
+        with pytest.raises(RuntimeError, match="attach: layer 0 runs under torch.func"):
+            torch.func.jvp(run, (embedded,), (direction,))
+        assert tap.calls == {0: 0, 3: 0}
+        run(embedded)
+
+
+def test_a_dictionary_of_another_model_is_refused(model):
+    default, _, saes = writesae.load_default()
+    with attach(default, saes) as tap:
+        default(torch.ones(1, 3, dtype=torch.long))
+    assert len(tap.firings)
+    other = copy.deepcopy(default)
+    other.config._name_or_path = "somebody/else-0.8B"
+    with pytest.raises(ValueError, match="made for the model 'default', got the model 'somebody/else-0.8B'"):
+        with attach(other, saes):
+            pass
+    with attach(other, saes, any_model=True):
+        other(torch.ones(1, 3, dtype=torch.long))
+    assert "calls 1" in repr(tap) and "Tap(sites [(5, 3)]" in repr(tap)

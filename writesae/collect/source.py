@@ -107,7 +107,9 @@ class ModelSource:
 
         self.model.eval()
         self._stack.enter_context(torch.inference_mode())
-        hooks = attach(self.model, self.dictionaries, accelerate=self.accelerate, record_writes=False)
+        hooks = attach(
+            self.model, self.dictionaries, accelerate=self.accelerate, any_model=self.any_model, record_writes=False
+        )
         self._tap = self._stack.enter_context(hooks)
         self._stack.enter_context(stopping_after(self.model, max(layer for layer, _ in self.dictionaries)))
         return self

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from ..edits import Edits
 from ..ops import causal_conv, gated_delta_rule
 from ..ops._dispatch import can_run
+from ..ops._transforms import torch_func_acts, transformed
 from ..ops.causal_conv import ACTIVATIONS as CONV_ACTIVATIONS
 from ..ops.encode import check_precision
 from . import hf_gated_delta, hf_norms
 from .hf_gated_delta import LayerSite
+from .identity import require_same_model
 from .patch import Owner
 from .quiet import quiet
 from .self_test import self_test as run_self_test
@@ -28,6 +30,7 @@ def attach(
     edits: Mapping[int, Edits] | None = None,
     accelerate: bool = False,
     *,
+    any_model: bool = False,
     strict: bool = False,
     self_test: bool = True,
     check_finite: bool = True,
@@ -70,6 +73,7 @@ def attach(
             sequence), position the column in that row as fed, cached columns counted.
         accelerate: run all the model's gated-delta layers on our op, not only the hooked ones, and, on a CPU where no
             gradient is asked, on our kernels the short convolution before it and the model's RMS norms.
+        any_model: also with dictionaries that name another model than this one.
         strict: raise, instead of warning, where an edit's position never came; see `tap.applied`.
         self_test: first run a few tokens, and compare every function stood in for with the model's own, on the same
             inputs. Leaves the random state, the model and `tap.calls` alone. Costs two short forward passes, once for
@@ -87,9 +91,9 @@ def attach(
 
     Raises:
         ValueError: before anything runs, for a model without such layers, a layer or head it does not have, a
-            full-attention layer, a dictionary or edit of other sizes than the head; while running, for a NaN in a
-            state, an edit of a row that the batch does not have, or a call that cannot be read; at the end, for a site
-            that never ran or (`strict`) an edit whose position never came.
+            full-attention layer, a dictionary or edit of other sizes than the head, a dictionary of another model;
+            while running, for a NaN in a state, an edit of a row that the batch does not have, or a call that cannot be
+            read; at the end, for a site that never ran or (`strict`) an edit whose position never came.
         RuntimeError: the self-test failed; the model is compiled; a hooked model recomputes its layers in the backward
             (gradient checkpointing).
 
@@ -100,6 +104,7 @@ def attach(
     by_layer, edits = _check_sites(model, found, sites), _check_edits(model, found, edits)
     if not by_layer and not edits and not accelerate:
         raise ValueError("sites: expected at least one (layer, head), or edits, or accelerate=True; got none")
+    require_same_model(model, sites, any_model)
     tap = Tap(by_layer, edits, {"record_writes": record_writes, "backend": backend, "precision": precision})
     tap.prepare(found)
     hooked = {*by_layer, *edits}
@@ -145,6 +150,12 @@ class _Handler:
             )
         every = [h for h in frame.rules if isinstance(h, _Handler)]
         recording = [h for h in every if h.records]
+        if recording and torch_func_acts():
+            raise RuntimeError(
+                f"attach: layer {frame.site.layer_index} runs under torch.func (jvp, grad, vmap), where what it would "
+                "record are a transform's wrappers, not numbers; use torch.autograd (backward, forward_ad), or attach "
+                "without sites and edits (accelerate=True)"
+            )
         if not recording and cu_seqlens is None and not any(h.accelerate for h in every):
             return NotImplemented
         layer, dtype = frame.site.layer_index, v.dtype
@@ -193,6 +204,7 @@ class _Convolution:
 
     def __call__(self, x, weight, bias, activation, *, cu_seqlens, channels):
         gradient = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in (x, weight, bias))
+        gradient = gradient or transformed(x, weight, bias)
         known = weight.dtype == x.dtype and activation in CONV_ACTIVATIONS
         tensors = {"x": x, "weight": weight, "bias": bias}
         if gradient or not known or self.backend not in (None, "cpu") or not can_run("cpu", "causal_conv", tensors):

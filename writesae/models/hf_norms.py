@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops._dispatch import can_run
+from ..ops._transforms import transformed
 from . import patch
 
 _EPS = ("variance_epsilon", "eps")  # what modules call it
@@ -38,6 +39,8 @@ class Norm:
             return None
         x, gate = args[0], args[1] if self.gated else None
         if torch.is_grad_enabled() and (weight.requires_grad or any(y.requires_grad for y in args)):
+            return None
+        if transformed(x, weight, gate):
             return None
         same = x.dtype == weight.dtype and x.shape[-1:] == weight.shape
         if gate is not None:

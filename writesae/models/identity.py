@@ -151,8 +151,8 @@ def _same(theirs: str, here: str) -> bool:
     a, b = _folder(theirs), _folder(here)
     if a is not None and b is not None:
         return a == b
-    if "default" in (theirs, here):
-        return _DEFAULT.resolve() in (a, b)
+    if "default" in (theirs, here):  # and the other is no folder
+        return False
     return _last(theirs) == _last(here)
 
 

@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
+import torch.autograd.forward_ad as forward_mode
 from torch import Tensor
 
 from .. import ops
 from ..edits import Edits
 from ..firings import Firings
+from ..ops._transforms import transformed
 from ..writes import Writes
 from .gather import Columns, Coming, Gathered, TopK
 from .hf_gated_delta import Frame, LayerSite, device_of
@@ -68,6 +70,15 @@ class Tap:
         self._fire_per_token = 0  # of all layers, top-k alone
         self._dense: dict[int, dict[int, object]] = {}
         self._carries: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # cache -> {(layer, group): ...}
+
+    def __repr__(self) -> str:
+        sites = [(layer, head) for layer, heads in self._sites.items() for head in heads]
+        shown = ", ".join(map(str, sites[:4])) + (f", ... ({len(sites)})" if len(sites) > 4 else "")
+        edits = ""
+        if self.applied:
+            done, planned = (sum(f(x) for x in self.applied.values()) for f in (lambda x: int(x.sum()), len))
+            edits = f", edits {done} of {planned} applied"
+        return f"Tap(sites [{shown}], calls {sum(self.calls.values())}{edits})"
 
     # ---- public -----------------------------------------------------------------------------------------------
 
@@ -226,7 +237,8 @@ class Tap:
     def record(self, frame: Frame, writes: Writes, initial_state: Tensor | None, final_state: Tensor | None) -> None:
         """Takes in one call of one hooked layer. Thread-safe."""
         layer = frame.site.layer_index
-        parts = self._firings_of(layer, frame, writes, initial_state, final_state)
+        found = without_tangents(writes)  # codes are numbers only
+        parts = self._firings_of(layer, frame, found, initial_state, final_state)
         B, T = writes.right.shape[:2]
         room = B * T * self._fire_per_token
         if self._record_writes and initial_state is not None:
@@ -317,6 +329,15 @@ class _Pending:
                     now.pop(layer, None)
                     if before is not None:
                         now[layer] = before
+
+
+def without_tangents(writes: Writes) -> Writes:
+    """The same numbers without what forward mode carries beside them."""
+    if not transformed(writes.decay, writes.left, writes.right, writes.initial_state):
+        return writes
+    names = ("decay", "left", "right", "beta", "initial_state")
+    given = {name: getattr(writes, name) for name in names}
+    return replace(writes, **{n: forward_mode.unpack_dual(x).primal for n, x in given.items() if x is not None})
 
 
 @dataclass(eq=False)
