@@ -158,6 +158,6 @@ def span(x: Tensor) -> str:
     """Smallest and largest of a column, for reprs."""
     if not len(x):
         return "none"
-    lo, hi = x.min().item(), x.max().item()
-    lo, hi = (f"{v:.4g}" if isinstance(v, float) else str(v) for v in (lo, hi))
+    ends = (x.min().item(), x.max().item())
+    lo, hi = (f"{v:.4g}" if isinstance(v, float) else str(v) for v in ends)
     return lo if lo == hi else f"{lo}..{hi}"

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from typing import TypeVar
 
 import torch
 
+_F = TypeVar("_F", bound=Callable)
 
-def without_autocast(function: Callable) -> Callable:
+
+def without_autocast(function: _F) -> _F:
     """Within the function autocast is off: operands stay in the dtypes they came in."""
 
     @wraps(function)
@@ -21,4 +24,4 @@ def without_autocast(function: Callable) -> Callable:
             with torch.autocast("cuda", enabled=False):
                 return function(*args, **kwargs)
 
-    return call
+    return call  # type: ignore[return-value]

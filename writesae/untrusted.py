@@ -113,7 +113,7 @@ def _integer(text: str) -> int:
     return int(text)
 
 
-_STRICT = {"object_pairs_hook": _once, "parse_constant": _refuse_constant, "parse_float": _finite}
+_STRICT: dict[str, Any] = {"object_pairs_hook": _once, "parse_constant": _refuse_constant, "parse_float": _finite}
 
 
 def is_integer(value: Any, least: int = 0, most: int = 2**62) -> bool:
@@ -151,13 +151,13 @@ def safetensors_file(path: str | Path) -> Iterator[tuple[dict[str, tuple[str, tu
             f"(at most {HEADER_LIMIT:,})"
         )
     try:
-        file = safe_open(path, "pt")
+        opened = safe_open(path, "pt")
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path}: not a readable safetensors file: {first_line(error)}") from error
-    with file:
+    with opened:
         try:
-            header = {name: file.get_slice(name) for name in file.keys()}
-            header = {name: (at.get_dtype(), tuple(at.get_shape())) for name, at in header.items()}
+            slices = {name: opened.get_slice(name) for name in opened.keys()}
+            header = {name: (at.get_dtype(), tuple(at.get_shape())) for name, at in slices.items()}
         except (SafetensorError, ValueError) as error:
             raise ValueError(f"{path}: not a readable safetensors file: {first_line(error)}") from error
-        yield header, file.get_tensor
+        yield header, opened.get_tensor

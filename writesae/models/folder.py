@@ -64,7 +64,7 @@ def _weights(folder: Path, quantized: bool) -> Held:
     if not (folder / WEIGHTS).exists():
         if not (folder / INDEX).exists():
             _refuse_without_weights(folder)
-        files = _shards(folder)
+        files = {**_shards(folder)}
     tensors = elements = 0
     for file, promised in files.items():
         with safetensors_file(folder / file) as (header, _):

@@ -49,7 +49,7 @@ class Generation:
 
     def ended(self) -> Tensor | None:
         """`[rows]` bool: rows whose latest token is a pad that `generate` put, or that it chose past the end."""
-        if self._finished is None or self.processing:
+        if self._finished is None or self._padded is None or self.processing:
             return None
         everything = self._finished.all()
         return self._padded | everything if self._ends else everything.expand_as(self._padded)

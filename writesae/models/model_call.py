@@ -219,8 +219,8 @@ def columns_held(cache) -> int:
 
 def text_config(model: nn.Module):
     """The text part of a model's config, or None."""
-    config = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else None
+    text = getattr(getattr(model, "config", None), "get_text_config", None)
+    return None if text is None else text()
 
 
 def has_attention(model: nn.Module) -> bool:

@@ -155,7 +155,7 @@ def _innermost(model: nn.Module, sites: Sequence[LayerSite]) -> nn.Module:
     return around[-1]
 
 
-def _run(model: nn.Module) -> None:
+def _run(model) -> None:
     embedding = model.get_input_embeddings()
     generator = torch.Generator().manual_seed(0)
     size = getattr(embedding, "num_embeddings", None) or text_config(model).vocab_size

@@ -11,7 +11,7 @@ import hashlib
 import io
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -135,7 +135,7 @@ class Corpus:
 
     @classmethod
     def from_files(
-        cls, paths: list[str | os.PathLike], text_field: str = "text", root: str | os.PathLike | None = None
+        cls, paths: Sequence[str | os.PathLike], text_field: str = "text", root: str | os.PathLike | None = None
     ) -> Corpus:
         """Exactly these files, in the order given, named by their path below `root` (default: by their file name).
 

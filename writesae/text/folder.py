@@ -67,7 +67,7 @@ def walk(root: Path) -> tuple[list[tuple[Path, str]], list[Skipped]]:
                 folders.append(path)
             elif entry.is_file(follow_symlinks=False):
                 seen.add(_identity(path))
-                found[(*_identity(path), below)] = (path, below)
+                found[_identity(path) + (below,)] = (path, below)
             else:
                 skipped.append(Skipped(below, "no file", "a pipe, socket or device"))
     return sorted(found.values(), key=lambda file: file[1]), sorted(skipped, key=lambda one: one.name)
@@ -85,14 +85,14 @@ def _follow(path: Path, root: Path, folders: list[Path], found: dict, skipped: l
         skipped.append(Skipped(name, "loop", "a link to a folder it lies in"))
     elif target in seen and path.suffix and not real.suffix and (plain := _entry(found, target)):
         skipped.append(Skipped(found.pop(plain)[1], "read already", f"as {name}"))
-        found[(*target, name)] = (path, name)
+        found[target + (name,)] = (path, name)
     elif target in seen:
         skipped.append(Skipped(name, "read already", f"a link to {shown(real)}"))
     elif path.is_dir():
         folders.append(path)
     elif path.is_file():
         seen.add(target)
-        found[(*target, name)] = (path, name)
+        found[target + (name,)] = (path, name)
     else:
         skipped.append(Skipped(name, "no file", "a pipe, socket or device"))
 
