@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def cases(seed: int, root: Path) -> Iterator[tuple[str, Callable[[], None]]]:
         draw = random.Random(f"{seed} {n}")
         sound = draw.random() < 0.4
         name = f"{'sound' if sound else 'damaged'} corpus (seed {seed}, case {n})"
-        yield name, lambda draw=draw, n=n, sound=sound: _case(draw, root / f"corpus-{n}", sound)
+        yield name, lambda draw=draw, n=n, sound=sound: _clean(_case, draw, root / f"corpus-{n}", sound)
         n += 1
 
 
@@ -100,6 +101,13 @@ def _damage(draw: random.Random, data: bytes) -> bytes:
 def _read(corpus: Corpus, place: tuple = (0, 0, 0), number: int = 0) -> list[tuple[tuple, str]]:
     # (Bytes that are no text are met when they are tokenized: tests/test_text.py.)
     return [(d.place, d.open().read().decode(errors="replace")) for d in corpus.documents(place, number)]
+
+
+def _clean(case: Callable, draw: random.Random, folder: Path, sound: bool) -> None:
+    try:
+        case(draw, folder, sound)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _case(draw: random.Random, folder: Path, sound: bool) -> None:
