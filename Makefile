@@ -7,7 +7,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/
 # The CUDA kernels take minutes to compile: here they are built only for a torch that can run them (cuda-check builds all).
 HAS_CUDA = $(shell $(BIN)/python -c 'import torch; print(int(torch.version.cuda is not None))')
 
-.PHONY: demo test test-transformers bench sanitize cuda-check lint info clean
+.PHONY: demo test test-transformers fuzz bench sanitize cuda-check lint info clean
 
 demo: $(VENV)/.built
 	$(BIN)/writesae demo
@@ -19,6 +19,12 @@ test: $(VENV)/.built
 # What a model takes part in, under every other release of transformers that is supported, and the newest.
 test-transformers: $(VENV)/.built
 	$(BIN)/python scripts/test_transformers.py
+
+# Random and hostile inputs for so many minutes; what is found can be seen again from its seed.
+MINUTES ?= 1
+SEED ?= 0
+fuzz: $(VENV)/.built
+	$(BIN)/python scripts/fuzz.py --minutes $(MINUTES) --seed $(SEED)
 
 # Everything, about 20 minutes; interrupted, it goes on where it was.
 bench: $(VENV)/.built
