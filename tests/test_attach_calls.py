@@ -20,7 +20,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 import writesae
 from writesae import Edits
 from writesae.models import Stopped, attach, hf_gated_delta, load, patch, self_test
-from writesae.models.arguments import NAMES, Reader, cache_of, rule_call
+from writesae.models.arguments import NAMES, Reader, cache_of, given_cache, rule_call
 from writesae.models.model_call import ModelCall
 
 
@@ -37,11 +37,6 @@ def _inference():
 @pytest.fixture
 def model():
     return tiny_model()
-
-
-def past(model, cache):
-    """The cache as this release of transformers wants it given."""
-    return {Reader(model.forward, "model").name_of("cache"): cache}
 
 
 def unique(firings):
@@ -85,7 +80,7 @@ def test_an_end_token_in_a_streamed_text_is_a_token(model, pad):
     with attach(model, dictionaries()) as tap:
         out = model(text[:, :2], use_cache=True)
         for t in range(2, text.shape[1]):
-            out = model(text[:, t : t + 1], **past(model, cache_of(out)))
+            out = model(text[:, t : t + 1], **given_cache(model, cache_of(out)))
     assert len(tap.firings) == 81
     same_firings(tap.firings, one_pass(model, text))
 

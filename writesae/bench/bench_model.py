@@ -33,6 +33,7 @@ import torch
 
 import writesae
 
+from ..models.arguments import cache_of, given_cache
 from .case import Case, Disagree, Options, Row
 from .timing import ratio_row
 
@@ -141,11 +142,11 @@ def decode_row(model, ids, sites, name: str, repeats: int) -> Row:
 
     def decoder():
         out = model(ids[:, :128], use_cache=True, logits_to_keep=1)
-        state = {"cache": out.past_key_values, "token": out.logits[:, -1:].argmax(-1)}
+        state = {"cache": cache_of(out), "token": out.logits[:, -1:].argmax(-1)}
 
         def run():
             for _ in range(8):
-                out = model(state["token"], past_key_values=state["cache"], use_cache=True)
+                out = model(state["token"], **given_cache(model, state["cache"]), use_cache=True)
                 state["token"] = out.logits[:, -1:].argmax(-1)
 
         return run

@@ -18,6 +18,7 @@ from ..experiments.conditions import BASELINE, DEFAULT_CONDITIONS, NATIVES, SCAL
 from ..experiments.divergence import kl_pair
 from ..experiments.engine import ForkEngine, Places
 from ..models import load
+from ..models.arguments import cache_of, given_cache
 from ..models.hf_gated_delta import intercept
 from ..ops import gated_delta_rule
 from .case import Case, Disagree, Options, Row
@@ -70,14 +71,14 @@ def peer_side(model, layer, ids, places, changes, which, horizon):
     with intercept(model, {layer: rule}):
         for i in which:
             row, t, patch["head"] = int(places.row[i]), int(places.position[i]), int(places.head[i])
-            prefix = model(ids[row : row + 1, :t], use_cache=True, logits_to_keep=1).past_key_values
+            prefix = cache_of(model(ids[row : row + 1, :t], use_cache=True, logits_to_keep=1))
             logits = {}
             for name, change in changes.items():
                 cache, steps = copy.deepcopy(prefix), []
                 for s in range(t, t + horizon + 1):
                     patch["change"] = change[i] if change is not None and s == t else None
                     token = ids[row : row + 1, s : s + 1]
-                    steps.append(model(token, past_key_values=cache, use_cache=True).logits[0, 0])
+                    steps.append(model(token, **given_cache(model, cache), use_cache=True).logits[0, 0])
                 patch["change"] = None
                 logits[name] = torch.stack(steps)
             base = logits.pop(BASELINE)

@@ -105,6 +105,11 @@ def cache_of(output):
     return next((output[name] for name in NAMES["cache"] if name in output), None)
 
 
+def given_cache(model, cache) -> dict:
+    """The argument that hands a model a cache, `{name: cache}`, by the name of its release."""
+    return {Reader(model.forward, type(model).__name__).name_of("cache"): cache}
+
+
 def _is_cache(value) -> bool:
     if value is None or isinstance(value, (Tensor, bool, int, float, str, list, tuple, dict)):
         return False

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import hf_gated_delta, hf_norms, patch
-from .arguments import Reader, cache_of
+from .arguments import cache_of, given_cache
 from .hf_gated_delta import LayerSite
 from .model_call import has_attention, text_config
 
@@ -165,8 +165,7 @@ def _run(model) -> None:
     out = model(input_ids=ids[:, :-1], use_cache=cached)
     cache = cache_of(out) if cached else None
     if cache is not None:  # a model in training mode that recomputes its layers makes none
-        name = Reader(model.forward, type(model).__name__).name_of("cache")
-        model(input_ids=ids[:, -1:], use_cache=True, **{name: cache})
+        model(input_ids=ids[:, -1:], use_cache=True, **given_cache(model, cache))
 
 
 def _kind(model: nn.Module, sites: Sequence[LayerSite], rule_version, conv: bool, norms: bool):
