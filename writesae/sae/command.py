@@ -71,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
     from ..models import load
     from .block import Block
     from .evaluate import evaluate
+    from .resume import tokenizer_digest, tokens_digest, whole_file
     from .stream import ModelStream, Passages
     from .train import Trainer
 
@@ -89,7 +90,8 @@ def run(args: argparse.Namespace) -> int:
     if show:
         print(f"{len(passages)} training passages of {args.length} tokens, {len(validation)} held out; sites {sites}")
     with ModelStream(model, passages, sites, args.batch) as stream:
-        trainer = Trainer(stream, sites, config, args.out, args.resume, args.model, progress=show)
+        pinned = {"validation": tokens_digest(validation.ids), "tokenizer": tokenizer_digest(tokenizer)}
+        trainer = Trainer(stream, sites, config, args.out, args.resume, args.model, show, pinned)
         began = time.monotonic()
         saes = trainer.run(checkpoint_every=args.checkpoint_every)
         seconds = time.monotonic() - began
@@ -111,7 +113,8 @@ def run(args: argparse.Namespace) -> int:
             )
     record = {"model": args.model, "seconds": seconds, "config": config.record(), "metrics": everything,
               "left_out": left_out}  # fmt: skip
-    (args.out / METRICS).write_text(json.dumps(record, indent=2) + "\n")
+    with whole_file(args.out / METRICS) as temporary:
+        temporary.write_text(json.dumps(record, indent=2) + "\n")
     return 0
 
 
@@ -133,12 +136,17 @@ def _sites(args) -> list[tuple[int, int]]:
 
 def _check_out(out: Path, resume: bool) -> None:
     from .checkpoint import CONFIG
+    from .resume import TEMPORARY
     from .train import CHECKPOINT
 
     if out.exists() and not out.is_dir():
         raise ValueError(f"out: expected a folder, got the file {out}")
     known = {CHECKPOINT, CONFIG, METRICS}
-    here = {p.name for p in out.iterdir()} if out.is_dir() else set()
+    inside = list(out.iterdir()) if out.is_dir() else []
+    for path in inside:
+        if path.is_symlink():
+            raise ValueError(f"out: {path} is a symbolic link, and nothing is written through one: remove it")
+    here = {p.name for p in inside} - {name + TEMPORARY for name in known}  # left by a run that was killed
     if here and not here & known and not any((out / name / CONFIG).is_file() for name in here):
         raise ValueError(f"out: {out} holds other things ({', '.join(sorted(here)[:4])}); name a new folder")
     if here and not resume:

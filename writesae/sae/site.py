@@ -385,9 +385,38 @@ class SiteTrainer:
         }  # fmt: skip
 
     def restore(self, state: dict) -> None:
+        """Goes on from `state()`.
+
+        Raises:
+            ValueError, RuntimeError, KeyError: a state of other sizes or dtypes, or that carries a NaN or infinity.
+        """
+        fresh = self.state()
+        for name in ("sae", "silent", "scale", "resampled"):
+            _check_like(name, state[name], fresh[name])
+        parameters = list(self.sae.parameters())
+        for i, moments in state["optimizer"]["state"].items():
+            like = {"step": torch.zeros(()), "exp_avg": parameters[i], "exp_avg_sq": parameters[i]}
+            _check_like(f"optimizer of parameter {i}", moments, like)
         self.sae.load_state_dict(state["sae"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.silent, self.scale, self.resampled = state["silent"], state["scale"], state["resampled"]
+
+
+def _check_like(name: str, x, like) -> None:
+    """Raises ValueError unless x has the names, shapes and dtypes of `like`, and finite numbers."""
+    if isinstance(like, dict):
+        if not isinstance(x, dict) or list(x) != list(like):
+            raise ValueError(f"{name}: expected {', '.join(like)}, got {x if not isinstance(x, dict) else list(x)}")
+        for key, value in like.items():
+            _check_like(f"{name} {key}", x[key], value)
+    elif isinstance(like, Tensor):
+        if not isinstance(x, Tensor) or x.shape != like.shape or x.dtype != like.dtype:
+            got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"{name}: expected {like.dtype} {tuple(like.shape)}, got {got}")
+        if not bool(torch.isfinite(x).all()):
+            raise ValueError(f"{name}: NaN or infinity")
+    elif type(x) is not type(like) or not math.isfinite(x):
+        raise ValueError(f"{name}: expected a finite {type(like).__name__}, got {x!r}")
 
 
 def _top_pairs(X: Tensor, r: int) -> tuple[Tensor, Tensor]:

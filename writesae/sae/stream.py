@@ -17,6 +17,7 @@ from ..text import Corpus
 from ..text.passages import Passage, passages
 from ..text.tokens import check_ids, tokenizing
 from ..writes import Writes
+from .resume import config_digest, model_digest, tokens_digest
 
 _PIECE = 1 << 14  # tokens of a document handed over at once; they are joined again
 
@@ -134,6 +135,14 @@ class ModelStream:
     @property
     def length(self) -> int:
         return self.passages.length
+
+    def digests(self) -> dict[str, str]:
+        """sha256 of the model's weights and configuration and of the tokens: what a resumed run must find again."""
+        model = self.model
+        return {
+            "weights": model_digest(model), "model_config": config_digest(model),
+            "tokens": tokens_digest(self.passages.ids),
+        }  # fmt: skip
 
     def __enter__(self) -> ModelStream:
         from ..models import attach, stopping_after

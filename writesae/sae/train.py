@@ -11,7 +11,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .block import Block
+from .resume import read_checkpoint, refuse_other, whole_file, write_checkpoint
 from .sae import SAE
 from .site import Batch, SiteTrainer, TrainConfig, generator
 
@@ -32,16 +33,19 @@ class Trainer:
 
     Args:
         stream: a `ModelStream` (entered), or anything like it: `len(stream)` passages, `stream.length` tokens each,
-            `stream.writes(rows)` yielding batches of `{layer: Writes}` in order.
+            `stream.writes(rows)` yielding batches of `{layer: Writes}` in order. `stream.digests()`, if there is one,
+            names what the writes depend on ({"weights": sha256, "tokens": sha256}).
         sites: (layer, head) pairs.
         config: one for all sites.
         folder: where checkpoints go, or None for none.
         resume: go on from the checkpoint in `folder`.
         model_name: stored with the dictionaries.
         progress: show a bar.
+        pinned: {name: digest} of more that the run depends on (held-out tokens, tokenizer).
 
     Raises:
-        ValueError: no sites, a site twice, a checkpoint of other sites, settings or data.
+        ValueError: no sites, a site twice; a damaged checkpoint, or one of other sites, settings, weights, tokens or
+            `pinned`, by name.
         FileNotFoundError: resume without a checkpoint.
     """
 
@@ -54,6 +58,7 @@ class Trainer:
         resume: bool = False,
         model_name: str | None = None,
         progress: bool = True,
+        pinned: Mapping[str, str] | None = None,
     ):
         self.stream, self.config, self.model_name, self.progress = stream, config, model_name, progress
         self.sites = [(int(layer), int(head)) for layer, head in sites]
@@ -62,14 +67,14 @@ class Trainer:
         self.folder = None if folder is None else Path(folder)
         self.rows = min(config.block, len(stream))
         self._block: tuple[int, dict[tuple[int, int], Block]] | None = None
+        digests = getattr(stream, "digests", dict) if self.folder is not None else dict
+        self._pinned = {**digests(), **(pinned or {})}
         saved = self._read_checkpoint() if resume else None
         prepared = self._make_block(self._passages(config.prepare, "prepare"), "preparation")
         self.trainers = {site: SiteTrainer(*site, config, prepared[site]) for site in self.sites}
         self.done, self.history = 0, []
         if saved is not None:
-            for site, state in zip(self.sites, saved["trainers"], strict=True):
-                self.trainers[site].restore(state)
-            self.done, self.history = saved["done"], saved["history"]
+            self._restore(saved)
         paths = {t.path for t in self.trainers.values()}
         if len(paths) > 1:
             raise ValueError("path: the sites' heads differ in size and would take different paths; name one path")
@@ -174,13 +179,18 @@ class Trainer:
     # ---- checkpoints ------------------------------------------------------------------------------------------
 
     def _identity(self) -> dict:
+        named = {} if "weights" in self._pinned else {"model": self.model_name}  # a model may be moved
         return {
-            "config": self.config.record(), "sites": [list(s) for s in self.sites], "model": self.model_name,
-            "passages": len(self.stream), "length": self.stream.length,
+            "config": self.config.record(), "sites": [list(s) for s in self.sites], "passages": len(self.stream),
+            "length": self.stream.length, **named, **self._pinned,
         }  # fmt: skip
 
     def checkpoint(self) -> None:
-        """Writes the whole state of the run, atomically; plain tensors and numbers only."""
+        """Writes the whole state of the run, each file whole or not at all; plain tensors and numbers only.
+
+        Raises:
+            ValueError: a symbolic link stands where a file should be written.
+        """
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -188,28 +198,31 @@ class Trainer:
             "identity": self._identity(), "done": self.done, "history": self.history,
             "trainers": [self.trainers[s].state() for s in self.sites],
         }  # fmt: skip
-        partial = self.folder / (CHECKPOINT + ".partial")
-        torch.save(content, partial)
-        partial.replace(self.folder / CHECKPOINT)
-        partial = self.folder / (HISTORY + ".partial")
-        partial.write_text(json.dumps(self.history) + "\n")
-        partial.replace(self.folder / HISTORY)
+        write_checkpoint(self.folder / CHECKPOINT, content)
+        with whole_file(self.folder / HISTORY) as temporary:
+            temporary.write_text(json.dumps(self.history) + "\n")
 
     def _read_checkpoint(self) -> dict:
-        path = None if self.folder is None else self.folder / CHECKPOINT
-        if path is None or not path.is_file():
-            raise FileNotFoundError(f"{path}: no checkpoint to resume from")
-        try:
-            saved = torch.load(path, weights_only=True)
-        except Exception as error:  # a torn, foreign or code-carrying file, whatever torch makes of it
-            raise ValueError(f"{path}: not a training checkpoint: {str(error).splitlines()[0]}") from error
-        mine, theirs = self._identity(), saved.get("identity", {}) if isinstance(saved, dict) else {}
-        if mine != theirs:
-            differs = [n for n in mine if mine[n] != theirs.get(n)]
-            was, now = theirs.get("config", {}), mine["config"]
-            detail = [f"{n} was {was.get(n)!r} and is {now[n]!r}" for n in now if now[n] != was.get(n)]
-            raise ValueError(f"{path}: the checkpoint is of another run: {', '.join(detail or differs)} differs")
+        if self.folder is None:
+            raise ValueError("folder: expected the folder of the checkpoint to resume from, got None")
+        path = self.folder / CHECKPOINT
+        saved = read_checkpoint(path)
+        refuse_other(path, self._identity(), saved["identity"])
         return saved
+
+    def _restore(self, saved: dict) -> None:
+        path, states = self.folder / CHECKPOINT, saved["trainers"]
+        if not 0 <= saved["done"] <= self.config.steps or len(states) != len(self.sites):
+            raise ValueError(
+                f"{path}: expected {len(self.sites)} sites after at most {self.config.steps} steps, got {len(states)} "
+                f"after {saved['done']}"
+            )
+        for site, state in zip(self.sites, states, strict=True):
+            try:
+                self.trainers[site].restore(state)
+            except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{path}: not of this run, at site {site}: {str(error).splitlines()[0]}") from error
+        self.done, self.history = saved["done"], saved["history"]
 
 
 @contextlib.contextmanager

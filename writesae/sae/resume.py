@@ -1,0 +1,142 @@
+"""What a training run is pinned to, and the file it goes on from.
+
+A checkpoint is one file of plain tensors and numbers (`torch.load(path, weights_only=True)` reads it) whose last line
+is the digest of all before it: torch's own reader does not notice a changed value.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+_MARK = b"\nwritesae training checkpoint, sha256 "
+_LAST = len(_MARK) + 64 + 1
+_BLOCK = 1 << 24
+TEMPORARY = ".tmp"
+_NOT_THE_MODEL = ("_name_or_path", "transformers_version", "_commit_hash")  # of a configuration
+
+# ---- what a run is pinned to --------------------------------------------------------------------------------------
+
+
+def model_digest(model: nn.Module) -> str:
+    """sha256 of every weight and buffer: name, shape, dtype, values."""
+    digest = hashlib.sha256()
+    for name, x in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(x.shape)} {x.dtype}\n".encode())
+        for part in x.detach().reshape(-1).split(_BLOCK):
+            digest.update(part.cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def config_digest(model: nn.Module) -> str:
+    """sha256 of a model's configuration, without the names of where it came from."""
+    config = getattr(model, "config", None)
+    known = config.to_dict() if hasattr(config, "to_dict") else {}
+    known = {name: x for name, x in known.items() if name not in _NOT_THE_MODEL}
+    return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def tokens_digest(ids: Tensor) -> str:
+    """sha256 of passages' shape and token ids `[N, length]`."""
+    digest = hashlib.sha256(repr((tuple(ids.shape), ids.dtype)).encode())
+    digest.update(ids.cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def tokenizer_digest(tokenizer) -> str:
+    """sha256 of all that a fast tokenizer is; of another, of its vocabulary."""
+    if getattr(tokenizer, "backend_tokenizer", None) is not None:
+        whole = json.loads(tokenizer.backend_tokenizer.to_str())
+        whole.pop("padding", None), whole.pop("truncation", None)  # settings of the last call
+    else:
+        whole = sorted(tokenizer.get_vocab().items())
+    special = [getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id")]
+    return hashlib.sha256(json.dumps([whole, special], sort_keys=True).encode()).hexdigest()
+
+
+def refuse_other(path: Path, mine: Mapping, theirs: Mapping) -> None:
+    """Raises ValueError, naming what differs, unless the checkpoint `path` is of a run pinned to the same."""
+    was, now = theirs.get("config", {}), mine["config"]
+    differs = [f"{n} was {was.get(n)!r} and is {now[n]!r}" for n in now if now[n] != was.get(n)]
+    differs += [n for n in mine if n != "config" and mine[n] != theirs.get(n)]
+    if differs or mine != theirs:
+        raise ValueError(f"{path}: the checkpoint is of another run: {', '.join(differs) or 'what it names'} differs")
+
+
+# ---- files --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yields a name beside `path` to write; on success it becomes `path` at once, else it is removed. No symbolic link
+    is written through.
+
+    Raises:
+        ValueError: `path` is a symbolic link.
+    """
+    if path.is_symlink():
+        raise ValueError(f"out: {path} is a symbolic link, and nothing is written through one: remove it")
+    temporary = path.with_name(path.name + TEMPORARY)
+    temporary.unlink(missing_ok=True)
+    try:
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666))
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_checkpoint(path: Path, content: dict) -> None:
+    """Writes a checkpoint, whole or not at all."""
+    with whole_file(path) as temporary:
+        torch.save(content, temporary)
+        last = _MARK + _digest(temporary, temporary.stat().st_size).encode() + b"\n"
+        with open(temporary, "ab") as file:
+            file.write(last)
+
+
+def read_checkpoint(path: Path) -> dict:
+    """What `write_checkpoint` wrote, on the CPU.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a damaged, foreign or code-carrying file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no checkpoint to resume from")
+    size = path.stat().st_size - _LAST
+    with open(path, "rb") as file:
+        file.seek(max(size, 0))
+        last = file.read()
+    if size < 0 or not last.startswith(_MARK):
+        raise ValueError(f"{path}: not a training checkpoint: it has no digest at its end (cut short, or not ours)")
+    if last != _MARK + _digest(path, size).encode() + b"\n":
+        raise ValueError(f"{path}: not a training checkpoint: it is damaged, its content and its digest disagree")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a foreign or code-carrying file, whatever torch makes of it
+        raise ValueError(f"{path}: not a training checkpoint: {str(error).splitlines()[0]}") from error
+    kinds = {"identity": dict, "done": int, "history": list, "trainers": list}
+    if not isinstance(saved, dict) or any(not isinstance(saved.get(n), kind) for n, kind in kinds.items()):
+        raise ValueError(f"{path}: not a training checkpoint: expected {', '.join(kinds)} in it")
+    return saved
+
+
+def _digest(path: Path, size: int) -> str:
+    """sha256 of the first `size` bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while size > 0 and (block := file.read(min(size, _BLOCK))):
+            digest.update(block)
+            size -= len(block)
+    return digest.hexdigest()
