@@ -118,7 +118,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Batch:
-    """States of one step: the block they live in, and `[P]` int64 passage and position of each."""
+    """States of one step: the block they live in, and `[P]` int64 passage and position of each, on its device."""
 
     block: Block
     rows: Tensor
@@ -146,7 +146,8 @@ def _unit(x: Tensor) -> Tensor:
 
 
 class SiteTrainer:
-    """One dictionary in training. Made from a block of preparation data; deterministic by `config.seed` and site."""
+    """One dictionary in training, on the device of the preparation data's block; deterministic by `config.seed` and
+    site. What is drawn is drawn on the CPU, so that every device sees the same data from the same atoms."""
 
     def __init__(self, layer: int, head: int, config: TrainConfig, block: Block):
         self.layer, self.head, self.config = layer, head, config
@@ -156,9 +157,10 @@ class SiteTrainer:
             torch.manual_seed(generator(config.seed, "init", layer, head).initial_seed())
             c = config
             self.sae = SAE(K, V, c.F, c.k, c.kind, c.r, layer=layer, head=head, centred=c.centred)
-        self.sae.to(block.right.dtype)
+        self.device = block.device
+        self.sae.to(self.device, block.right.dtype)
         self.scale = 1.0  # s
-        self.silent = torch.zeros(config.F, dtype=torch.int64)  # steps since each atom fired
+        self.silent = torch.zeros(config.F, dtype=torch.int64, device=self.device)  # steps since each atom fired
         self.resampled = 0
         self._prepare(block)
         self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=config.lr, fused=True)
@@ -171,8 +173,8 @@ class SiteTrainer:
         N, T, K, V = block.shape
         c = self.config
         draw = generator(c.seed, "prepare", self.layer, self.head)
-        picks = torch.randperm(N * T, generator=draw)[:16384].split(1024)
-        total = torch.zeros(K, V, dtype=torch.float64)
+        picks = torch.randperm(N * T, generator=draw)[:16384].to(self.device).split(1024)
+        total = torch.zeros(K, V, dtype=torch.float64, device=self.device)
         for part in picks:
             total += block.states(part // T, part % T).double().sum(0)
         count = sum(map(len, picks))
@@ -188,25 +190,26 @@ class SiteTrainer:
             v, w = _unit(torch.randn(c.F, c.r, K, generator=draw)), _unit(torch.randn(c.F, c.r, V, generator=draw))
         else:
             # Tokens that write much are worth more atoms: draw by the norm of the write.
-            norms = block.write_norms().flatten()
+            norms = block.write_norms().flatten().cpu()
             writing, wanted = int((norms > 0).sum()), c.F * c.r
             if not writing:
                 raise ValueError(f"site ({self.layer}, {self.head}): no token writes anything")
             pick = torch.multinomial(norms.float(), wanted, replacement=wanted > writing, generator=draw)
-            rows, positions = pick // T, pick % T
+            rows, positions = (pick // T).to(self.device), (pick % T).to(self.device)
             if c.init == "writes":
                 left, right = block.natives(rows, positions)
                 v, w = left[:, -1].view(c.F, c.r, K), right[:, -1].view(c.F, c.r, V)
             else:
                 v, w = _top_pairs(block.states(rows[: c.F], positions[: c.F]) - self.sae.mean, c.r)
         v, w = _unit(v.to(self.sae.mean)), _unit(w.to(self.sae.mean))
-        self._set_atoms(torch.arange(c.F), v, w, 1.0)
+        every = torch.arange(c.F, device=self.device)
+        self._set_atoms(every, v, w, 1.0)
         # Atoms overlap, so k full projections overshoot: start from the one gain that reconstructs best.
         X = (block.states(picks[0] // T, picks[0] % T) - self.sae.mean) * self.scale
         made = self._decode(*exact_topk(X.flatten(1) @ self.sae.encoder_matrix().T, c.k))
         gain = float((made * X).sum() / made.square().sum())
         if gain > 0:
-            self._set_atoms(torch.arange(c.F), v, w, gain)
+            self._set_atoms(every, v, w, gain)
 
     @torch.no_grad()
     def _set_atoms(self, at: Tensor, v: Tensor, w: Tensor, gain: float, dense: Tensor | None = None) -> None:
@@ -215,7 +218,7 @@ class SiteTrainer:
         flat = _unit(torch.einsum("frk,frv->fkv", v, w).flatten(1)) if dense is None else dense
         for name, value in (
             ("v_dec", v), ("w_dec", w), ("W_dec", flat), ("v_enc", gain**0.5 * v), ("w_enc", gain**0.5 * w),
-            ("W_enc", gain * flat), ("b_enc", torch.zeros(len(at))),
+            ("W_enc", gain * flat), ("b_enc", flat.new_zeros(len(at))),
         ):  # fmt: skip
             if hasattr(sae, name):
                 getattr(sae, name)[at] = value.to(sae.mean)
@@ -278,14 +281,14 @@ class SiteTrainer:
         sae, c = self.sae, self.config
         rows, inverse = batch.rows.unique(return_inverse=True)
         writes = batch.block.writes(rows, self.scale)
-        mask = torch.zeros(len(rows), batch.block.shape[1], dtype=torch.bool)
-        mask[inverse, batch.positions] = True
+        mask = torch.zeros(len(rows), batch.block.shape[1], dtype=torch.bool, device=self.device)
+        mask.index_put_((inverse, batch.positions), mask.new_ones(()))
         mean = sae.mean * self.scale
         v, w = self._factors()
         bias = sae.b_enc - atoms_on(mean[None], v[None], w[None])[0]
         v_dec, w_dec, offset = _unit(sae.v_dec), _unit(sae.w_dec), mean + sae.bias
         # A state drawn twice weighs twice.
-        weight = torch.zeros(mask.shape, dtype=mean.dtype).index_put_(
+        weight = mean.new_zeros(mask.shape).index_put_(
             (inverse, batch.positions), mean.new_full((), 1 / len(inverse)), accumulate=True
         )
         step = training_loss(
@@ -307,9 +310,8 @@ class SiteTrainer:
         return Losses(step.loss, aux, errors, self._fired(values, indices))
 
     def _fired(self, values: Tensor, indices: Tensor) -> Tensor:
-        fired = torch.zeros(self.sae.F, dtype=torch.bool)
-        fired[indices[values > 0]] = True
-        return fired
+        counts = torch.zeros(self.sae.F, dtype=torch.int64, device=self.device)
+        return counts.index_add_(0, indices.flatten(), (values > 0).flatten().long()) > 0
 
     # ---- steps ------------------------------------------------------------------------------------------------
 
@@ -341,7 +343,7 @@ class SiteTrainer:
         dead = dead[: int((errors > 0).sum())]
         if not len(dead):
             return dead
-        pick = torch.multinomial(errors, len(dead), generator=draw)
+        pick = torch.multinomial(errors.cpu(), len(dead), generator=draw).to(self.device)
         X = batch.block.states(batch.rows[pick], batch.positions[pick]) - self.sae.mean
         v, w = _top_pairs(X, self.sae.r)
         self._set_atoms(dead, v, w, 0.2 * self._alive_gain(), _unit(X.flatten(1)))
@@ -367,7 +369,7 @@ class SiteTrainer:
 
     @torch.no_grad()
     def export(self) -> SAE:
-        """The dictionary on raw states, unit atoms; a copy."""
+        """The dictionary on raw states, unit atoms; a copy, on the CPU."""
         sae, c = self.sae, self.config
         out = SAE(sae.K, sae.V, sae.F, sae.k, sae.kind, sae.r, layer=self.layer, head=self.head, centred=sae.centred)
         out.to(sae.mean.dtype).load_state_dict(sae.state_dict())
@@ -378,11 +380,11 @@ class SiteTrainer:
         return out.eval().requires_grad_(False)
 
     def state(self) -> dict:
-        """Everything a resumed run needs, as plain tensors and numbers."""
-        return {
-            "sae": self.sae.state_dict(), "optimizer": self.optimizer.state_dict(), "silent": self.silent,
+        """Everything a resumed run needs, on whatever device, as plain tensors on the CPU and numbers."""
+        return _on_cpu({
+            "sae": dict(self.sae.state_dict()), "optimizer": self.optimizer.state_dict(), "silent": self.silent,
             "scale": self.scale, "resampled": self.resampled,
-        }  # fmt: skip
+        })  # fmt: skip
 
     def restore(self, state: dict) -> None:
         """Goes on from `state()`.
@@ -399,7 +401,16 @@ class SiteTrainer:
             _check_like(f"optimizer of parameter {i}", moments, like)
         self.sae.load_state_dict(state["sae"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.silent, self.scale, self.resampled = state["silent"], state["scale"], state["resampled"]
+        self.silent, self.scale, self.resampled = state["silent"].to(self.device), state["scale"], state["resampled"]
+
+
+def _on_cpu(x):
+    """The same nest of dictionaries, lists and tensors, with the tensors on the CPU."""
+    if isinstance(x, dict):
+        return {name: _on_cpu(value) for name, value in x.items()}
+    if isinstance(x, list):
+        return [_on_cpu(value) for value in x]
+    return x.cpu() if isinstance(x, Tensor) else x
 
 
 def _check_like(name: str, x, like) -> None:

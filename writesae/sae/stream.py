@@ -168,7 +168,7 @@ class ModelStream:
         from ..models import Stopped
 
         rows = torch.as_tensor(rows)
-        device = next(self.model.parameters()).device
+        device = self.model.get_input_embeddings().weight.device
         for part in rows.split(self.batch):
             self._tap.clear()
             with torch.no_grad(), contextlib.suppress(Stopped):

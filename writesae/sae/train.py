@@ -130,7 +130,11 @@ class Trainer:
             order = torch.randperm(self.rows * T, generator=generator(c.seed, "order", index, turn))
             pick = order[group * self.states : (group + 1) * self.states]
             rows, positions = pick // T, pick % T
-        return {site: Batch(block, rows, positions) for site, block in self._block[1].items()}
+        there: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        for block in self._block[1].values():
+            if block.device not in there:
+                there[block.device] = rows.to(block.device), positions.to(block.device)
+        return {site: Batch(block, *there[block.device]) for site, block in self._block[1].items()}
 
     # ---- the loop ---------------------------------------------------------------------------------------------
 
