@@ -1,8 +1,9 @@
 """Training one dictionary at one site: its losses by both paths, its optimiser, dead atoms, and export.
 
 Inside training a dictionary acts on s (X - M), with E ||s (X - M)||^2 = 1, so that one learning rate suits states of
-any norm and the loss is a fraction of variance. Atoms enter by their directions alone. `export` gives the same function
-on raw states: activations, biases and the error scale by 1/s, and which atoms fire does not change.
+any norm and the loss is a fraction of variance. Atoms enter by their directions alone, but for tied ones, whose norm is
+the only gain they have: k atoms that overlap and each project fully overshoot many times. `export` gives the same
+function on raw states: activations, biases and the error scale by 1/s, and which atoms fire does not change.
 """
 
 from __future__ import annotations
@@ -157,7 +158,7 @@ class SiteTrainer:
             torch.manual_seed(generator(config.seed, "init", layer, head).initial_seed())
             c = config
             self.sae = SAE(K, V, c.F, c.k, c.kind, c.r, layer=layer, head=head, centred=c.centred)
-        self.device = block.device
+        self.device, self.tied = block.device, config.kind == "bilinear_tied"
         self.sae.to(self.device, block.right.dtype)
         self.scale = 1.0  # s
         self.silent = torch.zeros(config.F, dtype=torch.int64, device=self.device)  # steps since each atom fired
@@ -213,8 +214,11 @@ class SiteTrainer:
 
     @torch.no_grad()
     def _set_atoms(self, at: Tensor, v: Tensor, w: Tensor, gain: float, dense: Tensor | None = None) -> None:
-        """Atoms `at [n]` from v `[n, r, K]`, w `[n, r, V]` (dense ones from `[n, K*V]`); encoders `gain` times that."""
+        """Atoms `at [n]` from v `[n, r, K]`, w `[n, r, V]` (dense ones from `[n, K*V]`); encoders `gain` times that, or
+        tied ones with norms whose product is `gain`."""
         sae = self.sae
+        if self.tied:
+            v, w = gain**0.25 * v, gain**0.25 * w
         flat = _unit(torch.einsum("frk,frv->fkv", v, w).flatten(1)) if dense is None else dense
         for name, value in (
             ("v_dec", v), ("w_dec", w), ("W_dec", flat), ("v_enc", gain**0.5 * v), ("w_enc", gain**0.5 * w),
@@ -227,7 +231,11 @@ class SiteTrainer:
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         sae = self.sae
-        return (_unit(sae.v_dec), _unit(sae.w_dec)) if sae.kind == "bilinear_tied" else (sae.v_enc, sae.w_enc)
+        return (sae.v_dec, sae.w_dec) if self.tied else (sae.v_enc, sae.w_enc)
+
+    def _atoms(self) -> tuple[Tensor, Tensor]:
+        sae = self.sae
+        return (sae.v_dec, sae.w_dec) if self.tied else (_unit(sae.v_dec), _unit(sae.w_dec))
 
     def dead(self) -> Tensor:
         """`[F]` bool: silent for `dead_after` steps."""
@@ -273,7 +281,7 @@ class SiteTrainer:
     def _decode(self, values: Tensor, indices: Tensor) -> Tensor:
         sae = self.sae
         if sae.rank_one_atoms:
-            return Decode.apply(values, indices, _unit(sae.v_dec), _unit(sae.w_dec))
+            return Decode.apply(values, indices, *self._atoms())
         dense = values.new_zeros(len(values), sae.F).scatter_add(1, indices, values)
         return (dense @ _unit(sae.W_dec)).view(-1, sae.K, sae.V)
 
@@ -286,7 +294,7 @@ class SiteTrainer:
         mean = sae.mean * self.scale
         v, w = self._factors()
         bias = sae.b_enc - atoms_on(mean[None], v[None], w[None])[0]
-        v_dec, w_dec, offset = _unit(sae.v_dec), _unit(sae.w_dec), mean + sae.bias
+        (v_dec, w_dec), offset = self._atoms(), mean + sae.bias
         # A state drawn twice weighs twice.
         weight = mean.new_zeros(mask.shape).index_put_(
             (inverse, batch.positions), mean.new_full((), 1 / len(inverse)), accumulate=True
@@ -329,7 +337,7 @@ class SiteTrainer:
         self.optimizer.step()
         self.silent = torch.where(losses.fired, 0, self.silent + 1)
         dead = int(self.dead().sum())
-        if (step + 1) % c.normalize_every == 0:
+        if (step + 1) % c.normalize_every == 0 and not self.tied:
             self.sae.normalize_()
         if (step + 1) % c.resample_every == 0 and step + 1 <= c.resample_until * c.steps:
             self.resample(batch, losses.errors, generator(c.seed, "resample", self.layer, self.head, step))
@@ -356,24 +364,26 @@ class SiteTrainer:
         return dead
 
     def _alive_gain(self) -> float:
-        """Mean norm of the encoders of atoms that are not dead."""
+        """Mean norm of the encoders of atoms that are not dead (of tied ones, of its product with the atom's)."""
         sae, alive = self.sae, ~self.dead()
         if not bool(alive.any()):
             return 1.0
         if sae.bilinear_encoder:
             v, w = self._factors()
-            return float((v[alive].norm(dim=-1) * w[alive].norm(dim=-1)).sum(1).mean())
+            norms = (v[alive].norm(dim=-1) * w[alive].norm(dim=-1)).sum(1)
+            return float((norms.square() if self.tied else norms).mean())
         return float(sae.W_enc[alive].norm(dim=1).mean())
 
     # ---- out and in -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def export(self) -> SAE:
-        """The dictionary on raw states, unit atoms; a copy, on the CPU."""
+        """The dictionary on raw states, unit atoms unless they are tied; a copy, on the CPU."""
         sae, c = self.sae, self.config
         out = SAE(sae.K, sae.V, sae.F, sae.k, sae.kind, sae.r, layer=self.layer, head=self.head, centred=sae.centred)
         out.to(sae.mean.dtype).load_state_dict(sae.state_dict())
-        out.normalize_()
+        if not self.tied:
+            out.normalize_()
         for name in ("b_enc", "bias"):
             getattr(out, name).div_(self.scale)
         out.training_record = {**c.record(), "path": self.path, "scale": self.scale, "resampled": self.resampled}
