@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "edits": set(),
     "ops": {"writes", "firings", "edits", "_library"},
     "text": {"default"},
-    "sae": {"ops", "writes", "firings", "edits", "models", "default", "text"},
+    "sae": {"ops", "writes", "firings", "edits", "models", "default", "text", "_library"},
     "models": {"ops", "writes", "firings", "edits", "default"},
     "collect": {"models", "sae", "firings", "edits", "default", "text", "_library"},
     "experiments": {"models", "sae", "ops", "writes", "firings", "edits", "collect", "report", "default", "text"},

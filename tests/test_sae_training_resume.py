@@ -106,6 +106,42 @@ def test_command_refuses_another_text_model_or_tokenizer(model, model_folder, co
     assert go_on()[0] == 0
 
 
+# ---- another length -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [60, 30])
+def test_a_run_may_get_another_length(steps, tmp_path):
+    """What is left follows the schedule of the new length, to the bit, interrupted or not, and says so."""
+    for folder in ("a", "b"):
+        trainer(folder=tmp_path / folder, warmup=5).run(23)
+    whole = trainer(folder=tmp_path / "a", resume=True, steps=steps, warmup=5)
+    assert whole.done == 23 and whole.config.rate(29) != config(warmup=5).rate(29)
+    saes = whole.run()
+    trainer(folder=tmp_path / "b", resume=True, steps=steps, warmup=5).run(27)
+    again = trainer(folder=tmp_path / "b", resume=True, steps=steps, warmup=5)
+    again.run()
+    assert same(whole, again) and whole.history == again.history and whole.done == steps
+    assert whole.lengths == again.lengths == [{"done": 23, "steps": steps, "before": 40}]
+    assert saes[SITE].training_record["lengths"] == whole.lengths and saes[SITE].training_record["steps"] == steps
+    with pytest.raises(ValueError, match=f"steps: the run has done {steps} of {steps}, got 20"):
+        trainer(folder=tmp_path / "a", resume=True, steps=20, warmup=5)
+
+
+def test_command_extends(model_folder, corpus, tmp_path, capsys):
+    """--resume keeps the length, --steps and --tokens extend it; tokens are states trained on."""
+    import json
+
+    import writesae.cli  # noqa: F401
+
+    base = ["--model", model_folder, "--corpus", corpus, *SMALL, "--site", "0:1", "--out", tmp_path / "out"]
+    for more, steps in (["--steps", 4], 4), (["--resume"], 4), (["--resume", "--tokens", 9 * 32 + 5], 9):
+        assert command(*base, *more) == 0
+        record = json.loads((tmp_path / "out" / "cfg.json").read_text())["training"]
+        assert (record["done"], record["steps"]) == (steps, steps)
+    assert "going on after step 4, to step 9" in capsys.readouterr().err
+    assert record["lengths"] == [{"done": 4, "steps": 9, "before": 4}]
+
+
 # ---- the file -------------------------------------------------------------------------------------------------------
 
 
@@ -146,8 +182,10 @@ def test_a_checkpoint_that_carries_code_is_refused(finished, monkeypatch):
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (lambda c: c.pop("trainers"), "expected identity, done, history, trainers"),
+        (lambda c: c.pop("trainers"), "expected identity, done, history, lengths, trainers"),
         (lambda c: c.update(done=10**6), "after at most 40 steps, got 1 after 1000000"),
+        (lambda c: c["identity"]["config"].update(steps="40"), "of another run"),
+        (lambda c: c["identity"].update(config=3), "of another run"),
         (lambda c: c.update(trainers=[]), "expected 1 sites after at most 40 steps, got 0"),
         (lambda c: c["trainers"][0]["sae"].update(v_enc=torch.zeros(24, 1, 7)), r"sae v_enc: expected .*\(24, 1, 6\)"),
         (lambda c: c["trainers"][0]["sae"].update(bias=torch.full((6, 9), torch.nan)), "sae bias: NaN or infinity"),

@@ -59,7 +59,9 @@ class Block:
         N, T, R, K = self.left.shape
         self.shape = (N, T, K, self.right.shape[-1])
         pad = -T % CHUNK
-        pads = [torch.nn.functional.pad(x, (0, 0) * (x.ndim - 2) + (0, pad)) for x in self._columns()]
+        pads = self._columns()
+        if pad:
+            pads = [torch.nn.functional.pad(x, (0, 0) * (x.ndim - 2) + (0, pad)) for x in pads]
         self._decay, self._left, self._right = (x.unflatten(1, (-1, CHUNK)) for x in pads)
         self._left, self._right = self._left.flatten(2, 3), self._right.flatten(2, 3)  # [N, chunks, CHUNK * R, *]
         self._total = self._decay.cumsum(2)  # [N, chunks, CHUNK]
@@ -86,7 +88,7 @@ class Block:
         return sum(x.numel() * x.element_size() for x in (*self._columns(), self._before))
 
     def states(self, rows: Tensor, positions: Tensor) -> Tensor:
-        """States after the writes at (row, position): two `[P]` int64 tensors, on the block's device, to `[P, K, V]`."""
+        """States after the writes at (row, position): two `[P]` int64 tensors, of this device, to `[P, K, V]`."""
         chunk, offset = positions // CHUNK, positions % CHUNK
         total = self._total[rows, chunk]  # [P, CHUNK]
         here = total.gather(1, offset[:, None])

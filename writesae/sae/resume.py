@@ -62,11 +62,13 @@ def tokenizer_digest(tokenizer) -> str:
 
 
 def refuse_other(path: Path, mine: Mapping, theirs: Mapping) -> None:
-    """Raises ValueError, naming what differs, unless the checkpoint `path` is of a run pinned to the same."""
-    was, now = theirs.get("config", {}), mine["config"]
-    differs = [f"{n} was {was.get(n)!r} and is {now[n]!r}" for n in now if now[n] != was.get(n)]
+    """Raises ValueError, naming what differs, unless the checkpoint `path` is of a run pinned to the same. Its length
+    may be another."""
+    was, now = theirs.get("config"), mine["config"]
+    was = was if isinstance(was, dict) else {}
+    differs = [f"{n} was {was.get(n)!r} and is {now[n]!r}" for n in now if n != "steps" and now[n] != was.get(n)]
     differs += [n for n in mine if n != "config" and mine[n] != theirs.get(n)]
-    if differs or mine != theirs:
+    if differs or set(mine) != set(theirs) or set(was) != set(now) or not isinstance(was["steps"], int):
         raise ValueError(f"{path}: the checkpoint is of another run: {', '.join(differs) or 'what it names'} differs")
 
 
@@ -126,7 +128,7 @@ def read_checkpoint(path: Path) -> dict:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a foreign or code-carrying file, whatever torch makes of it
         raise ValueError(f"{path}: not a training checkpoint: {str(error).splitlines()[0]}") from error
-    kinds = {"identity": dict, "done": int, "history": list, "trainers": list}
+    kinds = {"identity": dict, "done": int, "history": list, "lengths": list, "trainers": list}
     if not isinstance(saved, dict) or any(not isinstance(saved.get(n), kind) for n, kind in kinds.items()):
         raise ValueError(f"{path}: not a training checkpoint: expected {', '.join(kinds)} in it")
     return saved

@@ -165,10 +165,10 @@ class ModelStream:
         """Yields `{layer: Writes}` of the passages in order, `batch` at a time."""
         if self._tap is None:
             raise RuntimeError("ModelStream: use it inside `with stream:`, which puts the hooks on")
-        from ..models import Stopped
+        from ..models import Stopped, hf_gated_delta
 
         rows = torch.as_tensor(rows)
-        device = self.model.get_input_embeddings().weight.device
+        device = hf_gated_delta.device_of(self.model.get_input_embeddings())
         for part in rows.split(self.batch):
             self._tap.clear()
             with torch.no_grad(), contextlib.suppress(Stopped):

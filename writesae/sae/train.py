@@ -1,7 +1,8 @@
 """Training dictionaries from writes streamed out of a model: what data each step sees, checkpoints, resuming.
 
 Step s draws from block s // (steps a block), the block's passages come from a permutation of the corpus, and both are
-functions of the seed and s alone. A resumed run makes its current block again and goes on bit for bit as it would have.
+functions of the seed and s alone. A resumed run makes its current block again and goes on bit for bit as it would have
+(on another device, to rounding).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .block import Block
+from .evaluate import block_fvu
 from .resume import read_checkpoint, refuse_other, whole_file, write_checkpoint
 from .sae import SAE
 from .site import Batch, SiteTrainer, TrainConfig, generator
@@ -38,14 +40,22 @@ class Trainer:
         sites: (layer, head) pairs.
         config: one for all sites.
         folder: where checkpoints go, or None for none.
-        resume: go on from the checkpoint in `folder`.
+        resume: go on from the checkpoint in `folder`. `config.steps` may be more or fewer than it was: what is left
+            follows the learning rate of the new length, and `training_record["lengths"]` tells so.
         model_name: stored with the dictionaries.
         progress: show a bar.
         pinned: {name: digest} of more that the run depends on (held-out tokens, tokenizer).
+        held_out: {site: block} of held-out passages whose FVU is noted while training, see `run`.
+        log: called with every record of `history` as it is made.
+
+    Attributes:
+        done: steps done.
+        history: records, in order: of a site's step (`step`, `layer`, `head`, `loss`, `aux`, `dead`, `rate`), and of
+            all sites on held-out passages (`step`: steps done; `held_out_fvu`: {"L<layer>H<head>": FVU}).
 
     Raises:
-        ValueError: no sites, a site twice; a damaged checkpoint, or one of other sites, settings, weights, tokens or
-            `pinned`, by name.
+        ValueError: no sites, a site twice; steps fewer than are done; a damaged checkpoint, or one of other sites,
+            settings, weights, tokens or `pinned`, by name.
         FileNotFoundError: resume without a checkpoint.
     """
 
@@ -59,6 +69,8 @@ class Trainer:
         model_name: str | None = None,
         progress: bool = True,
         pinned: Mapping[str, str] | None = None,
+        held_out: Mapping[tuple[int, int], Block] | None = None,
+        log: Callable[[dict], object] | None = None,
     ):
         self.stream, self.config, self.model_name, self.progress = stream, config, model_name, progress
         self.sites = [(int(layer), int(head)) for layer, head in sites]
@@ -67,12 +79,13 @@ class Trainer:
         self.folder = None if folder is None else Path(folder)
         self.rows = min(config.block, len(stream))
         self._block: tuple[int, dict[tuple[int, int], Block]] | None = None
+        self.held_out, self.log = dict(held_out or {}), log
         digests = getattr(stream, "digests", dict) if self.folder is not None else dict
         self._pinned = {**digests(), **(pinned or {})}
         saved = self._read_checkpoint() if resume else None
         prepared = self._make_block(self._passages(config.prepare, "prepare"), "preparation")
         self.trainers = {site: SiteTrainer(*site, config, prepared[site]) for site in self.sites}
-        self.done, self.history = 0, []
+        self.done, self.history, self.lengths = 0, [], []
         if saved is not None:
             self._restore(saved)
         paths = {t.path for t in self.trainers.values()}
@@ -138,11 +151,14 @@ class Trainer:
 
     # ---- the loop ---------------------------------------------------------------------------------------------
 
-    def run(self, until: int | None = None, checkpoint_every: int = 1000) -> dict[tuple[int, int], SAE]:
+    def run(
+        self, until: int | None = None, checkpoint_every: int = 1000, evaluate_every: int = 500
+    ) -> dict[tuple[int, int], SAE]:
         """Trains up to step `until` (default all) and returns the dictionaries as they then are.
 
-        Writes a checkpoint every `checkpoint_every` steps, at the end, and when interrupted (SIGINT, SIGTERM), which
-        then raises KeyboardInterrupt after the step in hand.
+        Notes the FVU of the held-out blocks every `evaluate_every` steps and at the end of all. Writes a checkpoint
+        every `checkpoint_every` steps, at the end, and when interrupted (SIGINT, SIGTERM), which then raises
+        KeyboardInterrupt after the step in hand.
         """
         until = self.config.steps if until is None else min(until, self.config.steps)
         bar = tqdm(total=until, initial=self.done, desc="training", unit=" steps", disable=not self.progress)
@@ -156,8 +172,10 @@ class Trainer:
                     got = trainer.step(step, batches[site])
                     smooth[site] = 0.98 * smooth.get(site, got["loss"]) + 0.02 * got["loss"]
                     if step % 50 == 0 or step + 1 == self.config.steps:
-                        self.history.append({"step": step, "layer": site[0], "head": site[1], **got})
+                        self._note({"step": step, "layer": site[0], "head": site[1], **got})
                 self.done += 1
+                if self.held_out and (self.done % evaluate_every == 0 or self.done == self.config.steps):
+                    self._note({"step": self.done, "held_out_fvu": self._held_out_fvu()})
                 bar.update()
                 if step % 10 == 0:
                     bar.set_postfix(fvu=f"{sum(smooth.values()) / len(smooth):.4f}", dead=got["dead"])
@@ -169,6 +187,20 @@ class Trainer:
             raise KeyboardInterrupt
         return self.export()
 
+    def _note(self, record: dict) -> None:
+        self.history.append(record)
+        if self.log is not None:
+            self.log(record)
+
+    def _held_out_fvu(self) -> dict[str, float]:
+        found = {}
+        for (layer, head), block in self.held_out.items():
+            order = torch.arange(block.shape[0] * block.shape[1])
+            rows, positions = order // block.shape[1], order % block.shape[1]
+            sae = self.trainers[layer, head].export().to(block.device)
+            found[f"L{layer}H{head}"] = block_fvu(block, sae, rows, positions)
+        return found
+
     def export(self) -> dict[tuple[int, int], SAE]:
         """The dictionaries as they are now, on raw states."""
         out = {}
@@ -176,7 +208,8 @@ class Trainer:
             sae = trainer.export()
             sae.model = self.model_name
             corpus = {"length": self.stream.length, "passages_in_corpus": len(self.stream)}
-            sae.training_record |= {"done": self.done, **corpus}
+            lengths = {"lengths": self.lengths} if self.lengths else {}
+            sae.training_record |= {"done": self.done, **lengths, **corpus}
             out[site] = sae
         return out
 
@@ -200,7 +233,7 @@ class Trainer:
         self.folder.mkdir(parents=True, exist_ok=True)
         content = {
             "identity": self._identity(), "done": self.done, "history": self.history,
-            "trainers": [self.trainers[s].state() for s in self.sites],
+            "lengths": self.lengths, "trainers": [self.trainers[s].state() for s in self.sites],
         }  # fmt: skip
         write_checkpoint(self.folder / CHECKPOINT, content)
         with whole_file(self.folder / HISTORY) as temporary:
@@ -216,17 +249,21 @@ class Trainer:
 
     def _restore(self, saved: dict) -> None:
         path, states = self.folder / CHECKPOINT, saved["trainers"]
-        if not 0 <= saved["done"] <= self.config.steps or len(states) != len(self.sites):
+        done, before = saved["done"], saved["identity"]["config"]["steps"]
+        if not 0 <= done <= before or len(states) != len(self.sites):
             raise ValueError(
-                f"{path}: expected {len(self.sites)} sites after at most {self.config.steps} steps, got {len(states)} "
-                f"after {saved['done']}"
+                f"{path}: expected {len(self.sites)} sites after at most {before} steps, got {len(states)} after {done}"
             )
+        if self.config.steps < done:
+            raise ValueError(f"steps: the run has done {done} of {before}, got {self.config.steps}")
         for site, state in zip(self.sites, states, strict=True):
             try:
                 self.trainers[site].restore(state)
             except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{path}: not of this run, at site {site}: {str(error).splitlines()[0]}") from error
-        self.done, self.history = saved["done"], saved["history"]
+        self.done, self.history, self.lengths = done, saved["history"], saved["lengths"]
+        if self.config.steps != before:
+            self.lengths = [*self.lengths, {"done": done, "steps": self.config.steps, "before": before}]
 
 
 @contextlib.contextmanager
