@@ -48,7 +48,8 @@ def same(run, saes, expected_run, expected):
     "more",
     [
         dict(path="dense"), dict(path="factored", passages=3, kind="bilinear_tied"),
-        dict(kind="matrix", init="states"), dict(kind="flat", init="random"),
+        dict(kind="matrix", init="states"), dict(kind="flat", init="random"), dict(sparsity="batchtopk", steps=10),
+        dict(sparsity="jumprelu", steps=10), dict(sparsity="gated", steps=10),
     ],
     ids=lambda x: "-".join(map(str, x.values())),
 )  # fmt: skip

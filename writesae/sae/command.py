@@ -17,6 +17,7 @@ from ..text.arguments import NAMED, add_options, named, tell_empty, told
 from ..text.tokens import check_vocabulary
 from .sae import KINDS
 from .site import INITS, PATHS, TrainConfig, generator
+from .sparsity import SPARSITIES
 
 METRICS = "metrics.json"
 _DEFAULTS = {f.name: f.default for f in fields(TrainConfig)}
@@ -55,6 +56,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("-F", "--features", type=int, default=_DEFAULTS["F"], help="number of atoms")
     add("-k", type=int, default=_DEFAULTS["k"], help="atoms active at once")
     add("--rank", type=int, default=_DEFAULTS["r"], help="rank of an atom")
+    add("--sparsity", choices=SPARSITIES, default=_DEFAULTS["sparsity"], help="how the atoms that fire are chosen; all "
+        "but topk fire -k on average and end with a fixed threshold")  # fmt: skip
     add("--init", choices=INITS, default=_DEFAULTS["init"], help="what atoms start from")
     add("--path", choices=PATHS, default=_DEFAULTS["path"], help="form the sampled states, or none at all")
     for name, text in (
@@ -63,6 +66,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         ("block", "passages held as writes"),
         ("uses", "times a block is drawn through"), ("lr", "learning rate"), ("lr_end", "learning rate at the end"),
         ("aux", "weight of the auxiliary loss"), ("k_aux", "dead atoms it uses"),
+        ("penalty", "weight of the sparsity penalty at the start (jumprelu, gated); it then follows L0"),
         ("prepare", "passages of the initial pass"), ("seed", "seed of everything"),
     ):  # fmt: skip
         add("--" + name.replace("_", "-"), type=type(_DEFAULTS[name]), default=_DEFAULTS[name], help=text)

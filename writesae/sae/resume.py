@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -142,3 +143,32 @@ def _digest(path: Path, size: int) -> str:
             digest.update(block)
             size -= len(block)
     return digest.hexdigest()
+
+
+# ---- what is in them ----------------------------------------------------------------------------------------------
+
+
+def on_cpu(x):
+    """The same nest of dictionaries, lists and tensors, with the tensors on the CPU."""
+    if isinstance(x, dict):
+        return {name: on_cpu(value) for name, value in x.items()}
+    if isinstance(x, list):
+        return [on_cpu(value) for value in x]
+    return x.cpu() if isinstance(x, Tensor) else x
+
+
+def check_like(name: str, x, like) -> None:
+    """Raises ValueError unless x has the names, shapes and dtypes of `like`, and finite numbers."""
+    if isinstance(like, dict):
+        if not isinstance(x, dict) or list(x) != list(like):
+            raise ValueError(f"{name}: expected {', '.join(like)}, got {x if not isinstance(x, dict) else list(x)}")
+        for key, value in like.items():
+            check_like(f"{name} {key}", x[key], value)
+    elif isinstance(like, Tensor):
+        if not isinstance(x, Tensor) or x.shape != like.shape or x.dtype != like.dtype:
+            got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"{name}: expected {like.dtype} {tuple(like.shape)}, got {got}")
+        if not bool(torch.isfinite(x).all()):
+            raise ValueError(f"{name}: NaN or infinity")
+    elif type(x) is not type(like) or not math.isfinite(x):
+        raise ValueError(f"{name}: expected a finite {type(like).__name__}, got {x!r}")

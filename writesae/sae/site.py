@@ -18,8 +18,10 @@ from torch import Tensor
 from ..ops import encode, factored_loss, training_loss
 from ..ops.sae_training import atoms_on
 from .block import Block
+from .resume import check_like, on_cpu
 from .sae import BILINEAR, KINDS, RANK_ONE, SAE
 from .sparse import BilinearAt, Decode, exact_topk
+from .sparsity import SPARSITIES, Sparsity, level_of, packed
 
 INITS = ("writes", "states", "random")
 PATHS = ("auto", "dense", "factored")
@@ -32,6 +34,9 @@ class TrainConfig:
 
     Attributes:
         kind, F, k, r: of the dictionary, see `SAE`.
+        sparsity: "topk", "batchtopk", "jumprelu" or "gated", see `sparsity.py`; all but top k train by the dense path,
+            fire k atoms on average and end as dictionaries with a threshold.
+        penalty: weight of the sparsity penalty at the start ("jumprelu", "gated").
         steps: optimiser steps.
         states: states in a step's loss.
         passages: passages those states come from; 0 for all of the block (dense path), or as few as hold them
@@ -57,6 +62,8 @@ class TrainConfig:
     F: int = 2048
     k: int = 32
     r: int = 1
+    sparsity: str = "topk"
+    penalty: float = 1e-2
     steps: int = 10000
     states: int = 256
     passages: int = 0
@@ -78,14 +85,14 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name, allowed in (("kind", KINDS), ("init", INITS), ("path", PATHS)):
+        for name, allowed in (("kind", KINDS), ("init", INITS), ("path", PATHS), ("sparsity", SPARSITIES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         for name in ("F", "k", "r", "steps", "states", "block", "k_aux", "dead_after", "resample_every",
                      "normalize_every", "prepare"):  # fmt: skip
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected an integer >= 1, got {getattr(self, name)!r}")
-        for name in ("lr", "lr_end", "uses"):
+        for name in ("lr", "lr_end", "uses", "penalty"):
             if not getattr(self, name) > 0 or not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name}: expected a finite number > 0, got {getattr(self, name)!r}")
         for name in ("aux", "warmup", "passages", "resample_until", "seed"):
@@ -95,6 +102,10 @@ class TrainConfig:
             raise ValueError(f"k: expected k <= F={self.F}, got {self.k}")
         if self.passages > self.block:
             raise ValueError(f"passages: expected at most block={self.block}, got {self.passages}")
+        if self.sparsity == "gated" and self.kind == "bilinear_tied":
+            raise ValueError("sparsity: gated scales the encoder apart from the atoms, which kind bilinear_tied shares")
+        if self.path == "factored" and self.sparsity != "topk":
+            raise ValueError(f"path: sparsity {self.sparsity} trains by path dense only")
         factored = self.kind in BILINEAR and self.kind in RANK_ONE
         if self.path == "factored" and not factored:
             raise ValueError(f"path: kind {self.kind} has a dense encoder or dense atoms: it trains by path dense only")
@@ -103,7 +114,7 @@ class TrainConfig:
         """ "dense" or "factored" for a head of this size."""
         if self.path != "auto":
             return self.path
-        factored = self.kind in BILINEAR and self.kind in RANK_ONE
+        factored = self.kind in BILINEAR and self.kind in RANK_ONE and self.sparsity == "topk"
         return "factored" if factored and K * V > _DENSE_UP_TO else "dense"
 
     def rate(self, step: int) -> float:
@@ -128,12 +139,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class Losses:
-    """`main` and `aux` scalars with gradients, `errors [P]` (each state's share of main), `fired [F]` bool."""
+    """`main`, `aux` and `penalty` scalars with gradients (the last weighed), `errors [P]` (each state's share of main),
+    `fired [F]` bool."""
 
     main: Tensor
     aux: Tensor
     errors: Tensor
     fired: Tensor
+    penalty: Tensor | None = None
 
 
 def generator(*keys) -> torch.Generator:
@@ -163,8 +176,14 @@ class SiteTrainer:
         self.scale = 1.0  # s
         self.silent = torch.zeros(config.F, dtype=torch.int64, device=self.device)  # steps since each atom fired
         self.resampled = 0
+        self.sparsity: Sparsity | None = None
         self._prepare(block)
-        self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=config.lr, fused=True)
+        groups = [{"params": list(self.sae.parameters()), "factor": 1.0}]
+        if self.sparsity is not None and list(self.sparsity.parameters()):
+            # A threshold is learnt by its logarithm, on which a step of Adam would be a share of `lr` only.
+            factor = 10.0 if config.sparsity == "jumprelu" else 1.0
+            groups.append({"params": list(self.sparsity.parameters()), "factor": factor})
+        self.optimizer = torch.optim.Adam(groups, lr=config.lr, fused=True)
 
     # ---- start ------------------------------------------------------------------------------------------------
 
@@ -207,10 +226,19 @@ class SiteTrainer:
         self._set_atoms(every, v, w, 1.0)
         # Atoms overlap, so k full projections overshoot: start from the one gain that reconstructs best.
         X = (block.states(picks[0] // T, picks[0] % T) - self.sae.mean) * self.scale
-        made = self._decode(*exact_topk(X.flatten(1) @ self.sae.encoder_matrix().T, c.k))
+        pre = X.flatten(1) @ self.sae.encoder_matrix().T
+        if c.sparsity == "topk":
+            values, indices = exact_topk(pre, c.k)
+        else:
+            indices, on = packed(pre >= level_of(pre, c.k))
+            values = pre.gather(1, indices) * on
+        made = self._decode(values, indices)
         gain = float((made * X).sum() / made.square().sum())
         if gain > 0:
             self._set_atoms(every, v, w, gain)
+        if c.sparsity != "topk":
+            level = level_of(X.flatten(1) @ self.sae.encoder_matrix().T, c.k)
+            self.sparsity = Sparsity(c.sparsity, level, c.F, c.k, c.penalty)
 
     @torch.no_grad()
     def _set_atoms(self, at: Tensor, v: Tensor, w: Tensor, gain: float, dense: Tensor | None = None) -> None:
@@ -241,11 +269,12 @@ class SiteTrainer:
         """`[F]` bool: silent for `dead_after` steps."""
         return self.silent >= self.config.dead_after
 
-    def losses(self, batch: Batch) -> Losses:
-        """Reconstruction and auxiliary loss of a batch, by the path in use. Both paths give the same numbers."""
-        return self._factored(batch) if self.path == "factored" else self._dense(batch)
+    def losses(self, batch: Batch, done: float = 0.0) -> Losses:
+        """Reconstruction and auxiliary loss of a batch, by the path in use, after a share `done` of the training. Both
+        paths give the same numbers."""
+        return self._factored(batch) if self.path == "factored" else self._dense(batch, done)
 
-    def _dense(self, batch: Batch) -> Losses:
+    def _dense(self, batch: Batch, done: float) -> Losses:
         sae, c = self.sae, self.config
         X = (batch.block.states(batch.rows, batch.positions) - sae.mean) * self.scale  # [P, K, V]
         dead = self.dead().nonzero().flatten()
@@ -257,33 +286,45 @@ class SiteTrainer:
             v = w = None
             pre = X.flatten(1) @ sae.W_enc.T
 
+        def chosen(indices: Tensor, among: Tensor | None = None) -> Tensor:
+            here = pre if among is None else pre.index_select(1, among)
+            values = here.gather(1, indices)
+            if v is None:
+                return values
+            parts = (v, w) if among is None else (v.index_select(0, among), w.index_select(0, among))
+            return BilinearAt.apply(values, indices, X, *parts)
+
         def codes(among: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
             bias = sae.b_enc if among is None else sae.b_enc.index_select(0, among)
             here = pre if among is None else pre.index_select(1, among)
             with torch.no_grad():
                 indices = exact_topk(here + bias, k)[1]
-            values = here.gather(1, indices)
-            if v is not None:
-                parts = (v, w) if among is None else (v.index_select(0, among), w.index_select(0, among))
-                values = BilinearAt.apply(values, indices, X, *parts)
-            values = (values + bias.gather(0, indices.flatten()).view_as(values)).relu()
+            values = (chosen(indices, among) + bias.gather(0, indices.flatten()).view_as(indices)).relu()
             return values, indices if among is None else among[indices]
 
-        values, indices = codes(None, c.k)
+        penalty = None
+        if self.sparsity is None:
+            values, indices = codes(None, c.k)
+        else:
+            values, indices, penalty, gate = self.sparsity.codes(pre, chosen, sae.b_enc, done)
+            if gate is not None:  # what the open gates alone would reconstruct, by atoms that do not follow
+                opened = self._decode(gate, indices, frozen=True) + sae.bias.detach()
+                penalty = penalty + (opened - X).square().sum((1, 2)).mean()
         made = self._decode(values, indices) + sae.bias
         errors = (made - X).square().sum((1, 2))
         aux = errors.new_zeros(())
         if len(dead) and c.aux > 0:
             residual = (X - made).detach()
             aux = (self._decode(*codes(dead, min(c.k_aux, len(dead)))) - residual).square().sum((1, 2)).mean()
-        return Losses(errors.mean(), aux, errors.detach(), self._fired(values, indices))
+        return Losses(errors.mean(), aux, errors.detach(), self._fired(values, indices), penalty)
 
-    def _decode(self, values: Tensor, indices: Tensor) -> Tensor:
+    def _decode(self, values: Tensor, indices: Tensor, frozen: bool = False) -> Tensor:
         sae = self.sae
         if sae.rank_one_atoms:
-            return Decode.apply(values, indices, *self._atoms())
+            return Decode.apply(values, indices, *(x.detach() if frozen else x for x in self._atoms()))
         dense = values.new_zeros(len(values), sae.F).scatter_add(1, indices, values)
-        return (dense @ _unit(sae.W_dec)).view(-1, sae.K, sae.V)
+        atoms = _unit(sae.W_dec)
+        return (dense @ (atoms.detach() if frozen else atoms)).view(-1, sae.K, sae.V)
 
     def _factored(self, batch: Batch) -> Losses:
         sae, c = self.sae, self.config
@@ -327,10 +368,12 @@ class SiteTrainer:
         """One optimiser step and the chores that fall on it. Returns main loss (an FVU), aux loss, and counts."""
         c = self.config
         for group in self.optimizer.param_groups:
-            group["lr"] = c.rate(step)
+            group["lr"] = c.rate(step) * group["factor"]
         self.optimizer.zero_grad(set_to_none=True)
-        losses = self.losses(batch)
+        losses = self.losses(batch, step / c.steps)
         loss = losses.main + c.aux * losses.aux
+        if losses.penalty is not None:
+            loss = loss + losses.penalty
         if not bool(torch.isfinite(loss)):
             raise ValueError(f"site ({self.layer}, {self.head}): the loss is {float(loss)} at step {step}; lower lr")
         loss.backward()
@@ -355,8 +398,12 @@ class SiteTrainer:
         X = batch.block.states(batch.rows[pick], batch.positions[pick]) - self.sae.mean
         v, w = _top_pairs(X, self.sae.r)
         self._set_atoms(dead, v, w, 0.2 * self._alive_gain(), _unit(X.flatten(1)))
-        for name, p in self.sae.named_parameters():
-            if name != "bias" and p in self.optimizer.state:
+        of_atoms = [p for name, p in self.sae.named_parameters() if name != "bias"]
+        if self.sparsity is not None:
+            self.sparsity.revive(dead)
+            of_atoms += self.sparsity.parameters()
+        for p in of_atoms:
+            if p in self.optimizer.state:
                 for moment in ("exp_avg", "exp_avg_sq"):
                     self.optimizer.state[p][moment][dead] = 0
         self.silent[dead] = 0
@@ -380,8 +427,12 @@ class SiteTrainer:
     def export(self) -> SAE:
         """The dictionary on raw states, unit atoms unless they are tied; a copy, on the CPU."""
         sae, c = self.sae, self.config
-        out = SAE(sae.K, sae.V, sae.F, sae.k, sae.kind, sae.r, layer=self.layer, head=self.head, centred=sae.centred)
-        out.to(sae.mean.dtype).load_state_dict(sae.state_dict())
+        fixed = "topk" if self.sparsity is None else "threshold"
+        out = SAE(sae.K, sae.V, sae.F, sae.k, sae.kind, sae.r, fixed, self.layer, self.head, centred=sae.centred)
+        out.to(sae.mean.dtype).load_state_dict(sae.state_dict(), strict=self.sparsity is None)
+        if self.sparsity is not None:
+            self.sparsity.fold_into(out)
+            out.threshold.div_(self.scale)
         if not self.tied:
             out.normalize_()
         for name in ("b_enc", "bias"):
@@ -391,10 +442,14 @@ class SiteTrainer:
 
     def state(self) -> dict:
         """Everything a resumed run needs, on whatever device, as plain tensors on the CPU and numbers."""
-        return _on_cpu({
-            "sae": dict(self.sae.state_dict()), "optimizer": self.optimizer.state_dict(), "silent": self.silent,
+        return on_cpu({
+            "sae": dict(self.sae.state_dict()), "sparsity": self._sparsity_state(),
+            "optimizer": self.optimizer.state_dict(), "silent": self.silent,
             "scale": self.scale, "resampled": self.resampled,
         })  # fmt: skip
+
+    def _sparsity_state(self) -> dict:
+        return {} if self.sparsity is None else dict(self.sparsity.state_dict())
 
     def restore(self, state: dict) -> None:
         """Goes on from `state()`.
@@ -403,41 +458,17 @@ class SiteTrainer:
             ValueError, RuntimeError, KeyError: a state of other sizes or dtypes, or that carries a NaN or infinity.
         """
         fresh = self.state()
-        for name in ("sae", "silent", "scale", "resampled"):
-            _check_like(name, state[name], fresh[name])
-        parameters = list(self.sae.parameters())
+        for name in ("sae", "sparsity", "silent", "scale", "resampled"):
+            check_like(name, state[name], fresh[name])
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         for i, moments in state["optimizer"]["state"].items():
             like = {"step": torch.zeros(()), "exp_avg": parameters[i], "exp_avg_sq": parameters[i]}
-            _check_like(f"optimizer of parameter {i}", moments, like)
+            check_like(f"optimizer of parameter {i}", moments, like)
         self.sae.load_state_dict(state["sae"])
+        if self.sparsity is not None:
+            self.sparsity.load_state_dict(state["sparsity"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.silent, self.scale, self.resampled = state["silent"].to(self.device), state["scale"], state["resampled"]
-
-
-def _on_cpu(x):
-    """The same nest of dictionaries, lists and tensors, with the tensors on the CPU."""
-    if isinstance(x, dict):
-        return {name: _on_cpu(value) for name, value in x.items()}
-    if isinstance(x, list):
-        return [_on_cpu(value) for value in x]
-    return x.cpu() if isinstance(x, Tensor) else x
-
-
-def _check_like(name: str, x, like) -> None:
-    """Raises ValueError unless x has the names, shapes and dtypes of `like`, and finite numbers."""
-    if isinstance(like, dict):
-        if not isinstance(x, dict) or list(x) != list(like):
-            raise ValueError(f"{name}: expected {', '.join(like)}, got {x if not isinstance(x, dict) else list(x)}")
-        for key, value in like.items():
-            _check_like(f"{name} {key}", x[key], value)
-    elif isinstance(like, Tensor):
-        if not isinstance(x, Tensor) or x.shape != like.shape or x.dtype != like.dtype:
-            got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"{name}: expected {like.dtype} {tuple(like.shape)}, got {got}")
-        if not bool(torch.isfinite(x).all()):
-            raise ValueError(f"{name}: NaN or infinity")
-    elif type(x) is not type(like) or not math.isfinite(x):
-        raise ValueError(f"{name}: expected a finite {type(like).__name__}, got {x!r}")
 
 
 def _top_pairs(X: Tensor, r: int) -> tuple[Tensor, Tensor]:
