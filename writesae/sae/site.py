@@ -36,7 +36,7 @@ class TrainConfig:
         kind, F, k, r: of the dictionary, see `SAE`.
         sparsity: "topk", "batchtopk", "jumprelu" or "gated", see `sparsity.py`; all but top k train by the dense path,
             fire k atoms on average and end as dictionaries with a threshold.
-        penalty: weight of the sparsity penalty at the start ("jumprelu", "gated").
+        penalty: weight of the sparsity penalty at the start ("jumprelu", "gated"), at most 10.
         steps: optimiser steps.
         states: states in a step's loss.
         passages: passages those states come from; 0 for all of the block (dense path), or as few as hold them
@@ -98,6 +98,8 @@ class TrainConfig:
         for name in ("aux", "warmup", "passages", "resample_until", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected >= 0, got {getattr(self, name)!r}")
+        if self.penalty > 10:
+            raise ValueError(f"penalty: expected at most 10, got {self.penalty}")
         if self.k > self.F:
             raise ValueError(f"k: expected k <= F={self.F}, got {self.k}")
         if self.passages > self.block:

@@ -25,6 +25,7 @@ from .sae import SAE
 SPARSITIES = ("topk", "batchtopk", "jumprelu", "gated")
 _KEEP = 0.9  # of the mean threshold of BatchTopK, a step
 _FOLLOW = 0.05  # power of L0 / k by which the penalty's weight changes a step
+_WEIGHTS = 1e-4, 10.0  # its range: beyond, nothing but the penalty (or none of it) counts
 _WIDTHS = 0.5, 0.05  # of the rectangle kernel, as a share of the threshold: first, last
 
 Values = Callable[[Tensor], Tensor]  # indices [P, j] to z [P, j] with gradients
@@ -119,7 +120,7 @@ class Sparsity(nn.Module):
     def _weighed(self, penalty: Tensor, ratio: Tensor) -> Tensor:
         weighed = self.weight * penalty
         with torch.no_grad():
-            self.weight = self.weight * ratio.detach().clamp(0.25, 4) ** _FOLLOW
+            self.weight = (self.weight * ratio.detach().clamp(0.25, 4) ** _FOLLOW).clamp(*_WEIGHTS)
         return weighed
 
     @torch.no_grad()

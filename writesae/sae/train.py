@@ -2,7 +2,7 @@
 
 Step s draws from block s // (steps a block), the block's passages come from a permutation of the corpus, and both are
 functions of the seed and s alone. A resumed run makes its current block again and goes on bit for bit as it would have
-(on another device, to rounding).
+(on a GPU, whose sums have no fixed order, and from one device to another: to rounding).
 """
 
 from __future__ import annotations
