@@ -171,8 +171,8 @@ def _steps(args) -> int:
         return args.tokens // max(args.states, 1)
     if args.steps is None and args.resume:
         config = read_checkpoint(args.out / CHECKPOINT)["identity"].get("config")
-        return (config if isinstance(config, dict) else {}).get("steps", _DEFAULTS["steps"])
-    return _DEFAULTS["steps"] if args.steps is None else args.steps
+        return (config if isinstance(config, dict) else {}).get("steps", TrainConfig.steps)
+    return TrainConfig.steps if args.steps is None else args.steps
 
 
 def _require_device(name: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from ..text.passages import Passage, passages
 from ..text.tokens import check_ids, tokenizing
 from ..writes import Writes
 from .resume import config_digest, model_digest, tokens_digest
+
+if TYPE_CHECKING:
+    from ..models import Tap
 
 _PIECE = 1 << 14  # tokens of a document handed over at once; they are joined again
 
@@ -63,7 +67,8 @@ class Passages:
         Raises:
             ValueError: a single document, and what `from_corpus` raises.
         """
-        return cls._split(corpus, tokenizer, length, one_in, bos, max_tokens, progress)
+        training, held_out = cls._split(corpus, tokenizer, length, one_in, bos, max_tokens, progress)
+        return training, held_out
 
     @classmethod
     def from_texts(
@@ -92,8 +97,8 @@ class Passages:
         if one_in and sum(documents) < 2:
             raise ValueError("validation: the corpus is a single document, so none can be held out; name --validation")
         found = []
-        for part, n in zip(pieces[: 1 + (one_in > 0)], documents, strict=False):
-            stream = torch.cat(part) if part else torch.empty(0, dtype=torch.int32)
+        for tokens, n in zip(pieces[: 1 + (one_in > 0)], documents, strict=False):
+            stream = torch.cat(tokens) if tokens else torch.empty(0, dtype=torch.int32)
             if len(stream) < length:
                 raise ValueError(
                     f"corpus: {n} documents with {len(stream)} tokens in all, but one passage takes {length}"
@@ -127,7 +132,7 @@ class ModelStream:
         check_ids(passages.ids, model)
         self.model, self.passages, self.batch = model, passages, batch
         self.sites = [(int(layer), int(head)) for layer, head in sites]
-        self._tap = None
+        self._tap: Tap | None = None
 
     def __len__(self) -> int:
         return len(self.passages)
@@ -161,7 +166,7 @@ class ModelStream:
         self._tap = None
         self._open.__exit__(*error)
 
-    def writes(self, rows: Sequence[int]) -> Iterator[dict[int, Writes]]:
+    def writes(self, rows: Sequence[int] | Tensor) -> Iterator[dict[int, Writes]]:
         """Yields `{layer: Writes}` of the passages in order, `batch` at a time."""
         if self._tap is None:
             raise RuntimeError("ModelStream: use it inside `with stream:`, which puts the hooks on")
