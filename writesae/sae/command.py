@@ -112,14 +112,14 @@ def run(args: argparse.Namespace) -> int:
         print(f"{len(passages)} training passages of {args.length} tokens, {len(validation)} held out; sites {sites}")
     rows = torch.randperm(len(validation), generator=generator(0, "evaluation"))[: args.eval_passages]
 
-    def held_out_blocks(count: int) -> dict:
-        if not count:
-            return {}
+    def held_out_writes(count: int) -> list:
         with ModelStream(model, validation, sites, args.batch) as stream:
-            parts = list(stream.writes(rows[:count]))
-        return {(layer, head): Block([part[layer] for part in parts], head) for layer, head in sites}
+            return list(stream.writes(rows[:count]))
 
-    watched = held_out_blocks(args.watch_passages)
+    watched = {}
+    if args.watch_passages:
+        parts = held_out_writes(args.watch_passages)
+        watched = {(layer, head): Block([part[layer] for part in parts], head) for layer, head in sites}
     log = _tell if show else None
     with ModelStream(model, passages, sites, args.batch) as stream:
         pinned = {"validation": tokens_digest(validation.ids), "tokenizer": tokenizer_digest(tokenizer)}
@@ -129,9 +129,9 @@ def run(args: argparse.Namespace) -> int:
         began = time.monotonic()
         saes = trainer.run(None, args.checkpoint_every, args.evaluate_every)
         seconds = time.monotonic() - began
-    blocks, everything = held_out_blocks(args.eval_passages), {}
+    parts, everything = held_out_writes(args.eval_passages), {}
     for (layer, head), sae in saes.items():
-        sae.metrics = evaluate(sae, blocks[layer, head])
+        sae.metrics = evaluate(sae, Block([part[layer] for part in parts], head))
         sae.training_record["seconds"] = round(seconds, 1)
         folder = args.out if len(sites) == 1 else args.out / f"L{layer}H{head}"
         sae.save_pretrained(folder)
