@@ -35,15 +35,16 @@ def dictionaries(threshold=None):
     return made
 
 
-def spread(device, model):
-    """The model as `from_pretrained(device_map=...)` leaves it: its first two layers on one device, the rest on the
-    next, accelerate's hooks around every block (accelerate's own mover of weights does not know wrappers)."""
+def spread(device, model, first=0):
+    """The model as `from_pretrained(device_map=...)` leaves it: its first two layers on device `first`, the rest on the
+    other, accelerate's hooks around every block (accelerate's own mover of weights does not know wrappers)."""
     trunk = model.model
     parts = [(trunk.embed_tokens, 0), (trunk.rotary_emb, 0), (trunk.norm, 1), (model.lm_head, 1)]
-    for block, index in [*parts, *((layer, int(i >= 2)) for i, layer in enumerate(trunk.layers))]:
+    for block, part in [*parts, *((layer, int(i >= 2)) for i, layer in enumerate(trunk.layers))]:
+        index = part ^ first
         device.move(block, index)
         add_hook_to_module(block, AlignDevicesHook(execution_device=DEVICES[index], place_submodules=False))
-    add_hook_to_module(model, AlignDevicesHook(execution_device=DEVICES[0], io_same_device=True))
+    add_hook_to_module(model, AlignDevicesHook(execution_device=DEVICES[first], io_same_device=True))
 
 
 def both(model, run, sites=None, edits=None, place=SimulatedDevice.move, **options):

@@ -18,7 +18,7 @@ from writesae.models import versions
 ROOT = Path(__file__).parents[1]
 # Options of which one must be given, so that none has a default.
 ALTERNATIVES = {("train", "layer"), ("train", "head"), ("train", "site"), ("collect", "corpus"), ("collect", "dataset"),
-                ("train", "dataset"), ("replace", "dataset")}  # fmt: skip
+                ("train", "dataset"), ("replace", "dataset"), ("train", "tokens")}  # fmt: skip
 
 
 def subparsers() -> dict[str, argparse.ArgumentParser]:
@@ -43,7 +43,8 @@ def test_every_option_says_what_it_is_and_its_default(name, action):
     if takes_value and not action.required and (name, action.dest) not in ALTERNATIVES and action.dest != "run":
         assert "default" in shown, f"no default in {shown!r}"
     assert "(default: None)" not in shown and "(default: False)" not in shown and "(default: )" not in shown
-    if action.type in (int, float) and action.dest not in ("seed", "layer", "head", "k", "rank", "lr", "lr_end", "aux"):
+    bare = ("seed", "layer", "head", "k", "rank", "lr", "lr_end", "aux", "penalty")
+    if action.type in (int, float) and action.dest not in bare:
         units = "tokens|passages|firings|atoms|steps|states|rounds|threads|times|bytes"
         assert re.search(units, shown), f"no unit in {shown!r}"
 

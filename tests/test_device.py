@@ -1,4 +1,5 @@
-"""Hooked models on a device, without one: device_cases.py in a process of its own, which the simulated device marks."""
+"""Hooked models and training on a device, without one: each file of cases in a process of its own, which the simulated
+device marks."""
 
 from __future__ import annotations
 
@@ -8,11 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
-def test_hooked_models_on_a_device():
+
+@pytest.mark.parametrize("name, cases", [("device_cases", 12), ("device_training_cases", 6)])
+def test_on_a_device(name, cases):
     folder = Path(__file__).parent
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder / "device_cases.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder / f"{name}.py")]
     environment = {**os.environ, "PYTHONPATH": f"{folder.parent}{os.pathsep}{folder}"}
     out = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert out.returncode == 0, out.stdout[-8000:] + out.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", out.stdout)[1]) >= 12 and "skipped" not in out.stdout
+    assert int(re.search(r"(\d+) passed", out.stdout)[1]) >= cases and "skipped" not in out.stdout

@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "text": {"default"},
     "sae": {
         "ops", "writes", "firings", "edits", "files", "models", "default", "text", "_arguments", "options", "untrusted",
+        "_library",
     },
     "models": {"ops", "writes", "firings", "edits", "files", "default", "untrusted"},
     "collect": {"models", "sae", "firings", "edits", "files", "default", "text", "_library", "options"},

@@ -18,7 +18,7 @@ CHUNK = 32
 
 
 class Block:
-    """Writes of one head over N passages of T tokens, float32 (or the writes' own wider dtype).
+    """Writes of one head over N passages of T tokens, float32 (or the writes' own wider dtype), on the writes' device.
 
     Args:
         writes: batches of passages of one length, unpacked, scalar gate, no edits; concatenated in order.
@@ -55,10 +55,13 @@ class Block:
                 row, position = (bad if name == "decay" else bad.any(2)).nonzero()[0].tolist()
                 raise ValueError(f"writes: NaN or infinity in {name}: passage {row}, position {position}, head {head}")
         self.first = torch.cat(first)
+        self._starts = bool(self.first.any())
         N, T, R, K = self.left.shape
         self.shape = (N, T, K, self.right.shape[-1])
         pad = -T % CHUNK
-        pads = [torch.nn.functional.pad(x, (0, 0) * (x.ndim - 2) + (0, pad)) for x in self._columns()]
+        pads = self._columns()
+        if pad:
+            pads = [torch.nn.functional.pad(x, (0, 0) * (x.ndim - 2) + (0, pad)) for x in pads]
         self._decay, self._left, self._right = (x.unflatten(1, (-1, CHUNK)) for x in pads)
         self._left, self._right = self._left.flatten(2, 3), self._right.flatten(2, 3)  # [N, chunks, CHUNK * R, *]
         self._total = self._decay.cumsum(2)  # [N, chunks, CHUNK]
@@ -75,16 +78,21 @@ class Block:
         return self.decay, self.left, self.right
 
     @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.right.device
+
+    @property
     def nbytes(self) -> int:
         """Bytes held: the writes and one state in `CHUNK`."""
         return sum(x.numel() * x.element_size() for x in (*self._columns(), self._before))
 
     def states(self, rows: Tensor, positions: Tensor) -> Tensor:
-        """States after the writes at (row, position): two `[P]` int64 tensors to `[P, K, V]`."""
+        """States after the writes at (row, position): two `[P]` int64 tensors, of this device, to `[P, K, V]`."""
         chunk, offset = positions // CHUNK, positions % CHUNK
         total = self._total[rows, chunk]  # [P, CHUNK]
         here = total.gather(1, offset[:, None])
-        past = torch.arange(CHUNK) <= offset[:, None]
+        past = torch.arange(CHUNK, device=offset.device) <= offset[:, None]
         # The exponent is masked before exp: a later token's would be large, and inf * 0 is NaN.
         weight = (here - total).masked_fill(~past, float("-inf")).exp()
         weight = weight.repeat_interleave(self.left.shape[2], 1)
@@ -104,5 +112,5 @@ class Block:
         """Those passages as `Writes` of one head, with the states multiplied by `scale`."""
         return Writes(
             self.decay[rows][:, :, None], self.left[rows][:, :, None], self.right[rows][:, :, None] * scale,
-            initial_state=self.first[rows][:, None] * scale if bool(self.first.any()) else None,
+            initial_state=self.first[rows][:, None] * scale if self._starts else None,
         )  # fmt: skip

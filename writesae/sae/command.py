@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from dataclasses import fields
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from ..files import make_folder, refuse_links, write_text
 from ..options import add_model
@@ -17,6 +19,7 @@ from ..text.arguments import NAMED, add_options, named, tell_empty, told
 from ..text.tokens import check_vocabulary
 from .sae import KINDS
 from .site import INITS, PATHS, TrainConfig, generator
+from .sparsity import SPARSITIES
 
 METRICS = "metrics.json"
 _DEFAULTS = {f.name: f.default for f in fields(TrainConfig)}
@@ -28,10 +31,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add("--layer", type=int, help="layer of a single site, with --head")
     add("--head", type=int, help="value head of a single site, with --layer")
-    add("--site", action="append", metavar="LAYER:HEAD", help="a site, instead of --layer and --head; "
-        "repeatable: several are trained from the same passes")  # fmt: skip
+    add("--site", action="append", metavar="LAYER:HEAD", help="a site, 5:* for all heads of a layer, *:3 for one head "
+        "of all layers, *:* for all; repeatable. All are trained from the same passes of the model")  # fmt: skip
+    add("--device", default="cpu", help="cpu or cuda: where the model runs and the dictionaries are trained")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the model's weights "
+        "(dictionaries are trained in float32)")  # fmt: skip
     add("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out; --steps or --tokens may be more "
+        "than before")  # fmt: skip
     add("--corpus", nargs="+", help=f"each {NAMED} (default: stdlib:train)")
     add_options(parser)
     add("--validation", nargs="+", help="held-out text, named like --corpus (default: stdlib:validation, or one in 20 "
@@ -42,22 +49,30 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=int, default=16, help="passages in one forward pass")
     add("--eval-passages", type=int, default=128, help="held-out passages the dictionary is evaluated on")
     add("--checkpoint-every", type=int, default=1000, help="steps between checkpoints")
+    add("--evaluate-every", type=int, default=500, help="steps between looks at held-out passages while training")
+    add("--watch-passages", type=int, default=16, help="held-out passages of those looks; 0: none")
+    add("--steps", type=int, help=f"optimiser steps (default {_DEFAULTS['steps']}, or with --resume as before)")
+    add("--tokens", type=int, help="in place of --steps: a budget of tokens whose states are trained on, --states a "
+        "step")  # fmt: skip
     add("--quiet", action="store_true", help="no progress bars")
     add("--kind", choices=KINDS, default=_DEFAULTS["kind"], help="kind of dictionary")
     add("-F", "--features", type=int, default=_DEFAULTS["F"], help="atoms of the dictionary")
     add("-k", type=int, default=_DEFAULTS["k"], help="atoms active at a token")
     add("--rank", type=int, default=_DEFAULTS["r"], help="rank of an atom")
+    add("--sparsity", choices=SPARSITIES, default=_DEFAULTS["sparsity"], help="how the atoms that fire are chosen; all "
+        "but topk fire -k on average and end with a fixed threshold")  # fmt: skip
     add("--init", choices=INITS, default=_DEFAULTS["init"], help="what atoms start from")
     add("--path", choices=PATHS, default=_DEFAULTS["path"], help="how losses are computed: from sampled states "
         "(dense), from their writes (factored), or as the kind of dictionary allows (auto)")  # fmt: skip
     for name, text in (
-        ("steps", "optimiser steps"), ("states", "states a step"),
+        ("states", "states a step"),
         ("passages", "passages a step's states come from; 0: all of a block, on the factored path as few as hold them"),
         ("block", "passages whose writes are held at once"),
         ("uses", "times each state of a block is drawn, on average"), ("lr", "learning rate at the start"),
         ("lr_end", "learning rate at the end"),
         ("aux", "weight of the auxiliary loss, which revives dead atoms; 0: none"),
         ("k_aux", "dead atoms in the auxiliary loss"),
+        ("penalty", "weight of the sparsity penalty at the start (jumprelu, gated); it then follows L0"),
         ("prepare", "passages of the first pass, for the mean and the initial atoms"), ("seed", "seed of everything"),
     ):  # fmt: skip
         add("--" + name.replace("_", "-"), type=type(_DEFAULTS[name]), default=_DEFAULTS[name], help=text)
@@ -66,23 +81,29 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains, evaluates, saves. Returns the exit status."""
-    sites = _sites(args)
-    given = {n: x for n, x in vars(args).items() if n in _DEFAULTS}
+    patterns = _patterns(args)
+    given = {n: x for n, x in vars(args).items() if n in _DEFAULTS} | {"steps": _steps(args)}
     config = TrainConfig(**given, F=args.features, r=args.rank, centred=not args.not_centred)
-    for name in ("length", "batch", "eval_passages", "checkpoint_every"):
+    for name in ("length", "batch", "eval_passages", "checkpoint_every", "evaluate_every"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name}: expected >= 1, got {getattr(args, name)}")
+    if args.watch_passages < 0:
+        raise ValueError(f"watch_passages: expected >= 0, got {args.watch_passages}")
+    _require_device(args.device)
     _check_out(args.out, args.resume)
     corpus, held_out = _corpora(args)
 
     from ..models import load
     from .block import Block
     from .evaluate import evaluate
+    from .resume import tokenizer_digest, tokens_digest
     from .stream import ModelStream, Passages
     from .train import Trainer
 
     show = not args.quiet
-    model, tokenizer = load(args.model, trust_remote_code=args.trust_remote_code)
+    model, tokenizer = load(args.model, getattr(torch, args.dtype), args.trust_remote_code)
+    sites = _sites(patterns, model)
+    model.to(args.device)
     check_vocabulary(tokenizer, model)
     how = {"bos": not args.no_bos, "max_tokens": args.max_tokens, "progress": show}
     if held_out is None:
@@ -95,47 +116,111 @@ def run(args: argparse.Namespace) -> int:
         left_out["validation"] = tell_empty(held_out, "validation")
     if show:
         print(f"{len(passages)} training passages of {args.length} tokens, {len(validation)} held out; sites {sites}")
+    rows = torch.randperm(len(validation), generator=generator(0, "evaluation"))[: args.eval_passages]
+
+    def held_out_writes(count: int) -> list:
+        with ModelStream(model, validation, sites, args.batch) as stream:
+            return list(stream.writes(rows[:count]))
+
+    watched = {}
+    if args.watch_passages:
+        parts = held_out_writes(args.watch_passages)
+        watched = {(layer, head): Block([part[layer] for part in parts], head) for layer, head in sites}
+    log = _tell if show else None
     with ModelStream(model, passages, sites, args.batch) as stream:
-        trainer = Trainer(stream, sites, config, args.out, args.resume, args.model, progress=show)
+        pinned = {"validation": tokens_digest(validation.ids), "tokenizer": tokenizer_digest(tokenizer)}
+        trainer = Trainer(stream, sites, config, args.out, args.resume, args.model, show, pinned, watched, log)
+        if trainer.done:
+            print(f"going on after step {trainer.done}, to step {config.steps}", file=sys.stderr)
         began = time.monotonic()
-        saes = trainer.run(checkpoint_every=args.checkpoint_every)
+        saes = trainer.run(None, args.checkpoint_every, args.evaluate_every)
         seconds = time.monotonic() - began
-    with ModelStream(model, validation, sites, args.batch) as stream:
-        rows = torch.randperm(len(validation), generator=generator(0, "evaluation"))[: args.eval_passages]
-        parts = list(stream.writes(rows))
-        everything = {}
-        for (layer, head), sae in saes.items():
-            sae.metrics = evaluate(sae, Block([part[layer] for part in parts], head))
-            sae.training_record["seconds"] = round(seconds, 1)
-            folder = args.out if len(sites) == 1 else make_folder(args.out, f"L{layer}H{head}")
-            sae.save_pretrained(folder)
-            everything[f"L{layer}H{head}"] = sae.metrics
-            m = sae.metrics
-            print(
-                f"L{layer}H{head}: FVU {m['fvu']:.4f}, L0 {m['l0']:.1f}, {m['alive']} of {sae.F} atoms alive, median "
-                f"cosine to native writes {m['cosine_median']:.3f} (of the winner {m['winner_cosine_median']:.3f}) on "
-                f"{m['states']} held-out states; saved in {folder}"
-            )
+    parts, everything = held_out_writes(args.eval_passages), {}
+    for (layer, head), sae in saes.items():
+        sae.metrics = evaluate(sae, Block([part[layer] for part in parts], head))
+        sae.training_record["seconds"] = round(seconds, 1)
+        folder = args.out if len(sites) == 1 else make_folder(args.out, f"L{layer}H{head}")
+        sae.save_pretrained(folder)
+        everything[f"L{layer}H{head}"] = sae.metrics
+        m = sae.metrics
+        print(
+            f"L{layer}H{head}: FVU {m['fvu']:.4f}, L0 {m['l0']:.1f}, {m['alive']} of {sae.F} atoms alive, median "
+            f"cosine to native writes {m['cosine_median']:.3f} (of the winner {m['winner_cosine_median']:.3f}) on "
+            f"{m['states']} held-out states; saved in {folder}"
+        )
     record = {"model": args.model, "seconds": seconds, "config": config.record(), "metrics": everything,
               "left_out": left_out}  # fmt: skip
     write_text(args.out / METRICS, json.dumps(record, indent=2) + "\n")
     return 0
 
 
-def _sites(args) -> list[tuple[int, int]]:
+def _tell(record: dict) -> None:
+    """Prints what was found on held-out passages, above the progress bar."""
+    if "held_out_fvu" not in record:
+        return
+    values = record["held_out_fvu"].values()
+    span = "" if len(values) == 1 else f" (mean; {min(values):.4f} to {max(values):.4f} over {len(values)} sites)"
+    tqdm.write(f"step {record['step']}: held-out FVU {sum(values) / len(values):.4f}{span}", file=sys.stderr)
+
+
+def _steps(args) -> int:
+    """Optimiser steps in all."""
+    from .resume import read_checkpoint
+    from .train import CHECKPOINT
+
+    if args.steps is not None and args.tokens is not None:
+        raise ValueError("tokens: expected --steps or --tokens, got both")
+    if args.tokens is not None:
+        if args.tokens < max(args.states, 1):
+            raise ValueError(f"tokens: expected at least a step's, --states {args.states}, got {args.tokens}")
+        return args.tokens // max(args.states, 1)
+    if args.steps is None and args.resume:
+        config = read_checkpoint(args.out / CHECKPOINT)["identity"].get("config")
+        return (config if isinstance(config, dict) else {}).get("steps", TrainConfig.steps)
+    return TrainConfig.steps if args.steps is None else args.steps
+
+
+def _require_device(name: str) -> None:
+    from .._library import backends
+
+    reason = {"cpu": None, "cuda": backends()["cuda"]}.get(name, "expected cpu or cuda")
+    if reason is not None:
+        raise ValueError(f"device: {name} cannot be used: {reason}")
+
+
+def _patterns(args) -> list[tuple[str, str]]:
+    """(layer, head) of every site asked for, each a number or *."""
     found = []
     if (args.layer is None) != (args.head is None):
         raise ValueError("site: expected --layer and --head together")
     if args.layer is not None:
-        found.append((args.layer, args.head))
+        found.append((str(args.layer), str(args.head)))
     for text in args.site or ():
         layer, _, head = text.partition(":")
-        if not layer.isdigit() or not head.isdigit():
-            raise ValueError(f"site: expected LAYER:HEAD, such as 2:3, got {text!r}")
-        found.append((int(layer), int(head)))
+        if not all(x == "*" or x.isascii() and x.isdigit() for x in (layer, head)):
+            raise ValueError(f"site: expected LAYER:HEAD, such as 2:3, 2:* or *:*, got {text!r}")
+        found.append((layer, head))
     if not found:
         raise ValueError("site: expected --layer and --head, or --site LAYER:HEAD")
     return found
+
+
+def _sites(patterns: list[tuple[str, str]], model) -> list[tuple[int, int]]:
+    """Sites of the patterns, in the model's order where there is a *; what the model lacks is refused by attach."""
+    from ..models import hf_gated_delta
+
+    here = [(site.layer_index, head) for site in hf_gated_delta.layers(model) for head in range(site.num_v_heads)]
+    found: dict[tuple[int, int], None] = {}
+    for layer, head in patterns:
+        if "*" not in (layer, head):
+            found[int(layer), int(head)] = None
+            continue
+        matching = [(n, h) for n, h in here if layer in ("*", str(n)) and head in ("*", str(h))]
+        if not matching:
+            layers = ", ".join(str(n) for n in dict.fromkeys(n for n, _ in here))
+            raise ValueError(f"site: {layer}:{head} is nowhere in this model, whose layers with a state are {layers}")
+        found |= dict.fromkeys(matching)
+    return list(found)
 
 
 def _check_out(out: Path, resume: bool) -> None:
@@ -146,7 +231,12 @@ def _check_out(out: Path, resume: bool) -> None:
         raise ValueError(f"out: expected a folder, got the file {out}")
     refuse_links(out)
     known = {CHECKPOINT, CONFIG, METRICS}
-    here = {p.name for p in out.iterdir()} if out.is_dir() else set()
+    inside = list(out.iterdir()) if out.is_dir() else []
+    for path in inside:
+        if path.is_symlink():
+            raise ValueError(f"out: {path} is a symbolic link, and nothing is written through one: remove it")
+    left_over = {p.name for p in inside if p.suffix == ".tmp" and p.name.rpartition(".")[0].rpartition(".")[0] in known}
+    here = {p.name for p in inside} - left_over  # of a run that was killed
     if here and not here & known and not any((out / name / CONFIG).is_file() for name in here):
         raise ValueError(f"out: {out} holds other things ({', '.join(sorted(here)[:4])}); name a new folder")
     if here and not resume:

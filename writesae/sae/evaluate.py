@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -32,7 +33,8 @@ def _square(X: Tensor, prediction: Tensor) -> float:
 def block_fvu(block: Block, predict: Callable[[Tensor], Tensor] | None, rows: Tensor, positions: Tensor) -> float:
     """FVU of `predict(states)` over states of a block, a part at a time; None predicts their mean (exactly 1)."""
     _, _, K, V = block.shape
-    total = torch.zeros(K, V, dtype=torch.float64)
+    rows, positions = rows.to(block.device), positions.to(block.device)
+    total = torch.zeros(K, V, dtype=torch.float64, device=block.device)
     for r, p in zip(rows.split(_PART), positions.split(_PART), strict=True):
         total += block.states(r, p).double().sum(0)
     mean = (total / len(rows)).to(block.right.dtype)
@@ -47,7 +49,7 @@ def block_fvu(block: Block, predict: Callable[[Tensor], Tensor] | None, rows: Te
 
 @torch.no_grad()
 def evaluate(sae: SAE, block: Block, states: int | None = None, seed: int = 0) -> dict:
-    """Evaluates a dictionary on the writes of its head in a block of held-out passages.
+    """Evaluates a dictionary on the writes of its head in a block of held-out passages, on the block's device.
 
     Args:
         states: how many states to use, drawn at random; default every token.
@@ -70,7 +72,9 @@ def evaluate(sae: SAE, block: Block, states: int | None = None, seed: int = 0) -
     order = torch.arange(N * T)
     if states is not None and states < N * T:
         order = torch.randperm(N * T, generator=torch.Generator().manual_seed(seed))[:states].sort().values
+    order = order.to(block.device)
     rows, positions = order // T, order % T
+    sae = sae if sae.b_enc.device == block.device else copy.deepcopy(sae).to(block.device)
     found: list[tuple[Tensor, Tensor]] = []
     active, winners, errors = 0, [], []
     atom_norm = _atom_norms(sae)
@@ -88,9 +92,9 @@ def evaluate(sae: SAE, block: Block, states: int | None = None, seed: int = 0) -
         a, size = best.values, atom_norm[codes.indices.gather(1, i)[:, 0]]
         square = norm.square() - 2 * a * inner.gather(1, i)[:, 0] + (a * size).square()
         errors.append((square.clamp_min(0).sqrt() / norm)[wins])
-    feature, cosine = (torch.cat(x) for x in zip(*found, strict=True))
+    feature, cosine = (torch.cat(x).cpu() for x in zip(*found, strict=True))
     alive, medians = grouped_medians(feature, cosine)
-    winner, error = torch.cat(winners), torch.cat(errors)
+    winner, error = torch.cat(winners).cpu(), torch.cat(errors).cpu()
     return {
         "states": len(order), "fvu": block_fvu(block, sae, rows, positions), "l0": active / len(order),
         "dead": sae.F - len(alive), "alive": len(alive), "cosine_median": _median(medians),

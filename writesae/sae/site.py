@@ -1,8 +1,9 @@
 """Training one dictionary at one site: its losses by both paths, its optimiser, dead atoms, and export.
 
 Inside training a dictionary acts on s (X - M), with E ||s (X - M)||^2 = 1, so that one learning rate suits states of
-any norm and the loss is a fraction of variance. Atoms enter by their directions alone. `export` gives the same function
-on raw states: activations, biases and the error scale by 1/s, and which atoms fire does not change.
+any norm and the loss is a fraction of variance. Atoms enter by their directions alone, but for tied ones, whose norm is
+the only gain they have: k atoms that overlap and each project fully overshoot many times. `export` gives the same
+function on raw states: activations, biases and the error scale by 1/s, and which atoms fire does not change.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from torch import Tensor
 from ..ops import encode, factored_loss, training_loss
 from ..ops.sae_training import atoms_on
 from .block import Block
+from .resume import check_like, on_cpu
 from .sae import BILINEAR, KINDS, RANK_ONE, SAE
 from .sparse import BilinearAt, Decode, exact_topk
+from .sparsity import SPARSITIES, Sparsity, level_of, packed
 
 INITS = ("writes", "states", "random")
 PATHS = ("auto", "dense", "factored")
@@ -31,6 +34,9 @@ class TrainConfig:
 
     Attributes:
         kind, F, k, r: of the dictionary, see `SAE`.
+        sparsity: "topk", "batchtopk", "jumprelu" or "gated", see `sparsity.py`; all but top k train by the dense path,
+            fire k atoms on average and end as dictionaries with a threshold.
+        penalty: weight of the sparsity penalty at the start ("jumprelu", "gated"), at most 10.
         steps: optimiser steps.
         states: states in a step's loss.
         passages: passages those states come from; 0 for all of the block (dense path), or as few as hold them
@@ -56,6 +62,8 @@ class TrainConfig:
     F: int = 2048
     k: int = 32
     r: int = 1
+    sparsity: str = "topk"
+    penalty: float = 1e-2
     steps: int = 10000
     states: int = 256
     passages: int = 0
@@ -77,23 +85,29 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name, allowed in (("kind", KINDS), ("init", INITS), ("path", PATHS)):
+        for name, allowed in (("kind", KINDS), ("init", INITS), ("path", PATHS), ("sparsity", SPARSITIES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         for name in ("F", "k", "r", "steps", "states", "block", "k_aux", "dead_after", "resample_every",
                      "normalize_every", "prepare"):  # fmt: skip
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected an integer >= 1, got {getattr(self, name)!r}")
-        for name in ("lr", "lr_end", "uses"):
+        for name in ("lr", "lr_end", "uses", "penalty"):
             if not getattr(self, name) > 0 or not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name}: expected a finite number > 0, got {getattr(self, name)!r}")
         for name in ("aux", "warmup", "passages", "resample_until", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected >= 0, got {getattr(self, name)!r}")
+        if self.penalty > 10:
+            raise ValueError(f"penalty: expected at most 10, got {self.penalty}")
         if self.k > self.F:
             raise ValueError(f"k: expected k <= F={self.F}, got {self.k}")
         if self.passages > self.block:
             raise ValueError(f"passages: expected at most block={self.block}, got {self.passages}")
+        if self.sparsity == "gated" and self.kind == "bilinear_tied":
+            raise ValueError("sparsity: gated scales the encoder apart from the atoms, which kind bilinear_tied shares")
+        if self.path == "factored" and self.sparsity != "topk":
+            raise ValueError(f"path: sparsity {self.sparsity} trains by path dense only")
         factored = self.kind in BILINEAR and self.kind in RANK_ONE
         if self.path == "factored" and not factored:
             raise ValueError(f"path: kind {self.kind} has a dense encoder or dense atoms: it trains by path dense only")
@@ -102,7 +116,7 @@ class TrainConfig:
         """ "dense" or "factored" for a head of this size."""
         if self.path != "auto":
             return self.path
-        factored = self.kind in BILINEAR and self.kind in RANK_ONE
+        factored = self.kind in BILINEAR and self.kind in RANK_ONE and self.sparsity == "topk"
         return "factored" if factored and K * V > _DENSE_UP_TO else "dense"
 
     def rate(self, step: int) -> float:
@@ -118,7 +132,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Batch:
-    """States of one step: the block they live in, and `[P]` int64 passage and position of each."""
+    """States of one step: the block they live in, and `[P]` int64 passage and position of each, on its device."""
 
     block: Block
     rows: Tensor
@@ -127,12 +141,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class Losses:
-    """`main` and `aux` scalars with gradients, `errors [P]` (each state's share of main), `fired [F]` bool."""
+    """`main`, `aux` and `penalty` scalars with gradients (the last weighed), `errors [P]` (each state's share of main),
+    `fired [F]` bool."""
 
     main: Tensor
     aux: Tensor
     errors: Tensor
     fired: Tensor
+    penalty: Tensor | None = None
 
 
 def generator(*keys) -> torch.Generator:
@@ -146,7 +162,8 @@ def _unit(x: Tensor) -> Tensor:
 
 
 class SiteTrainer:
-    """One dictionary in training. Made from a block of preparation data; deterministic by `config.seed` and site."""
+    """One dictionary in training, on the device of the preparation data's block; deterministic by `config.seed` and
+    site. What is drawn is drawn on the CPU, so that every device sees the same data from the same atoms."""
 
     def __init__(self, layer: int, head: int, config: TrainConfig, block: Block):
         self.layer, self.head, self.config = layer, head, config
@@ -156,12 +173,19 @@ class SiteTrainer:
             torch.manual_seed(generator(config.seed, "init", layer, head).initial_seed())
             c = config
             self.sae = SAE(K, V, c.F, c.k, c.kind, c.r, layer=layer, head=head, centred=c.centred)
-        self.sae.to(block.right.dtype)
+        self.device, self.tied = block.device, config.kind == "bilinear_tied"
+        self.sae.to(self.device, block.right.dtype)
         self.scale = 1.0  # s
-        self.silent = torch.zeros(config.F, dtype=torch.int64)  # steps since each atom fired
+        self.silent = torch.zeros(config.F, dtype=torch.int64, device=self.device)  # steps since each atom fired
         self.resampled = 0
+        self.sparsity: Sparsity | None = None
         self._prepare(block)
-        self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=config.lr, fused=True)
+        groups = [{"params": list(self.sae.parameters()), "factor": 1.0}]
+        if self.sparsity is not None and list(self.sparsity.parameters()):
+            # A threshold is learnt by its logarithm, on which a step of Adam would be a share of `lr` only.
+            factor = 10.0 if config.sparsity == "jumprelu" else 1.0
+            groups.append({"params": list(self.sparsity.parameters()), "factor": factor})
+        self.optimizer = torch.optim.Adam(groups, lr=config.lr, fused=True)
 
     # ---- start ------------------------------------------------------------------------------------------------
 
@@ -171,8 +195,8 @@ class SiteTrainer:
         N, T, K, V = block.shape
         c = self.config
         draw = generator(c.seed, "prepare", self.layer, self.head)
-        picks = torch.randperm(N * T, generator=draw)[:16384].split(1024)
-        total = torch.zeros(K, V, dtype=torch.float64)
+        picks = torch.randperm(N * T, generator=draw)[:16384].to(self.device).split(1024)
+        total = torch.zeros(K, V, dtype=torch.float64, device=self.device)
         for part in picks:
             total += block.states(part // T, part % T).double().sum(0)
         count = sum(map(len, picks))
@@ -188,34 +212,47 @@ class SiteTrainer:
             v, w = _unit(torch.randn(c.F, c.r, K, generator=draw)), _unit(torch.randn(c.F, c.r, V, generator=draw))
         else:
             # Tokens that write much are worth more atoms: draw by the norm of the write.
-            norms = block.write_norms().flatten()
+            norms = block.write_norms().flatten().cpu()
             writing, wanted = int((norms > 0).sum()), c.F * c.r
             if not writing:
                 raise ValueError(f"site ({self.layer}, {self.head}): no token writes anything")
             pick = torch.multinomial(norms.float(), wanted, replacement=wanted > writing, generator=draw)
-            rows, positions = pick // T, pick % T
+            rows, positions = (pick // T).to(self.device), (pick % T).to(self.device)
             if c.init == "writes":
                 left, right = block.natives(rows, positions)
                 v, w = left[:, -1].view(c.F, c.r, K), right[:, -1].view(c.F, c.r, V)
             else:
                 v, w = _top_pairs(block.states(rows[: c.F], positions[: c.F]) - self.sae.mean, c.r)
         v, w = _unit(v.to(self.sae.mean)), _unit(w.to(self.sae.mean))
-        self._set_atoms(torch.arange(c.F), v, w, 1.0)
+        every = torch.arange(c.F, device=self.device)
+        self._set_atoms(every, v, w, 1.0)
         # Atoms overlap, so k full projections overshoot: start from the one gain that reconstructs best.
         X = (block.states(picks[0] // T, picks[0] % T) - self.sae.mean) * self.scale
-        made = self._decode(*exact_topk(X.flatten(1) @ self.sae.encoder_matrix().T, c.k))
+        pre = X.flatten(1) @ self.sae.encoder_matrix().T
+        if c.sparsity == "topk":
+            values, indices = exact_topk(pre, c.k)
+        else:
+            indices, on = packed(pre >= level_of(pre, c.k))
+            values = pre.gather(1, indices) * on
+        made = self._decode(values, indices)
         gain = float((made * X).sum() / made.square().sum())
         if gain > 0:
-            self._set_atoms(torch.arange(c.F), v, w, gain)
+            self._set_atoms(every, v, w, gain)
+        if c.sparsity != "topk":
+            level = level_of(X.flatten(1) @ self.sae.encoder_matrix().T, c.k)
+            self.sparsity = Sparsity(c.sparsity, level, c.F, c.k, c.penalty)
 
     @torch.no_grad()
     def _set_atoms(self, at: Tensor, v: Tensor, w: Tensor, gain: float, dense: Tensor | None = None) -> None:
-        """Atoms `at [n]` from v `[n, r, K]`, w `[n, r, V]` (dense ones from `[n, K*V]`); encoders `gain` times that."""
+        """Atoms `at [n]` from v `[n, r, K]`, w `[n, r, V]` (dense ones from `[n, K*V]`); encoders `gain` times that, or
+        tied ones with norms whose product is `gain`."""
         sae = self.sae
+        if self.tied:
+            v, w = gain**0.25 * v, gain**0.25 * w
         flat = _unit(torch.einsum("frk,frv->fkv", v, w).flatten(1)) if dense is None else dense
         for name, value in (
             ("v_dec", v), ("w_dec", w), ("W_dec", flat), ("v_enc", gain**0.5 * v), ("w_enc", gain**0.5 * w),
-            ("W_enc", gain * flat), ("b_enc", torch.zeros(len(at))),
+            ("W_enc", gain * flat), ("b_enc", flat.new_zeros(len(at))),
         ):  # fmt: skip
             if hasattr(sae, name):
                 getattr(sae, name)[at] = value.to(sae.mean)
@@ -224,17 +261,22 @@ class SiteTrainer:
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         sae = self.sae
-        return (_unit(sae.v_dec), _unit(sae.w_dec)) if sae.kind == "bilinear_tied" else (sae.v_enc, sae.w_enc)
+        return (sae.v_dec, sae.w_dec) if self.tied else (sae.v_enc, sae.w_enc)
+
+    def _atoms(self) -> tuple[Tensor, Tensor]:
+        sae = self.sae
+        return (sae.v_dec, sae.w_dec) if self.tied else (_unit(sae.v_dec), _unit(sae.w_dec))
 
     def dead(self) -> Tensor:
         """`[F]` bool: silent for `dead_after` steps."""
         return self.silent >= self.config.dead_after
 
-    def losses(self, batch: Batch) -> Losses:
-        """Reconstruction and auxiliary loss of a batch, by the path in use. Both paths give the same numbers."""
-        return self._factored(batch) if self.path == "factored" else self._dense(batch)
+    def losses(self, batch: Batch, done: float = 0.0) -> Losses:
+        """Reconstruction and auxiliary loss of a batch, by the path in use, after a share `done` of the training. Both
+        paths give the same numbers."""
+        return self._factored(batch) if self.path == "factored" else self._dense(batch, done)
 
-    def _dense(self, batch: Batch) -> Losses:
+    def _dense(self, batch: Batch, done: float) -> Losses:
         sae, c = self.sae, self.config
         X = (batch.block.states(batch.rows, batch.positions) - sae.mean) * self.scale  # [P, K, V]
         dead = self.dead().nonzero().flatten()
@@ -246,46 +288,58 @@ class SiteTrainer:
             v = w = None
             pre = X.flatten(1) @ sae.W_enc.T
 
+        def chosen(indices: Tensor, among: Tensor | None = None) -> Tensor:
+            here = pre if among is None else pre.index_select(1, among)
+            values = here.gather(1, indices)
+            if v is None:
+                return values
+            parts = (v, w) if among is None else (v.index_select(0, among), w.index_select(0, among))
+            return BilinearAt.apply(values, indices, X, *parts)
+
         def codes(among: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
             bias = sae.b_enc if among is None else sae.b_enc.index_select(0, among)
             here = pre if among is None else pre.index_select(1, among)
             with torch.no_grad():
                 indices = exact_topk(here + bias, k)[1]
-            values = here.gather(1, indices)
-            if v is not None:
-                parts = (v, w) if among is None else (v.index_select(0, among), w.index_select(0, among))
-                values = BilinearAt.apply(values, indices, X, *parts)
-            values = (values + bias.gather(0, indices.flatten()).view_as(values)).relu()
+            values = (chosen(indices, among) + bias.gather(0, indices.flatten()).view_as(indices)).relu()
             return values, indices if among is None else among[indices]
 
-        values, indices = codes(None, c.k)
+        penalty = None
+        if self.sparsity is None:
+            values, indices = codes(None, c.k)
+        else:
+            values, indices, penalty, gate = self.sparsity.codes(pre, chosen, sae.b_enc, done)
+            if gate is not None:  # what the open gates alone would reconstruct, by atoms that do not follow
+                opened = self._decode(gate, indices, frozen=True) + sae.bias.detach()
+                penalty = penalty + (opened - X).square().sum((1, 2)).mean()
         made = self._decode(values, indices) + sae.bias
         errors = (made - X).square().sum((1, 2))
         aux = errors.new_zeros(())
         if len(dead) and c.aux > 0:
             residual = (X - made).detach()
             aux = (self._decode(*codes(dead, min(c.k_aux, len(dead)))) - residual).square().sum((1, 2)).mean()
-        return Losses(errors.mean(), aux, errors.detach(), self._fired(values, indices))
+        return Losses(errors.mean(), aux, errors.detach(), self._fired(values, indices), penalty)
 
-    def _decode(self, values: Tensor, indices: Tensor) -> Tensor:
+    def _decode(self, values: Tensor, indices: Tensor, frozen: bool = False) -> Tensor:
         sae = self.sae
         if sae.rank_one_atoms:
-            return Decode.apply(values, indices, _unit(sae.v_dec), _unit(sae.w_dec))
+            return Decode.apply(values, indices, *(x.detach() if frozen else x for x in self._atoms()))
         dense = values.new_zeros(len(values), sae.F).scatter_add(1, indices, values)
-        return (dense @ _unit(sae.W_dec)).view(-1, sae.K, sae.V)
+        atoms = _unit(sae.W_dec)
+        return (dense @ (atoms.detach() if frozen else atoms)).view(-1, sae.K, sae.V)
 
     def _factored(self, batch: Batch) -> Losses:
         sae, c = self.sae, self.config
         rows, inverse = batch.rows.unique(return_inverse=True)
         writes = batch.block.writes(rows, self.scale)
-        mask = torch.zeros(len(rows), batch.block.shape[1], dtype=torch.bool)
-        mask[inverse, batch.positions] = True
+        mask = torch.zeros(len(rows), batch.block.shape[1], dtype=torch.bool, device=self.device)
+        mask.index_put_((inverse, batch.positions), mask.new_ones(()))
         mean = sae.mean * self.scale
         v, w = self._factors()
         bias = sae.b_enc - atoms_on(mean[None], v[None], w[None])[0]
-        v_dec, w_dec, offset = _unit(sae.v_dec), _unit(sae.w_dec), mean + sae.bias
+        (v_dec, w_dec), offset = self._atoms(), mean + sae.bias
         # A state drawn twice weighs twice.
-        weight = torch.zeros(mask.shape, dtype=mean.dtype).index_put_(
+        weight = mean.new_zeros(mask.shape).index_put_(
             (inverse, batch.positions), mean.new_full((), 1 / len(inverse)), accumulate=True
         )
         step = training_loss(
@@ -307,9 +361,8 @@ class SiteTrainer:
         return Losses(step.loss, aux, errors, self._fired(values, indices))
 
     def _fired(self, values: Tensor, indices: Tensor) -> Tensor:
-        fired = torch.zeros(self.sae.F, dtype=torch.bool)
-        fired[indices[values > 0]] = True
-        return fired
+        counts = torch.zeros(self.sae.F, dtype=torch.int64, device=self.device)
+        return counts.index_add_(0, indices.flatten(), (values > 0).flatten().long()) > 0
 
     # ---- steps ------------------------------------------------------------------------------------------------
 
@@ -317,17 +370,19 @@ class SiteTrainer:
         """One optimiser step and the chores that fall on it. Returns main loss (an FVU), aux loss, and counts."""
         c = self.config
         for group in self.optimizer.param_groups:
-            group["lr"] = c.rate(step)
+            group["lr"] = c.rate(step) * group["factor"]
         self.optimizer.zero_grad(set_to_none=True)
-        losses = self.losses(batch)
+        losses = self.losses(batch, step / c.steps)
         loss = losses.main + c.aux * losses.aux
+        if losses.penalty is not None:
+            loss = loss + losses.penalty
         if not bool(torch.isfinite(loss)):
             raise ValueError(f"site ({self.layer}, {self.head}): the loss is {float(loss)} at step {step}; lower lr")
         loss.backward()
         self.optimizer.step()
         self.silent = torch.where(losses.fired, 0, self.silent + 1)
         dead = int(self.dead().sum())
-        if (step + 1) % c.normalize_every == 0:
+        if (step + 1) % c.normalize_every == 0 and not self.tied:
             self.sae.normalize_()
         if (step + 1) % c.resample_every == 0 and step + 1 <= c.resample_until * c.steps:
             self.resample(batch, losses.errors, generator(c.seed, "resample", self.layer, self.head, step))
@@ -341,12 +396,16 @@ class SiteTrainer:
         dead = dead[: int((errors > 0).sum())]
         if not len(dead):
             return dead
-        pick = torch.multinomial(errors, len(dead), generator=draw)
+        pick = torch.multinomial(errors.cpu(), len(dead), generator=draw).to(self.device)
         X = batch.block.states(batch.rows[pick], batch.positions[pick]) - self.sae.mean
         v, w = _top_pairs(X, self.sae.r)
         self._set_atoms(dead, v, w, 0.2 * self._alive_gain(), _unit(X.flatten(1)))
-        for name, p in self.sae.named_parameters():
-            if name != "bias" and p in self.optimizer.state:
+        of_atoms = [p for name, p in self.sae.named_parameters() if name != "bias"]
+        if self.sparsity is not None:
+            self.sparsity.revive(dead)
+            of_atoms += self.sparsity.parameters()
+        for p in of_atoms:
+            if p in self.optimizer.state:
                 for moment in ("exp_avg", "exp_avg_sq"):
                     self.optimizer.state[p][moment][dead] = 0
         self.silent[dead] = 0
@@ -354,40 +413,64 @@ class SiteTrainer:
         return dead
 
     def _alive_gain(self) -> float:
-        """Mean norm of the encoders of atoms that are not dead."""
+        """Mean norm of the encoders of atoms that are not dead (of tied ones, of its product with the atom's)."""
         sae, alive = self.sae, ~self.dead()
         if not bool(alive.any()):
             return 1.0
         if sae.bilinear_encoder:
             v, w = self._factors()
-            return float((v[alive].norm(dim=-1) * w[alive].norm(dim=-1)).sum(1).mean())
+            norms = (v[alive].norm(dim=-1) * w[alive].norm(dim=-1)).sum(1)
+            return float((norms.square() if self.tied else norms).mean())
         return float(sae.W_enc[alive].norm(dim=1).mean())
 
     # ---- out and in -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def export(self) -> SAE:
-        """The dictionary on raw states, unit atoms; a copy."""
+        """The dictionary on raw states, unit atoms unless they are tied; a copy, on the CPU."""
         sae, c = self.sae, self.config
-        out = SAE(sae.K, sae.V, sae.F, sae.k, sae.kind, sae.r, layer=self.layer, head=self.head, centred=sae.centred)
-        out.to(sae.mean.dtype).load_state_dict(sae.state_dict())
-        out.normalize_()
+        fixed = "topk" if self.sparsity is None else "threshold"
+        out = SAE(sae.K, sae.V, sae.F, sae.k, sae.kind, sae.r, fixed, self.layer, self.head, centred=sae.centred)
+        out.to(sae.mean.dtype).load_state_dict(sae.state_dict(), strict=self.sparsity is None)
+        if self.sparsity is not None:
+            self.sparsity.fold_into(out)
+            out.threshold.div_(self.scale)
+        if not self.tied:
+            out.normalize_()
         for name in ("b_enc", "bias"):
             getattr(out, name).div_(self.scale)
         out.training_record = {**c.record(), "path": self.path, "scale": self.scale, "resampled": self.resampled}
         return out.eval().requires_grad_(False)
 
     def state(self) -> dict:
-        """Everything a resumed run needs, as plain tensors and numbers."""
-        return {
-            "sae": self.sae.state_dict(), "optimizer": self.optimizer.state_dict(), "silent": self.silent,
+        """Everything a resumed run needs, on whatever device, as plain tensors on the CPU and numbers."""
+        return on_cpu({
+            "sae": dict(self.sae.state_dict()), "sparsity": self._sparsity_state(),
+            "optimizer": self.optimizer.state_dict(), "silent": self.silent,
             "scale": self.scale, "resampled": self.resampled,
-        }  # fmt: skip
+        })  # fmt: skip
+
+    def _sparsity_state(self) -> dict:
+        return {} if self.sparsity is None else dict(self.sparsity.state_dict())
 
     def restore(self, state: dict) -> None:
+        """Goes on from `state()`.
+
+        Raises:
+            ValueError, RuntimeError, KeyError: a state of other sizes or dtypes, or that carries a NaN or infinity.
+        """
+        fresh = self.state()
+        for name in ("sae", "sparsity", "silent", "scale", "resampled"):
+            check_like(name, state[name], fresh[name])
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for i, moments in state["optimizer"]["state"].items():
+            like = {"step": torch.zeros(()), "exp_avg": parameters[i], "exp_avg_sq": parameters[i]}
+            check_like(f"optimizer of parameter {i}", moments, like)
         self.sae.load_state_dict(state["sae"])
+        if self.sparsity is not None:
+            self.sparsity.load_state_dict(state["sparsity"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.silent, self.scale, self.resampled = state["silent"], state["scale"], state["resampled"]
+        self.silent, self.scale, self.resampled = state["silent"].to(self.device), state["scale"], state["resampled"]
 
 
 def _top_pairs(X: Tensor, r: int) -> tuple[Tensor, Tensor]:

@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..models.identity import weights_digest
 from ..text import Corpus
 from ..text.passages import Passage, passages
 from ..text.tokens import check_ids, tokenizing
 from ..writes import Writes
+from .resume import config_digest, tokens_digest
+
+if TYPE_CHECKING:
+    from ..models import Tap
 
 _PIECE = 1 << 14  # tokens of a document handed over at once; they are joined again
 
@@ -62,7 +68,8 @@ class Passages:
         Raises:
             ValueError: a single document, and what `from_corpus` raises.
         """
-        return cls._split(corpus, tokenizer, length, one_in, bos, max_tokens, progress)
+        training, held_out = cls._split(corpus, tokenizer, length, one_in, bos, max_tokens, progress)
+        return training, held_out
 
     @classmethod
     def from_texts(
@@ -91,8 +98,8 @@ class Passages:
         if one_in and sum(documents) < 2:
             raise ValueError("validation: the corpus is a single document, so none can be held out; name --validation")
         found = []
-        for part, n in zip(pieces[: 1 + (one_in > 0)], documents, strict=False):
-            stream = torch.cat(part) if part else torch.empty(0, dtype=torch.int32)
+        for tokens, n in zip(pieces[: 1 + (one_in > 0)], documents, strict=False):
+            stream = torch.cat(tokens) if tokens else torch.empty(0, dtype=torch.int32)
             if len(stream) < length:
                 raise ValueError(
                     f"corpus: {n} documents with {len(stream)} tokens in all, but one passage takes {length}"
@@ -126,7 +133,7 @@ class ModelStream:
         check_ids(passages.ids, model)
         self.model, self.passages, self.batch = model, passages, batch
         self.sites = [(int(layer), int(head)) for layer, head in sites]
-        self._tap = None
+        self._tap: Tap | None = None
 
     def __len__(self) -> int:
         return len(self.passages)
@@ -134,6 +141,14 @@ class ModelStream:
     @property
     def length(self) -> int:
         return self.passages.length
+
+    def digests(self) -> dict[str, str]:
+        """sha256 of the model's weights and configuration and of the tokens: what a resumed run must find again."""
+        model = self.model
+        return {
+            "weights": weights_digest(model), "model_config": config_digest(model),
+            "tokens": tokens_digest(self.passages.ids),
+        }  # fmt: skip
 
     def __enter__(self) -> ModelStream:
         from ..models import attach, stopping_after
@@ -152,14 +167,14 @@ class ModelStream:
         self._tap = None
         self._open.__exit__(*error)
 
-    def writes(self, rows: Sequence[int]) -> Iterator[dict[int, Writes]]:
+    def writes(self, rows: Sequence[int] | Tensor) -> Iterator[dict[int, Writes]]:
         """Yields `{layer: Writes}` of the passages in order, `batch` at a time."""
         if self._tap is None:
             raise RuntimeError("ModelStream: use it inside `with stream:`, which puts the hooks on")
-        from ..models import Stopped
+        from ..models import Stopped, hf_gated_delta
 
         rows = torch.as_tensor(rows)
-        device = next(self.model.parameters()).device
+        device = hf_gated_delta.device_of(self.model.get_input_embeddings())
         for part in rows.split(self.batch):
             self._tap.clear()
             with torch.no_grad(), contextlib.suppress(Stopped):

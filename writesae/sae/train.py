@@ -1,26 +1,28 @@
 """Training dictionaries from writes streamed out of a model: what data each step sees, checkpoints, resuming.
 
 Step s draws from block s // (steps a block), the block's passages come from a permutation of the corpus, and both are
-functions of the seed and s alone. A resumed run makes its current block again and goes on bit for bit as it would have.
+functions of the seed and s alone. A resumed run makes its current block again and goes on bit for bit as it would have
+(on a GPU, whose sums have no fixed order, and from one device to another: to rounding).
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..files import make_folder, whole_file, write_text
+from ..files import make_folder, write_text
 from .block import Block
+from .evaluate import block_fvu
+from .resume import read_checkpoint, refuse_other, write_checkpoint
 from .sae import SAE
 from .site import Batch, SiteTrainer, TrainConfig, generator
 
@@ -34,16 +36,27 @@ class Trainer:
 
     Args:
         stream: a `ModelStream` (entered), or anything like it: `len(stream)` passages, `stream.length` tokens each,
-            `stream.writes(rows)` yielding batches of `{layer: Writes}` in order.
+            `stream.writes(rows)` yielding batches of `{layer: Writes}` in order. `stream.digests()`, if there is one,
+            names what the writes depend on ({"weights": sha256, "tokens": sha256}).
         sites: (layer, head) pairs.
         config: one for all sites.
         folder: where checkpoints go, or None for none.
-        resume: go on from the checkpoint in `folder`.
+        resume: go on from the checkpoint in `folder`. `config.steps` may be more or fewer than it was: what is left
+            follows the learning rate of the new length, and `training_record["lengths"]` tells so.
         model_name: stored with the dictionaries.
         progress: show a bar.
+        pinned: {name: digest} of more that the run depends on (held-out tokens, tokenizer).
+        held_out: {site: block} of held-out passages whose FVU is noted while training, see `run`.
+        log: called with every record of `history` as it is made.
+
+    Attributes:
+        done: steps done.
+        history: records, in order: of a site's step (`step`, `layer`, `head`, `loss`, `aux`, `dead`, `rate`), and of
+            all sites on held-out passages (`step`: steps done; `held_out_fvu`: {"L<layer>H<head>": FVU}).
 
     Raises:
-        ValueError: no sites, a site twice, a checkpoint of other sites, settings or data.
+        ValueError: no sites, a site twice; steps fewer than are done; a damaged checkpoint, or one of other sites,
+            settings, weights, tokens or `pinned`, by name.
         FileNotFoundError: resume without a checkpoint.
     """
 
@@ -56,6 +69,9 @@ class Trainer:
         resume: bool = False,
         model_name: str | None = None,
         progress: bool = True,
+        pinned: Mapping[str, str] | None = None,
+        held_out: Mapping[tuple[int, int], Block] | None = None,
+        log: Callable[[dict], object] | None = None,
     ):
         self.stream, self.config, self.model_name, self.progress = stream, config, model_name, progress
         self.sites = [(int(layer), int(head)) for layer, head in sites]
@@ -64,15 +80,15 @@ class Trainer:
         self.folder = None if folder is None else Path(folder)
         self.rows = min(config.block, len(stream))
         self._block: tuple[int, dict[tuple[int, int], Block]] | None = None
-        self._data = {} if folder is None else _data_digests(stream)
+        self.held_out, self.log = dict(held_out or {}), log
+        digests = getattr(stream, "digests", dict) if self.folder is not None else dict
+        self._pinned = {**digests(), **(pinned or {})}
         saved = self._read_checkpoint() if resume else None
         prepared = self._make_block(self._passages(config.prepare, "prepare"), "preparation")
         self.trainers = {site: SiteTrainer(*site, config, prepared[site]) for site in self.sites}
-        self.done, self.history = 0, []
+        self.done, self.history, self.lengths = 0, [], []
         if saved is not None:
-            for site, state in zip(self.sites, saved["trainers"], strict=True):
-                self.trainers[site].restore(state)
-            self.done, self.history = saved["done"], saved["history"]
+            self._restore(saved)
         paths = {t.path for t in self.trainers.values()}
         if len(paths) > 1:
             raise ValueError("path: the sites' heads differ in size and would take different paths; name one path")
@@ -128,15 +144,22 @@ class Trainer:
             order = torch.randperm(self.rows * T, generator=generator(c.seed, "order", index, turn))
             pick = order[group * self.states : (group + 1) * self.states]
             rows, positions = pick // T, pick % T
-        return {site: Batch(block, rows, positions) for site, block in self._block[1].items()}
+        there: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        for block in self._block[1].values():
+            if block.device not in there:
+                there[block.device] = rows.to(block.device), positions.to(block.device)
+        return {site: Batch(block, *there[block.device]) for site, block in self._block[1].items()}
 
     # ---- the loop ---------------------------------------------------------------------------------------------
 
-    def run(self, until: int | None = None, checkpoint_every: int = 1000) -> dict[tuple[int, int], SAE]:
+    def run(
+        self, until: int | None = None, checkpoint_every: int = 1000, evaluate_every: int = 500
+    ) -> dict[tuple[int, int], SAE]:
         """Trains up to step `until` (default all) and returns the dictionaries as they then are.
 
-        Writes a checkpoint every `checkpoint_every` steps, at the end, and when interrupted (SIGINT, SIGTERM), which
-        then raises KeyboardInterrupt after the step in hand.
+        Notes the FVU of the held-out blocks every `evaluate_every` steps and at the end of all. Writes a checkpoint
+        every `checkpoint_every` steps, at the end, and when interrupted (SIGINT, SIGTERM), which then raises
+        KeyboardInterrupt after the step in hand.
         """
         until = self.config.steps if until is None else min(until, self.config.steps)
         bar = tqdm(total=until, initial=self.done, desc="training", unit=" steps", disable=not self.progress)
@@ -150,8 +173,10 @@ class Trainer:
                     got = trainer.step(step, batches[site])
                     smooth[site] = 0.98 * smooth.get(site, got["loss"]) + 0.02 * got["loss"]
                     if step % 50 == 0 or step + 1 == self.config.steps:
-                        self.history.append({"step": step, "layer": site[0], "head": site[1], **got})
+                        self._note({"step": step, "layer": site[0], "head": site[1], **got})
                 self.done += 1
+                if self.held_out and (self.done % evaluate_every == 0 or self.done == self.config.steps):
+                    self._note({"step": self.done, "held_out_fvu": self._held_out_fvu()})
                 bar.update()
                 if step % 10 == 0:
                     bar.set_postfix(fvu=f"{sum(smooth.values()) / len(smooth):.4f}", dead=got["dead"])
@@ -163,6 +188,20 @@ class Trainer:
             raise KeyboardInterrupt
         return self.export()
 
+    def _note(self, record: dict) -> None:
+        self.history.append(record)
+        if self.log is not None:
+            self.log(record)
+
+    def _held_out_fvu(self) -> dict[str, float]:
+        found = {}
+        for (layer, head), block in self.held_out.items():
+            order = torch.arange(block.shape[0] * block.shape[1])
+            rows, positions = order // block.shape[1], order % block.shape[1]
+            sae = self.trainers[layer, head].export().to(block.device)
+            found[f"L{layer}H{head}"] = block_fvu(block, sae, rows, positions)
+        return found
+
     def export(self) -> dict[tuple[int, int], SAE]:
         """The dictionaries as they are now, on raw states."""
         out = {}
@@ -170,60 +209,61 @@ class Trainer:
             sae = trainer.export()
             sae.model = self.model_name
             corpus = {"length": self.stream.length, "passages_in_corpus": len(self.stream)}
-            sae.training_record |= {"done": self.done, **corpus}
+            lengths = {"lengths": self.lengths} if self.lengths else {}
+            sae.training_record |= {"done": self.done, **lengths, **corpus}
             out[site] = sae
         return out
 
     # ---- checkpoints ------------------------------------------------------------------------------------------
 
     def _identity(self) -> dict:
+        named = {} if "weights" in self._pinned else {"model": self.model_name}  # a model may be moved
         return {
-            "config": self.config.record(), "sites": [list(s) for s in self.sites], "model": self.model_name,
-            "passages": len(self.stream), "length": self.stream.length,
-            **self._data,
+            "config": self.config.record(), "sites": [list(s) for s in self.sites], "passages": len(self.stream),
+            "length": self.stream.length, **named, **self._pinned,
         }  # fmt: skip
 
     def checkpoint(self) -> None:
-        """Writes the whole state of the run, atomically; plain tensors and numbers only."""
+        """Writes the whole state of the run, each file whole or not at all; plain tensors and numbers only.
+
+        Raises:
+            ValueError: a symbolic link stands where a file should be written.
+        """
         if self.folder is None:
             return
         make_folder(self.folder)
         content = {
             "identity": self._identity(), "done": self.done, "history": self.history,
-            "trainers": [self.trainers[s].state() for s in self.sites],
+            "lengths": self.lengths, "trainers": [self.trainers[s].state() for s in self.sites],
         }  # fmt: skip
-        with whole_file(self.folder / CHECKPOINT) as temporary:
-            torch.save(content, temporary)
+        write_checkpoint(self.folder / CHECKPOINT, content)
         write_text(self.folder / HISTORY, json.dumps(self.history) + "\n")
 
     def _read_checkpoint(self) -> dict:
-        path = None if self.folder is None else self.folder / CHECKPOINT
-        if path is None or not path.is_file():
-            raise FileNotFoundError(f"{path}: no checkpoint to resume from")
-        try:
-            saved = torch.load(path, weights_only=True)
-        except Exception as error:  # a torn, foreign or code-carrying file, whatever torch makes of it
-            raise ValueError(f"{path}: not a training checkpoint: {str(error).splitlines()[0]}") from error
-        mine, theirs = self._identity(), saved.get("identity", {}) if isinstance(saved, dict) else {}
-        if mine != theirs:
-            differs = [n for n in mine if mine[n] != theirs.get(n)]
-            was, now = theirs.get("config", {}), mine["config"]
-            detail = [f"{n} was {was.get(n)!r} and is {now[n]!r}" for n in now if now[n] != was.get(n)]
-            raise ValueError(f"{path}: the checkpoint is of another run: {', '.join(detail or differs)} differs")
+        if self.folder is None:
+            raise ValueError("folder: expected the folder of the checkpoint to resume from, got None")
+        path = self.folder / CHECKPOINT
+        saved = read_checkpoint(path)
+        refuse_other(path, self._identity(), saved["identity"])
         return saved
 
-
-def _data_digests(stream) -> dict[str, str]:
-    """Of the weights and the tokens that a stream of a model's writes comes from: a resumed run must have the same."""
-    found = {}
-    if isinstance(getattr(stream, "model", None), torch.nn.Module):
-        from ..models.identity import weights_digest
-
-        found["weights"] = weights_digest(stream.model)
-    ids = getattr(getattr(stream, "passages", None), "ids", None)
-    if isinstance(ids, Tensor):
-        found["tokens"] = hashlib.sha256(ids.contiguous().cpu().numpy()).hexdigest()
-    return found
+    def _restore(self, saved: dict) -> None:
+        path, states = self.folder / CHECKPOINT, saved["trainers"]
+        done, before = saved["done"], saved["identity"]["config"]["steps"]
+        if not 0 <= done <= before or len(states) != len(self.sites):
+            raise ValueError(
+                f"{path}: expected {len(self.sites)} sites after at most {before} steps, got {len(states)} after {done}"
+            )
+        if self.config.steps < done:
+            raise ValueError(f"steps: the run has done {done} of {before}, got {self.config.steps}")
+        for site, state in zip(self.sites, states, strict=True):
+            try:
+                self.trainers[site].restore(state)
+            except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{path}: not of this run, at site {site}: {str(error).splitlines()[0]}") from error
+        self.done, self.history, self.lengths = done, saved["history"], saved["lengths"]
+        if self.config.steps != before:
+            self.lengths = [*self.lengths, {"done": done, "steps": self.config.steps, "before": before}]
 
 
 @contextlib.contextmanager
