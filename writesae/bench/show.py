@@ -202,8 +202,8 @@ def picture(records: Sequence[dict], path: Path) -> Path | None:
         for y, row, speed in zip(at, rows, speeds, strict=True):
             goals = [_speed(row, row[name]) for name in ("target", "aim") if row.get(name) is not None]
             for goal, width, style in zip(goals, (2, 1), ("-", (0, (1.5, 1))), strict=False):
-                axes.plot([goal, goal], [y - 0.42, y + 0.42], color=rcParams["text.color"], linewidth=width, linestyle=style,
-                          solid_capstyle="butt")  # fmt: skip
+                axes.plot([goal, goal], [y - 0.42, y + 0.42], color=rcParams["text.color"], linewidth=width,
+                          linestyle=style, solid_capstyle="butt")  # fmt: skip
             right = float(max(1, speed))
             for goal in sorted(goals):  # beside the bar, unless a mark is in the way
                 right = goal if right < goal < 1.7 * right else right
