@@ -606,3 +606,30 @@ def test_a_dictionary_of_another_model_is_refused(model):
     with attach(other, saes, any_model=True):
         other(torch.ones(1, 3, dtype=torch.long))
     assert "calls 1" in repr(tap) and "Tap(sites [(5, 3)]" in repr(tap)
+
+
+def test_functions_that_cannot_run_here_are_not_called(model):
+    """Bound to a GPU's kernel where there is no GPU: the model runs on ours, tried against the definition."""
+    text = tokens(2, 6)
+    plain, before = model(text).logits, []
+
+    def kernel(*args, **kwargs):
+        raise RuntimeError("0 active drivers")
+
+    for site in hf_gated_delta.layers(model):
+        space, names = hf_gated_delta.targets(site.module)
+        for name in names:
+            if name.endswith(hf_gated_delta.RULES):
+                before.append((space, name, space[name]))
+                space[name] = kernel
+    try:
+        with pytest.raises(RuntimeError, match="0 active drivers"):
+            model(text)
+        self_test._passed.clear()
+        with attach(model, dictionaries(), accelerate=True) as tap:
+            close(model(text).logits, plain)
+            model.generate(text, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    finally:
+        for space, name, function in reversed(before):
+            space[name] = function
+    assert len(tap.firings)

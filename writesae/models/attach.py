@@ -76,8 +76,8 @@ def attach(
         any_model: also with dictionaries that name another model than this one.
         strict: raise, instead of warning, where an edit's position never came; see `tap.applied`.
         self_test: first run a few tokens, and compare every function stood in for with the model's own, on the same
-            inputs. Leaves the random state, the model and `tap.calls` alone. Costs two short forward passes, once for
-            every kind of model in a process.
+            inputs. Leaves the random state, the model and `tap.calls` alone. Costs a short forward pass, once for every
+            kind of model in a process.
         check_finite: raise at the first NaN or infinity written into a state of a hooked layer. On a device, where
             looking at once would stop it, when the tap is next asked for firings, cleared, or the context ends.
         record_writes: keep the `Writes` of the latest call of every hooked layer.

@@ -97,6 +97,17 @@ def targets(module: nn.Module) -> tuple[dict, list[str]]:
     return (module.__dict__, own) if own else _global_targets(module)
 
 
+def steps(site: LayerSite) -> list[Callable]:
+    """What the layer calls for one token on a cache, without anything that stands in for it."""
+    space, names = targets(site.module)
+    found = []
+    for name in names:
+        if name.endswith(RULES[1]):
+            standing = patch.patches.get((id(space), name))
+            found.append(space[name] if standing is None else standing.original)
+    return found
+
+
 def _has(module: nn.Module, *names: str):
     for name in names:
         found = getattr(module, name, None)

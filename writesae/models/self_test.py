@@ -13,10 +13,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..ops import gated_delta_rule
 from . import hf_gated_delta, hf_norms, patch
-from .arguments import cache_of, given_cache
+from .arguments import RULE, rule_call
 from .hf_gated_delta import LayerSite
-from .model_call import has_attention, text_config
+from .model_call import text_config
 
 # Largest |ours - the model's| of a result over its largest value that is let pass, by the dtype that runs. Measured
 # over tiny random models of every family, eager and under autocast: at most TOLERANCE_MEASURED in float32, one rounding
@@ -35,7 +36,7 @@ def self_test(
     conv: Callable | None,
     norms: bool,
 ) -> None:
-    """Runs seven random tokens and one more on their cache, and compares. A kind of model tried before is let pass.
+    """Runs two rows of seven random tokens, and compares. A kind of model tried before is let pass.
 
     Args:
         every: `layers(model)`.
@@ -95,19 +96,37 @@ class _Trial:
 
     def rule(self, q, k, v, g, beta, initial_state, output_final_state, use_qk_l2norm, cu_seqlens):
         frame = hf_gated_delta.running()
-        site, state = frame.site, initial_state
+        site, settings = frame.site, {"use_qk_l2norm_in_kernel": use_qk_l2norm}
         self.ran.add(site.layer_index)
-        compare = site.layer_index in self._layers and self._first(
-            type(site.module), site.K, site.V, site.num_k_heads, site.num_v_heads, q.shape[1] == 1
-        )
-        if compare:
-            state = None if initial_state is None else initial_state.clone()  # the model's own may work in place
-        ours = self._rule(q, k, v, g, beta, state, output_final_state, use_qk_l2norm, cu_seqlens)
-        if compare:
-            theirs = frame.original()
-            for what, a, b in zip(("output", "state"), ours, theirs, strict=True):
-                _compare(f"the {what} of the gated delta rule of layer {site.layer_index}", a, b, v.dtype)
-        return ours
+        o, state = self._rule(q, k, v, g, beta, initial_state, True, use_qk_l2norm, cu_seqlens)
+        sizes = (type(site.module), site.K, site.V, site.num_k_heads, site.num_v_heads)
+        if site.layer_index in self._layers and self._first(*sizes):
+            given = rule_call(frame.original.args, frame.original.keywords)
+            inputs = [given[name] for name in RULE]
+            self._both("gated delta rule", site, frame.original.func, inputs, (o, state), settings, None)
+            # And what the layer calls for one token, on what a cache would hold by now.
+            step = [x[:, -1:] for x in inputs]
+            ours = self._rule(*(x[:, -1:] for x in (q, k, v, g, beta)), state.clone(), True, use_qk_l2norm, None)
+            for original in hf_gated_delta.steps(site):
+                self._both("one-token rule", site, original, step, ours, settings, state)
+        return o, state if output_final_state else None
+
+    def _both(self, what: str, site: LayerSite, original: Callable, inputs, ours, settings: dict, state) -> None:
+        """Compares with what the model's own function makes of the same."""
+        q, k, v, g, beta = inputs
+        held = None if state is None else state.clone()  # it may work in place
+        try:
+            theirs = original(q, k, v, g=g, beta=beta, initial_state=held, output_final_state=True, **settings)
+        except Exception:  # bound to a kernel that cannot run here, say: then against the definition
+            wide = [x.double() for x in inputs]
+            held = None if state is None else state.double()
+            l2norm = settings["use_qk_l2norm_in_kernel"]
+            out = gated_delta_rule(
+                *wide, initial_state=held, output_final_state=True, use_qk_l2norm=l2norm, backend="reference"
+            )
+            theirs = out.o, out.final_state
+        for part, a, b in zip(("output", "state"), ours, theirs, strict=True):
+            _compare(f"the {part} of the {what} of layer {site.layer_index}", a, b, v.dtype)
 
     def conv(self, x, weight, bias, activation, *, cu_seqlens, channels):
         frame = hf_gated_delta.running()
@@ -156,16 +175,13 @@ def _innermost(model: nn.Module, sites: Sequence[LayerSite]) -> nn.Module:
 
 
 def _run(model) -> None:
+    """A forward pass of a few tokens."""
     embedding = model.get_input_embeddings()
     generator = torch.Generator().manual_seed(0)
     size = getattr(embedding, "num_embeddings", None) or text_config(model).vocab_size
     ids = torch.randint(0, size, (2, 7), generator=generator)
     ids = ids.to(hf_gated_delta.device_of(embedding))
-    cached = has_attention(model)
-    out = model(input_ids=ids[:, :-1], use_cache=cached)
-    cache = cache_of(out) if cached else None
-    if cache is not None:  # a model in training mode that recomputes its layers makes none
-        model(input_ids=ids[:, -1:], use_cache=True, **given_cache(model, cache))
+    model(input_ids=ids, use_cache=False)
 
 
 def _kind(model: nn.Module, sites: Sequence[LayerSite], rule_version, conv: bool, norms: bool):
