@@ -118,12 +118,13 @@ class _Trial:
         try:
             theirs = original(q, k, v, g=g, beta=beta, initial_state=held, output_final_state=True, **settings)
         except Exception:  # bound to a kernel that cannot run here, say: then against the definition
-            wide = [x.double() for x in inputs]
+            q, k, v_wide, g, beta = (x.double() for x in inputs)
             held = None if state is None else state.double()
             l2norm = settings["use_qk_l2norm_in_kernel"]
             out = gated_delta_rule(
-                *wide, initial_state=held, output_final_state=True, use_qk_l2norm=l2norm, backend="reference"
-            )
+                q, k, v_wide, g, beta, initial_state=held, output_final_state=True, use_qk_l2norm=l2norm,
+                backend="reference",
+            )  # fmt: skip
             theirs = out.o, out.final_state
         for part, a, b in zip(("output", "state"), ours, theirs, strict=True):
             _compare(f"the {part} of the {what} of layer {site.layer_index}", a, b, v.dtype)
