@@ -175,6 +175,9 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK, KP <= 128 ? 3 : 2) prep
       for (int i = lane; i < p.K; i += tile::WARP)
         p.left[((s.row * p.T + s.origin + first + row) * p.Hk + hk) * p.K + i] = key[row] * tile::load_float(k.at(row, i));
 
+  const auto gone = [&](int h, int j) {
+    return p.gone != nullptr && j < count && p.gone[(s.row * p.T + s.origin + first + j) * p.H + h] != 0;
+  };
   for (int batch = 0; batch < group; batch += WARPS) {
     // Gates: a warp per value head.
     if (batch == 0) {
@@ -198,7 +201,8 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK, KP <= 128 ? 3 : 2) prep
         const float since = decay_between(whole[i], rest[i], 0, 0);
         to[F::READ + j] = since * key[j];
         to[F::ASK + j] = since * query[j];
-        to[F::WRITE + j] = decay_between(whole_end, rest_end, whole[i], rest[i]) * key[j];
+        const float kept = gone(hk * group + batch + warp, j) ? 0.0f : key[j];
+        to[F::WRITE + j] = decay_between(whole_end, rest_end, whole[i], rest[i]) * kept, to[F::KEPT + j] = kept;
         to[F::WHOLE + j] = whole[i], to[F::REST + j] = rest[i], to[F::KEY + j] = key[j], to[F::QUERY + j] = query[j];
         to[F::BETA + j] = mine.beta[i];
       }
@@ -227,6 +231,16 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK, KP <= 128 ? 3 : 2) prep
         }
       }
       tile::sync_warp();
+      if (p.gone != nullptr) {  // no token but its own sees such a write
+#pragma unroll 1
+        for (int column = lane; column < 16 * warp + 16; column += tile::WARP) {
+          if (!gone(h, column)) continue;
+#pragma unroll 1
+          for (int row = 16 * warp; row < 16 * warp + 16; row++)
+            if (column < row) *a.at(row, column) = 0, *reach.at(row, column) = Op::narrow(0.0f);
+        }
+        tile::sync_warp();
+      }
       invert_diagonal(a, 16 * warp, lane);
       tile::sync();
       const int along_a = a.place(g, c);
