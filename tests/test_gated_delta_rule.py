@@ -272,7 +272,7 @@ def test_threads_agree():
 # ---- one token ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("when", ["before", "after", ["after", "after", "before", "after"]], ids=["before", "after", "both"])
+@pytest.mark.parametrize("when", ["before", "after", ["after", "after", "before", "after"]], ids=str)
 @pytest.mark.parametrize("K, V", [(32, 64), (20, 12), (64, 40), (128, 256)])
 def test_steps_equal_sequence(K, V, when, each_target):
     B, T, Hk, H = 2, 9, 2, 4

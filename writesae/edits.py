@@ -30,11 +30,11 @@ class Edits:
     Several edits may share a position: any delete or replace removes the native write once, and every left right^T of
     the adds and replaces is added, in the order given.
 
-    when "before":  before the token of that position reads the state, so its output is of the edited state.
-    when "after":   after it has read: its output is as without the edit, and what the next token meets is edited. A native
-                    write deleted or replaced after the read is made, read by its own token, and gone. At the last token
-                    of a row only the final state and snapshots show it. A snapshot is of the state after all edits of
-                    its position.
+    when "before":  before the token of that position reads the state: its output is of the edited state.
+    when "after":   after it has read: its output is as without the edit (to rounding), what the next token meets is
+                    edited. A native write deleted or replaced then is made, read by its own token, and gone. At the
+                    last token of a row only the final state and snapshots show it. Snapshots are of the state after
+                    all edits of their position.
 
     `Edits.add`, `Edits.delete` and `Edits.replace` make them. A number, or a single row of left or right, is repeated
     for all edits: `Edits.add(0, range(8), head=3, left=p, right=q)` adds `p q^T` at eight positions.

@@ -91,9 +91,10 @@ def gated_delta_rule(
     Differentiable once, in q, k, v, g, beta, initial_state and the edits' left and right; o, final_state, the writes
     and the snapshots all carry gradient. A write that an edit deletes or replaces is not made, so v and beta of that
     token have gradient 0 there, and k what reaches it by other ways. One deleted or replaced after the read is made:
-    `out.writes` hold it, with its opposite among their edits after the read, and it answers to its own o alone. Kept for the backward: the inputs and the writes;
-    states are computed anew, and one in 512 tokens is held while it runs. On CUDA, with its adjoint, one in 64 tokens
-    in bfloat16 where q, k and v are all bfloat16 (K / 32 times what v takes), else one in 32 in float32.
+    `out.writes` hold it, with its opposite among their edits after the read, and it answers to its own o alone. Kept
+    for the backward: the inputs and the writes; states are computed anew, and one in 512 tokens is held while it runs.
+    On CUDA, with its adjoint, one in 64 tokens in bfloat16 where q, k and v are all bfloat16 (K / 32 times what v
+    takes), else one in 32 in float32.
 
     Source: Yang et al., *Gated Delta Networks*, arXiv 2412.06464; the writes: Young, arXiv 2605.12770.
     """
@@ -238,7 +239,8 @@ def pack_edits(edits: Edits, device: torch.device | str = "cpu") -> tuple[Tensor
     order = torch.arange(len(edits))
     for key in (edits.position, edits.head, edits.row):
         order = order[torch.argsort(key[order], stable=True)]
-    index = torch.stack([x[order].long() for x in (edits.row, edits.position, edits.head, edits.kind + 4 * edits.when)], 1)
+    columns = edits.row, edits.position, edits.head, edits.kind + 4 * edits.when
+    index = torch.stack([x[order].long() for x in columns], 1)
     parts = index.contiguous(), edits.left[order].float().contiguous(), edits.right[order].float().contiguous()
     return tuple(x.to(device, non_blocking=True) for x in parts)
 
