@@ -188,7 +188,7 @@ def _codes(name: str, given, known: tuple[str, ...]) -> Tensor:
         for one in given:
             if not isinstance(one, str) or one not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {one!r}")
-        given = [known.index(one) for one in given]
+        return torch.tensor([known.index(one) for one in given], dtype=torch.int8)
     codes = _column(name, given)
     bad = ((codes < 0) | (codes >= len(known))).nonzero().flatten().tolist()
     if bad:
