@@ -90,16 +90,16 @@ def test_a_rollout_patched_by_hand(lengths):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_token_itself_reads_what_it_read(kind, target):
+def test_the_token_itself_reads_what_it_read(kind, each_target):
     """Bit for bit: o up to and with the token, its increment, other heads and rows. Everything after it differs. (On a
     CPU tokens around an edit go one by one, and so they do around a snapshot.)"""
     T = 70
     x = gated_delta_rule_inputs(2, T, 1, 2, 16, 24, decay="weak", correlated=True)
     for t in (0, 31, 40, T - 1):
         options = {"use_qk_l2norm": True, "return_writes": True, "output_final_state": True, "snapshots": [40, t]}
-        clean = run(target, x, **options)
+        clean = run(each_target, x, **options)
         edits = Edits([1], [t], [1], torch.randn(1, 16), torch.randn(1, 24), kind, "after")
-        out = run(target, x, edits=edits, **options)
+        out = run(each_target, x, edits=edits, **options)
         for a, b in ((out.o, clean.o), (out.writes.right[:, :, :, 0], clean.writes.right[:, :, :, 0])):
             assert torch.equal(a[0], b[0]) and torch.equal(a[1, :, 0], b[1, :, 0])
             assert torch.equal(a[1, : t + 1, 1], b[1, : t + 1, 1])
@@ -111,14 +111,14 @@ def test_the_token_itself_reads_what_it_read(kind, target):
 
 
 @pytest.mark.parametrize("kinds", [["delete", "add"], ["add", "delete"], ["replace"]])
-def test_the_native_write_put_back(kinds, target):
+def test_the_native_write_put_back(kinds, each_target):
     x = gated_delta_rule_inputs(2, 70, 1, 2, 16, 24, decay="weak", correlated=True)
     options = {"use_qk_l2norm": True, "output_final_state": True}
-    clean = run(target, x, return_writes=True, **options)
+    clean = run(each_target, x, return_writes=True, **options)
     p, q = clean.writes.left[1, 33, 0, 0], clean.writes.right[1, 33, 1, 0]
     n = len(kinds)
     back = Edits([1] * n, [33] * n, [1] * n, p.expand(n, 16), q.expand(n, 24), kinds, "after")
-    out = run(target, x, edits=back, **options)
+    out = run(each_target, x, edits=back, **options)
     check_close("o", out.o, clean.o, 1e-6)
     check_close("final state", out.final_state, clean.final_state, 1e-6)
 
@@ -138,12 +138,12 @@ def test_an_addition_after_is_one_before_the_next_token_decayed_and_erased():
     check_close("final state", a.final_state, b.final_state, EXACT)
 
 
-def test_a_removal_before_the_read_leaves_nothing_to_remove_after(target):
+def test_a_removal_before_the_read_leaves_nothing_to_remove_after(each_target):
     x = gated_delta_rule_inputs(1, 40, 1, 1, 16, 24)
     options = {"use_qk_l2norm": True, "output_final_state": True, "return_writes": True}
     before = Edits.delete(0, 21, 0, 16, 24)
     both = Edits.cat([Edits.delete(0, 21, 0, 16, 24, when="after"), before])
-    a, b = (run(target, x, edits=edits, **options) for edits in (before, both))
+    a, b = (run(each_target, x, edits=edits, **options) for edits in (before, both))
     assert torch.equal(a.o, b.o) and torch.equal(a.final_state, b.final_state)
     check_close("states", a.writes.states([21]), b.writes.states([21]))
 
@@ -168,22 +168,26 @@ def test_gradients_of_writes_and_codes():
         check_close("gradient", a, b, 1e-10)
 
 
-def test_codes_go_on_from_a_carry(target):
+def test_codes_go_on_from_a_carry(each_target):
     """A sequence cut right after the edited token: its edit is in no code of the first call, in all of the second."""
     x = gated_delta_rule_inputs(2, 30, 1, 2, 8, 6, decay="weak")
     edits = Edits([0, 1, -1], [11, 11, 11], [1, 0, 0], torch.randn(3, 8), torch.randn(3, 6), list(KINDS), "after")
     v, w = torch.randn(2, 20, 1, 8), torch.randn(2, 20, 1, 6)
     options = {"use_qk_l2norm": True, "output_final_state": True, "return_writes": True}
-    whole = run(target, x, edits=edits, **options)
-    first = run(target, {name: y[:, :12] for name, y in x.items()}, edits=edits, **options)
+    whole = run(each_target, x, edits=edits, **options)
+    first = run(each_target, {name: y[:, :12] for name, y in x.items()}, edits=edits, **options)
     state = first.final_state
-    second = run(target, {name: y[:, 12:] for name, y in x.items()}, initial_state=state, **options)
+    second = run(each_target, {name: y[:, 12:] for name, y in x.items()}, initial_state=state, **options)
     check_close("o", torch.cat([first.o, second.o], 1), whole.o)
-    clean = run(target, x, **options)
+    clean = run(each_target, x, **options)
 
     def codes(writes, **more):
-        with target.in_use():
-            return to_cpu(ops.encode(*map(target.put, (writes, v, w)), k=20, backend=target.kind, **target.put(more)))
+        with each_target.in_use():
+            return to_cpu(
+                ops.encode(
+                    *map(each_target.put, (writes, v, w)), k=20, backend=each_target.kind, **each_target.put(more)
+                )
+            )
 
     all_codes, head, untouched = codes(whole.writes), codes(first.writes), codes(clean.writes)
     check_close("before", head.values, untouched.values[:, :12], 1e-6)

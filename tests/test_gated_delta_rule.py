@@ -373,13 +373,16 @@ def test_operator_checks_bounds():
 def test_gradcheck_reference():
     x = {name: value.double().requires_grad_() for name, value in gated_delta_rule_inputs(1, 5, 1, 2, 3, 4).items()}
     initial = torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True)
-    edits = Edits([0, 0], [1, 3], [0, 1], torch.randn(2, 3).double(), torch.randn(2, 4).double(), ["delete", "add"])
+    sides = [torch.randn(5, size, dtype=torch.float64, requires_grad=True) for size in (3, 4)]
 
     def run(*inputs):
+        where = [0] * 5, [1, 3, 2, 3, 4], [0, 1, 1, 1, 0]
+        kinds = "delete", "add", "replace", "add", "delete"
+        edits = Edits(*where, *inputs[6:], kinds, ["before", "before", "after", "after", "after"])
         o, final, _, right, shots = reference(*inputs[:5], 0.5, inputs[5], True, None, edits, torch.tensor([[0, 2]]))
         return o, final, right, shots
 
-    assert torch.autograd.gradcheck(run, (*x.values(), initial))
+    assert torch.autograd.gradcheck(run, (*x.values(), initial, *sides))
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------
