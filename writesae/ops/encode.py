@@ -136,7 +136,6 @@ def encode(
             values, indices, counts, last = operators.encode_threshold(
                 *_arguments(writes, heads, v_enc, w_enc), _float(b_enc), threshold, *_rest(writes, carry), precision
             )
-    with torch.no_grad():
         last = carried_on(last, unseen, v_enc, w_enc, heads)
     if threshold is None:
         values = _attach_gradient(values, indices, writes, v_enc, w_enc, b_enc, carry, heads, True, chosen)
