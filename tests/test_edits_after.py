@@ -8,7 +8,7 @@ import torch
 from targets import to_cpu
 from test_attach import DenseDictionary, dictionary, one_edit
 from test_gated_delta_rule import edits_for, run
-from tiny_models import tiny_model, tokens
+from tiny_models import families, tiny_model, tokens
 
 from writesae import Edits, attach, ops
 from writesae.edits import KINDS
@@ -293,3 +293,42 @@ def test_decoding_and_packing_equal_one_pass():
     with torch.no_grad(), attach(model, sites, edits=moved):
         packed = model(torch.cat([other, x], 1), position_ids=positions, use_cache=False).logits
     check_close("packed", packed[:, 4:], whole, 1e-5)
+
+
+def state_in(cache, layer):
+    """The state `[B, H, K, V]` of a layer in a transformers cache."""
+    held = getattr(cache.layers[layer], "recurrent_states", None) if hasattr(cache, "layers") else None
+    held = cache.recurrent_states[layer] if held is None else held
+    return held[0] if isinstance(held, dict) else held
+
+
+@pytest.mark.parametrize("family", [x for x in ("qwen3_5", "qwen3_next", "olmo_hybrid") if x in families()])
+def test_a_model_whose_cache_is_patched_by_hand(family):
+    """The paper's procedure by transformers' own code: token t runs, the cached state is changed, decoding goes on."""
+    model, x, t, layer = tiny_model(family), tokens(2, 12), 5, 1
+    with torch.no_grad(), attach(model, {(layer, h): None for h in range(4)}) as tap:
+        model(x, use_cache=False)
+        writes = tap.writes[layer]
+    p, q = torch.randn(2, 8), torch.randn(2, 6)
+    for kind in KINDS:
+        edits = Edits([0, 1], [t, t], [3, 1], p, q, kind, "after")
+        with torch.no_grad(), attach(model, {}, edits={layer: edits}):
+            got = model(x, use_cache=False).logits
+        by_step = []
+        with torch.no_grad():
+            out = model(x[:, : t + 1], use_cache=True)
+            state = state_in(out.past_key_values, layer)
+            for b, h, i in ((0, 3, 0), (1, 1, 1)):
+                if kind != "add":
+                    state[b, h] -= torch.outer(writes.left[b, t, h // 2, 0], writes.right[b, t, h, 0])
+                if kind != "delete":
+                    state[b, h] += torch.outer(p[i], q[i])
+            by_step.append(out.logits)
+            for s in range(t + 1, 12):
+                out = model(x[:, s : s + 1], past_key_values=out.past_key_values, use_cache=True)
+                by_step.append(out.logits)
+        by_step = torch.cat(by_step, 1)
+        check_close(f"logits, {kind}", got, by_step, 2e-5)
+        with torch.no_grad():
+            clean = model(x, use_cache=False).logits
+        assert (by_step - clean)[:, t + 1 :].abs().max() > 100 * (by_step - got).abs().max(), "the edit must matter"
