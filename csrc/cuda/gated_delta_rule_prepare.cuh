@@ -175,8 +175,13 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK, KP <= 128 ? 3 : 2) prep
       for (int i = lane; i < p.K; i += tile::WARP)
         p.left[((s.row * p.T + s.origin + first + row) * p.Hk + hk) * p.K + i] = key[row] * tile::load_float(k.at(row, i));
 
-  const auto gone = [&](int h, int j) {
-    return p.gone != nullptr && j < count && p.gone[(s.row * p.T + s.origin + first + j) * p.H + h] != 0;
+  // f(token of the chunk) for each of the lane's that are `gone`; places are made anew, or they stay in registers.
+  const auto each_gone = [&](int h, int end, const auto& f) {
+    const Chunk at = chunk_at<C>(p, tile::fresh(slot));
+    const uint8_t* gone = p.gone + ((at.s.row * p.T + at.s.origin + at.first) * p.H + h);
+#pragma unroll 1
+    for (int j = tile::lane(); j < end && j < at.count; j += tile::WARP)
+      if (gone[static_cast<int64_t>(j) * p.H] != 0) f(j);
   };
   for (int batch = 0; batch < group; batch += WARPS) {
     // Gates: a warp per value head.
@@ -201,12 +206,15 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK, KP <= 128 ? 3 : 2) prep
         const float since = decay_between(whole[i], rest[i], 0, 0);
         to[F::READ + j] = since * key[j];
         to[F::ASK + j] = since * query[j];
-        const float kept = gone(hk * group + batch + warp, j) ? 0.0f : key[j];
-        to[F::WRITE + j] = decay_between(whole_end, rest_end, whole[i], rest[i]) * kept, to[F::KEPT + j] = kept;
+        to[F::WRITE + j] = decay_between(whole_end, rest_end, whole[i], rest[i]) * key[j], to[F::KEPT + j] = key[j];
         to[F::WHOLE + j] = whole[i], to[F::REST + j] = rest[i], to[F::KEY + j] = key[j], to[F::QUERY + j] = query[j];
         to[F::BETA + j] = mine.beta[i];
       }
       if (batch + warp < group && lane < 4) to[F::DECAY + lane] = lane == 0 ? decay_between(whole_end, rest_end, 0, 0) : 0.0f;
+      if (p.gone != nullptr && batch + warp < group) {
+        tile::sync_warp();
+        each_gone(hk * group + batch + warp, C, [&](int j) { to[F::WRITE + j] = to[F::KEPT + j] = 0; });
+      }
     }
     for (int member = 0; member < WARPS && batch + member < group; member++) {
       const int h = hk * group + batch + member;
@@ -232,13 +240,11 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK, KP <= 128 ? 3 : 2) prep
       }
       tile::sync_warp();
       if (p.gone != nullptr) {  // no token but its own sees such a write
-#pragma unroll 1
-        for (int column = lane; column < 16 * warp + 16; column += tile::WARP) {
-          if (!gone(h, column)) continue;
+        each_gone(h, 16 * warp + 16, [&](int column) {
 #pragma unroll 1
           for (int row = 16 * warp; row < 16 * warp + 16; row++)
             if (column < row) *a.at(row, column) = 0, *reach.at(row, column) = Op::narrow(0.0f);
-        }
+        });
         tile::sync_warp();
       }
       invert_diagonal(a, 16 * warp, lane);
