@@ -175,14 +175,6 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK, KP <= 128 ? 3 : 2) prep
       for (int i = lane; i < p.K; i += tile::WARP)
         p.left[((s.row * p.T + s.origin + first + row) * p.Hk + hk) * p.K + i] = key[row] * tile::load_float(k.at(row, i));
 
-  // f(token of the chunk) for each of the lane's that are `gone`; places are made anew, or they stay in registers.
-  const auto each_gone = [&](int h, int end, const auto& f) {
-    const Chunk at = chunk_at<C>(p, tile::fresh(slot));
-    const uint8_t* gone = p.gone + ((at.s.row * p.T + at.s.origin + at.first) * p.H + h);
-#pragma unroll 1
-    for (int j = tile::lane(); j < end && j < at.count; j += tile::WARP)
-      if (gone[static_cast<int64_t>(j) * p.H] != 0) f(j);
-  };
   for (int batch = 0; batch < group; batch += WARPS) {
     // Gates: a warp per value head.
     if (batch == 0) {
@@ -211,10 +203,6 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK, KP <= 128 ? 3 : 2) prep
         to[F::BETA + j] = mine.beta[i];
       }
       if (batch + warp < group && lane < 4) to[F::DECAY + lane] = lane == 0 ? decay_between(whole_end, rest_end, 0, 0) : 0.0f;
-      if (p.gone != nullptr && batch + warp < group) {
-        tile::sync_warp();
-        each_gone(hk * group + batch + warp, C, [&](int j) { to[F::WRITE + j] = to[F::KEPT + j] = 0; });
-      }
     }
     for (int member = 0; member < WARPS && batch + member < group; member++) {
       const int h = hk * group + batch + member;
@@ -239,12 +227,20 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK, KP <= 128 ? 3 : 2) prep
         }
       }
       tile::sync_warp();
-      if (p.gone != nullptr) {  // no token but its own sees such a write
-        each_gone(h, 16 * warp + 16, [&](int column) {
+      if (p.gone != nullptr) {  // no token but its own sees such a write; places made anew, or they stay in registers
+        const int64_t slot_here = tile::fresh(slot);
+        const Chunk here = chunk_at<C>(p, slot_here);
+        const uint8_t* gone = p.gone + ((here.s.row * p.T + here.s.origin + here.first) * p.H + h);
+        float* factors = p.factors + (slot_here * p.H + h) * F::SIZE;
+        const int end = 16 * warp + 16;
 #pragma unroll 1
-          for (int row = 16 * warp; row < 16 * warp + 16; row++)
-            if (column < row) *a.at(row, column) = 0, *reach.at(row, column) = Op::narrow(0.0f);
-        });
+        for (int column = lane; column < end && column < here.count; column += tile::WARP) {
+          if (gone[static_cast<int64_t>(column) * p.H] == 0) continue;
+          factors[F::WRITE + column] = factors[F::KEPT + column] = 0;
+#pragma unroll 1
+          for (int row = column + 1 > end - 16 ? column + 1 : end - 16; row < end; row++)
+            *a.at(row, column) = 0, *reach.at(row, column) = Op::narrow(0.0f);
+        }
         tile::sync_warp();
       }
       invert_diagonal(a, 16 * warp, lane);
