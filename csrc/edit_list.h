@@ -25,7 +25,7 @@ inline EditList edit_list(const char* op, const std::optional<Tensor>& index, co
   for (int64_t e = 0; READABLE && e < edits.count; e++) {
     const int64_t* x = edits.index + 4 * e;
     const int64_t* y = x - 4;  // the edit before
-    STD_TORCH_CHECK(x[0] >= 0 && x[0] < rows && x[2] >= 0 && x[2] < H && x[3] >= 0 && x[3] <= 2, op, ": edit ", e,
+    STD_TORCH_CHECK(x[0] >= 0 && x[0] < rows && x[2] >= 0 && x[2] < H && edits.kind(e).known(), op, ": edit ", e,
                     " is out of range: row ", x[0], ", head ", x[2], ", kind ", x[3]);
     STD_TORCH_CHECK(lengths.empty() || (x[1] >= 0 && x[1] < lengths[x[0]]), op, ": edit ", e, " has position ", x[1],
                     " outside its row");

@@ -24,7 +24,7 @@ struct EncodeParams {
   const float* b_enc;         // [Hs, F] or null (zero)
   const float* carry_in;      // [N, Hs, F] or null (zero)
   const int64_t* cu_seqlens;  // [N + 1] or null; then B = 1
-  EditList edits;             // all of kind add
+  EditList edits;             // all of kind add, before the read
   bool bf16;                  // operands of the products rounded to bfloat16, sums in float32
   float* carry_out;           // [N, Hs, F]
 

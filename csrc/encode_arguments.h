@@ -65,6 +65,8 @@ inline EncodeParams encode_arguments(const char* op, const Tensor& decay, const 
   if (carry.has_value()) check_shape(op, "carry", *carry, {p.N, p.Hs, p.F});
   p.carry_in = static_cast<const float*>(data_as(op, "carry", carry, ScalarType::Float, keep));
   p.edits = edit_list(op, edit_index, edit_left, edit_right, p.N, lengths, p.H, p.K, p.V, keep);
+  for (int64_t e = 0; READABLE && e < p.edits.count; e++)
+    STD_TORCH_CHECK(p.edits.kind(e).code == 0, op, ": edit ", e, " is no addition before its token's read");
   return p;
 }
 

@@ -121,11 +121,12 @@ def test_generate():
     same(expected, got)
 
 
-def test_edits():
+@pytest.mark.parametrize("when", ["before", "after", ["after", "before", "after"]], ids=str)
+def test_edits(when):
     ids, g = tokens(2, 12), torch.Generator().manual_seed(3)
     edits = {
         0: Edits([0, -1, 1], [3, 5, 5], [0, 2, 3], torch.randn(3, K, generator=g), torch.randn(3, V, generator=g),
-                 ["add", "delete", "replace"])
+                 ["add", "delete", "replace"], when)
     }  # fmt: skip
     expected, got, _ = both(tiny_model(), lambda model, move: model(move(ids)).logits, edits=edits)
     same(expected, got)

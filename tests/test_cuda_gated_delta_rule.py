@@ -56,11 +56,12 @@ def test_packed_and_split(dtype, device_targets, record_property):
             initial_state=torch.randn(5, 2, 32, 40))  # fmt: skip
 
 
+@pytest.mark.parametrize("when", ["before", "after", ["after", "after", "before", "after"]], ids=str)
 @pytest.mark.parametrize("position", [0, 31, 32, 63, 64, 127, 128])
-def test_edits_at_borders(position, device_targets, record_property):
+def test_edits_at_borders(position, when, device_targets, record_property):
     x = gated_delta_rule_inputs(1, 129, 1, 1, 32, 32, decay="weak", correlated=True)
     kinds = ["add", "delete", "replace", "add"]
-    edits = Edits([0] * 4, [position] * 4, [0] * 4, torch.randn(4, 32), torch.randn(4, 32), kinds)
+    edits = Edits([0] * 4, [position] * 4, [0] * 4, torch.randn(4, 32), torch.randn(4, 32), kinds, when)
     compare(x, record_property, device_targets, use_qk_l2norm=True, edits=edits, snapshots=[position, 128])
 
 

@@ -41,13 +41,15 @@ def test_edits_and_snapshots(dtype, device_targets, record_property):
     compare(x, record_property, device_targets, torch.randn(5, 2, 32, 40), edits, cu_seqlens=offsets, snapshots=places)
 
 
+@pytest.mark.parametrize("when", ["before", "after", ["after", "after", "before", "after"]], ids=str)
 @pytest.mark.parametrize("position", [0, 31, 32, 63, 64, 128])
-def test_edits_at_borders(position, device_targets, record_property):
+def test_edits_at_borders(position, when, device_targets, record_property):
     x = gated_delta_rule_inputs(1, 129, 1, 1, 32, 32, decay="weak", correlated=True, dtype=torch.bfloat16)
     kinds = ["add", "delete", "replace", "add"]
-    edits = Edits([0] * 4, [position] * 4, [0] * 4, torch.randn(4, 32), torch.randn(4, 32), kinds)
+    edits = Edits([0] * 4, [position] * 4, [0] * 4, torch.randn(4, 32), torch.randn(4, 32), kinds, when)
     for got in compare(x, record_property, device_targets, edits=edits, snapshots=[position, 128]):
-        assert got["beta"][0, position, 0] == 0 and not got["v"][0, position, 0].any()
+        removed = got["beta"][0, position, 0] == 0 and not got["v"][0, position, 0].any()
+        assert removed == (when != "after")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

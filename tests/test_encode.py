@@ -12,6 +12,7 @@ import torch
 from targets import ALL, FEW, moved, to_cpu
 
 from writesae.edits import Edits
+from writesae.ops._encode_arguments import as_read
 from writesae.ops.encode import activations, encode
 from writesae.ops.gated_delta_rule import pack_edits
 from writesae.ops.reference.encode import preactivations, topk
@@ -36,7 +37,7 @@ def random(gen, *shape):
 def from_states(writes, v, w, b, heads):
     """`[B, T, Hs, F]` from materialised states."""
     pairs = torch.tensor([(n, t) for n, _, lo, hi in writes.sequences() for t in range(hi - lo)])
-    states = writes.states(pairs)[:, heads]
+    states = writes.states(pairs, read=True)[:, heads]  # as the queries read them
     pre = torch.einsum("hfxk,phkv,hfxv->phf", v, states, w) + b
     return pre.reshape(*writes.shape[:2], len(heads), -1)
 
@@ -316,7 +317,7 @@ def test_threads_do_not_change_results():
 def test_opcheck(name):
     writes, v, w, b, k, heads = build(CASES[name])
     writes, v, w, b = writes.to(torch.float32), v.float(), w.float(), b.float()
-    packed = pack_edits(writes.edits) if writes.edits is not None else (None, None, None)
+    packed = (None, None, None) if writes.edits is None else pack_edits(as_read(writes)[0].edits)
     carry = torch.randn(writes.num_sequences, len(heads), v.shape[1])
     first = (writes.decay, writes.left, writes.right, torch.tensor(heads), v, w)
     rest = (carry, writes.cu_seqlens, *packed)

@@ -10,8 +10,9 @@ from targets import DEVICES, FEW, to_cpu
 from test_encode import CASES, GRADIENT_CASES, build
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from writesae import Edits, ops
+from writesae import ops
 from writesae.ops import _dispatch, activations, encode, factored_loss
+from writesae.ops._encode_arguments import as_read
 from writesae.ops.gated_delta_rule import pack_edits
 from writesae.ops.reference.encode import preactivations
 from writesae.testing import check_close, dictionary, gated_delta_rule_inputs, make_writes, poisoned_memory
@@ -32,7 +33,7 @@ def leaves_of(writes, dtype, params=()):
             x.detach().to(dtype).requires_grad_() for x in (edits.left, edits.right)
         )
         sides = made["edit_left"], made["edit_right"]
-        out = replace(out, edits=Edits(edits.row, edits.position, edits.head, *sides))
+        out = replace(out, edits=replace(edits, left=sides[0], right=sides[1]))
     for name, x in zip(("v", "w", "b"), params, strict=False):
         made[name] = x.detach().to(dtype).requires_grad_()
     return out, made
@@ -147,7 +148,7 @@ def test_kernels_take_edits_by_torch_and_refuse_them_themselves(device_target):
     writes, v, w = writes.to(torch.float32), v.float(), w.float()
     at = torch.zeros(2, 70, 3, 1, dtype=torch.int64)
     first = (writes.decay, writes.left, writes.right, torch.tensor(heads), v, w, at, torch.ones(2, 70, 3, 1))
-    packed = pack_edits(writes.edits)
+    packed = pack_edits(as_read(writes)[0].edits)
     with device_target.in_use(), pytest.raises(RuntimeError, match="the CUDA kernel takes no edits, got 30"):
         _dispatch.operators(device_target.kind).encode_backward(*map(device_target.put, (*first, None, *packed)))
 

@@ -12,7 +12,7 @@ from targets import ALL, FEW, to_cpu
 
 from writesae import ops
 from writesae._library import CPU_ERROR
-from writesae.edits import Edits
+from writesae.edits import KINDS, WHENS, Edits
 from writesae.ops.gated_delta_rule import pack_edits
 from writesae.ops.reference.gated_delta_rule import gated_delta_rule as reference
 from writesae.testing import (
@@ -30,7 +30,7 @@ CHUNK = 32  # tokens that the CUDA kernels take at a time, float32 inputs
 
 
 def edits_for(rows, lengths, H, K, V, count=12, seed=1):
-    """Edits of every kind, at first and last positions, several at one place."""
+    """Edits of every kind, before and after the read, at first and last positions, several at one place."""
     generator = torch.Generator().manual_seed(seed)
     row = torch.randint(0, rows, (count,), generator=generator)
     lengths = torch.tensor(lengths)
@@ -44,8 +44,8 @@ def edits_for(rows, lengths, H, K, V, count=12, seed=1):
         column[4:8] = column[3]
     kinds = ["add", "delete", "replace", "delete", "add", "replace", "add", "delete"]
     kinds += ["add"] * (count - len(kinds))
-    left = torch.randn(count, K, generator=generator)
-    return Edits(row, position, head, left, torch.randn(count, V, generator=generator), kinds)
+    left, right = torch.randn(count, K, generator=generator), torch.randn(count, V, generator=generator)
+    return Edits(row, position, head, left, right, kinds, torch.randint(0, 2, (count,), generator=generator))
 
 
 def run(target, x, **options):
@@ -174,12 +174,13 @@ def test_packed_equals_alone(target):
         assert torch.equal(out.o, both.o[:, part]) and torch.equal(out.final_state[0], both.final_state[n])
 
 
-@pytest.mark.parametrize("kind", ["add", "delete", "replace"])
-def test_edit_kinds(kind, record_property):
+@pytest.mark.parametrize("when", WHENS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_edit_kinds(kind, when, record_property):
     B, T, H, K, V = 3, 19, 2, 20, 36
     x = gated_delta_rule_inputs(B, T, 1, H, K, V, decay="weak", correlated=True)
     row, position = [0, 1, 2, 2, -1, -1], [0, T - 1, 7, 7, 8, 3]
-    edits = Edits(row, position, [0, 1, 1, 1, 0, 1], torch.randn(6, K), torch.randn(6, V), kind)
+    edits = Edits(row, position, [0, 1, 1, 1, 0, 1], torch.randn(6, K), torch.randn(6, V), kind, when)
     compare(x, record_property, ALL, use_qk_l2norm=True, edits=edits, snapshots=[0, 7, 8, T - 1])
 
 
@@ -271,13 +272,14 @@ def test_threads_agree():
 # ---- one token ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("when", ["before", "after", ["after", "after", "before", "after"]], ids=str)
 @pytest.mark.parametrize("K, V", [(32, 64), (20, 12), (64, 40), (128, 256)])
-def test_steps_equal_sequence(K, V, each_target):
+def test_steps_equal_sequence(K, V, when, each_target):
     B, T, Hk, H = 2, 9, 2, 4
     x = gated_delta_rule_inputs(B, T, Hk, H, K, V)
     state = torch.randn(B, H, K, V)
     edits = Edits([0, 1, -1, 0], [3, 3, 5, 5], [1, 0, 2, 2], torch.randn(4, K), torch.randn(4, V),
-                  ["add", "delete", "replace", "add"])  # fmt: skip
+                  ["add", "delete", "replace", "add"], when)  # fmt: skip
     wide = {name: value.double() for name, value in x.items()}
     expected = ops.gated_delta_rule(
         **wide, use_qk_l2norm=True, initial_state=state.double(), edits=edits, return_writes=True, snapshots=range(T),
@@ -371,13 +373,16 @@ def test_operator_checks_bounds():
 def test_gradcheck_reference():
     x = {name: value.double().requires_grad_() for name, value in gated_delta_rule_inputs(1, 5, 1, 2, 3, 4).items()}
     initial = torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True)
-    edits = Edits([0, 0], [1, 3], [0, 1], torch.randn(2, 3).double(), torch.randn(2, 4).double(), ["delete", "add"])
+    sides = [torch.randn(5, size, dtype=torch.float64, requires_grad=True) for size in (3, 4)]
 
     def run(*inputs):
+        where = [0] * 5, [1, 3, 2, 3, 4], [0, 1, 1, 1, 0]
+        kinds = "delete", "add", "replace", "add", "delete"
+        edits = Edits(*where, *inputs[6:], kinds, ["before", "before", "after", "after", "after"])
         o, final, _, right, shots = reference(*inputs[:5], 0.5, inputs[5], True, None, edits, torch.tensor([[0, 2]]))
         return o, final, right, shots
 
-    assert torch.autograd.gradcheck(run, (*x.values(), initial))
+    assert torch.autograd.gradcheck(run, (*x.values(), initial, *sides))
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------

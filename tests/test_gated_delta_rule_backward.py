@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from targets import ALL, FEW, to_cpu
 from test_gated_delta_rule import edits_for, operator_arguments
 
 from writesae import ops
-from writesae.edits import Edits
+from writesae.edits import KINDS, WHENS, Edits
 from writesae.testing import DEVICE_TOLERANCE, check_close, gated_delta_rule_inputs, poisoned_memory
 
 # Relative RMS error allowed, by the dtype of the gradient. Measured over every case below on AVX-512, AVX2 and portable
@@ -29,7 +30,7 @@ def gradients(x, initial_state=None, edits=None, target=None, wanted=None, use_q
         leaves["initial_state"] = put(initial_state.detach()).requires_grad_()
     if edits is not None:
         leaves["left"], leaves["right"] = edits.left.detach().requires_grad_(), edits.right.detach().requires_grad_()
-        edits = Edits(edits.row, edits.position, edits.head, leaves["left"], leaves["right"], edits.kind)
+        edits = replace(edits, left=leaves["left"], right=leaves["right"])
     arguments = {name: value for name, value in leaves.items() if name not in ("left", "right")}
     with nullcontext() if target is None else target.in_use():
         out = ops.gated_delta_rule(
@@ -72,7 +73,7 @@ def compare(x, record=None, targets=FEW, initial_state=None, edits=None, **optio
     wide = {name: value.double() for name, value in x.items()}
     initial = None if initial_state is None else initial_state.double()
     if edits is not None:
-        edits = Edits(edits.row, edits.position, edits.head, edits.left.double(), edits.right.double(), edits.kind)
+        edits = replace(edits, left=edits.left.double(), right=edits.right.double())
     expected = gradients(wide, initial, edits, **options)
     for target, got in zip(targets, found, strict=True):
         for name, value in got.items():
@@ -160,22 +161,23 @@ def test_one_output_alone(wanted, record_property):
     compare(x, record_property, FEW, torch.randn(1, 2, 16, 24), snapshots=[11], wanted=[wanted])
 
 
-@pytest.mark.parametrize("kind", ["add", "delete", "replace"])
-def test_edit_kinds(kind, record_property):
+@pytest.mark.parametrize("when", WHENS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_edit_kinds(kind, when, record_property):
     B, T, H, K, V = 3, 19, 2, 20, 36
     x = gated_delta_rule_inputs(B, T, 1, H, K, V, decay="weak", correlated=True)
     row, position = [0, 1, 2, 2, -1, -1], [0, T - 1, 7, 7, 8, 3]
-    edits = Edits(row, position, [0, 1, 1, 1, 0, 1], torch.randn(6, K), torch.randn(6, V), kind)
+    edits = Edits(row, position, [0, 1, 1, 1, 0, 1], torch.randn(6, K), torch.randn(6, V), kind, when)
     for got in compare(x, record_property, ALL, edits=edits, snapshots=[0, 7, 8, T - 1]):
         removed = got["v"][2, 7, 1].abs().sum() + got["beta"][2, 7, 1].abs()
-        assert (removed == 0) == (kind != "add")
+        assert (removed == 0) == (kind != "add" and when == "before")
 
 
 def test_an_edit_at_every_token(record_property):
     T, K, V = 40, 12, 20
     x = gated_delta_rule_inputs(1, T, 1, 1, K, V)
-    kinds = (["add", "replace", "delete"] * T)[:T]
-    edits = Edits([0] * T, range(T), [0] * T, torch.randn(T, K), torch.randn(T, V), kinds)
+    kinds, whens = ((names * T)[:T] for names in (KINDS, ("before", "after", "after", "before")))
+    edits = Edits([0] * T, range(T), [0] * T, torch.randn(T, K), torch.randn(T, V), kinds, whens)
     compare(x, record_property, ALL, edits=edits, snapshots=range(T))
 
 

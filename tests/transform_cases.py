@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.autograd.forward_ad as forward_mode
@@ -47,7 +47,8 @@ def _cases() -> dict[str, Case]:
 
     x = gated_delta_rule_inputs(B, T, 1, H, K, V)
     state = normal(B, H, K, V)
-    edits = Edits([0, 1, -1], [1, 3, 4], [0, 1, 1], normal(3, K), normal(3, V), ["add", "replace", "delete"])
+    when = ["after", "after", "before"]
+    edits = Edits([0, 1, -1], [1, 3, 4], [0, 1, 1], normal(3, K), normal(3, V), ["add", "replace", "delete"], when)
 
     def scan(backend, q, k, v, g, beta, initial, **more):
         out = ops.gated_delta_rule(
@@ -58,7 +59,7 @@ def _cases() -> dict[str, Case]:
         return out.o, out.final_state, out.writes.left, out.writes.right, *shots
 
     def edited(backend, q, k, v, g, beta, initial, left, right):
-        change = Edits(edits.row, edits.position, edits.head, left, right, edits.kind)
+        change = replace(edits, left=left, right=right)
         return scan(backend, q, k, v, g, beta, initial, edits=change, snapshots=[1, 4])
 
     def packed(backend, q, k, v, g, beta):
@@ -82,7 +83,7 @@ def _cases() -> dict[str, Case]:
         return (ops.encode(made(*tensors[:4]), *tensors[4:7], k=TOP, backend=backend).values,)
 
     def encode_edited(backend, left, right, *tensors):
-        change = Edits([0, -1], [1, 3], [0, 1], left, right)
+        change = Edits([0, -1], [1, 3], [0, 1], left, right, when=["after", "before"])
         return (ops.encode(made(*tensors[:4], change), *tensors[4:7], k=TOP, backend=backend).values,)
 
     def threshold(backend, *tensors):

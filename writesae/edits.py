@@ -12,6 +12,10 @@ from ._arguments import check_floats, integers, said, span, unreadable
 
 KINDS = ("add", "delete", "replace")
 ADD, DELETE, REPLACE = range(3)
+WHENS = ("before", "after")
+BEFORE, AFTER = range(2)
+
+_COLUMNS = ("row", "position", "head", "left", "right", "kind", "when")
 
 
 @dataclass(frozen=True, repr=False)
@@ -26,6 +30,12 @@ class Edits:
     Several edits may share a position: any delete or replace removes the native write once, and every left right^T of
     the adds and replaces is added, in the order given.
 
+    when "before":  before the token of that position reads the state: its output is of the edited state.
+    when "after":   after it has read: its output is as without the edit (to rounding), what the next token meets is
+                    edited. A native write deleted or replaced then is made, read by its own token, and gone. At the
+                    last token of a row only the final state and snapshots show it. Snapshots are of the state after
+                    all edits of their position.
+
     `Edits.add`, `Edits.delete` and `Edits.replace` make them. A number, or a single row of left or right, is repeated
     for all edits: `Edits.add(0, range(8), head=3, left=p, right=q)` adds `p q^T` at eight positions.
 
@@ -36,6 +46,7 @@ class Edits:
         left: `[E, K]` key side. Ignored for "delete" (zeros).
         right: `[E, V]` value side. Ignored for "delete" (zeros).
         kind: `[E]` int8 index into `KINDS`.
+        when: `[E]` int8 index into `WHENS`.
     """
 
     row: Tensor
@@ -44,12 +55,13 @@ class Edits:
     left: Tensor
     right: Tensor
     kind: Tensor
+    when: Tensor
 
-    def __init__(self, row, position, head, left, right, kind="add"):
+    def __init__(self, row, position, head, left, right, kind="add", when="before"):
         """Raises ValueError for numbers that are no integers or beyond int64, sizes that do not go together, left or
-        right that is not finite, and an unknown kind, naming the argument."""
+        right that is not finite, and an unknown kind or when, naming the argument."""
         columns = {name: _column(name, x) for name, x in (("row", row), ("position", position), ("head", head))}
-        columns["kind"] = _kinds(kind)
+        columns |= {"kind": _codes("kind", kind, KINDS), "when": _codes("when", when, WHENS)}
         sides = {"left": _side("left", left), "right": _side("right", right)}
         check_floats(**sides)
         lengths = {name: len(x) for name, x in columns.items()} | {name: len(x) for name, x in sides.items()}
@@ -68,32 +80,33 @@ class Edits:
         """Edits by mask, slice or index tensor."""
         if isinstance(index, Tensor) and index.dtype == torch.bool:
             index = index.nonzero().flatten()  # vmap takes no mask
-        return Edits(*(getattr(self, n)[index] for n in ("row", "position", "head", "left", "right", "kind")))
+        return Edits(*(getattr(self, name)[index] for name in _COLUMNS))
 
     def __repr__(self) -> str:
-        counts = torch.bincount(self.kind.long(), minlength=len(KINDS)).tolist()
-        kinds = ", ".join(f"{n} {kind}" for n, kind in zip(counts, KINDS, strict=True) if n) or "none"
+        names = *KINDS, *(f"{kind} after" for kind in KINDS)
+        counts = torch.bincount(self.kind.long() + len(KINDS) * self.when.long(), minlength=len(names)).tolist()
+        kinds = ", ".join(f"{n} {name}" for n, name in zip(counts, names, strict=True) if n) or "none"
         places = f"row {span(self.row)}, position {span(self.position)}, head {span(self.head)}"
         return f"Edits({kinds}; {places}; K={self.left.shape[1]}, V={self.right.shape[1]})"
 
     @classmethod
-    def add(cls, row, position, head, left, right) -> Edits:
+    def add(cls, row, position, head, left, right, when="before") -> Edits:
         """Additions of `left right^T` after the writes at the given places: left `[K]` or `[E, K]`, right `[V]` or
-        `[E, V]`."""
-        return cls(row, position, head, left, right, "add")
+        `[E, V]`; before or after those tokens read."""
+        return cls(row, position, head, left, right, "add", when)
 
     @classmethod
-    def replace(cls, row, position, head, left, right) -> Edits:
+    def replace(cls, row, position, head, left, right, when="before") -> Edits:
         """`left right^T` in the stead of the native writes at the given places, sizes as in `add`."""
-        return cls(row, position, head, left, right, "replace")
+        return cls(row, position, head, left, right, "replace", when)
 
     @classmethod
-    def delete(cls, row, position, head, K: int, V: int) -> Edits:
+    def delete(cls, row, position, head, K: int, V: int, when="before") -> Edits:
         """Deletions of the native writes at the given places; K and V are the sizes of a state."""
         for name, size in (("K", K), ("V", V)):
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name}: expected a size of the state, an integer >= 1, got {said(size)}")
-        return cls(row, position, head, torch.zeros(1, K), torch.zeros(1, V), "delete")
+        return cls(row, position, head, torch.zeros(1, K), torch.zeros(1, V), "delete", when)
 
     @classmethod
     def cat(cls, parts: Iterable[Edits]) -> Edits:
@@ -101,13 +114,28 @@ class Edits:
         parts = list(parts)
         if not parts:
             raise ValueError("parts: expected at least one Edits, got none")
-        names = ("row", "position", "head", "left", "right", "kind")
-        return cls(*(torch.cat([getattr(p, n) for p in parts]) for n in names))
+        return cls(*(torch.cat([getattr(p, name) for p in parts]) for name in _COLUMNS))
+
+    def _at(self, index: Tensor) -> Edits:
+        """Edits by index, taken as they are."""
+        return self._with(**{name: getattr(self, name)[index] for name in _COLUMNS})
+
+    def _with(self, **columns: Tensor) -> Edits:
+        """With other columns, taken as they are: nothing is read, so a device is not waited for."""
+        made = object.__new__(Edits)
+        for name in _COLUMNS:
+            object.__setattr__(made, name, columns.get(name, getattr(self, name)))
+        return made
 
     @property
     def needs_clean_pass(self) -> bool:
         """True when some edit refers to the native write, which only the op knows."""
         return bool((self.kind != ADD).any())
+
+    @property
+    def any_after(self) -> bool:
+        """True when some edit acts after its token has read the state."""
+        return bool((self.when != BEFORE).any())
 
     def check(self, rows: int, lengths: list[int], heads: int, K: int, V: int) -> None:
         """Raises ValueError unless every edit lies inside `rows` rows of the given lengths, H heads, sizes K and V."""
@@ -142,8 +170,7 @@ class Edits:
             for target in range(rows) if r < 0 else (r,):
                 found.append(i)
                 row.append(target)
-        index = torch.tensor(found)
-        return Edits(row, self.position[index], self.head[index], self.left[index], self.right[index], self.kind[index])
+        return self[torch.tensor(found)]._with(row=torch.tensor(row))
 
 
 def _column(name: str, x) -> Tensor:
@@ -153,19 +180,19 @@ def _column(name: str, x) -> Tensor:
     return torch.tensor(integers(name, x), dtype=torch.int64)
 
 
-def _kinds(kind) -> Tensor:
+def _codes(name: str, given, known: tuple[str, ...]) -> Tensor:
     """`[n]` int8 from a name, names, or codes."""
-    if isinstance(kind, str):
-        kind = [kind]
-    if isinstance(kind, (list, tuple)) and any(isinstance(name, str) for name in kind):
-        for name in kind:
-            if not isinstance(name, str) or name not in KINDS:
-                raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {name!r}")
-        kind = [KINDS.index(name) for name in kind]
-    codes = _column("kind", kind)
-    bad = ((codes < 0) | (codes >= len(KINDS))).nonzero().flatten().tolist()
+    if isinstance(given, str):
+        given = [given]
+    if isinstance(given, (list, tuple)) and any(isinstance(one, str) for one in given):
+        for one in given:
+            if not isinstance(one, str) or one not in known:
+                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {one!r}")
+        return torch.tensor([known.index(one) for one in given], dtype=torch.int8)
+    codes = _column(name, given)
+    bad = ((codes < 0) | (codes >= len(known))).nonzero().flatten().tolist()
     if bad:
-        raise ValueError(f"kind: expected codes 0 to {len(KINDS) - 1}, got {int(codes[bad[0]])} in edit {bad[0]}")
+        raise ValueError(f"{name}: expected codes 0 to {len(known) - 1}, got {int(codes[bad[0]])} in edit {bad[0]}")
     return codes.to(torch.int8)
 
 

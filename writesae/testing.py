@@ -118,7 +118,7 @@ def make_writes(
         decay: scale of the log-decays, minus half-normal.
         state: with an initial state.
         cu: `[N + 1]` borders of packed sequences; B is then 1 and T their sum.
-        edits: how many random edits, half of them at one place.
+        edits: how many random edits, half of them at one place, every other one after its token's read.
     """
     from .edits import Edits
     from .writes import Writes
@@ -135,7 +135,7 @@ def make_writes(
         position[: edits // 2], row[: edits // 2] = position[0], row[0]  # many at one place
         head = torch.randint(H, (edits,), generator=generator)
         p, q = _normal(generator, edits, K), _normal(generator, edits, V)
-        changes = Edits(row, position, head, p.float(), q.float())
+        changes = Edits(row, position, head, p.float(), q.float(), when=torch.arange(edits) % 2)
     log_decay = -(_normal(generator, B, T, H).abs() * decay).float().double()
     right = _normal(generator, B, T, H, R, V).float().double()
     return Writes(

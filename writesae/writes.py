@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ._arguments import check_floats, check_integers, check_type, integers, said
 from ._autocast import without_autocast
-from .edits import Edits
+from .edits import AFTER, Edits
 
 
 @dataclass(frozen=True, repr=False)
@@ -39,7 +39,8 @@ class Writes:
         decay_matrix: `[H, K, V]`, element gate only.
         initial_state: `[N, H, K, V]` state before the first token, None means zero.
         cu_seqlens: `[N + 1]` int64 offsets of packed sequences (then B = 1), or None.
-        edits: additions made to the states beyond the writes (all of kind "add"), or None.
+        edits: additions made to the states beyond the writes (all of kind "add", before or after their token reads), or
+            None.
     """
 
     decay: Tensor
@@ -179,21 +180,23 @@ class Writes:
     # ---- questions --------------------------------------------------------------------------------------------
 
     @without_autocast
-    def states(self, positions: Tensor | Sequence[int]) -> Tensor:
+    def states(self, positions: Tensor | Sequence[int], read: bool = False) -> Tensor:
         """States after the writes at the listed positions, only.
 
         Args:
             positions: `[P, 2]` int tensor of (row, position), or a list of positions taken in every row.
+            read: as the queries of those tokens read them, before edits after the read; else what the next tokens meet.
+                Codes are of states as they were read.
         Returns:
             `[P, H, K, V]`, or `[N, P, H, K, V]` for a list of positions; dtype of `right`.
         """
         _, _, H, K, V = self.shape
-        out = self._states_at(self._resolve(positions))
+        out = self._states_at(self._resolve(positions), read)
         if isinstance(positions, Tensor) and positions.ndim == 2:
             return out
         return out.reshape(self.num_sequences, -1, H, K, V)
 
-    def _states_at(self, pairs: list[tuple[int, int]]) -> Tensor:
+    def _states_at(self, pairs: list[tuple[int, int]], read: bool = False) -> Tensor:
         """`[P, H, K, V]` at (sequence, position)."""
         _, _, H, K, V = self.shape
         wanted: dict[int, dict[int, list[int]]] = {}
@@ -211,11 +214,13 @@ class Writes:
                 # Between two stops the gates are pure products: fold the whole stretch into one weighted sum.
                 state = self._advance(state, b, at, start + t + 1)
                 at = start + t + 1
-                for head, left, right in additions.get(t, ()):
+                seen = None
+                for late, head, left, right in additions.get(t, ()):
+                    seen = state if late and seen is None else seen
                     state = state.clone()
                     state[head] += torch.outer(left.to(state), right.to(state))
                 for i in wanted[n].get(t, ()):
-                    found[i] = state
+                    found[i] = seen if read and seen is not None else state
         return torch.stack([found[i] for i in range(len(pairs))]) if found else self.right.new_zeros(0, H, K, V)
 
     def _advance(self, state: Tensor, b: int, start: int, stop: int) -> Tensor:
@@ -298,11 +303,11 @@ class Writes:
 
     @without_autocast
     def propagate(self, edit: Edits, length: int | None = None) -> Tensor:
-        """Key side of each edit's perturbation as later tokens act on it.
+        """Key side of each edit's perturbation as its token and later ones read it.
 
-        An addition `p q^T` made after token t stays rank 1 for ever: at token s > t it is `p_s q^T`, and it changes
-        that token's output by `(p_s . q_s) q`. Exact under teacher forcing, where the layer's own later inputs do not
-        depend on its output.
+        An addition `p q^T` made at token t stays rank 1 for ever: at token s >= t it is `p_s q^T`, and it changes that
+        token's output by `(p_s . q_s) q`. Of one made after the read p_t is 0, since token t has not read it. Exact
+        under teacher forcing, where the layer's own later inputs do not depend on its output.
 
         Args:
             edit: additions (`kind` "add" only), E of them.
@@ -333,7 +338,7 @@ class Writes:
         end = torch.tensor([spans[n][2] for n in row], device=device)
         h = torch.tensor(head, device=device)
         p = edit.left.to(self.right)
-        out[:, 0] = p
+        out[:, 0] = p * (edit.when != AFTER).to(p)[:, None]
         for step in range(1, length):
             token = token + 1
             alive = token < end
@@ -359,11 +364,11 @@ class Writes:
             raise ValueError(f"{what}: expected a scalar gate (decay [B, T, H]), got decay {tuple(self.decay.shape)}")
 
 
-def _additions_by_position(edits: Edits | None, row: int) -> dict[int, list[tuple[int, Tensor, Tensor]]]:
-    """{position: [(head, left, right), ...]} of one row's additions."""
-    found: dict[int, list[tuple[int, Tensor, Tensor]]] = {}
+def _additions_by_position(edits: Edits | None, row: int) -> dict[int, list[tuple[bool, int, Tensor, Tensor]]]:
+    """{position: [(whether after the read, head, left, right), ...]} of one row's additions, those before first."""
+    found: dict[int, list[tuple[bool, int, Tensor, Tensor]]] = {}
     if edits is not None:
-        for i in (edits.row == row).nonzero().flatten().tolist():
-            entry = (int(edits.head[i]), edits.left[i], edits.right[i])
+        for i in sorted((edits.row == row).nonzero().flatten().tolist(), key=lambda i: int(edits.when[i])):
+            entry = (bool(edits.when[i] == AFTER), int(edits.head[i]), edits.left[i], edits.right[i])
             found.setdefault(int(edits.position[i]), []).append(entry)
     return found

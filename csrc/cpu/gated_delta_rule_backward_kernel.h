@@ -188,6 +188,9 @@ inline int64_t load_piece(Work& w, const Params& p, const Item& item, const Piec
     w.until[j] = total;
     total *= w.gate[j];
   }
+  // A native write that is removed after its read reaches its own token's output, and nothing else.
+  for (int64_t e = piece.edit; e < piece.edit_end; e++)
+    if (p.in.edits.kind(e).removes_after()) w.until[L - 1] = 0;
   load_values(w, item, p.right, t, L, padded, w.u);
   return padded;
 }
@@ -201,7 +204,7 @@ inline void advance(Work& w, const Params& p, const Item& item, const Piece& pie
   for (int64_t j = 0; j < padded; j++) scale_row(w.u + j * w.ld_v, w.until[j], w.pv);
   multiply(w.k, w.ld_k, w.u, w.ld_v, padded, to, w.ld_v, w.pk, w.pv, true);
   for (int64_t e = piece.edit; e < piece.edit_end; e++) {
-    if (p.in.edits.index[e * 4 + 3] == 1) continue;
+    if (!p.in.edits.kind(e).adds()) continue;
     const float *left = p.in.edits.left + e * w.K, *right = p.in.edits.right + e * p.in.V + item.column;
     for (int64_t i = 0; i < w.K; i++)
       for (int64_t c = 0; c < w.V; c++) to[i * w.ld_v + c] += left[i] * right[c];
@@ -236,9 +239,11 @@ inline void reverse_edits(Work& w, const Params& p, const Item& item, const Piec
     float* d_left = p.d_edit_left + (e * item.blocks + item.block) * w.K;
     float* d_right = p.d_edit_right + e * V + item.column;
     zero(d_left, w.K), zero(d_right, w.V);
-    if (p.in.edits.index[e * 4 + 3] == 1) continue;
+    if (!p.in.edits.kind(e).adds()) continue;
+    const bool seen = !p.in.edits.kind(e).after();  // by the token's own query
     float read = 0, pq = 0;
     for (int64_t c = 0; c < w.V; c++) read += right[c] * o[c];
+    if (!seen) read = 0;
     for (int64_t i = 0; i < w.K; i++) {
       const float* row = w.d + i * w.ld_v;
       float on_row = 0;
@@ -249,7 +254,7 @@ inline void reverse_edits(Work& w, const Params& p, const Item& item, const Piec
       d_left[i] = on_row + q[i] * read;
       pq += left[i] * q[i];
     }
-    for (int64_t c = 0; c < w.V; c++) d_right[c] += pq * o[c];
+    for (int64_t c = 0; c < w.V && seen; c++) d_right[c] += pq * o[c];
   }
 }
 
@@ -326,7 +331,7 @@ inline void reverse_piece(Work& w, const Params& p, const Item& item, const Piec
   reverse_edits(w, p, item, piece);
   int64_t deleted = -1;
   for (int64_t e = piece.edit; e < piece.edit_end; e++)
-    if (p.in.edits.index[e * 4 + 3] != 0) deleted = L - 1;
+    if (p.in.edits.kind(e).removes()) deleted = L - 1;
 
   transpose(w.k, w.ld_k, padded, w.pk, w.kt, PC), transpose(w.q, w.ld_k, padded, w.pk, w.qt, PC);
   transpose(w.u, w.ld_v, padded, w.pv, w.ut, PC), transpose(w.o, w.ld_v, padded, w.pv, w.ot, PC);
@@ -374,7 +379,7 @@ inline void reverse_piece(Work& w, const Params& p, const Item& item, const Piec
   add_lower_transposed(w.e, w.q, w.ld_k, padded, w.z, w.pk);
   multiply(w.f, PC, w.k, w.ld_k, padded, w.z, w.ld_k, padded, w.pk, true);
   for (int64_t e = piece.edit; e < piece.edit_end; e++) {
-    if (p.in.edits.index[e * 4 + 3] == 1) continue;
+    if (!p.in.edits.kind(e).adds() || p.in.edits.kind(e).after()) continue;
     const float *left = p.in.edits.left + e * w.K, *right = p.in.edits.right + e * p.in.V + item.column;
     float read = 0;
     for (int64_t c = 0; c < w.V; c++) read += right[c] * w.o[(L - 1) * w.ld_v + c];

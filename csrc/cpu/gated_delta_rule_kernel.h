@@ -142,8 +142,11 @@ inline void token(float* state, int64_t row, int64_t K, int64_t V, const float* 
     }
     kq += element(k, step, i) * element(q, step, i);
   }
-  bool native = true;
-  for (int64_t e = first; e < last; e++) native = native && edits.index[e * 4 + 3] == 0;
+  bool native = true, kept = true;
+  for (int64_t e = first; e < last; e++) {
+    native = native && !edits.kind(e).removes();
+    kept = kept && !edits.kind(e).removes_after();
+  }
   for (int n = 0; n < NV; n++) {
     u[n] = native ? beta * (v[n] - gate * rk[n]) : Vec{};
     o[n] = gate * oq[n] + kq * u[n];
@@ -151,10 +154,10 @@ inline void token(float* state, int64_t row, int64_t K, int64_t V, const float* 
   for (int64_t i = 0; i < K; i++)
     for (int n = 0; n < NV; n++) {
       float* at = state + i * row + n * LANES;
-      store(at, load(at) * gate + element(k, step, i) * u[n]);
+      store(at, kept ? load(at) * gate + element(k, step, i) * u[n] : load(at) * gate);
     }
   for (int64_t e = first; e < last; e++) {
-    if (edits.index[e * 4 + 3] == 1) continue;
+    if (!edits.kind(e).adds()) continue;
     const float* left = edits.left + e * K;
     for (int64_t c = 0; c < NV * LANES; c++) side[c] = c < width ? edits.right[e * V + column + c] : 0.0f;
     float pq = 0;
@@ -165,7 +168,7 @@ inline void token(float* state, int64_t row, int64_t K, int64_t V, const float* 
         store(at, load(at) + left[i] * load(side + n * LANES));
       }
     }
-    for (int n = 0; n < NV; n++) o[n] += pq * load(side + n * LANES);
+    for (int n = 0; n < NV && !edits.kind(e).after(); n++) o[n] += pq * load(side + n * LANES);
   }
 }
 

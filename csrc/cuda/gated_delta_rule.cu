@@ -7,13 +7,14 @@
 namespace writesae::cuda {
 namespace {
 
-// Which native writes are not made, and which snapshots a chunk has.
+// Which native writes are not made or do not stay, and which snapshots a chunk has.
 __global__ void __launch_bounds__(128) mark(const __grid_constant__ Problem p, int chunk) {
   const int64_t i = static_cast<int64_t>(tile::block_x()) * 128 + tile::thread();
-  if (i < p.edits.count && p.edits.index[4 * i + 3] != 0) {
+  if (i < p.edits.count) {
     const int64_t* x = p.edits.index + 4 * i;
     const int64_t t = p.cu_seqlens == nullptr ? x[0] * p.T + x[1] : p.cu_seqlens[x[0]] + x[1];
-    p.removed[t * p.H + x[2]] = 1;
+    if (p.edits.kind(i).removes()) p.removed[t * p.H + x[2]] = 1;
+    if (p.edits.kind(i).removes_after()) p.gone[t * p.H + x[2]] = 1;
   }
   if (i < p.P) {
     const int64_t n = p.places[2 * i], t = p.places[2 * i + 1];
@@ -82,7 +83,8 @@ Call lay_out(const GatedDeltaRuleParams& from, void* workspace, Plan plan) {
   p.reach = space.take<char>(p.slots * p.H * image * bytes);
   p.factors = space.take<float>(p.slots * p.H * (C == 64 ? Factors<64>::SIZE : Factors<32>::SIZE));
   if (p.edits.count > 0) {
-    p.removed = space.take<uint8_t>(p.B * p.T * p.H);
+    p.removed = space.take<uint8_t>(2 * p.B * p.T * p.H);
+    p.gone = p.removed + p.B * p.T * p.H;
     p.edit_factors = space.take<float>(p.edits.count * (C == 64 ? EditFactors<64>::SIZE : EditFactors<32>::SIZE));
   }
   if (p.P > 0) p.first_place = space.take<int>(p.slots), p.next_place = space.take<int>(p.P);
@@ -104,7 +106,7 @@ void gated_delta_rule(const GatedDeltaRuleParams& from, void* workspace, void* s
   Problem& p = call.p;
   const Rows* const targets[3] = {&p.q, &p.k, &p.v};
   for (int i = 0; i < 3; i++) run_packing(call.packing[i], call.type, p.B, p.T, *targets[i], stream);
-  if (p.removed != nullptr) tile::zero(p.removed, p.B * p.T * p.H, stream);
+  if (p.removed != nullptr) tile::zero(p.removed, 2 * p.B * p.T * p.H, stream);
   if (p.first_place != nullptr) tile::zero(p.first_place, p.slots * sizeof(int), stream);
   const int64_t marks = std::max(p.edits.count, p.P);
   if (marks > 0) tile::launch("gated_delta_rule mark", mark, {static_cast<unsigned>(parts(marks, 128)), 1, 1}, 128, 0, stream, p, call.chunk);

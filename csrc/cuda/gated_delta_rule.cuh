@@ -13,7 +13,8 @@
 // A deleted or replaced native write is beta_j = 0: nothing erased, nothing written. An added p q^T at token t is one more
 // row: V_j -= D_jt (r_j k_j . p) q for j > t, o_j += D_jt (scale q_j/|q_j| . p) q for j >= t, S += D_Ct p q^T. These factors
 // are made by `edit_factors`, all edits at once, so that a walk's chunk adds rank-1 terms and one without edits compares
-// two integers.
+// two integers. After the read of token t it is the same row, without o_t; and a native write removed after the read is a
+// column of A and of reach that ends on the diagonal, and no part of S.
 //
 // Only differences of log-decays are ever exponentiated, and G is kept as a whole number and a rest, so that a difference
 // keeps its last bits even where G itself is in the thousands.
@@ -68,7 +69,7 @@ struct Problem {
   bool plain;               // `solve` is to lack its diag(beta)
   const Cut* cuts;          // [slots] where chunks are not all of C tokens (the backward's), or null
   float* factors;           // [slots, H, Factors::SIZE]
-  uint8_t* removed;         // [B, T, H] not 0 where the native write is not made; null without edits
+  uint8_t *removed, *gone;  // [B, T, H] not 0 where the native write is not made, or removed after its read; null without edits
   float* edit_factors;      // [E, EditFactors::SIZE]
   int *first_place, *next_place;  // [slots], [P]: the snapshots of a chunk as lists of 1 + place, 0 at the end; or null
   // Several blocks along one sequence: segments of so many chunks (all of them in one when segments == 1).
@@ -83,7 +84,7 @@ template <int C>
 struct Factors {
   static constexpr int READ = 0;               // e^{G_j} r_j
   static constexpr int ASK = C;                // e^{G_j} scale / |q_j|
-  static constexpr int WRITE = 2 * C;          // e^{G_C - G_j} r_j
+  static constexpr int WRITE = 2 * C;          // e^{G_C - G_j} r_j, 0 where the native write is removed after its read
   static constexpr int DECAY = 3 * C;          // e^{G_C}, and three zeros
   static constexpr int HOT = 3 * C + 4;
   static constexpr int WHOLE = HOT;            // G_j, its whole part
@@ -91,7 +92,8 @@ struct Factors {
   static constexpr int KEY = HOT + 2 * C;      // r_j
   static constexpr int QUERY = HOT + 3 * C;    // scale / |q_j|
   static constexpr int BETA = HOT + 4 * C;     // 0 where the native write is not made
-  static constexpr int SIZE = HOT + 5 * C;
+  static constexpr int KEPT = HOT + 5 * C;     // r_j, 0 where the native write is removed after its read
+  static constexpr int SIZE = HOT + 6 * C;
 };
 
 // One added edit's factors: how it reaches the chunk's increments and outputs by token, and its end.

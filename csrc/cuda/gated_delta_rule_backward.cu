@@ -19,7 +19,8 @@ __global__ void __launch_bounds__(128) mark_ends(const __grid_constant__ Backwar
   if (i < p.edits.count) {
     const int64_t *x = p.edits.index + 4 * i, t = token(x[0], x[1]);
     ends[t] = 1;
-    if (x[3] != 0) p.removed[t * p.H + x[2]] = 1;
+    if (p.edits.kind(i).removes()) p.removed[t * p.H + x[2]] = 1;
+    if (p.edits.kind(i).removes_after()) p.gone[t * p.H + x[2]] = 1;
   }
   if (i < p.P) ends[token(p.places[2 * i], p.places[2 * i + 1])] = 1;
 }
@@ -162,7 +163,7 @@ Call lay_out(const GatedDeltaRuleBackwardParams& from, void* workspace) {
   p.solve = space.take<char>(p.slots * p.H * image * bytes);
   p.reach = space.take<char>(p.slots * p.H * image * bytes);
   p.factors = space.take<float>(p.slots * p.H * (narrow ? Factors<64>::SIZE : Factors<32>::SIZE));
-  if (E > 0) p.removed = space.take<uint8_t>(tokens * p.H);
+  if (E > 0) p.removed = space.take<uint8_t>(2 * tokens * p.H), p.gone = p.removed + tokens * p.H;
   if (cut) {
     call.ends = space.take<uint8_t>(tokens);
     p.cuts = call.cuts = space.take<Cut>(p.slots);
@@ -186,7 +187,7 @@ void cut_chunks(const Call& call, tile::Stream stream) {
   if (call.ends == nullptr) return;
   tile::zero(call.ends, p.B * p.T, stream);
   tile::zero(call.cuts, p.slots * sizeof(Cut), stream);
-  if (p.removed != nullptr) tile::zero(p.removed, p.B * p.T * p.H, stream);
+  if (p.removed != nullptr) tile::zero(p.removed, 2 * p.B * p.T * p.H, stream);
   const auto blocks = static_cast<unsigned>(parts(std::max(p.edits.count, p.P), 128));
   tile::launch("gated_delta_rule_backward mark_ends", mark_ends, {blocks, 1, 1}, 128, 0, stream, b, call.ends);
   tile::launch("gated_delta_rule_backward cut", cut<C>, {static_cast<unsigned>(p.N), 1, 1}, tile::WARP, 0, stream, b, call.ends,

@@ -86,7 +86,9 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK) gradients(const __grid_
         key[thread] = factors[F::KEY + thread], query[thread] = factors[F::QUERY + thread];
         beta[thread] = factors[F::BETA + thread], whole[thread] = w, rest[thread] = s;
         since[thread] = decay_between(w, s, 0, 0);
-        until[thread] = decay_between(factors[F::WHOLE + C - 1], factors[F::REST + C - 1], w, s);
+        // A native write that is removed after its read reaches nothing after the chunk, which it ends.
+        const float end = decay_between(factors[F::WHOLE + C - 1], factors[F::REST + C - 1], w, s);
+        until[thread] = factors[F::KEPT + thread] == 0 ? 0.0f : end;
         value[thread] = 0;
       }
     }
@@ -267,7 +269,7 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK) gradients(const __grid_
     const EditRange range = edits_at(p.edits, at.n, h, at.first + count - 1);
 #pragma unroll 1
     for (int64_t i = range.begin; i < range.end; i++) {
-      if (p.edits.index[4 * i + 3] == 1 || (count - 1) / 16 != warp) continue;
+      if (!p.edits.kind(i).adds() || p.edits.kind(i).after() || (count - 1) / 16 != warp) continue;
       float asked = 0;
       for (int v = lane; v < b.d_o.width && v < p.V; v += tile::WARP)
         asked += p.edits.right[i * p.V + v] * tile::load_float(b.d_o.template at<T>(row, token + count - 1, h) + v);

@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(128) edit_gradients(const __grid_constant__ Ba
   const Problem& p = b.p;
   const int64_t edit = tile::block_x(), *index = p.edits.index + 4 * edit;
   const int64_t n = index[0], t = index[1], h = index[2], hk = h / (p.H / p.Hk);
-  const bool none = index[3] == 1;
+  const bool none = !p.edits.kind(edit).adds(), unread = none || p.edits.kind(edit).after();
   const float *left = p.edits.left + edit * p.K, *right = p.edits.right + edit * p.V;
   float *d_left = b.d_edit_left + edit * p.K, *d_right = b.d_edit_right + edit * p.V;
   const int64_t slot = none ? 0 : slot_ending<C>(b, n, t);
@@ -24,13 +24,13 @@ __global__ void __launch_bounds__(128) edit_gradients(const __grid_constant__ Ba
   const T* end = static_cast<const T*>(b.ends) + (slot * p.H + h) * p.V * b.key_width;
   // How the last query reads the edit: along its left side, and along its right.
   float along_left = 0, along_right = 0;
-  for (int k = tile::lane(); k < p.K && !none; k += tile::WARP) along_left += left[k] * tile::load_float(q + k);
-  for (int v = tile::lane(); v < p.V && v < b.d_o.width && !none; v += tile::WARP)
+  for (int k = tile::lane(); k < p.K && !unread; k += tile::WARP) along_left += left[k] * tile::load_float(q + k);
+  for (int v = tile::lane(); v < p.V && v < b.d_o.width && !unread; v += tile::WARP)
     along_right += right[v] * tile::load_float(d_o + v);
-  const float query = none ? 0.0f : p.factors[(slot * p.H + h) * F::SIZE + F::QUERY + p.cuts[slot].count - 1];
+  const float query = unread ? 0.0f : p.factors[(slot * p.H + h) * F::SIZE + F::QUERY + p.cuts[slot].count - 1];
   along_left = query * tile::warp_sum(along_left), along_right = query * tile::warp_sum(along_right);
   for (int k = tile::thread(); k < p.K; k += 128) {
-    float sum = none ? 0.0f : along_right * tile::load_float(q + k);
+    float sum = unread ? 0.0f : along_right * tile::load_float(q + k);
     for (int v = 0; v < p.V && !none; v++) sum += right[v] * tile::load_float(end + static_cast<int64_t>(v) * b.key_width + k);
     d_left[k] = sum;
   }
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(128) edit_gradients(const __grid_constant__ Ba
     for (int k = tile::lane(); k < p.K && !none; k += tile::WARP)
       sum += left[k] * tile::load_float(end + static_cast<int64_t>(v) * b.key_width + k);
     sum = tile::warp_sum(sum);
-    if (tile::lane() == 0) d_right[v] = sum + (none || v >= b.d_o.width ? 0.0f : along_left * tile::load_float(d_o + v));
+    if (tile::lane() == 0) d_right[v] = sum + (unread || v >= b.d_o.width ? 0.0f : along_left * tile::load_float(d_o + v));
   }
 }
 

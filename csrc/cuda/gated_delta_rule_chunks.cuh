@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(128) edit_factors(const __grid_constant__ Prob
   using E = EditFactors<C>;
   const int64_t e = tile::block_x(), *index = p.edits.index + 4 * e;
   const int64_t n = index[0], t = index[1], h = index[2];
-  if (index[3] == 1) return;
+  if (!p.edits.kind(e).adds()) return;
   const Sequence s = sequence<C>(p, n);
   const int64_t first = t / C * C, slot = s.first_slot + t / C, hk = h / (p.H / p.Hk);
   const int at = static_cast<int>(t - first), count = s.length - first < C ? static_cast<int>(s.length - first) : C;
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(128) edit_factors(const __grid_constant__ Prob
     if (tile::lane() != 0) continue;
     const float d = j >= at ? since(j) : 0.0f;
     to[E::RIGHT + j] = j > at ? d * factors[F::KEY + j] * right : 0.0f;
-    to[E::OUT + j] = d * factors[F::QUERY + j] * out;
+    to[E::OUT + j] = j == at && p.edits.kind(e).after() ? 0.0f : d * factors[F::QUERY + j] * out;
     if (j == C - 1) to[E::END] = d;
   }
 }

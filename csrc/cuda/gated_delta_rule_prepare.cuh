@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK, KP <= 128 ? 3 : 2) prep
         const float since = decay_between(whole[i], rest[i], 0, 0);
         to[F::READ + j] = since * key[j];
         to[F::ASK + j] = since * query[j];
-        to[F::WRITE + j] = decay_between(whole_end, rest_end, whole[i], rest[i]) * key[j];
+        to[F::WRITE + j] = decay_between(whole_end, rest_end, whole[i], rest[i]) * key[j], to[F::KEPT + j] = key[j];
         to[F::WHOLE + j] = whole[i], to[F::REST + j] = rest[i], to[F::KEY + j] = key[j], to[F::QUERY + j] = query[j];
         to[F::BETA + j] = mine.beta[i];
       }
@@ -227,6 +227,22 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK, KP <= 128 ? 3 : 2) prep
         }
       }
       tile::sync_warp();
+      if (p.gone != nullptr) {  // no token but its own sees such a write; places made anew, or they stay in registers
+        const int64_t slot_here = tile::fresh(slot);
+        const Chunk here = chunk_at<C>(p, slot_here);
+        const uint8_t* gone = p.gone + ((here.s.row * p.T + here.s.origin + here.first) * p.H + h);
+        float* factors = p.factors + (slot_here * p.H + h) * F::SIZE;
+        const int end = 16 * warp + 16;
+#pragma unroll 1
+        for (int column = lane; column < end && column < here.count; column += tile::WARP) {
+          if (gone[static_cast<int64_t>(column) * p.H] == 0) continue;
+          factors[F::WRITE + column] = factors[F::KEPT + column] = 0;
+#pragma unroll 1
+          for (int row = column + 1 > end - 16 ? column + 1 : end - 16; row < end; row++)
+            *a.at(row, column) = 0, *reach.at(row, column) = Op::narrow(0.0f);
+        }
+        tile::sync_warp();
+      }
       invert_diagonal(a, 16 * warp, lane);
       tile::sync();
       const int along_a = a.place(g, c);

@@ -91,12 +91,12 @@ __global__ void __launch_bounds__(512) step(const __grid_constant__ GatedDeltaRu
 
   // Edits of this row and head, their positions ignored.
   int64_t first = 0, last = 0;
-  bool native = true;
+  bool native = true, kept = true;
   if (p.edits.count > 0) {
     for (first = last = first_edit(p.edits, b, h, INT64_MIN); last < p.edits.count; last++) {
       const int64_t* x = p.edits.index + 4 * last;
       if (x[0] != b || x[2] != h) break;
-      native = native && x[3] == 0;
+      native = native && !p.edits.kind(last).removes(), kept = kept && !p.edits.kind(last).removes_after();
     }
   }
   const float gate = tile::exponential(read(p.g, b, h, 0)), beta = read(p.beta, b, h, 0);
@@ -110,12 +110,12 @@ __global__ void __launch_bounds__(512) step(const __grid_constant__ GatedDeltaRu
   for (int j = 0; j < KEYS; j++) {
     const float kj = k[warp * KEYS + j];
 #pragma unroll
-    for (int l = 0; l < VECTOR; l++) s[j].x[l] = gate * s[j].x[l] + kj * u[l];
+    for (int l = 0; l < VECTOR; l++) s[j].x[l] = gate * s[j].x[l] + (kept ? kj : 0.0f) * u[l];
   }
   for (int64_t e = first; e < last; e++) {
-    if (p.edits.index[4 * e + 3] == 1) continue;
+    if (!p.edits.kind(e).adds()) continue;
     const float* left = p.edits.left + e * K;
-    const float reach = block_sum(i < K ? left[i] * qi : 0.0f, box, warps);
+    const float reach = block_sum(i < K && !p.edits.kind(e).after() ? left[i] * qi : 0.0f, box, warps);
     float w[VECTOR];
 #pragma unroll
     for (int l = 0; l < VECTOR; l++) w[l] = inside ? p.edits.right[e * V + column + l] : 0.0f, o[l] += reach * w[l];

@@ -252,7 +252,7 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
       const int lane = tile::fresh(tile::lane()), g = lane / 4, c = 2 * (lane % 4);
 #pragma unroll 1
       for (int64_t e = edits_begin; e < edits_end; e++) {
-        if (p.edits.index[4 * e + 3] == 1) continue;
+        if (!p.edits.kind(e).adds()) continue;
         const float* right = p.edits.right + e * p.V + column;
         const float* factors = p.edit_factors + e * E::SIZE + kind + token;
         const float w[2] = {g < columns ? sign * right[g] : 0.0f, g + 8 < columns ? sign * right[g + 8] : 0.0f};
@@ -370,7 +370,7 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
 #pragma unroll
           for (int e = 0; e < 4; e++) {
             const int j = step + 8 * i + c + e % 2;
-            scaled[i][e] = j <= token ? since(j) * factors[F::KEY + j] * u[step / 8 + i][e] : 0.0f;
+            scaled[i][e] = j <= token ? since(j) * factors[F::KEPT + j] * u[step / 8 + i][e] : 0.0f;
           }
         part[step / STEP] = Op::accumulators(scaled);
         tile::sync_warp();  // here and below: one round after the other, or their loads take all registers
@@ -400,7 +400,7 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
 #pragma unroll 1
       for (int64_t x = edits_begin; x < edits_end; x++) {  // each lane adds to what it wrote
         const int at = static_cast<int>(p.edits.index[4 * x + 1]) - first;
-        if (at > token || p.edits.index[4 * x + 3] == 1) continue;
+        if (at > token || !p.edits.kind(x).adds()) continue;
         const float d = since(at);
 #pragma unroll 1
         for (int k = c; k < p.K; k += k % 2 == 0 ? 1 : 7)
@@ -424,7 +424,7 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
     if (edited) {
 #pragma unroll 1
       for (int64_t e = edits_begin; e < edits_end; e++)
-        if (p.edits.index[4 * e + 3] != 1) add_edit<KP>(state, p, e, column, p.edit_factors[e * E::SIZE + E::END]);
+        if (p.edits.kind(e).adds()) add_edit<KP>(state, p, e, column, p.edit_factors[e * E::SIZE + E::END]);
     }
     if (p.stages == 1 && chunk + 1 < end) {
       tile::sync();

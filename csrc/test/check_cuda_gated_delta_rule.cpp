@@ -82,7 +82,7 @@ void check(const Case& c) {
     if (length == 0) continue;
     const int64_t border = std::min(length - 1, pick(length) / 64 * 64 + pick(2) * 63);
     const int64_t t = std::array<int64_t, 4>{0, length - 1, pick(length), border}[pick(4)];
-    index.push_back({n, t, pick(c.H), pick(3)});
+    index.push_back({n, t, pick(c.H), pick(3) + 4 * pick(2)});
     places.push_back({n, t});
   }
   std::stable_sort(index.begin(), index.end(), [](const auto& x, const auto& y) {

@@ -44,7 +44,7 @@ void check(const Case& c, int thread_count) {
     const int64_t n = pick(p.N), length = sequences[n][2];
     if (length == 0) continue;
     const int64_t t = std::array<int64_t, 3>{0, length - 1, pick(length)}[pick(3)];
-    index.push_back({n, t, pick(c.H), pick(3)});
+    index.push_back({n, t, pick(c.H), pick(3) + 4 * pick(2)});
     places.push_back({n, t});
   }
   std::stable_sort(index.begin(), index.end(), [](const auto& x, const auto& y) {

@@ -58,12 +58,15 @@ Gradients plain(const GatedDeltaRuleBackwardParams& p, const Sequences& sequence
       const int64_t b = sequences[n][0], origin = sequences[n][1], length = sequences[n][2], hk = h / (H / Hk);
       std::vector<double> S(K * V, 0.0), D(K * V, 0.0), dk(K), dq(K), du(V), dw(V), rest(V);
       if (in.initial_state != nullptr) std::copy_n(in.initial_state + (n * H + h) * K * V, K * V, S.begin());
-      std::vector<std::vector<double>> decayed(length), after(length), u(length, std::vector<double>(V));
-      std::vector<bool> native(length, true);
+      std::vector<std::vector<double>> decayed(length), read_of(length), u(length, std::vector<double>(V));
+      std::vector<bool> native(length, true), kept(length, true);
       for (int64_t t = 0; t < length; t++) {
         const auto k = unit(in.k, b, origin + t, hk, 1);
         for (int64_t e = 0; e < E; e++)
-          if (edit_at(e, n, t, h) && in.edits.index[4 * e + 3] != 0) native[t] = false;
+          if (edit_at(e, n, t, h)) {
+            native[t] = native[t] && !in.edits.kind(e).removes();
+            kept[t] = kept[t] && !in.edits.kind(e).removes_after();
+          }
         for (double& x : S) x *= std::exp(value(in.g, b, origin + t, h));
         decayed[t] = S;
         for (int64_t c = 0; c < V; c++) {
@@ -73,11 +76,16 @@ Gradients plain(const GatedDeltaRuleBackwardParams& p, const Sequences& sequence
           right[((b * T + origin + t) * H + h) * V + c] = u[t][c];
           for (int64_t i = 0; i < K; i++) S[i * V + c] += k[i] * u[t][c];
         }
-        for (int64_t e = 0; e < E; e++)
-          if (edit_at(e, n, t, h) && in.edits.index[4 * e + 3] != 1)
-            for (int64_t i = 0; i < K * V; i++)
-              S[i] += static_cast<double>(in.edits.left[e * K + i / V]) * in.edits.right[e * V + i % V];
-        after[t] = S;
+        const auto add = [&](bool late) {
+          for (int64_t e = 0; e < E; e++)
+            if (edit_at(e, n, t, h) && in.edits.kind(e).adds() && in.edits.kind(e).after() == late)
+              for (int64_t i = 0; i < K * V; i++)
+                S[i] += static_cast<double>(in.edits.left[e * K + i / V]) * in.edits.right[e * V + i % V];
+        };
+        add(false);
+        read_of[t] = S;
+        for (int64_t i = 0; i < K * V && !kept[t]; i++) S[i] -= k[i / V] * u[t][i % V];
+        add(true);
       }
       if (p.d_final_state != nullptr) std::copy_n(p.d_final_state + (n * H + h) * K * V, K * V, D.begin());
       for (int64_t t = length - 1; t >= 0; t--) {
@@ -86,27 +94,33 @@ Gradients plain(const GatedDeltaRuleBackwardParams& p, const Sequences& sequence
         for (int64_t i = 0; i < in.P && p.d_snapshots != nullptr; i++)
           if (in.places[2 * i] == n && in.places[2 * i + 1] == t)
             for (int64_t x = 0; x < K * V; x++) D[x] += p.d_snapshots[(i * H + h) * K * V + x];
+        const auto of_edits = [&](bool late) {
+          for (int64_t e = 0; e < E; e++)
+            if (edit_at(e, n, t, h) && in.edits.kind(e).adds() && in.edits.kind(e).after() == late)
+              for (int64_t x = 0; x < K * V; x++) {
+                out.left[e * K + x / V] += D[x] * in.edits.right[e * V + x % V];
+                out.right[e * V + x % V] += D[x] * in.edits.left[e * K + x / V];
+              }
+        };
+        of_edits(true);
+        const std::vector<double> later = D;  // of a write that did not stay nothing reaches that
         std::fill(dk.begin(), dk.end(), 0.0), std::fill(dq.begin(), dq.end(), 0.0);
         for (int64_t i = 0; i < K; i++)
           for (int64_t c = 0; c < V; c++) {
             const double d_o = value(p.d_o, b, origin + t, h, c);
-            dq[i] += after[t][i * V + c] * d_o;
+            dq[i] += read_of[t][i * V + c] * d_o;
             D[i * V + c] += q[i] * d_o;
           }
-        for (int64_t e = 0; e < E; e++)
-          if (edit_at(e, n, t, h) && in.edits.index[4 * e + 3] != 1)
-            for (int64_t x = 0; x < K * V; x++) {
-              out.left[e * K + x / V] += D[x] * in.edits.right[e * V + x % V];
-              out.right[e * V + x % V] += D[x] * in.edits.left[e * K + x / V];
-            }
+        of_edits(false);
         const int64_t at = (b * T + origin + t) * H + h;
         for (int64_t c = 0; c < V; c++) {
           double read = 0;
           du[c] = value(p.d_right, b, origin + t, h, c);
           for (int64_t i = 0; i < K; i++) {
             read += decayed[t][i * V + c] * k[i];
-            du[c] += D[i * V + c] * k[i];
-            dk[i] += D[i * V + c] * u[t][c];
+            const double on_write = D[i * V + c] - (kept[t] ? 0.0 : later[i * V + c]);
+            du[c] += on_write * k[i];
+            dk[i] += on_write * u[t][c];
           }
           if (!native[t]) du[c] = 0;
           dw[c] = beta * du[c], out.v[at * V + c] = dw[c];
@@ -169,7 +183,7 @@ void check(const Case& c, int thread_count) {
     const int64_t n = pick(in.N), length = sequences[n][2];
     if (length == 0) continue;
     const int64_t t = std::array<int64_t, 3>{0, length - 1, pick(length)}[pick(3)];
-    index.push_back({n, t, pick(c.H), pick(3)});
+    index.push_back({n, t, pick(c.H), pick(3) + 4 * pick(2)});
     places.push_back({n, t});
   }
   std::stable_sort(index.begin(), index.end(), [](const auto& x, const auto& y) {

@@ -54,12 +54,22 @@ inline Expected plain(const GatedDeltaRuleParams& p, const std::vector<std::arra
           q[i] *= p.scale;
           out.left[((b * p.T + at) * p.Hk + hk) * K + i] = k[i];
         }
-        bool native = true;
+        bool native = true, kept = true;
         const auto here = [&](int64_t e) {
           const int64_t* x = p.edits.index + 4 * e;
           return x[0] == n && x[1] == t && x[2] == h;
         };
-        for (int64_t e = 0; e < p.edits.count; e++) native = native && !(here(e) && p.edits.index[4 * e + 3] != 0);
+        for (int64_t e = 0; e < p.edits.count; e++) {
+          native = native && !(here(e) && p.edits.kind(e).removes());
+          kept = kept && !(here(e) && p.edits.kind(e).removes_after());
+        }
+        const auto add = [&](bool after) {
+          for (int64_t e = 0; e < p.edits.count; e++)
+            if (here(e) && p.edits.kind(e).adds() && p.edits.kind(e).after() == after)
+              for (int64_t i = 0; i < K; i++)
+                for (int64_t c = 0; c < V; c++)
+                  S[i * V + c] += static_cast<double>(p.edits.left[e * K + i]) * p.edits.right[e * V + c];
+        };
         const double gate = std::exp(value(p.g, b, at, h));
         for (int64_t c = 0; c < V; c++) {
           double read = 0;
@@ -67,17 +77,15 @@ inline Expected plain(const GatedDeltaRuleParams& p, const std::vector<std::arra
           u[c] = native ? value(p.beta, b, at, h) * (value(p.v, b, at, h, c) - read) : 0.0;
           for (int64_t i = 0; i < K; i++) S[i * V + c] += k[i] * u[c];
         }
-        for (int64_t e = 0; e < p.edits.count; e++)
-          if (here(e) && p.edits.index[4 * e + 3] != 1)
-            for (int64_t i = 0; i < K; i++)
-              for (int64_t c = 0; c < V; c++)
-                S[i * V + c] += static_cast<double>(p.edits.left[e * K + i]) * p.edits.right[e * V + c];
+        add(false);
         for (int64_t c = 0; c < V; c++) {
           double sum = 0;
           for (int64_t i = 0; i < K; i++) sum += S[i * V + c] * q[i];
           out.o[((b * p.T + at) * p.H + h) * V + c] = sum;
           out.right[((b * p.T + at) * p.H + h) * V + c] = u[c];
+          for (int64_t i = 0; i < K && !kept; i++) S[i * V + c] -= k[i] * u[c];
         }
+        add(true);
         for (int64_t i = 0; i < p.P; i++)
           if (p.places[2 * i] == n && p.places[2 * i + 1] == t)
             std::copy(S.begin(), S.end(), out.snapshots.begin() + (i * p.H + h) * K * V);

@@ -70,7 +70,8 @@ def attach(
         sites: `{(layer, head): dictionary}`; head is a value head. None in place of a dictionary: writes only. May be
             empty with `edits` or `accelerate`.
         edits: `{layer: Edits}`; row is the row of the batch (with beams: of batch x beams; of a packed batch: the
-            sequence), position the column in that row as fed, cached columns counted.
+            sequence), position the column in that row as fed, cached columns counted. An edit after the read leaves
+            that column's output and codes as they are, and shows from the next column on.
         accelerate: run all the model's gated-delta layers on our op, not only the hooked ones, and, on a CPU where no
             gradient is asked, on our kernels the short convolution before it and the model's RMS norms.
         any_model: also with dictionaries that name another model than this one.

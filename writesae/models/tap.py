@@ -194,7 +194,7 @@ class Tap:
         pending.applied.append((layer, among[which]))
         if frame.call is None:
             pending.keep()
-        return Edits(row, position, planned.head[which], planned.left[which], planned.right[which], planned.kind[which])
+        return planned[which]._with(row=row, position=position)
 
     def require_everything_ran(self, strict: bool) -> None:
         """Raises ValueError when a site was never called, or a state broke; where an edit's position never came, warns
@@ -415,7 +415,7 @@ def _dense_firings(sae, writes: Writes, head: int, columns: Columns, layer: int)
             if planned is not None:
                 at = planned.position + start
                 e = planned[((planned.row == n) | (planned.row < 0)) & (planned.head == head) & (at >= lo) & (at < hi)]
-                edits = Edits(e.row * 0, e.position + start - lo, e.head * 0, e.left, e.right, e.kind)
+                edits = e._with(row=e.row * 0, position=e.position + start - lo, head=e.head * 0)
             block = Writes(
                 writes.decay[b : b + 1, lo:hi, head : head + 1],
                 writes.left[b : b + 1, lo:hi, head // group : head // group + 1],
@@ -423,6 +423,8 @@ def _dense_firings(sae, writes: Writes, head: int, columns: Columns, layer: int)
             )  # fmt: skip
             states = block.states(range(hi - lo))[0, :, 0]  # [t, K, V]
             state = states[-1:, None]
+            if edits is not None and edits.any_after:  # codes are of what the queries read
+                states = block.states(range(hi - lo), read=True)[0, :, 0]
             codes = sae.encode(states)
             fires = codes.values > 0
             if columns.real is not None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from ..edits import AFTER, Edits
 from ..writes import Writes
 from .gated_delta_rule import pack_edits
 
@@ -27,6 +29,46 @@ def _arguments(writes: Writes, heads: list[int], v_enc: Tensor, w_enc: Tensor) -
     where = v_enc.device
     heads = torch.tensor(heads) if where.type == "cpu" else _heads_on(tuple(heads), where)
     return _float(writes.decay), writes.left, writes.right, heads, v_enc.detach(), w_enc.detach()
+
+
+def as_read(writes: Writes) -> tuple[Writes, Edits | None]:
+    """The writes with their edits as tokens read them, all before the read; and those that no token of theirs reads.
+
+    A code at token t is of the state that the query of t read: it says what the model used there, and an edit after the
+    read, which is often made because of that very code, must not change it. Increments are the actual ones, so an
+    addition after the read of t is one before the read of t + 1 with the decay of t + 1 on its key side. One after the
+    read of a sequence's last token is in no code, only in what is carried on. Rows are expanded.
+    """
+    edits = writes.edits
+    if edits is None or not edits.any_after:
+        return writes, None
+    b, start, stop = torch.tensor([place[1:] for place in writes.sequences()]).unbind(1)
+    late = edits.when == AFTER
+    token = start[edits.row] + edits.position + late
+    beyond = token >= stop[edits.row]
+    seen, unseen = edits._at((~beyond).nonzero().flatten()), edits._at(beyond.nonzero().flatten())
+    token, late = token[~beyond], late[~beyond]
+    decay = writes.decay[b[seen.row], token, seen.head]
+    gate = torch.where(late.to(decay.device), decay, 0).to(torch.promote_types(decay.dtype, torch.float32)).exp()
+    seen = seen._with(
+        position=seen.position + late, left=seen.left.to(gate.device) * gate[:, None], when=torch.zeros_like(seen.when)
+    )
+    return replace(writes, edits=seen if len(seen) else None), unseen if len(unseen) else None
+
+
+def carried_on(carry: Tensor, unseen: Edits | None, v: Tensor, w: Tensor, heads: list[int]) -> Tensor:
+    """Activations `[N, Hs, F]` after each sequence's last token with what `as_read` left over. No gradient."""
+    for i, head in enumerate(heads if unseen is not None else ()):
+        which = (unseen.head == head).nonzero().flatten()
+        if not len(which):
+            continue
+        p, q = unseen.left[which].detach().to(carry), unseen.right[which].detach().to(carry)
+        on_left, on_right = (
+            torch.einsum("fxk,ek->efx", side[i].detach().to(carry), x) for side, x in ((v, p), (w, q))
+        )
+        place = unseen.row[which], torch.full_like(which, i)
+        carry = carry.index_put(place, (on_left * on_right).sum(-1), accumulate=True)
+    return carry
 
 
 def _rest(writes: Writes, carry: Tensor | None) -> tuple:

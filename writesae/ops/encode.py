@@ -26,7 +26,7 @@ from .._autocast import without_autocast
 from .._library import CPU_ERROR
 from ..writes import Writes
 from . import _dispatch, _transforms
-from ._encode_arguments import _arguments, _float, _rest
+from ._encode_arguments import _arguments, _float, _rest, as_read, carried_on
 from ._encode_gradient import attach_writes_gradient
 from .reference import encode as reference
 
@@ -70,7 +70,8 @@ def encode(
     """Exact top k of the raw pre-activations `v_i^T S_t w_i + b_i`, then ReLU; or every one above a threshold.
 
     Args:
-        writes: the trace of one layer (scalar gate; edits in it are honoured).
+        writes: the trace of one layer (scalar gate; edits in it are honoured). A code at token t is of the state that
+            the query of t read: edits after the read come with token t + 1, and into `codes.carry`.
         v_enc, w_enc: encoder factors of the heads encoded; a rank axis r is summed over.
         b_enc: encoder bias, default 0.
         k: features kept a token and head, 1 <= k <= F.
@@ -98,6 +99,7 @@ def encode(
     Autocast changes nothing: sums stay float32.
     """
     writes, v_enc, w_enc, b_enc, heads, carry = _prepare(writes, v_enc, w_enc, b_enc, heads, initial_state, carry)
+    writes, unseen = as_read(writes)
     Hs, F = v_enc.shape[:2]
     tensors = _tensors(writes, v_enc, w_enc, b_enc, carry)
     check_precision(precision)
@@ -117,7 +119,7 @@ def encode(
         raise ValueError(f'precision: expected "fp32" or "bf16" with backend="{chosen}", got "tf32"')
     if _transforms.transformed(*tensors.values(), *_sides(writes)):
         values, indices, last = _plain_topk(writes, v_enc, w_enc, b_enc, heads, carry, k, bf16)
-        return Codes(values, indices, None, last.detach(), tuple(heads))
+        return Codes(values, indices, None, carried_on(last.detach(), unseen, v_enc, w_enc, heads), tuple(heads))
     operators = _dispatch.operators(chosen)
     with torch.no_grad(), _transforms.below_autograd():
         if chosen == "reference":
@@ -134,6 +136,7 @@ def encode(
             values, indices, counts, last = operators.encode_threshold(
                 *_arguments(writes, heads, v_enc, w_enc), _float(b_enc), threshold, *_rest(writes, carry), precision
             )
+        last = carried_on(last, unseen, v_enc, w_enc, heads)
     if threshold is None:
         values = _attach_gradient(values, indices, writes, v_enc, w_enc, b_enc, carry, heads, True, chosen)
         values = attach_writes_gradient(values, indices, writes, v_enc, w_enc, carry, heads, True, chosen)
@@ -178,6 +181,7 @@ def activations(
 def chosen_activations(writes, v, w, indices, b, heads, initial_state, carry, backend, names) -> Tensor:
     """`activations`, for callers whose own arguments have other names, which messages should use."""
     writes, v, w, b, heads, carry = _prepare(writes, v, w, b, heads, initial_state, carry, names)
+    writes, _ = as_read(writes)
     Hs = len(v)
     check_indices(writes, v, indices)
     tensors = _tensors(writes, v, w, b, carry)

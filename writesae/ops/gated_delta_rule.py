@@ -23,7 +23,7 @@ from .._arguments import (
 )
 from .._autocast import without_autocast
 from .._library import CPU_ERROR
-from ..edits import DELETE, Edits
+from ..edits import ADD, AFTER, DELETE, Edits
 from ..writes import Writes
 from . import _dispatch, _transforms
 from .reference.gated_delta_rule import gated_delta_rule as reference
@@ -70,8 +70,10 @@ def gated_delta_rule(
         output_final_state: also return the state after the last token.
         use_qk_l2norm: first divide q and k by sqrt(sum x^2 + 1e-6), as Qwen3-Next and Qwen3.5 do.
         cu_seqlens: offsets of packed sequences, 0 first and T last; needs B = 1. Then N = len - 1, else N = B.
-        edits: changes to the states, addressed by row (of a packed batch: the sequence) and position in that row.
-        snapshots: states to return: `[P, 2]` int tensor of (row, position), or positions taken in every row.
+        edits: changes to the states, addressed by row (of a packed batch: the sequence) and position in that row; each
+            before or after its token reads the state.
+        snapshots: states to return, after all edits of their position: `[P, 2]` int tensor of (row, position), or
+            positions taken in every row.
         return_writes: also return the `Writes`.
         backend: "reference", "cpu", "cuda", or None for the kernel of the tensors' device.
 
@@ -88,9 +90,11 @@ def gated_delta_rule(
 
     Differentiable once, in q, k, v, g, beta, initial_state and the edits' left and right; o, final_state, the writes
     and the snapshots all carry gradient. A write that an edit deletes or replaces is not made, so v and beta of that
-    token have gradient 0 there, and k what reaches it by other ways. Kept for the backward: the inputs and the writes;
-    states are computed anew, and one in 512 tokens is held while it runs. On CUDA, with its adjoint, one in 64 tokens
-    in bfloat16 where q, k and v are all bfloat16 (K / 32 times what v takes), else one in 32 in float32.
+    token have gradient 0 there, and k what reaches it by other ways. One deleted or replaced after the read is made:
+    `out.writes` hold it, with its opposite among their edits after the read, and it answers to its own o alone. Kept
+    for the backward: the inputs and the writes; states are computed anew, and one in 512 tokens is held while it runs.
+    On CUDA, with its adjoint, one in 64 tokens in bfloat16 where q, k and v are all bfloat16 (K / 32 times what v
+    takes), else one in 32 in float32.
 
     Source: Yang et al., *Gated Delta Networks*, arXiv 2412.06464; the writes: Young, arXiv 2605.12770.
     """
@@ -131,7 +135,7 @@ def gated_delta_rule(
         decay = g.to(right.dtype)
         writes = Writes(
             decay, left[:, :, :, None], right[:, :, :, None], beta=beta.to(right.dtype), initial_state=start,
-            cu_seqlens=cu_seqlens, edits=_additions(edits),
+            cu_seqlens=cu_seqlens, edits=_additions(edits, left, right, cu_seqlens),
         )  # fmt: skip
     if places is not None and as_list:
         shots = shots.reshape(len(lengths), -1, H, K, V)
@@ -170,7 +174,7 @@ def gated_delta_rule_step(
     Args:
         q, k, v, g, beta, scale, use_qk_l2norm, return_writes, backend: as in `gated_delta_rule`, without the time axis.
         state: the state before the token on entry, after its write and edits on return.
-        edits: changes made at this token; their positions are not looked at.
+        edits: changes made at this token, before or after it reads; their positions are not looked at.
 
     Raises:
         ValueError: a wrong shape, dtype or place, naming the argument.
@@ -192,8 +196,7 @@ def gated_delta_rule_step(
     scale = _scale(scale, K)
     check_type("edits", edits, Edits, optional=True)
     if edits is not None:
-        at = torch.zeros_like(edits.position)
-        edits = Edits(edits.row, at, edits.head, edits.left, edits.right, edits.kind)
+        edits = edits._with(position=torch.zeros_like(edits.position))
         edits.check(B, [1] * B, H, K, V)
         edits = edits.expand_rows(B)
     _transforms.refuse_transformed("gated_delta_rule_step", "use gated_delta_rule", *tensors.values())
@@ -231,21 +234,37 @@ def first_nonfinite(right: Tensor) -> tuple[int, int, int] | None:
 
 
 def pack_edits(edits: Edits, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
-    """(`[E, 4]` int64 of row, position, head, kind; left; right, float32), sorted by (row, head, position), stable."""
+    """(`[E, 4]` int64 of row, position, head, kind, 4 more where after the read; left; right, float32), sorted by (row,
+    head, position), stable."""
     order = torch.arange(len(edits))
     for key in (edits.position, edits.head, edits.row):
         order = order[torch.argsort(key[order], stable=True)]
-    index = torch.stack([x[order].long() for x in (edits.row, edits.position, edits.head, edits.kind)], 1)
+    columns = edits.row, edits.position, edits.head, edits.kind + 4 * edits.when
+    index = torch.stack([x[order].long() for x in columns], 1)
     parts = index.contiguous(), edits.left[order].float().contiguous(), edits.right[order].float().contiguous()
     return tuple(x.to(device, non_blocking=True) for x in parts)
 
 
-def _additions(edits: Edits | None) -> Edits | None:
-    """What edits add beyond the (already zeroed) native writes."""
+def _additions(edits: Edits | None, left: Tensor, right: Tensor, cu_seqlens: Tensor | None) -> Edits | None:
+    """What edits add beyond the native writes as they were made: `left [B, T, Hk, K]`, `right [B, T, H, V]`."""
     if edits is None or not len(edits):
         return None
     e = edits[edits.kind != DELETE]
-    return Edits(e.row, e.position, e.head, e.left, e.right) if len(e) else None
+    added = e._with(kind=torch.zeros_like(e.kind))
+    gone = (edits.kind != ADD) & (edits.when == AFTER)
+    if not bool(gone.any()):
+        return added if len(added) else None
+    # A write removed after its read is made, and its opposite is added then: once, however many edits remove it.
+    places = torch.stack([edits.row[gone], edits.position[gone], edits.head[gone]], 1).unique(dim=0)
+    row, position, head = places.unbind(1)
+    b, token = (row, position) if cu_seqlens is None else (row * 0, cu_seqlens.cpu()[row] + position)
+    p, q = left[b, token, head // (right.shape[2] // left.shape[2])], -right[b, token, head]
+    return added._with(
+        row=torch.cat([added.row, row]), position=torch.cat([added.position, position]),
+        head=torch.cat([added.head, head]), left=torch.cat([added.left.to(p), p]),
+        right=torch.cat([added.right.to(q), q]), kind=torch.zeros(len(added) + len(row), dtype=torch.int8),
+        when=torch.cat([added.when, torch.full((len(row),), AFTER, dtype=torch.int8)]),
+    )  # fmt: skip
 
 
 def _scale(scale, K: int) -> float:
@@ -372,7 +391,9 @@ def _plain(
     edits = None
     if edit_index is not None:  # not Edits, whose check looks at numbers that a transform may hide
         row, position, head, kind = edit_index.unbind(1)
-        edits = SimpleNamespace(row=row, position=position, head=head, left=edit_left, right=edit_right, kind=kind)
+        edits = SimpleNamespace(
+            row=row, position=position, head=head, left=edit_left, right=edit_right, kind=kind % 4, when=kind // 4
+        )
     o, final, left, right, shots = reference(
         q, k, v, g, beta, scale, initial_state, use_qk_l2norm, cu_seqlens, edits, snapshots
     )

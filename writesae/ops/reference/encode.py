@@ -48,11 +48,13 @@ def preactivations(
         additions = _additions_by_position(writes.edits, n)
         for t in range(start, stop):
             a = decay[b, t][:, None] * a + increments[b, t]
-            for head, p, q in additions.get(t - start, ()):
+            read = None  # as the token's query reads it, before edits after the read
+            for late, head, p, q in additions.get(t - start, ()):
+                read = a if late and read is None else read
                 for i in (i for i, encoded in enumerate(heads) if encoded == head):
                     added = torch.einsum("fxk,k,v,fxv->f", v_enc[i], p.to(v_enc), q.to(v_enc), w_enc[i])
                     a = a.index_add(0, torch.tensor([i], device=a.device), added[None])
-            rows[b].append(a)
+            rows[b].append(a if read is None else read)
         lasts.append(a)
     return torch.stack([torch.stack(r) for r in rows]), torch.stack(lasts)
 
@@ -64,7 +66,7 @@ def topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 class _Factors:
-    """The writes of the encoded heads, cut into blocks, with additions listed by (sequence, token)."""
+    """The writes of the encoded heads, cut into blocks, with additions (before the read) by (sequence, token)."""
 
     def __init__(self, writes: Writes, heads: list[int], like: Tensor):
         self.writes, self.like = writes, like
@@ -74,7 +76,7 @@ class _Factors:
         self.additions = {}
         for n in range(writes.num_sequences if writes.edits is not None else 0):
             for t, found in _additions_by_position(writes.edits, n).items():
-                pairs = [(i, p, q) for head, p, q in found for i, encoded in enumerate(heads) if encoded == head]
+                pairs = [(i, p, q) for _, head, p, q in found for i, encoded in enumerate(heads) if encoded == head]
                 kept = [(i, p.to(like), q.to(like)) for i, p, q in pairs]
                 if kept:
                     self.additions[n, t] = kept

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...edits import ADD, DELETE, Edits
+from ...edits import ADD, AFTER, DELETE, Edits
 
 
 def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -28,7 +28,8 @@ def gated_delta_rule(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns (o [B,T,H,V], final_state [N,H,K,V], left [B,T,Hk,K], right [B,T,H,V], snapshots [P,H,K,V]).
 
-    fp16 and bf16 inputs are computed in fp32. `right` is the increment actually made: zero where an edit deleted it.
+    fp16 and bf16 inputs are computed in fp32. `right` is the increment actually made: zero where an edit deleted it
+    before the token read it; what is deleted after the read was made.
     """
     compute = torch.float64 if v.dtype == torch.float64 else torch.float32
     B, T, H, V = v.shape
@@ -61,19 +62,15 @@ def gated_delta_rule(
             state = g[b, t].exp()[:, None, None] * state
             u = beta[b, t][:, None] * (v[b, t] - torch.einsum("hkv,hk->hv", state, k_t))
             here = planned.get((n, t - start), ())
-            for i in here:
-                if edits.kind[i] != ADD:
-                    u = u.clone()
-                    u[int(edits.head[i])] = 0
-            state = state + torch.einsum("hk,hv->hkv", k_t, u)
-            for i in here:
-                if edits.kind[i] == DELETE:
-                    continue
-                head = torch.tensor([int(edits.head[i])], device=state.device)
-                added = torch.outer(edits.left[i].to(state), edits.right[i].to(state))
-                state = state.index_add(0, head, added[None])  # a new tensor: what vmap maps may be the edit alone
+            late = [i for i in here if edits.when[i] == AFTER]
+            here = [i for i in here if edits.when[i] != AFTER]
+            u = _without(u, edits, here)
+            state = _added(state + torch.einsum("hk,hv->hkv", k_t, u), edits, here)
             o_rows[b].append(torch.einsum("hkv,hk->hv", state, q_t))
             u_rows[b].append(u)
+            if late:
+                state = state - torch.einsum("hk,hv->hkv", k_t, u - _without(u, edits, late))
+                state = _added(state, edits, late)
             for i in wanted.get((n, t - start), ()):
                 found[i] = state
         finals.append(state)
@@ -81,3 +78,23 @@ def gated_delta_rule(
     right = torch.stack([torch.stack(x) if x else v.new_zeros(0, H, V) for x in u_rows])
     shots = torch.stack(found) if found else v.new_zeros(0, H, K, V)
     return o.to(out_dtype), torch.stack(finals), left, right, shots
+
+
+def _without(u: Tensor, edits: Edits | None, which: list[int]) -> Tensor:
+    """Increments `[H, V]` without those that edits delete or replace."""
+    for i in which:
+        if edits.kind[i] != ADD:
+            u = u.clone()
+            u[int(edits.head[i])] = 0
+    return u
+
+
+def _added(state: Tensor, edits: Edits | None, which: list[int]) -> Tensor:
+    """`[H, K, V]` with what edits add."""
+    for i in which:
+        if edits.kind[i] == DELETE:
+            continue
+        head = torch.tensor([int(edits.head[i])], device=state.device)
+        added = torch.outer(edits.left[i].to(state), edits.right[i].to(state))
+        state = state.index_add(0, head, added[None])  # a new tensor: what vmap maps may be the edit alone
+    return state
