@@ -82,6 +82,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Trains, evaluates, saves. Returns the exit status."""
     patterns = _patterns(args)
+    _check_out(args.out, args.resume)
     given = {n: x for n, x in vars(args).items() if n in _DEFAULTS} | {"steps": _steps(args)}
     config = TrainConfig(**given, F=args.features, r=args.rank, centred=not args.not_centred)
     for name in ("length", "batch", "eval_passages", "checkpoint_every", "evaluate_every"):
@@ -90,7 +91,6 @@ def run(args: argparse.Namespace) -> int:
     if args.watch_passages < 0:
         raise ValueError(f"watch_passages: expected >= 0, got {args.watch_passages}")
     _require_device(args.device)
-    _check_out(args.out, args.resume)
     corpus, held_out = _corpora(args)
 
     from ..models import load
