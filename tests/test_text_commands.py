@@ -244,16 +244,19 @@ def test_replace_bounds_both_texts(folder, tmp_path, monkeypatch):
 
 def test_short_passages_are_selected_on_too(folder):
     """Passages shorter than the longest were dropped; and what pads them counts for nothing."""
-    from writesae.experiments.firing import survey
+    from writesae.experiments.firing import native_writes, survey
 
     model, made = writesae.models.load(folder / "model")
     saes = {(0, 1): writesae.SAE.from_pretrained(folder / "sae")}
     some = [np.array(made(f"some text {i}" * n)["input_ids"]) for i, n in enumerate((9, 1, 3, 20, 1))]
-    counts, means, tokens_seen = survey(model, saes, some)
+    counts, tokens_seen = survey(model, saes, some)
     assert tokens_seen == sum(map(len, some)) and counts[0, 1].sum() <= tokens_seen
     one_by_one = [survey(model, saes, [x]) for x in some]
-    assert np.array_equal(counts[0, 1], sum(c[0, 1] for c, _, _ in one_by_one))
-    torch.testing.assert_close(means[0, 1], sum(m[0, 1] * n for _, m, n in one_by_one) / tokens_seen)
+    assert np.array_equal(counts[0, 1], sum(c[0, 1] for c, _ in one_by_one))
+    saes = {(0, 1): writesae.SAE(saes[0, 1].K, saes[0, 1].V, 2, 1)}  # a codebook of two writes fits any text
+    _, means = native_writes(model, saes, some, 0)
+    one_by_one = [native_writes(model, saes, [x], 0)[1][0, 1] * len(x) for x in some]
+    torch.testing.assert_close(means[0, 1], sum(one_by_one) / tokens_seen)
 
 
 @pytest.mark.parametrize("stdin", ["closed", "end of file"])
