@@ -14,6 +14,7 @@ from writesae.experiments import passages_of, run_replacement
 from writesae.experiments.conditions import CONDITIONS, DEFAULT_CONDITIONS, arms
 from writesae.experiments.engine import ForkEngine, Places
 from writesae.experiments.firing import sample, top_codes
+from writesae.experiments.sites import longest_memory, memory
 from writesae.models import load
 from writesae.models.hf_gated_delta import layers
 from writesae.sae import SAE
@@ -151,9 +152,41 @@ def test_the_codebook_is_of_the_text_given(model):
 
 
 def test_sites_are_named_by_rule(model):
-    assert run(model).rule == "given"
+    assert run(model, n=2, firings=4).rule == "given"
     everything = {(1, h): dictionary(head=h) for h in range(4)}
-    assert run(model, everything, firings=4).rule == "all heads"
+    assert run(model, everything, n=2, firings=4).rule == "all heads"
+    everything |= {(layer, h): dictionary(layer, h) for layer in (0, 3) for h in range(4)}
+    passages = [p.tokens for p in passages_of(texts(2), Letters(), 50)]
+    wanted = longest_memory(model, passages, 2)
+    result = run(model, everything, n=2, firings=4, longest=2)
+    assert result.rule == "longest memory" and sorted(result.sites) == sorted(wanted)
+    del everything[wanted[1]]
+    with pytest.raises(ValueError, match="longest: expected a dictionary for each of the 2 heads"):
+        run(model, everything, n=2, firings=4, longest=2)
+    with pytest.raises(ValueError, match="longest: expected 1 to 12 heads of this model, got 0"):
+        run(model, everything, n=2, longest=0)
+
+
+def test_memory_is_that_of_the_decay(model):
+    passages = [p.tokens for p in passages_of(texts(3, 70), Letters(), 50)]
+    found = memory(model, passages)
+    assert set(found) == {(layer, head) for layer in (0, 1, 3) for head in range(4)}
+    fades = {}
+    for tokens in passages:
+        with torch.no_grad(), writesae.attach(model, {site: None for site in found}) as tap:
+            model(torch.from_numpy(tokens)[None])
+        for layer, head in found:
+            fades.setdefault((layer, head), []).append(tap.writes[layer].decay[0, :, head])
+    for site, parts in fades.items():
+        assert found[site] == pytest.approx(-1 / float(torch.cat(parts).double().mean()), rel=1e-5)
+
+
+def test_a_site_chosen_by_its_outcome_says_so(model):
+    sae = dictionary()
+    sae.training_record = {"survey": [{"win_rate": 0.9}] * 7}
+    found = run(model, sae, n=2, firings=4).summary(50)["settings"]["sites"]
+    assert found["1:2"]["chosen_of"] == 7
+    assert run(model, n=2, firings=4).summary(50)["settings"]["sites"]["1:2"]["chosen_of"] is None
 
 
 @pytest.mark.parametrize("kind", ["bilinear", "bilinear_tied", "matrix"])

@@ -132,11 +132,13 @@ def test_bad_input(tmp_path):
         load_run(tmp_path)
 
 
-def test_a_condition_of_ones_own_and_a_note_show(tmp_path):
+def test_a_condition_of_ones_own_and_a_chosen_site_show(tmp_path):
     result = made_up(60, ("native", "atom", "delete", "mine"), reads=("before",))
-    result.save(tmp_path, note="chosen <by> nobody")
+    result.sites[4, 1]["chosen_of"] = 7
+    result.save(tmp_path)
     page = build(tmp_path, tmp_path).read_text()
-    assert "<th>mine</th>" in page and "chosen &lt;by&gt; nobody" in page
+    assert "<th>mine</th>" in page
+    assert page.count("was chosen by its outcome") == 1 and "Layer 4, head 1 was chosen by its outcome: of 7 " in page
     assert "untrained codebook</div>" not in page  # there was none
     assert "before the token reads it" in page and page.count("<details") == 2
 

@@ -89,7 +89,7 @@ def without(summary: dict, path: tuple) -> dict:
 def everything(summary: dict, table: dict, payload: str) -> tuple[dict, dict]:
     """The payload in every text of a run that may be any text."""
     out, columns = copy.deepcopy(summary), dict(table)
-    out["model"] = out["note"] = payload
+    out["model"] = payload
     out["versions"] = {f"{payload}{i}": payload for i in range(3)}
     for record in out["settings"]["sites"].values():
         record["kind"] = payload
@@ -124,7 +124,7 @@ def injected(seed: int, count: int, root: Path, marker: Path) -> Iterator[Case]:
     from writesae.report.html import render
 
     result = made_up(40, ("native", "atom", "delete", "random", "codebook", "zero"), reads=("after",))
-    summary = json.loads(json.dumps({"model": "a model", "note": "a note", **result.summary(50)}))
+    summary = json.loads(json.dumps({"model": "a model", **result.summary(50)}))
     usual = Elements(render(summary, result.table, {})).found
     draw = random.Random(seed)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -122,7 +122,7 @@ def survey(
         ({site: `[F]` tokens at which each feature had the largest code}, tokens).
     """
     counts = {site: np.zeros(sae.F, np.int64) for site, sae in saes.items()}
-    for found, real, _ in _stream(model, saes, passages, "selecting", progress):
+    for found, real, _ in stream(model, saes, passages, "selecting", progress):
         for (layer, head), sae in saes.items():
             feature, value = (x.cpu() for x in top_codes(found[layer], sae, head))
             counts[layer, head] += np.bincount(feature[(value > 0) & real].numpy(), minlength=sae.F)
@@ -157,7 +157,7 @@ def native_writes(
         draw = np.random.default_rng([seed, *site]).choice(tokens, sae.F, replace=False)
         place[site] = torch.full((tokens + 1,), -1)  # where in the book a token's write goes; last: padding
         place[site][torch.from_numpy(draw)] = torch.arange(sae.F)
-    for found, real, number in _stream(model, saes, passages, "native writes", progress):
+    for found, real, number in stream(model, saes, passages, "native writes", progress):
         for (layer, head), (p, q) in books.items():
             writes = found[layer]
             group = writes.right.shape[2] // writes.left.shape[2]
@@ -172,18 +172,20 @@ def native_writes(
     )
 
 
-def _stream(model, saes, passages, what: str, progress: bool) -> Iterator[tuple[dict[int, Writes], Tensor, Tensor]]:
+def stream(
+    model, sites: Iterable[tuple[int, int]], passages: Sequence[np.ndarray], what: str, progress: bool = False
+) -> Iterator[tuple[dict[int, Writes], Tensor, Tensor]]:
     """({layer: writes}, mask `[b, T]` of real tokens, their numbers in `passages`, which is its length for padding)."""
     from tqdm import tqdm
 
     tokens = sum(map(len, passages))
     with (
-        ModelStream(model, Passages(torch.from_numpy(passages[0])[None]), list(saes)) as stream,
+        ModelStream(model, Passages(torch.from_numpy(passages[0])[None]), list(sites)) as source,
         tqdm(desc=what, total=tokens, unit=" tokens", unit_scale=True, disable=not progress) as bar,
     ):
         for ids, number in _padded(passages):
-            stream.passages = Passages(ids)
-            for found, part in zip(stream.writes(range(len(ids))), number.split(stream.batch), strict=True):
+            source.passages = Passages(ids)
+            for found, part in zip(source.writes(range(len(ids))), number.split(source.batch), strict=True):
                 real = part < tokens
                 yield found, real, part
                 bar.update(int(real.sum()))

@@ -34,6 +34,7 @@ from .firing import check_sae, native_writes, sample, survey, top_codes
 from .nulls import Fired, Material
 from .parts import Parts, concatenate
 from .result import ReplacementResult
+from .sites import rule, with_longest_memory
 
 _BEFORE, _AFTER = 24, 8  # tokens of context kept around a firing
 
@@ -114,6 +115,7 @@ def run_replacement(
     conditions: Sequence | Mapping[str, Condition] | None = None,
     seed: int = 0,
     memory: int = 2**30,
+    longest: int | None = None,
     out: str | Path | None = None,
     progress: bool = True,
     any_model: bool = False,
@@ -139,6 +141,8 @@ def run_replacement(
             write's place. None is the default: of these, all that the texts allow.
         seed: of the order of passages, the choice of tokens and the random control.
         memory: bytes that a batch of forks may take, roughly.
+        longest: test only this many sites: those of the model's heads with the longest memory, measured on `select` (or
+            `train`, or the test text); each needs a dictionary. None tests every site given.
         out: folder for finished parts; the same call on the same folder resumes and gives the same rows.
         progress: show a bar.
         any_model: also with dictionaries that name another model.
@@ -152,6 +156,9 @@ def run_replacement(
     reads = READS if read == "both" else (read,) if isinstance(read, str) else tuple(read)
     conditions = chosen(conditions, training=train is not None or select is not None)
     _check(reads, natives, scales, firings, each, horizon)
+    if longest is not None:
+        text = select or train or passages
+        saes = with_longest_memory(model, saes, [passage.tokens for passage in text], longest, progress)
     engines = {layer: ForkEngine(model, layer, horizon) for layer in sorted({layer for layer, _ in saes})}
     for (layer, head), sae in saes.items():
         check_sae(sae, engines[layer].site, layer, head)
@@ -176,16 +183,16 @@ def run_replacement(
     allowed, selected = _selection(model, saes, select, min_selected, progress)
     materials = _materials(model, saes, train or select, conditions, seed, progress)
     tables, seen_tokens = [], 0
-    longest = max(len(passages[i].tokens) for i in usable)
+    most = max(len(passages[i].tokens) for i in usable)
     order = np.random.default_rng(seed).permutation(usable)
     show = _Shown(tokenizer)
     bar = tqdm(total=firings * len(saes), desc="replacing", unit=" firings", disable=not progress)
     for layer, engine in engines.items():
         heads = {head: sae for (at, head), sae in saes.items() if at == layer}
-        room = memory // engine.bytes_a_fork(longest) // (each * len(heads))
+        room = memory // engine.bytes_a_fork(most) // (each * len(heads))
         if room < 1:
             raise ValueError(
-                f"memory: expected at least {engine.bytes_a_fork(longest) * each * len(heads):,} bytes, for the "
+                f"memory: expected at least {engine.bytes_a_fork(most) * each * len(heads):,} bytes, for the "
                 f"{each * len(heads)} forks of one passage, got {memory:,} (lower each, or raise memory)"
             )
         size, counts = min(room, 16), dict.fromkeys(heads, 0)
@@ -216,7 +223,8 @@ def run_replacement(
     return ReplacementResult(
         table, natives=tuple(natives), scales=tuple(scales), conditions=tuple(conditions), horizon=horizon, seed=seed,
         requested=firings, tokens=seen_tokens, seconds=time.perf_counter() - start, selected=selected,
-        sites={site: _describe(sae) for site, sae in saes.items()}, reads=reads, rule=_rule(saes, engines),
+        sites={site: _describe(sae) for site, sae in saes.items()}, reads=reads,
+        rule=rule(saes, engines) if longest is None else "longest memory",
     )  # fmt: skip
 
 
@@ -258,15 +266,6 @@ def _code(name: str, function: Condition | None) -> str | None:
     return hashlib.sha256(marshal.dumps(code)).hexdigest()
 
 
-def _rule(saes: Mapping[tuple[int, int], SAE], engines: Mapping[int, ForkEngine]) -> str:
-    """How the sites can be called: "all heads" of every layer among them, or "given" one by one."""
-    whole = all(
-        {head for at, head in saes if at == layer} == set(range(engine.site.num_v_heads))
-        for layer, engine in engines.items()
-    )
-    return "all heads" if whole else "given"
-
-
 def _digest(passages: Sequence[Passage]) -> str:
     digest = hashlib.sha256()
     for passage in passages:
@@ -276,7 +275,11 @@ def _digest(passages: Sequence[Passage]) -> str:
 
 def _describe(sae: SAE) -> dict:
     keys = ("kind", "F", "k", "K", "V", "r", "sparsity")
-    return {key: getattr(sae, key) for key in keys} | {"metrics": dict(getattr(sae, "metrics", {}) or {})}
+    survey = (sae.training_record or {}).get("survey")  # a site that was chosen by its outcome says so
+    chosen_of = len(survey) if isinstance(survey, (list, tuple)) else None
+    return {
+        **{key: getattr(sae, key) for key in keys}, "metrics": dict(sae.metrics or {}), "chosen_of": chosen_of,
+    }  # fmt: skip
 
 
 def _selection(model, saes, select, min_selected, progress):

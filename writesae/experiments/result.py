@@ -33,7 +33,7 @@ class ReplacementResult:
             layer, head, feature, activation, native_norm, outer_norm, atom_norm, atom_size (with its code), cosine (of
             atom and native increment), context, context_at.
         natives, scales, conditions, horizon, seed, requested, tokens, seconds, selected, sites, reads: of the run.
-        rule: "all heads" where the sites are all heads of their layers, else "given".
+        rule: "all heads" where the sites are all heads of their layers, "longest memory", or "given".
     """
 
     table: dict[str, np.ndarray]

@@ -119,11 +119,6 @@ def number(x: float | None) -> str:
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def medians(by_condition: Mapping[str, float]) -> str:
-    """Median KLs of the main conditions, in thousandths of a nat."""
-    return " / ".join(number(1e3 * by_condition[c]) for c in _MAIN if c in by_condition)
-
-
 # ---- what the numbers say -----------------------------------------------------------------------------------------
 
 
@@ -273,7 +268,7 @@ def _template():
         loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    made.filters.update(percent=percent, interval=interval, number=number, medians=medians)
+    made.filters.update(percent=percent, interval=interval, number=number)
     made.filters["count"] = lambda x: f"{x:,}"
     return made.get_template("report.html.j2")
 
@@ -284,6 +279,7 @@ def render(summary: Mapping, table: Mapping[str, np.ndarray], figures: Mapping[s
 
     test = headline(summary)
     against = test["atom_against"].get("codebook")
+    power = 3 if summary["kl_median"]["delete"] >= 1e-4 else 6
     matched = None
     if summary["headline"]["scale"] != "matched" and "matched" in summary["settings"]["scales"]:
         matched = headline(summary, "matched")
@@ -293,6 +289,7 @@ def render(summary: Mapping, table: Mapping[str, np.ndarray], figures: Mapping[s
         s=summary, test=test, table=table, atoms=_atoms(table, summary), readings=_readings(summary), site=sites,
         found=_verdict(test), says=_says(_verdict(test)), elsewhere=_elsewhere(summary), names=CONDITIONS,
         against=against, matched=matched, reads=READS, scales=SCALES, rows=_sites(summary), main=_MAIN,
+        unit=10.0**power, tens=f"10⁻{str(power).translate(_RAISED)}",
         codebook=None if against is None else _verdict(test, "codebook"),
         codebook_says=None if against is None else _says(_verdict(test, "codebook"), "an untrained codebook"),
         order=" / ".join(CONDITIONS[c].split()[0] for c in _MAIN if c in summary["kl_median"]), verdict=verdict,

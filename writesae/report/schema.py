@@ -178,7 +178,8 @@ _SUMMARY = _fields(
             "win_rate": RATE, "n": COUNT, "atoms": COUNT, "strict_chain": RATE, "population": RATE,
             "population_n": COUNT,
         }),
-        "kl_median": _mapping(_CONDITION, NUMBER), "native_kl_max": _or_none(NUMBER), "cosine_median": NUMBER,
+        "kl_median": _both(_mapping(_CONDITION, NUMBER), _fields({"atom": _ANY, "delete": _ANY})),
+        "native_kl_max": _or_none(NUMBER), "cosine_median": NUMBER,
         "heads": _mapping(TEXT, _fields({
             "n": COUNT, "mean": RATE, "sd": _or_none(NUMBER), "heads": _mapping(TEXT, RATE),
         })),
@@ -192,13 +193,13 @@ _SUMMARY = _fields(
             "selection": _or_none(_fields({"tokens": COUNT, "min_selected": COUNT})),
             "sites": _mapping(SITE, _fields(
                 {"kind": TEXT, "F": COUNT, "k": COUNT, "K": COUNT, "V": COUNT},
-                {"metrics": _or_none(_fields({}, {"fvu": _or_none(NUMBER)}))},
+                {"metrics": _or_none(_fields({}, {"fvu": _or_none(NUMBER)})), "chosen_of": _or_none(COUNT)},
             )),
         }),
         "versions": _mapping(TEXT, TEXT),
     },
     {
-        "model": TEXT, "note": _or_none(TEXT),
+        "model": TEXT,
         "sites": _mapping(SITE, _fields({
             "n": COUNT, "features": COUNT, "rate": RATE, "ci95": _PAIR, "ties": COUNT,
             "kl_median": _both(_mapping(_CONDITION, NUMBER), _fields({"atom": _ANY, "delete": _ANY})),
