@@ -318,3 +318,22 @@ def test_the_held_out_part_of_a_corpus(tmp_path):
     assert bytes(held_out.ids[:, 0].tolist()) == b"abb"
     with pytest.raises(ValueError, match="max_tokens: expected >= 1, got 0"):
         Passages.from_corpus(Corpus.from_path(tmp_path), lambda text: [1], 10, max_tokens=0)
+
+
+def test_the_replacement_test_says_what_it_held_atoms_against(folder, tmp_path, capsys):
+    """Both times of reading and every condition from the command line; the table that it leaves is whole."""
+    from writesae.experiments.conditions import CONDITIONS
+
+    corpus, out = folder / "corpus", tmp_path / "out"
+    base = ["replace", "--model", folder / "model", "--sae", folder / "sae", "--corpus", corpus, "--select", corpus,
+            "--train", corpus, "--context", "16", "--firings", "6", "--horizon", "2", "--min-selected", "1", "--native",
+            "increment", "--read", "both", "--conditions", "all", "--out", out]  # fmt: skip
+    assert main([*map(str, base)]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    summary = json.loads((out / "summary.json").read_text())
+    assert shown["headline"]["read"] == "after" and shown["atom_vs_codebook"] == summary["atom_vs_codebook"]
+    assert summary["settings"]["conditions"] == list(CONDITIONS) and summary["native_kl_max"] == 0
+    assert {(x["site"], x["read"]) for x in summary["table"]} == {("0:1", "after"), ("0:1", "before")}
+    assert "untrained codebook" in (out / "report.html").read_text()
+    assert main([*map(str, base), "--longest", "1", "--out", str(tmp_path / "other")]) == 2
+    assert "longest: expected a dictionary for each of the 1 heads" in capsys.readouterr().err

@@ -37,7 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--train-tokens", type=int, default=_TRAIN_TOKENS, help="tokens of it that are read at most, at "
                       "least as many as a dictionary has atoms")  # fmt: skip
     what.add_argument("--longest", type=int, metavar="N", help="test only the dictionaries of the model's N heads with "
-                      "the longest memory (default: every dictionary given)")  # fmt: skip
+                      "the longest memory, in tokens (default: every dictionary given)")  # fmt: skip
     what.add_argument("--any-model", action="store_true", help="also with dictionaries that name another model")
     what.add_argument("--min-selected", type=int, default=5, help="tokens of the --select text at which a feature must "
                       "have the largest code")  # fmt: skip

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from . import nulls
-from .engine import Clean, read, read_matrix
+from .engine import Clean, read, read_matrix, unread
 from .nulls import Edited, Fired, States, norm
 
 READS = ("after", "before")
@@ -218,8 +218,6 @@ def deltas(
         if N is not None and native not in removed:
             removed[native] = _read(clean, N)
         before = _read(clean, R) - (0.0 if N is None else removed[native])
-        after = before.clone()
-        after[:, 0] = 0  # token t read the state before it was changed
         for when in reads:
-            out[arm(native, condition, scale, when)] = after if when == "after" else before
+            out[arm(native, condition, scale, when)] = unread(before) if when == "after" else before
     return {name: out[name] for name in (BASELINE, *arms(natives, scales, tuple(conditions), reads))}

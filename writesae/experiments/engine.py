@@ -5,11 +5,12 @@ depend on its output, so what an edit E of its state changes there is known exac
 
     delta o_s = E^T r_s,    r_s = (prod_{t < j <= s} alpha_j (I - beta_j k_j k_j^T)) q_s        (key side only)
 
-`r_s` is how token s reads the memory of token t; it serves every edit of that place. The layer's own module then turns
-o + delta o into its output, and only the blocks above it run, on positions t..t+H, from the clean pass's states,
-convolution inputs, keys and values before t. Prefixes are shared by the forks of a passage, and all of it by all edits
-of a place. Every edit, and the baseline without one, is run in a batch of the same layout, so equal inputs give equal
-bits.
+`r_s` is how token s reads the memory of token t; it serves every edit of that place. Made before token t reads its
+state, the edit changes o_t, too; made after (the paper's procedure: the cache is patched), delta o_t is zero and the
+first position that can differ is t + 1: `unread`. The layer's own module then turns o + delta o into its output, and
+only the blocks above it run, on positions t..t+H, from the clean pass's states, convolution inputs, keys and values
+before t. Prefixes are shared by the forks of a passage, and all of it by all edits of a place. Every edit, and the
+baseline without one, is run in a batch of the same layout, so equal inputs give equal bits.
 
 Method: J. Young, *WriteSAE: Sparse Autoencoders for Recurrent State*, arXiv 2605.12770.
 """
@@ -99,14 +100,15 @@ class ForkEngine:
         self.linear = [i for i in self.above if i in self.stack.sites]
         self.full = [i for i in self.above if i not in self.stack.sites]
 
-    def bytes_a_fork(self, tokens: int) -> int:
-        """Rough memory of one fork in a batch of passages of `tokens` tokens."""
+    def bytes_a_fork(self, tokens: int, edits: int = 1) -> int:
+        """Rough memory of one fork under `edits` edits, in a batch of passages of `tokens` tokens."""
         sites, L = self.stack.sites, self.length
         state = sum(sites[i].num_v_heads * sites[i].K * sites[i].V for i in self.linear)
         config = self.model.config.get_text_config()
         scores = config.num_attention_heads * L * (tokens + L) if self.full else 0
         wide = 16 * L * max(config.hidden_size, getattr(config, "intermediate_size", 0) or 0)
-        return 4 * (2 * state + 3 * scores + wide + 4 * L * self.site.num_v_heads * self.site.V)
+        kept = edits * L * (config.hidden_size + self.site.V)  # every edit's change and final hidden states
+        return 4 * (2 * state + 3 * scores + wide + 4 * L * self.site.num_v_heads * self.site.V + kept)
 
     # ---- clean pass -------------------------------------------------------------------------------------------
 
@@ -337,6 +339,13 @@ def read(clean: Clean, left: Tensor, right: Tensor) -> Tensor:
     Elementwise products and row sums only: equal factors give equal bits, so a write taken out and put back cancels.
     """
     return (clean.reader * left[:, None]).sum(-1, keepdim=True) * right[:, None]
+
+
+def unread(delta: Tensor) -> Tensor:
+    """`[n, L, V]`: the change of the output if the state is changed after token t has read it, so that o_t is clean."""
+    out = delta.clone()
+    out[:, 0] = 0
+    return out
 
 
 def read_matrix(clean: Clean, matrix: Tensor) -> Tensor:

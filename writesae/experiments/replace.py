@@ -189,10 +189,11 @@ def run_replacement(
     bar = tqdm(total=firings * len(saes), desc="replacing", unit=" firings", disable=not progress)
     for layer, engine in engines.items():
         heads = {head: sae for (at, head), sae in saes.items() if at == layer}
-        room = memory // engine.bytes_a_fork(most) // (each * len(heads))
+        a_fork = engine.bytes_a_fork(most, 1 + len(arms(natives, scales, tuple(conditions), reads)))
+        room = memory // a_fork // (each * len(heads))
         if room < 1:
             raise ValueError(
-                f"memory: expected at least {engine.bytes_a_fork(most) * each * len(heads):,} bytes, for the "
+                f"memory: expected at least {a_fork * each * len(heads):,} bytes, for the "
                 f"{each * len(heads)} forks of one passage, got {memory:,} (lower each, or raise memory)"
             )
         size, counts = min(room, 16), dict.fromkeys(heads, 0)

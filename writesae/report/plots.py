@@ -186,7 +186,8 @@ def horizon_curve(curves: Mapping[str, np.ndarray], path: Path, first: int = 0) 
             axes.set_ylim(bottom=lowest * 0.8)
         axes.set_ylabel("KL (nats), median and middle half")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, ncols=2, columnspacing=1.2)
+        if np.isfinite(lowest):
+            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, ncols=2, columnspacing=1.2)
 
     return _draw(path, (5.0, 3.9), paint)
 
