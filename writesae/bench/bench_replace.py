@@ -71,7 +71,9 @@ def peer_side(model, layer, ids, places, changes, which, horizon):
         for name, change in changes.items():
             cache, steps = copy.deepcopy(prefix), []
             if change is not None:
-                cache.layers[layer].recurrent_states[0, head] += change[i]
+                states = cache.layers[layer].recurrent_states
+                states = states if isinstance(states, torch.Tensor) else states[0]  # by what it holds, since 5.24
+                states[0, head] += change[i]
             for s in range(t + 1, t + horizon + 1):
                 token = ids[row : row + 1, s : s + 1]
                 steps.append(model(token, past_key_values=cache, use_cache=True).logits[0, 0])

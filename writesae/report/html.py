@@ -24,7 +24,6 @@ from .style import STYLE
 TOP_ATOMS, CONTEXTS = 12, 4
 BEFORE, AFTER = 14, 6  # tokens shown around a firing; more would push out of sight what fired
 NEAR = 1.05  # medians closer than this factor are called the same
-_MAIN = ("atom", "delete", "random", "codebook", "zero")
 _DRAWN = ("atom", "delete", "random", "codebook", "singular", "zero")  # in the figure of horizons: more hide each other
 _NEAR_PERCENT = round(100 * (NEAR - 1))
 _TOKEN = 200  # characters shown of one token
@@ -288,11 +287,11 @@ def render(summary: Mapping, table: Mapping[str, np.ndarray], figures: Mapping[s
     return _template().render(
         s=summary, test=test, table=table, atoms=_atoms(table, summary), readings=_readings(summary), site=sites,
         found=_verdict(test), says=_says(_verdict(test)), elsewhere=_elsewhere(summary), names=CONDITIONS,
-        against=against, matched=matched, reads=READS, scales=SCALES, rows=_sites(summary), main=_MAIN,
+        against=against, matched=matched, reads=READS, scales=SCALES, rows=_sites(summary),
         unit=10.0**power, tens=f"10⁻{str(power).translate(_RAISED)}",
         codebook=None if against is None else _verdict(test, "codebook"),
         codebook_says=None if against is None else _says(_verdict(test, "codebook"), "an untrained codebook"),
-        order=" / ".join(CONDITIONS[c].split()[0] for c in _MAIN if c in summary["kl_median"]), verdict=verdict,
+        verdict=verdict,
         figures=[(name, _inlined(path), _inlined(plots.dark(path))) for name, path in figures.items()],
         style=Markup(STYLE), style_digest=digest, near=_NEAR_PERCENT,
     )  # fmt: skip

@@ -164,7 +164,7 @@ def activation_histogram(activation: np.ndarray, path: Path) -> Path:
 
 
 def horizon_curve(curves: Mapping[str, np.ndarray], path: Path, first: int = 0) -> Path:
-    """Median KL by tokens after the edit, with the middle half of the firings as a band. {condition: `[n, H + 1]`}.
+    """Median KL by tokens after the edit; bands hold the middle half for atom and deletion. {condition: `[n, H + 1]`}.
 
     `first` is the first token drawn: 1 where the token itself cannot have seen the change.
     """
@@ -179,7 +179,8 @@ def horizon_curve(curves: Mapping[str, np.ndarray], path: Path, first: int = 0) 
                 continue
             lowest = min(lowest, low[low > 0].min(initial=mid.min()))
             colour = colours.get(name, colours["line"])
-            axes.fill_between(h, np.maximum(low, 1e-300), high, color=colour, alpha=0.13, linewidth=0)
+            if name in ("atom", "delete"):  # more bands would hide each other
+                axes.fill_between(h, np.maximum(low, 1e-300), high, color=colour, alpha=0.16, linewidth=0)
             axes.plot(h, mid, color=colour, linewidth=1.7, marker="o", markersize=3.5, label=NAMES.get(name, name))
         axes.set(yscale="log", xlabel="tokens after the edit" + ("" if first else " (0: the token itself)"))
         if np.isfinite(lowest):
