@@ -228,7 +228,7 @@ def test_a_killed_run_resumes_to_the_same_rows(model, tmp_path):
     options = dict(firings=30, each=2, memory=40_000_000)
     kept = [c for c in DEFAULT_CONDITIONS if c != "codebook"]
     edits = 1 + len(arms(("increment", "outer"), ("coef", "matched"), kept))
-    options["memory"] = 2 * 2 * ForkEngine(model, 1, 3).bytes_a_fork(50, edits)  # two passages a batch
+    options["memory"] = 2 * 2 * ForkEngine(model, 1, 3, "after").bytes_a_fork(50, edits)  # two passages a batch
     whole = run(model, out=tmp_path / "a", **options)
     same(whole.table, run(model, **options).table)
     parts = sorted((tmp_path / "a" / "parts").glob("*.parquet"))

@@ -102,6 +102,18 @@ def test_read_after_is_a_rollout_with_a_patched_cache(name, layer, head, firings
     found = engine.divergences(clean, engine.run(clean, changes), "baseline")
     ours = {c: found[f"after.increment.{'' if c == 'delete' else 'coef.'}{c}"][0].numpy() for c in CONDITIONS}
     assert (found["after.increment.native"][0] == 0).all() and all((x[:, 0] == 0).all() for x in ours.values())
+    # Forks that begin at t + 1, what the default runs, come to the same.
+    short = ForkEngine(model, layer, L, "after")
+    late = short.clean(ids, torch.full((len(ids),), T), lambda writes: places)
+    changes = deltas(late, fired, ("increment",), ("coef",), ("native", *CONDITIONS), 0, ("after",))
+    later = short.divergences(late, short.run(late, changes), "baseline")
+    assert (later["after.increment.native"][0] == 0).all()
+    for c, kl in ours.items():
+        rest = later[f"after.increment.{'' if c == 'delete' else 'coef.'}{c}"][0].numpy()
+        assert rest.shape == (firings, L)
+        np.testing.assert_allclose(np.median(rest, 0), np.median(kl[:, 1:], 0), rtol=1e-3)
+    with pytest.raises(ValueError, match="reads: expected after alone"):
+        deltas(late, fired, ("increment",), ("coef",), CONDITIONS, 0, ("before",))
 
     p, q = random_factors(fired.identity, clean.left, clean.right, 0)
     theirs = {c: np.empty((firings, L)) for c in CONDITIONS}

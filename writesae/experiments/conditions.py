@@ -211,7 +211,13 @@ def deltas(
     seed: int,
     reads: Sequence[str] = ("after",),
 ) -> dict[str, Tensor | None]:
-    """`{arm: [n, L, V]}` changes of the head's output for `ForkEngine.run`, with the baseline (None) among them."""
+    """`{arm: [n, L, V]}` changes of the head's output for `ForkEngine.run`, with the baseline (None) among them.
+
+    Raises:
+        ValueError: edits before the read, of forks that begin after it.
+    """
+    if clean.first and "before" in reads:
+        raise ValueError('reads: expected after alone, of forks that begin after the token (ForkEngine read="after")')
     out: dict[str, Tensor | None] = {BASELINE: None}
     removed: dict[str, Tensor] = {}
     for (native, condition, scale), (R, N) in replacements(clean, fired, natives, scales, conditions, seed).items():
@@ -219,5 +225,5 @@ def deltas(
             removed[native] = _read(clean, N)
         before = _read(clean, R) - (0.0 if N is None else removed[native])
         for when in reads:
-            out[arm(native, condition, scale, when)] = unread(before) if when == "after" else before
+            out[arm(native, condition, scale, when)] = unread(clean, before) if when == "after" else before
     return {name: out[name] for name in (BASELINE, *arms(natives, scales, tuple(conditions), reads))}

@@ -159,7 +159,8 @@ def run_replacement(
     if longest is not None:
         text = select or train or passages
         saes = with_longest_memory(model, saes, [passage.tokens for passage in text], longest, progress)
-    engines = {layer: ForkEngine(model, layer, horizon) for layer in sorted({layer for layer, _ in saes})}
+    begin = "before" if "before" in reads else "after"
+    engines = {layer: ForkEngine(model, layer, horizon, begin) for layer in sorted({layer for layer, _ in saes})}
     for (layer, head), sae in saes.items():
         check_sae(sae, engines[layer].site, layer, head)
     if tokenizer is not None:
@@ -314,7 +315,7 @@ def _batch(
     engine, heads, chunk, numbers, allowed, materials, reads, natives, scales, conditions, each, seed, show
 ) -> dict:
     """Every firing tested in a batch of passages, as table columns."""
-    layer, horizon = engine.layer, engine.length - 1
+    layer, horizon = engine.layer, engine.horizon
     lengths = [len(passage.tokens) for passage in chunk]
     ids = torch.zeros(len(chunk), max(lengths), dtype=torch.int64)
     for p, passage in enumerate(chunk):
@@ -348,8 +349,10 @@ def _batch(
     fired = Fired(v, w, code, names, torch.from_numpy(feature), sites)
     changes = deltas(clean, fired, natives, scales, conditions, seed, reads)
     found = engine.divergences(clean, engine.run(clean, changes), BASELINE)
+    # Where the forks begin after the token, its own KL is 0 without having been run.
     kl = {
-        name: tuple(x.cpu().numpy() for x in found[name]) for name in arms(natives, scales, tuple(conditions), reads)
+        name: tuple(np.pad(x.cpu().numpy(), ((0, 0), (engine.first, 0))) for x in found[name])
+        for name in arms(natives, scales, tuple(conditions), reads)
     }
     left, right, outer = (x.to("cpu", torch.float32) for x in (clean.left, clean.right, clean.outer_right))
     norm = left.norm(dim=1) * right.norm(dim=1)
