@@ -25,7 +25,7 @@ _SUMMARY = (
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR",
                         help="folder to write to; an earlier demo there is redone")  # fmt: skip
-    parser.add_argument("--firings", type=int, default=1000, help="firings of the held-out text to test")
+    parser.add_argument("--firings", type=int, default=1500, help="firings of the held-out text to test")
     parser.add_argument("--atoms", type=int, default=8, help="atoms to print, the strongest first")
     parser.add_argument("--horizon", type=int, default=8, help="tokens followed after the edit")
     parser.add_argument("--seed", type=int, default=0, help="seed of the choice of firings and of what is drawn")
