@@ -7,7 +7,7 @@ from tiny_models import families, tiny_model, tokens
 import writesae
 from writesae.edits import Edits
 from writesae.experiments.divergence import kl_pair
-from writesae.experiments.engine import ForkEngine, Places, read, read_matrix
+from writesae.experiments.engine import ForkEngine, Places, read, read_matrix, unread
 
 LINEAR, FULL = "linear_attention", "full_attention"
 
@@ -89,6 +89,27 @@ def test_forks_equal_whole_forward_passes(family, layer_types, layer):
     assert torch.equal(logits["native"], logits["baseline"])  # bit for bit
 
 
+@pytest.mark.parametrize("family, layer_types, layer", [CASES[0], *CASES[2:4]])
+def test_forks_that_begin_after_the_token_are_the_rest_of_those_that_begin_at_it(family, layer_types, layer):
+    model = tiny_model(family, layer_types)
+    lengths, places = [23, 17], [(0, 0, 0), (0, 9, 3), (0, 10, 2), (0, 22, 1), (1, 3, 1), (1, 14, 0)]
+    ids = tokens(2, 23)
+    row, position, head = (torch.tensor(x) for x in zip(*places, strict=True))
+    found = []
+    for read_ in ("before", "after"):
+        engine = ForkEngine(model, layer, 4, read_)
+        clean = engine.clean(ids, torch.tensor(lengths), lambda writes: Places(row, position, head))
+        deltas, _, _ = fork_changes(engine, clean)
+        deltas = {name: None if x is None else unread(clean, x) for name, x in deltas.items()}
+        found.append((clean.valid, engine.run(clean, deltas)))
+    (whole, at), (rest, after) = found
+    assert torch.equal(whole[:, 1:], rest)
+    for name in at:
+        torch.testing.assert_close(after[name][rest], at[name][:, 1:][rest], atol=1e-4, rtol=1e-4)
+    assert torch.equal(after["native"], after["baseline"])
+    assert (after["delete"][0] - after["baseline"][0]).abs().max() > 1e-2
+
+
 def test_divergences_are_those_of_the_logits():
     model = tiny_model()
     engine, clean, _, hidden, _, _ = run_engine(model, 1, [19], [(0, 2, 0), (0, 16, 1)], 5)
@@ -151,6 +172,10 @@ def test_bad_input():
         ForkEngine(model, 2)
     with pytest.raises(ValueError, match="horizon"):
         ForkEngine(model, 0, -1)
+    with pytest.raises(ValueError, match="horizon: expected 1 or more"):
+        ForkEngine(model, 0, 0, "after")
+    with pytest.raises(ValueError, match="read: expected before or after, got 'both'"):
+        ForkEngine(model, 0, 2, "both")
     with pytest.raises(ValueError, match="position"):
         run_engine(model, 0, [9, 5], [(1, 5, 0)], 2)
     with pytest.raises(ValueError, match="head"):

@@ -11,9 +11,10 @@ from tiny_models import tiny_model
 
 import writesae
 from writesae.experiments import passages_of, run_replacement
-from writesae.experiments.conditions import CONDITIONS, Fired, deltas, random_factors
-from writesae.experiments.engine import ForkEngine, Places, read
+from writesae.experiments.conditions import CONDITIONS, DEFAULT_CONDITIONS, arms
+from writesae.experiments.engine import ForkEngine, Places
 from writesae.experiments.firing import sample, top_codes
+from writesae.experiments.sites import longest_memory, memory
 from writesae.models import load
 from writesae.models.hf_gated_delta import layers
 from writesae.sae import SAE
@@ -60,57 +61,132 @@ def run(model, sae=None, n=6, **options):
     return run_replacement(model, Letters(), dictionary() if sae is None else sae, passages, **options)
 
 
+def same_or_close(a, b):
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-9)
+
+
 def test_every_condition_and_statistic(model):
     select = passages_of(texts(4, seed=1), Letters(), 50)
-    result = run(model, select=select, min_selected=2, conditions=CONDITIONS)
+    result = run(model, select=select, min_selected=2, conditions=CONDITIONS, read="both")
     assert len(result) == 20
     summary = json.loads(json.dumps(result.summary(200), allow_nan=False))
     assert summary["native_kl_max"] == 0.0
-    assert set(summary["tests"]) == {"increment/coef", "increment/matched", "outer/coef", "outer/matched"}
-    for metrics in summary["tests"].values():
+    assert set(summary["tests"]) == {
+        f"{r}/{n}/{s}" for r in ("after", "before") for n in ("increment", "outer") for s in ("coef", "matched")
+    }
+    others = set(CONDITIONS) - {"native", "atom", "delete"}
+    for name, metrics in summary["tests"].items():
+        assert set(metrics) == ({"h1", "mean"} if name.startswith("after") else {"h0", "h1", "mean"})
         for directions in metrics.values():
             for test in directions.values():
-                for name, statistic in test.items():
-                    if name not in ("kl", "atom_against"):
-                        assert statistic["statistic"] and "n" in statistic
-                assert set(test["atom_against"]) == {"mean", "previous", "singular"}
+                for statistic in ("win_rate", "wilcoxon", "population", "cliffs_delta", "strict_chain"):
+                    assert test[statistic]["statistic"] and "n" in test[statistic]
+                assert [q["n"] for q in test["by_quartile"]] == [5] * 4
+                assert set(test["atom_against"]) == others - ({"scaled"} if name.endswith("matched") else set())
+    assert {c for c in result.table if c.startswith("forward:")} == {
+        f"forward:{x}" for x in arms(("increment", "outer"), ("coef", "matched"), CONDITIONS, ("after", "before"))
+    }
     for name, column in result.table.items():
         if name.startswith(("forward:", "reverse:")):
             assert column.shape == (20, 4) and np.isfinite(column).all()
-            assert (column == 0).all() if name.endswith(".native") else (column[:, 0] > 0).all()
+            if name.endswith(".native"):
+                assert (column == 0).all()
+            else:  # read after, the token itself cannot tell
+                assert (column[:, 0] == 0).all() if ":after." in name else (column[:, 0] > 0).all()
+                assert (column[:, 1:] > 0).all()
     assert summary["kl_median"]["atom"] == np.median(result.kl("increment", "atom", "coef"))
+    assert summary["atom_vs_codebook"] == np.mean(
+        result.kl("increment", "atom", "coef") < result.kl("increment", "codebook", "coef")
+    )
+    rows = {(r["read"], r["scale"], r["condition"]): r for r in summary["table"]}
+    assert len(rows) == len(summary["table"]) == 2 * (1 + 2 * (len(others) - 3) + 2 + 1 + 2)
+    row = rows["before", "matched", "codebook"]
+    codebook = result.kl("increment", "codebook", "matched", read="before")
+    assert row["beats_delete"]["rate"] == np.mean(codebook < result.kl("increment", "delete", read="before"))
+    assert row["atom_beats"]["rate"] == np.mean(result.kl("increment", "atom", "matched", read="before") < codebook)
+    assert row["of_zero"] == np.median(codebook) / np.median(result.kl("increment", "zero", read="before"))
 
 
-def test_conditions_have_the_sizes_they_say(model):
-    engine = ForkEngine(model, 1, 2)
-    places = Places(torch.tensor([0, 0, 0]), torch.tensor([4, 4, 9]), torch.tensor([0, 3, 1]))
-    clean = engine.clean(torch.arange(3, 23)[None], torch.tensor([20]), lambda writes: places)
-    v, w = torch.randn(3, 1, 8), torch.randn(3, 1, 6)
-    fired = Fired(v, w, torch.tensor([0.5, 1.0, 2.0]), ["a", "b", "c"], torch.randn(3, 8, 6))
-    out = deltas(clean, fired, ("increment", "outer"), ("coef", "matched"), CONDITIONS, 0)
-    assert out.pop("baseline") is None
-    assert (out["increment.native"] == 0).all() and (out["outer.native"] == 0).all()
-    removed = read(clean, clean.left, clean.right)
-    atom = read(clean, v[:, 0] * fired.coefficient[:, None], w[:, 0])
-    torch.testing.assert_close(out["increment.delete"], -removed)
-    torch.testing.assert_close(out["increment.coef.atom"], atom - removed)
-    outer = read(clean, clean.left, clean.outer_right)
-    torch.testing.assert_close(out["outer.coef.atom"], atom - outer)
-    assert not torch.allclose(removed, outer)
-    # beta_t v_t is the whole write less its erase: u_t = beta_t (v_t - S~^T k_t).
-    states = clean.writes.states(torch.tensor([[0, 3], [0, 8]]))[torch.tensor([0, 0, 1]), places.head]
-    decay, beta = (x[0, places.position, places.head] for x in (clean.writes.decay, clean.writes.beta))
-    erased = beta[:, None] * torch.einsum("nkv,nk->nv", decay.exp()[:, None, None] * states, clean.left)
-    torch.testing.assert_close(clean.right, clean.outer_right - erased, atol=1e-5, rtol=1e-4)
-    p, q = random_factors(fired.identity, clean.left, clean.right, 0)
-    torch.testing.assert_close(p.norm(dim=1), torch.ones(3))
-    matched = (clean.left.norm(dim=1) * clean.right.norm(dim=1))[:, None]
-    torch.testing.assert_close(out["increment.matched.random"], read(clean, matched * p, q) - removed)
-    coef = (fired.coefficient * v[:, 0].norm(dim=1) * w[:, 0].norm(dim=1))[:, None]
-    torch.testing.assert_close(out["increment.coef.random"], read(clean, coef * p, q) - removed)
-    again, _ = random_factors(["c", "a"], clean.left[:2], clean.right[:2], 0)
-    torch.testing.assert_close(again, p[[2, 0]])  # by name, not by place in the batch
-    assert not torch.allclose(random_factors(["c"], clean.left, clean.right, 1)[0], p[2:])
+def test_one_read_time_alone_is_that_of_both(model):
+    both = run(model, read="both", natives=("increment",))
+    assert both.reads == ("after", "before")
+    for when in ("after", "before"):
+        alone = run(model, read=when, natives=("increment",))
+        name = f"forward:{when}.increment.coef.atom"
+        assert {c.split(":")[1].split(".")[0] for c in alone.table if c.startswith("forward:")} == {when}
+        same_or_close(alone.table[name], both.table[name])
+
+
+def test_a_condition_of_ones_own(model, tmp_path):
+    def mine(edited):
+        assert edited.states.after.shape == (len(edited.left), 8, 6)
+        left, right = edited.left / edited.left.norm(dim=1, keepdim=True), edited.w[:, 0]
+        return edited.size[:, None] * left, right / right.norm(dim=1, keepdim=True)
+
+    def whole(edited):
+        return edited.left[:, :, None] * edited.right[:, None]
+
+    result = run(model, conditions={"mine": mine, "whole": whole}, out=tmp_path)
+    kept = [c for c in DEFAULT_CONDITIONS if c != "codebook"]  # there is no text to take native writes from
+    assert list(result.conditions) == [*kept, "mine", "whole"]
+    # The whole write as a matrix is the write, to rounding; its KL with nothing changed is nothing.
+    assert (result.kl("increment", "whole", "coef") < 1e-3 * result.kl("increment", "delete")).all()
+    assert {"mine", "whole"} <= set(result.summary(50)["kl_median"])
+    run(model, conditions={"mine": mine, "whole": whole}, out=tmp_path)
+    with pytest.raises(ValueError, match="other settings .conditions"):
+        run(model, conditions={"mine": whole, "whole": whole}, out=tmp_path)
+    only = run(model, conditions=["atom", "delete", ("mine", mine)])
+    assert only.conditions == ("atom", "delete", "mine")
+    same_or_close(only.kl("outer", "mine", "matched"), result.kl("outer", "mine", "matched"))
+
+
+def test_the_codebook_is_of_the_text_given(model):
+    """Other text, other writes; and as many as there are atoms, or the text is too short."""
+    select, train = passages_of(texts(4, seed=1), Letters(), 50), passages_of(texts(4, seed=2), Letters(), 50)
+    one, two = (run(model, select=select, min_selected=1, train=t) for t in (None, train))
+    assert one.table["position"].tolist() == two.table["position"].tolist()
+    same_or_close(one.kl("increment", "atom", "coef"), two.kl("increment", "atom", "coef"))
+    assert not np.allclose(one.kl("increment", "codebook", "coef"), two.kl("increment", "codebook", "coef"))
+    with pytest.raises(ValueError, match="train: expected at least 12 tokens"):
+        run(model, train=passages_of([("a", "short")], Letters(), 50))
+
+
+def test_sites_are_named_by_rule(model):
+    assert run(model, n=2, firings=4).rule == "given"
+    everything = {(1, h): dictionary(head=h) for h in range(4)}
+    assert run(model, everything, n=2, firings=4).rule == "all heads"
+    everything |= {(layer, h): dictionary(layer, h) for layer in (0, 3) for h in range(4)}
+    passages = [p.tokens for p in passages_of(texts(2), Letters(), 50)]
+    wanted = longest_memory(model, passages, 2)
+    result = run(model, everything, n=2, firings=4, longest=2)
+    assert result.rule == "longest memory" and sorted(result.sites) == sorted(wanted)
+    del everything[wanted[1]]
+    with pytest.raises(ValueError, match="longest: expected a dictionary for each of the 2 heads"):
+        run(model, everything, n=2, firings=4, longest=2)
+    with pytest.raises(ValueError, match="longest: expected 1 to 12 heads of this model, got 0"):
+        run(model, everything, n=2, longest=0)
+
+
+def test_memory_is_that_of_the_decay(model):
+    passages = [p.tokens for p in passages_of(texts(3, 70), Letters(), 50)]
+    found = memory(model, passages)
+    assert set(found) == {(layer, head) for layer in (0, 1, 3) for head in range(4)}
+    fades = {}
+    for tokens in passages:
+        with torch.no_grad(), writesae.attach(model, {site: None for site in found}) as tap:
+            model(torch.from_numpy(tokens)[None])
+        for layer, head in found:
+            fades.setdefault((layer, head), []).append(tap.writes[layer].decay[0, :, head])
+    for site, parts in fades.items():
+        assert found[site] == pytest.approx(-1 / float(torch.cat(parts).double().mean()), rel=1e-5)
+
+
+def test_a_site_chosen_by_its_outcome_says_so(model):
+    sae = dictionary()
+    sae.training_record = {"survey": [{"win_rate": 0.9}] * 7}
+    found = run(model, sae, n=2, firings=4).summary(50)["settings"]["sites"]
+    assert found["1:2"]["chosen_of"] == 7
+    assert run(model, n=2, firings=4).summary(50)["settings"]["sites"]["1:2"]["chosen_of"] is None
 
 
 @pytest.mark.parametrize("kind", ["bilinear", "bilinear_tied", "matrix"])
@@ -150,7 +226,9 @@ def same(a, b):
 
 def test_a_killed_run_resumes_to_the_same_rows(model, tmp_path):
     options = dict(firings=30, each=2, memory=40_000_000)
-    options["memory"] = 2 * 2 * ForkEngine(model, 1, 3).bytes_a_fork(50)  # two passages a batch
+    kept = [c for c in DEFAULT_CONDITIONS if c != "codebook"]
+    edits = 1 + len(arms(("increment", "outer"), ("coef", "matched"), kept))
+    options["memory"] = 2 * 2 * ForkEngine(model, 1, 3, "after").bytes_a_fork(50, edits)  # two passages a batch
     whole = run(model, out=tmp_path / "a", **options)
     same(whole.table, run(model, **options).table)
     parts = sorted((tmp_path / "a" / "parts").glob("*.parquet"))
@@ -183,8 +261,8 @@ def test_several_heads_share_a_layer(model):
     mine = [i for i, site in enumerate(sites) if site == (1, 2)]
     for name in ("document", "position", "feature", "token"):
         assert alone.table[name].tolist() == result.table[name][mine].tolist()
-    name = "forward:increment.coef.random"
-    np.testing.assert_allclose(alone.table[name], result.table[name][mine], rtol=1e-3, atol=1e-9)
+    name = "forward:after.increment.coef.random"
+    same_or_close(alone.table[name], result.table[name][mine])
 
 
 def test_save_and_report_data(model, tmp_path):
@@ -204,7 +282,9 @@ def test_native_writes_put_back_change_nothing_in_the_default_model():
     sae = SAE(site.K, site.V, 64, 4, layer=site.layer_index, head=site.num_v_heads - 1)
     code = Path(__file__).read_text()
     passages = passages_of([("this file", code)], tokenizer, 128)
-    result = run_replacement(model, tokenizer, sae, passages, firings=16, each=4, horizon=4, progress=False)
+    result = run_replacement(
+        model, tokenizer, sae, passages, firings=8, each=4, horizon=3, read="both", progress=False
+    )  # fmt: skip
     summary = result.summary(50)
     assert summary["native_kl_max"] == 0.0
     assert 0 < summary["kl_median"]["delete"] < 1
@@ -216,7 +296,20 @@ def test_native_writes_put_back_change_nothing_in_the_default_model():
         ({"firings": 0}, "firings: expected at least 1"),
         ({"horizon": 0}, "horizon"),
         ({"conditions": ["atom", "random"]}, "atom and delete"),
-        ({"conditions": ["atom", "delete", "mean"]}, "mean"),
+        ({"conditions": ["atom", "delete", "mean"]}, '"mean" needs text'),
+        ({"conditions": ["atom", "delete", "codebook"]}, '"codebook" needs text'),
+        ({"conditions": ["atom", "delete", "atom"]}, "atom twice"),
+        ({"conditions": ["atom", "delete", "oracle"]}, "or a name with a function, got 'oracle'"),
+        ({"conditions": "atom"}, "a list of names, got the text 'atom'"),
+        ({"conditions": {"mine": 3}}, "mine: expected a function, got int"),
+        ({"conditions": {"zero": len}}, "a name of your own"),
+        ({"conditions": {"A b": len}}, "a name of your own"),
+        ({"conditions": {"mine": lambda e: e.left}}, "mine: expected factors"),
+        ({"conditions": {"mine": lambda e: (e.left, e.left)}}, "mine: expected factors"),
+        ({"conditions": {"mine": lambda e: None}}, "mine: expected factors"),
+        ({"conditions": {"mine": lambda e: (e.left / 0, e.right)}}, "mine: expected finite values"),
+        ({"read": "during"}, "read: expected some of after, before .or both., each once, got during"),
+        ({"read": ["after", "after"]}, "read: expected"),
         ({"natives": ["outre"]}, "natives: expected some of increment, outer"),
         ({"scales": []}, "scales"),
         ({"memory": 1000}, "memory: expected at least"),

@@ -1,6 +1,7 @@
 """The report: every figure in one page, nothing fetched, nothing unescaped, and no model needed to draw it."""
 
 import base64
+import dataclasses
 import json
 import re
 import subprocess
@@ -18,10 +19,10 @@ ROOT = Path(__file__).parents[1]
 NATIVES, SCALES = ("increment", "outer"), ("coef", "matched")
 
 
-def made_up(n=300, conditions=CONDITIONS, horizon=6, seed=0, spread=1.0):
+def made_up(n=300, conditions=CONDITIONS, horizon=6, seed=0, spread=1.0, reads=("after", "before")):
     """A result with plausible numbers and awkward tokens."""
     draw = np.random.default_rng(seed)
-    level = dict(native=0, atom=1e-3, delete=2e-3, random=4e-3, mean=2e-3, previous=3e-3, singular=5e-3)
+    level = dict(native=0, atom=1e-3, random=4e-3, previous=3e-3, singular=5e-4, codebook=1.1e-3, zero=5e-3)
     decay = np.exp(-0.3 * np.arange(horizon + 1))
     words = ["def", " <b>", "&amp;", "\n", "\t", "self", ".", "é", '"', "</code>"]
     context = np.empty(n, object)
@@ -32,16 +33,19 @@ def made_up(n=300, conditions=CONDITIONS, horizon=6, seed=0, spread=1.0):
         "document": document, "passage": np.arange(n) // 4, "row": np.arange(n) % 7, "position": np.arange(n) % 50 + 1,
         "token": np.arange(n), "layer": np.full(n, 4), "head": np.arange(n) % 2, "feature": draw.integers(0, 20, n),
         "activation": draw.exponential(2, n) + 0.1, "native_norm": np.ones(n), "outer_norm": np.ones(n),
-        "atom_norm": np.ones(n), "cosine": draw.uniform(-0.2, 0.9, n), "context": context, "context_at": np.full(n, 12),
+        "atom_norm": np.ones(n), "atom_size": np.full(n, 0.3),
+        "cosine": draw.uniform(-0.2, 0.9, n), "context": context, "context_at": np.full(n, 12),
     }  # fmt: skip
     for direction in ("forward", "reverse"):
-        for name in arms(NATIVES, SCALES, conditions):
+        for name in arms(NATIVES, SCALES, conditions, reads):
             noise = np.exp(spread * draw.standard_normal((n, 1)))
-            table[f"{direction}:{name}"] = level[name.split(".")[-1]] * noise * decay
+            table[f"{direction}:{name}"] = level.get(name.split(".")[-1], 2e-3) * noise * decay
+            if name.startswith("after"):
+                table[f"{direction}:{name}"][:, 0] = 0
     sites = {(4, h): {"kind": "bilinear", "F": 512, "k": 16, "K": 32, "V": 64, "metrics": {"fvu": 0.4}} for h in (0, 1)}
     return ReplacementResult(
         table, NATIVES, SCALES, tuple(conditions), horizon, 0, n, 12345, 10.0,
-        {"tokens": 999, "passages": 9, "min_selected": 5, "features": {"4:0": 20}}, sites,
+        {"tokens": 999, "passages": 9, "min_selected": 5, "features": {"4:0": 20}}, sites, reads,
     )  # fmt: skip
 
 
@@ -57,7 +61,7 @@ def test_all_figures_are_inlined_and_nothing_is_fetched(folder):
     page = (folder / "report.html").read_text()
     figures = sorted((folder / "plots").glob("*.png"))
     assert {f.stem for f in figures} == {
-        "kl_scatter", "ratio_densities", "horizon_curve", "feature_win_rates", "win_rate_by_cosine",
+        "null_models", "kl_scatter", "ratio_densities", "horizon_curve", "feature_win_rates", "win_rate_by_cosine",
         "activation_histogram",
     }  # fmt: skip
     for figure in figures:
@@ -71,14 +75,22 @@ def test_all_figures_are_inlined_and_nothing_is_fetched(folder):
 def test_the_page_holds_the_numbers(folder):
     page = (folder / "report.html").read_text()
     summary = json.loads((folder / "summary.json").read_text())
-    for rate in (summary["win_rate"], summary["strict_chain"]):
+    population = summary["tests"]["after/increment/coef"]["mean"]["forward"]["population"]["mean"]
+    for rate in (summary["win_rate"], summary["strict_chain"], summary["atom_vs_codebook"], population):
         assert f"{100 * rate:.1f}&#8239;%" in page
-    assert page.count('class="group"') == 4 and page.count("class=here") == 1
-    for text in ("a &lt;tiny&gt; model", "pkg/&lt;", "<mark>", "FVU 0.400", "Heads of layer 4", "previous write"):
+    for x in summary["table"]:
+        for share in (x["beats_delete"], x["atom_beats"]):
+            assert share is None or f"{100 * share['rate']:.1f}&#8239;%" in page
+    for paper in ("92.4", "89.5", "89.8"):
+        assert f"paper: {paper}&#8239;%" in page
+    assert page.count('class="group"') == 8 and page.count("class=here") == 1
+    assert "atom closer than an untrained codebook" in page and "at the write’s norm" in page
+    for text in ("a &lt;tiny&gt; model", "pkg/&lt;", "<mark>", "FVU 0.400", "Heads of layer 4", "previous write",
+                 "negligible", "largest", "nothing here says that they were not chosen"):  # fmt: skip
         assert text in page
     assert "<b>&amp;amp;" not in page and " <b>" not in re.sub(r"<figcaption>.*?</figcaption>", "", page)
-    opened = re.findall(r"<(section|div|table|figure)\b", page)
-    assert len(opened) == len(re.findall(r"</(section|div|table|figure)>", page))
+    opened = re.findall(r"<(section|div|table|figure|details)\b", page)
+    assert len(opened) == len(re.findall(r"</(section|div|table|figure|details)>", page))
 
 
 def test_a_run_survives_its_folder(folder):
@@ -94,9 +106,7 @@ def test_a_run_survives_its_folder(folder):
 )
 def test_small_and_degenerate_runs_draw(tmp_path, n, conditions, spread):
     result = made_up(n, conditions, spread=spread)
-    for condition in conditions:
-        if condition == "delete":
-            result.table[f"forward:{arm('increment', condition)}"][:] = 0  # exact zeros on logarithmic axes
+    result.table[f"forward:{arm('increment', 'delete')}"][:] = 0  # exact zeros on logarithmic axes
     page = build((json.loads(json.dumps(result.summary(50))), result.table), tmp_path)
     assert page.read_text().startswith("<!doctype html>")
 
@@ -120,3 +130,20 @@ def test_bad_input(tmp_path):
     (tmp_path / "parts").mkdir()
     with pytest.raises(ValueError, match="not finished"):
         load_run(tmp_path)
+
+
+def test_a_condition_of_ones_own_and_a_chosen_site_show(tmp_path):
+    result = made_up(60, ("native", "atom", "delete", "mine"), reads=("before",))
+    result.sites[4, 1]["chosen_of"] = 7
+    result.save(tmp_path)
+    page = build(tmp_path, tmp_path).read_text()
+    assert "<th>mine</th>" in page
+    assert page.count("was chosen by its outcome") == 1 and "Layer 4, head 1 was chosen by its outcome: of 7 " in page
+    assert "untrained codebook</div>" not in page  # there was none
+    assert "before the token reads it" in page and page.count("<details") == 2
+
+
+@pytest.mark.parametrize("rule, says", [("all heads", "all heads of the layers"), ("longest memory", "longest memory")])
+def test_the_rule_of_the_sites_is_named(tmp_path, rule, says):
+    result = dataclasses.replace(made_up(40), rule=rule)
+    assert says in build((result.summary(50), result.table), tmp_path).read_text()

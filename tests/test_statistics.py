@@ -9,7 +9,10 @@ from scipy import stats
 from writesae.experiments.statistics import (
     ClusterBootstrap,
     across_heads,
+    against,
+    by_quartile,
     check_finite,
+    cliffs_delta,
     population,
     replacement_tests,
     strict_chain,
@@ -88,7 +91,53 @@ def test_population_by_hand():
     assert out["firings"] == 30 + 5 + 6
     assert out["win_rates"] == pytest.approx([1.0, 2 / 5, 2 / 6])
     assert out["significant"] == 1
+    assert out["mean"] == pytest.approx((1 + 2 / 5 + 1 / 3) / 3)
+    low, high = out["mean_ci95"]  # of three features: any of them, thrice, is a resample
+    assert 1 / 3 <= low < out["mean"] < high <= 1
     assert population(atom[:4], delete[:4], np.arange(4))["n"] == 0
+
+
+def test_the_mean_of_features_is_bootstrapped_over_features():
+    draw = np.random.default_rng(0)
+    feature = np.repeat(np.arange(40), 10)
+    chance = np.repeat(draw.uniform(0.3, 1.0, 40), 10)
+    atom, delete = (draw.random(400) > chance).astype(float), np.full(400, 0.5)
+    out = population(atom, delete, feature)
+    rates = np.array(out["win_rates"])
+    assert out["mean"] == pytest.approx(rates.mean())
+    half = 1.96 * rates.std(ddof=1) / np.sqrt(40)
+    assert out["mean_ci95"] == pytest.approx([rates.mean() - half, rates.mean() + half], abs=0.02)
+    one = population(atom[:10], delete[:10], feature[:10])
+    assert one["mean"] == rates[0] and one["mean_ci95"] is None
+
+
+def test_cliffs_delta_by_hand():
+    out = cliffs_delta(ATOM, DELETE)
+    pairs = [np.sign(d - a) for a in ATOM for d in DELETE]
+    assert out["delta"] == pytest.approx(np.mean(pairs)) and out["n"] == 5
+    assert cliffs_delta(DELETE, ATOM)["delta"] == pytest.approx(-out["delta"])
+    assert cliffs_delta(np.zeros(4), np.ones(4)) == {**out, "n": 4, "delta": 1.0, "word": "large"}
+    assert cliffs_delta(ATOM, ATOM)["word"] == "negligible" and cliffs_delta(ATOM, ATOM)["delta"] == 0
+    steps = np.arange(100.0)
+    words = [cliffs_delta(steps, steps + shift)["word"] for shift in (5, 10, 20, 40)]
+    assert words == ["negligible", "small", "medium", "large"]
+
+
+def test_quartiles_are_of_the_control():
+    control = np.array([8.0, 1, 7, 2, 6, 3, 5, 4])
+    treatment = np.array([9.0, 0, 6, 2, 5, 4, 4, 3])  # loses at 8 and 3, ties at 2
+    out = by_quartile(treatment, control)
+    assert [(q["from"], q["to"], q["n"], q["rate"], q["losses"], q["ties"]) for q in out] == [
+        (1, 2, 2, 0.5, 0, 1), (3, 4, 2, 0.5, 1, 0), (5, 6, 2, 1.0, 0, 0), (7, 8, 2, 0.5, 1, 0),
+    ]  # fmt: skip
+    assert len(by_quartile(treatment[:2], control[:2])) == 2
+
+
+def test_the_atom_against_another():
+    feature = np.array([0, 0, 1, 1, 1])
+    out = against(ATOM, DELETE, ClusterBootstrap(feature, 100), ClusterBootstrap(np.arange(5), 100))
+    assert out["rate"] == 0.6 and out["cliffs_delta"]["delta"] == cliffs_delta(ATOM, DELETE)["delta"]
+    assert 0 <= out["by_feature"][0] <= 0.6 <= out["by_feature"][1] <= 1
 
 
 def test_heads():

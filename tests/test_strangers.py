@@ -324,15 +324,15 @@ def test_a_tie_is_called_a_tie(low, high, atom, delete, expected):
 def test_ties_sites_and_indentation_show(tmp_path):
     result = made_up(200)
     table = result.table
-    for name in [n for n in table if n.startswith("forward:increment") and n.endswith(".atom")]:
-        table[name] = table["forward:increment.delete"].copy()
+    for name in [n for n in table if n.startswith("forward:after.increment") and n.endswith(".atom")]:
+        table[name] = table["forward:after.increment.delete"].copy()
     for i in range(len(result)):
         table["context"][i] = ["def f():", "\n", "        return", "\n\t", "x"] * 4
     result.save(tmp_path)
     page = build(tmp_path, tmp_path).read_text()
     assert '<b class="verdict tie">A tie' in page and "200 ties" in page
     assert "        return" in page and "⏎</span>\n\t" in page
-    assert "Site by site" in page and page.count("<th>layer 4, head ") == 2
+    assert "Site by site" in page and page.count("<th>layer 4, head ") == 4  # read after, and before
     summary, _ = load_run(tmp_path)
     assert {s: x["ties"] for s, x in summary["sites"].items()} == {"4:0": 100, "4:1": 100}
 

@@ -244,16 +244,19 @@ def test_replace_bounds_both_texts(folder, tmp_path, monkeypatch):
 
 def test_short_passages_are_selected_on_too(folder):
     """Passages shorter than the longest were dropped; and what pads them counts for nothing."""
-    from writesae.experiments.firing import survey
+    from writesae.experiments.firing import native_writes, survey
 
     model, made = writesae.models.load(folder / "model")
     saes = {(0, 1): writesae.SAE.from_pretrained(folder / "sae")}
     some = [np.array(made(f"some text {i}" * n)["input_ids"]) for i, n in enumerate((9, 1, 3, 20, 1))]
-    counts, means, tokens_seen = survey(model, saes, some)
+    counts, tokens_seen = survey(model, saes, some)
     assert tokens_seen == sum(map(len, some)) and counts[0, 1].sum() <= tokens_seen
     one_by_one = [survey(model, saes, [x]) for x in some]
-    assert np.array_equal(counts[0, 1], sum(c[0, 1] for c, _, _ in one_by_one))
-    torch.testing.assert_close(means[0, 1], sum(m[0, 1] * n for _, m, n in one_by_one) / tokens_seen)
+    assert np.array_equal(counts[0, 1], sum(c[0, 1] for c, _ in one_by_one))
+    saes = {(0, 1): writesae.SAE(saes[0, 1].K, saes[0, 1].V, 2, 1)}  # a codebook of two writes fits any text
+    _, means = native_writes(model, saes, some, 0)
+    one_by_one = [native_writes(model, saes, [x], 0)[1][0, 1] * len(x) for x in some]
+    torch.testing.assert_close(means[0, 1], sum(one_by_one) / tokens_seen)
 
 
 @pytest.mark.parametrize("stdin", ["closed", "end of file"])
@@ -315,3 +318,22 @@ def test_the_held_out_part_of_a_corpus(tmp_path):
     assert bytes(held_out.ids[:, 0].tolist()) == b"abb"
     with pytest.raises(ValueError, match="max_tokens: expected >= 1, got 0"):
         Passages.from_corpus(Corpus.from_path(tmp_path), lambda text: [1], 10, max_tokens=0)
+
+
+def test_the_replacement_test_says_what_it_held_atoms_against(folder, tmp_path, capsys):
+    """Both times of reading and every condition from the command line; the table that it leaves is whole."""
+    from writesae.experiments.conditions import CONDITIONS
+
+    corpus, out = folder / "corpus", tmp_path / "out"
+    base = ["replace", "--model", folder / "model", "--sae", folder / "sae", "--corpus", corpus, "--select", corpus,
+            "--train", corpus, "--context", "16", "--firings", "6", "--horizon", "2", "--min-selected", "1", "--native",
+            "increment", "--read", "both", "--conditions", "all", "--out", out]  # fmt: skip
+    assert main([*map(str, base)]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    summary = json.loads((out / "summary.json").read_text())
+    assert shown["headline"]["read"] == "after" and shown["atom_vs_codebook"] == summary["atom_vs_codebook"]
+    assert summary["settings"]["conditions"] == list(CONDITIONS) and summary["native_kl_max"] == 0
+    assert {(x["site"], x["read"]) for x in summary["table"]} == {("0:1", "after"), ("0:1", "before")}
+    assert "untrained codebook" in (out / "report.html").read_text()
+    assert main([*map(str, base), "--longest", "1", "--out", str(tmp_path / "other")]) == 2
+    assert "longest: expected a dictionary for each of the 1 heads" in capsys.readouterr().err

@@ -15,9 +15,10 @@ from pathlib import Path
 from .files import refuse_link, write_text
 
 _CONTEXTS = 4
+_TRAIN_TOKENS = 60_000  # for a codebook of native writes
 _SUMMARY = (
-    "model site tokens tokens_per_second firings n win_rate win_rate_ci95 strict_chain kl_median native_kl_max fvu l0 "
-    "backend seconds"
+    "model site tokens tokens_per_second firings n headline atom_vs_codebook atom_vs_codebook_ci95 win_rate "
+    "win_rate_ci95 strict_chain kl_median native_kl_max fvu l0 backend seconds"
 ).split()
 
 
@@ -27,7 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--firings", type=int, default=1500, help="firings of the held-out text to test")
     parser.add_argument("--atoms", type=int, default=8, help="atoms to print, the strongest first")
     parser.add_argument("--horizon", type=int, default=8, help="tokens followed after the edit")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of firings and of the random control")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of firings and of what is drawn")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -72,15 +73,17 @@ def run(args: argparse.Namespace) -> int:
     select = passages_of(
         Corpus.from_name("stdlib:validation"), tokenizer, max_tokens=select_tokens(args.firings), seed=args.seed
     )  # fmt: skip
+    train = passages_of(Corpus.from_name("stdlib:train"), tokenizer, max_tokens=_TRAIN_TOKENS, seed=args.seed)
     result = run_replacement(
-        model, tokenizer, sae, passages_of(corpus, tokenizer), select=select,
-        firings=args.firings, horizon=args.horizon, seed=args.seed, out=args.out / "parts",
+        model, tokenizer, sae, passages_of(corpus, tokenizer), select=select, train=train, read="both",
+        natives=("increment",), firings=args.firings, horizon=args.horizon, seed=args.seed, out=args.out / "parts",
     )  # fmt: skip
     quality = _evaluate(model, tokenizer, sae, corpus)
     extra = {
         "model": "writesae default", "site": f"{site[0]}:{site[1]}", "firings": collected["firings"],
         "fvu": quality["fvu"], "l0": quality["l0"], "alive": quality["alive"], "dictionary": quality,
         "backend": backend, "corpus": "stdlib:test", "select": "stdlib:validation",
+        "train": "stdlib:train",
     }  # fmt: skip
     summary = result.save(args.out, **extra)
     # Of the collection, whose tokens and speed these are, not of the test's part of them.
@@ -142,15 +145,27 @@ def _show_atoms(store, site: tuple[int, int], tokenizer, number: int) -> None:
 
 
 def _show_result(summary: dict, page: Path) -> None:
-    low, high = summary["win_rate_ci95"]
-    rate, n = summary["win_rate"], summary["n"]
-    dictionary = f"FVU {summary['fvu']:.3f}, L0 {summary['l0']:.1f}, {summary['alive']} atoms alive"
-    medians = "  ".join(f"{name} {value:.2e}" for name, value in summary["kl_median"].items())
+    def rate(x: dict) -> str:
+        return f"{x['rate']:.1%} ({x['ci95'][0]:.1%} to {x['ci95'][1]:.1%})"
+
+    print(f"\n   {summary['n']:,} firings; share with the atom closer, and its 95 % interval")
+    print(f"   {'state changed, size of the atom':34}{'than an untrained codebook':32}than deletion")
+    for read in summary["settings"]["reads"]:
+        for scale, text in (("coef", "its own"), ("matched", "the write's")):
+            test = summary["tests"][f"{read}/increment/{scale}"]["mean"]["forward"]
+            name = f"{read} the read, {text}"
+            print(f"   {name:34}{rate(test['atom_against']['codebook']):32}{rate(test['win_rate'])}")
+    names = {"delete": "deletion", "zero": "state emptied"}
+    medians = "\n".join(f"      {names.get(c, c):14} {x:.2e}" for c, x in summary["kl_median"].items())
     print(
-        f"\n   atom closer than deletion: {rate:.1%} of {n:,} firings (95 %: {low:.1%} to {high:.1%})"
-        f"\n   atom < deletion < random:  {summary['strict_chain']:.1%}"
-        f"\n   median KL in nats:         {medians}"
-        f"\n   native write put back:     largest KL {summary['native_kl_max']}"
-        f"\n   dictionary on this text:   {dictionary}"
-        f"\n\nreport: {page}   ({summary['seconds']:.0f} s)"
+        f"   median KL in nats, changed after the read, own size:\n{medians}\n"
+        f"   atom < deletion < random:  {summary['strict_chain']:.1%}\n"
+        f"   the paper, another model:  atom closer than deletion {summary['paper']['win_rate']:.1%}, chain "
+        f"{summary['paper']['strict_chain']:.1%}; no codebook\n"
+        f"   native write put back:     largest KL {summary['native_kl_max']}\n"
+        f"   dictionary on this text:   FVU {summary['fvu']:.3f}, L0 {summary['l0']:.1f}, {summary['alive']} alive"
     )
+    for name, site in summary["settings"]["sites"].items():
+        if site["chosen_of"]:
+            print(f"   site {name} was chosen by its outcome, of {site['chosen_of']}: it speaks for no other")
+    print(f"\nreport: {page}   ({summary['seconds']:.0f} s)")

@@ -123,7 +123,7 @@ def injected(seed: int, count: int, root: Path, marker: Path) -> Iterator[Case]:
     from writesae.report import load_run
     from writesae.report.html import render
 
-    result = made_up(40)
+    result = made_up(40, ("native", "atom", "delete", "random", "codebook", "zero"), reads=("after",))
     summary = json.loads(json.dumps({"model": "a model", **result.summary(50)}))
     usual = Elements(render(summary, result.table, {})).found
     draw = random.Random(seed)

@@ -1,8 +1,8 @@
 """Forks a second of the replacement test's engine, against decoding with a cache copied for each condition.
 
 Both sides test the same firings under the same conditions and end with the same KLs, or there is no ratio. The peer is
-the plain way to do it in transformers: prefill up to the token once a firing, then for every condition copy the cache,
-run the token with the state patched, and decode the rest one token at a time.
+the plain way to do it in transformers: prefill up to and with the token once a firing, then for every condition copy
+the cache, change its state, and decode the rest one token at a time.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from ..experiments.conditions import BASELINE, DEFAULT_CONDITIONS, NATIVES, SCALES, Fired, deltas
+from ..experiments.conditions import BASELINE, NATIVES, SCALES, arm, deltas, replacements
 from ..experiments.divergence import kl_pair
 from ..experiments.engine import ForkEngine, Places
+from ..experiments.nulls import Fired
 from ..models import load
 from ..models.arguments import cache_of, given_cache
-from ..models.hf_gated_delta import intercept
-from ..ops import gated_delta_rule
 from .case import Case, Disagree, Options, Row
 from .timing import ratio_row
 
@@ -32,58 +31,56 @@ def make_places(passages: int, each: int, tokens: int, horizon: int, head: int, 
     return Places(row, torch.from_numpy(np.concatenate(at)), torch.full((len(row),), head))
 
 
+CONDITIONS = ("native", "atom", "delete", "random")
+
+
 def engine_side(engine, ids, places, fired, seed):
-    """({arm: [n, L] KL}, patched states' changes E [n, K, V] by arm, seconds)."""
+    """({arm: [n, L] KL}, the clean pass, changes of the output by arm, seconds)."""
     start = time.perf_counter()
     clean = engine.clean(ids, torch.full((len(ids),), ids.shape[1]), lambda writes: places)
-    changes = deltas(clean, fired, NATIVES, SCALES, DEFAULT_CONDITIONS, seed)
+    changes = deltas(clean, fired, NATIVES, SCALES, CONDITIONS, seed)
     found = engine.divergences(clean, engine.run(clean, changes), BASELINE)
     return {name: pair[0] for name, pair in found.items()}, clean, changes, time.perf_counter() - start
 
 
-def state_changes(clean, fired, seed) -> dict[str, torch.Tensor]:
-    """`{arm: [n, K, V]}` what each arm adds to the state: read off `deltas` with every key direction as reader."""
-    n, K = clean.left.shape
-    probe = copy.copy(clean)
-    object.__setattr__(probe, "reader", torch.eye(K).expand(n, K, K))
-    return deltas(probe, fired, NATIVES, SCALES, DEFAULT_CONDITIONS, seed)
+def state_changes(clean, fired, seed) -> dict[str, torch.Tensor | None]:
+    """`{arm: [n, K, V]}` what each arm adds to the state."""
+
+    def matrix(factors):
+        if factors is None:
+            return 0.0
+        left, right = (x[:, None] if x.ndim == 2 else x for x in factors)
+        return torch.einsum("nrk,nrv->nkv", left, right)
+
+    found = replacements(clean, fired, NATIVES, SCALES, CONDITIONS, seed)
+    return {BASELINE: None} | {arm(*name): matrix(R) - matrix(N) for name, (R, N) in found.items()}
 
 
 @torch.no_grad()
 def peer_side(model, layer, ids, places, changes, which, horizon):
-    """KLs of the firings in `which`, and seconds, by decoding with a cache copy for every condition."""
+    """KLs of the firings in `which` from the next token on, and seconds, by decoding with a cache for every condition.
+
+    The prefix and the token are run once; then the cache is copied, its state changed, and the rest decoded.
+    """
     start = time.perf_counter()
-    patch: dict = {"change": None}
-
-    def rule(q, k, v, g, beta, initial_state, output_final_state, l2norm, cu_seqlens):
-        if patch["change"] is None:
-            return NotImplemented
-        out = gated_delta_rule(
-            q, k, v, g, beta, initial_state=initial_state, output_final_state=True, use_qk_l2norm=l2norm
-        )
-        q = q[0, 0, patch["head"] // (v.shape[2] // q.shape[2])].float()
-        q = q * torch.rsqrt((q * q).sum() + 1e-6) * q.shape[-1] ** -0.5
-        out.o[0, 0, patch["head"]] += (q @ patch["change"]).to(out.o)
-        out.final_state[0, patch["head"]] += patch["change"]
-        return out.o, out.final_state
-
     kl = {name: [] for name in changes if name != BASELINE}
-    with intercept(model, {layer: rule}):
-        for i in which:
-            row, t, patch["head"] = int(places.row[i]), int(places.position[i]), int(places.head[i])
-            prefix = cache_of(model(ids[row : row + 1, :t], use_cache=True, logits_to_keep=1))
-            logits = {}
-            for name, change in changes.items():
-                cache, steps = copy.deepcopy(prefix), []
-                for s in range(t, t + horizon + 1):
-                    patch["change"] = change[i] if change is not None and s == t else None
-                    token = ids[row : row + 1, s : s + 1]
-                    steps.append(model(token, **given_cache(model, cache), use_cache=True).logits[0, 0])
-                patch["change"] = None
-                logits[name] = torch.stack(steps)
-            base = logits.pop(BASELINE)
-            for name, (forward, _) in kl_pair(base, logits).items():
-                kl[name].append(forward)
+    for i in which:
+        row, t, head = int(places.row[i]), int(places.position[i]), int(places.head[i])
+        prefix = cache_of(model(ids[row : row + 1, : t + 1], use_cache=True, logits_to_keep=1))
+        logits = {}
+        for name, change in changes.items():
+            cache, steps = copy.deepcopy(prefix), []
+            if change is not None:
+                states = cache.layers[layer].recurrent_states
+                states = states if isinstance(states, torch.Tensor) else states[0]  # by what it holds, since 5.24
+                states[0, head] += change[i]
+            for s in range(t + 1, t + horizon + 1):
+                token = ids[row : row + 1, s : s + 1]
+                steps.append(model(token, **given_cache(model, cache), use_cache=True).logits[0, 0])
+            logits[name] = torch.stack(steps)
+        base = logits.pop(BASELINE)
+        for name, (forward, _) in kl_pair(base, logits).items():
+            kl[name].append(forward)
     return {name: torch.stack(x) for name, x in kl.items()}, time.perf_counter() - start
 
 
@@ -91,7 +88,7 @@ def replacement(options: Options) -> Iterator[Row]:
     layer, head, horizon, seed = 5, 3, 8, 0
     passages, each, tokens, peer_firings = (2, 4, 64, 2) if options.quick else (16, 8, 256, 3)
     model, _ = load("default")
-    engine = ForkEngine(model, layer, horizon)
+    engine = ForkEngine(model, layer, horizon, "after")
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, model.config.vocab_size, (passages, tokens), generator=generator)
     places = make_places(passages, each, tokens, horizon, head, seed)

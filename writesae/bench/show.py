@@ -189,8 +189,7 @@ def picture(records: Sequence[dict], path: Path) -> Path | None:
     if not rows:
         return None
 
-    def paint(axes, _):
-        from matplotlib import rcParams
+    def paint(axes, theme):
         from matplotlib.ticker import FuncFormatter, LogLocator
 
         at = list(range(len(rows), 0, -1))
@@ -202,14 +201,14 @@ def picture(records: Sequence[dict], path: Path) -> Path | None:
         for y, row, speed in zip(at, rows, speeds, strict=True):
             goals = [_speed(row, row[name]) for name in ("target", "aim") if row.get(name) is not None]
             for goal, width, style in zip(goals, (2, 1), ("-", (0, (1.5, 1))), strict=False):
-                axes.plot([goal, goal], [y - 0.42, y + 0.42], color=rcParams["text.color"], linewidth=width,
-                          linestyle=style, solid_capstyle="butt")  # fmt: skip
+                axes.plot([goal, goal], [y - 0.42, y + 0.42], color=theme["native"], linewidth=width, linestyle=style,
+                          solid_capstyle="butt")  # fmt: skip
             right = float(max(1, speed))
             for goal in sorted(goals):  # beside the bar, unless a mark is in the way
                 right = goal if right < goal < 1.7 * right else right
             axes.annotate(f"{number(speed)}×", (right, y), (5, 0), textcoords="offset points", va="center")
             marked += goals
-        axes.axvline(1, color=rcParams["axes.edgecolor"], linewidth=0.8)
+        axes.axvline(1, color=theme["line"], linewidth=0.8)
         axes.set_xlim(min(0.8, *marked) / 1.15, max(1, *marked) * 2.2)
         axes.xaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}×"))

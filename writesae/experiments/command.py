@@ -11,9 +11,10 @@ from ..options import add_model
 from ..text import Corpus
 from ..text.arguments import NAMED, add_options, named, tell_empty, told
 from ..text.tokens import check_vocabulary
-from .conditions import CONDITIONS, DEFAULT_CONDITIONS, NATIVES, SCALES
+from .conditions import CONDITIONS, DEFAULT_CONDITIONS, NATIVES, READS, SCALES, TRAINING_CONDITIONS
 
 _CORPUS = "stdlib:test"
+_TRAIN_TOKENS = 60_000
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 
 
@@ -31,6 +32,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
                       "chosen, named like --corpus, or none to test whatever fires")  # fmt: skip
     what.add_argument("--select-tokens", type=int, help="tokens of it that are read at most, from files in an order "
                       "drawn by --seed (default: 200 for each of --firings, at least 20,000)")  # fmt: skip
+    what.add_argument("--train", default="stdlib:train", metavar="CORPUS", help="text whose native writes the trained "
+                      "atoms are held against, named like --corpus, or none to take that of --select")  # fmt: skip
+    what.add_argument("--train-tokens", type=int, default=_TRAIN_TOKENS, help="tokens of it that are read at most, at "
+                      "least as many as a dictionary has atoms")  # fmt: skip
+    what.add_argument("--longest", type=int, metavar="N", help="test only the dictionaries of the model's N heads with "
+                      "the longest memory, in tokens (default: every dictionary given)")  # fmt: skip
     what.add_argument("--any-model", action="store_true", help="also with dictionaries that name another model")
     what.add_argument("--min-selected", type=int, default=5, help="tokens of the --select text at which a feature must "
                       "have the largest code")  # fmt: skip
@@ -39,14 +46,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--context", type=int, default=256, help="tokens a passage")
     how = parser.add_argument_group("how")
     how.add_argument("--horizon", type=int, default=8, help="tokens followed after the edit")
+    how.add_argument("--read", choices=(*READS, "both"), default="after", help="when the state is changed: after the "
+                     "token has read it, as in the paper, before, or both in one run")  # fmt: skip
     how.add_argument("--native", choices=NATIVES, nargs="+", default=list(NATIVES), help="what counts as the "
                      "write; the "
                      "first is the headline")  # fmt: skip
     how.add_argument("--scale", choices=SCALES, nargs="+", default=list(SCALES), help="size of what is put in "
                      "its place; "
                      "the first is the headline")  # fmt: skip
-    how.add_argument("--conditions", choices=CONDITIONS, nargs="+", default=list(DEFAULT_CONDITIONS),
-                     help="what is put in its place")  # fmt: skip
+    how.add_argument("--conditions", choices=(*CONDITIONS, "all"), nargs="+", help="what is put in its place, or all "
+                     f"(default: {' '.join(DEFAULT_CONDITIONS)})")  # fmt: skip
     how.add_argument("--seed", type=int, default=0, help="seed of the choice, the random control and the bootstraps")
     how.add_argument("--device", default="cpu", help="device of the model: cpu or cuda")
     how.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the model's weights")
@@ -67,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
     need("scipy.stats"), need("statsmodels.stats.proportion"), need("matplotlib")  # missing extras say so before work
     test = named(args, _CORPUS)
     select = None if args.select == "none" else told(Corpus.from_name(args.select, args.field, "select"), "select")
+    train = None if args.train == "none" else told(Corpus.from_name(args.train, args.field, "train"), "train")
     saes = _dictionaries(args)
     model, tokenizer = load(args.model, getattr(torch, args.dtype), args.trust_remote_code)
     check_vocabulary(tokenizer, model)
@@ -80,10 +90,15 @@ def run(args: argparse.Namespace) -> int:
     if select is not None:
         most = select_tokens(args.firings) if args.select_tokens is None else args.select_tokens
         chosen = passages(select, most)
+    conditions = args.conditions
+    if conditions is not None and "all" in conditions:
+        texts = train is not None or select is not None
+        conditions = [c for c in CONDITIONS if texts or c not in TRAINING_CONDITIONS]
     result = run_replacement(
         model.to(args.device), tokenizer, saes, passages(test, args.max_tokens), select=chosen,
+        train=None if train is None else passages(train, args.train_tokens), read=args.read, longest=args.longest,
         min_selected=args.min_selected, firings=args.firings, each=args.each, horizon=args.horizon, natives=args.native,
-        scales=args.scale, conditions=args.conditions, seed=args.seed, memory=args.memory, out=args.out,
+        scales=args.scale, conditions=conditions, seed=args.seed, memory=args.memory, out=args.out,
         any_model=args.any_model,
     )  # fmt: skip
     out = Path(args.out)
@@ -91,13 +106,20 @@ def run(args: argparse.Namespace) -> int:
     if select is not None:
         left_out["select"] = tell_empty(select, "select")
     corpus = args.corpus or args.dataset or _CORPUS
-    summary = result.save(out, model=str(args.model), corpus=corpus, select=args.select, left_out=left_out)
-    if summary["n"] < args.firings * len(saes):
-        print(f"the text ran out: {summary['n']} of {args.firings * len(saes)} firings", file=sys.stderr)
+    if train is not None:
+        left_out["train"] = tell_empty(train, "train")
+    summary = result.save(
+        out, model=str(args.model), corpus=corpus, select=args.select, train=args.train, left_out=left_out
+    )  # fmt: skip
+    if summary["n"] < args.firings * len(result.sites):
+        print(f"the text ran out: {summary['n']} of {args.firings * len(result.sites)} firings", file=sys.stderr)
     from ..report import build
 
     page = build(out, out)
-    shown = ("n", "win_rate", "win_rate_ci95", "strict_chain", "kl_median", "native_kl_max", "seconds")
+    shown = (
+        "n", "headline", "atom_vs_codebook", "atom_vs_codebook_ci95", "win_rate", "win_rate_ci95", "strict_chain",
+        "kl_median", "native_kl_max", "seconds",
+    )  # fmt: skip
     print(json.dumps({**{name: summary[name] for name in shown}, "report": str(page)}, indent=2))
     return 0
 

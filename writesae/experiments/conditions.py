@@ -1,134 +1,229 @@
-"""What is put in a native write's place: the conditions of the replacement test, as changes of the head's output.
+"""What a replacement test varies: when the state is changed, what is taken out, what is put in, and how large.
 
-The patched state is `S_t - N + R`. N is one of two readings of "the write": `increment` k_t u_t^T, what the token
-actually added beyond the gates, or `outer` beta_t k_t v_t^T, which leaves the erase in place. R by condition:
+The patched state is `S_t - N + R`, and
 
-| condition | R |
-|---|---|
-| native | N itself: must change nothing |
-| atom | the firing feature's atom |
-| delete | nothing |
-| random | Gaussian unit factors, fresh for every firing |
-| mean | the mean write of other passages (a full matrix) |
-| previous | the write of the token before |
-| singular | the top singular pair of the state before |
+- **read** says when: `after` token t has read its state (the paper's: the change is first seen by token t + 1), or
+  `before`, so that o_t already reads the change;
+- **native** says what N is: `increment` k_t u_t^T, what the token actually added beyond the gates, or `outer`
+  beta_t k_t v_t^T, which leaves the erase in place;
+- **condition** says what R is: see `nulls`, and a function of one's own;
+- **scale** says how large R is: `coef`, the size that the condition gives it (the atom's own code; everything without
+  a size of its own gets the atom's Frobenius norm), or `matched`, rescaled to the norm of N.
 
-Every R but native and delete has one of two sizes, so that only its direction is compared: `coef`, the Frobenius norm
-that the atom has with its code as coefficient, or `matched`, that of N.
+Every number of a result stands under one name of the four together, its arm.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .engine import Clean, read, read_matrix
+from . import nulls
+from .engine import Clean, read, read_matrix, unread
+from .nulls import Edited, Fired, States, norm
 
-CONDITIONS = ("native", "atom", "delete", "random", "mean", "previous", "singular")
-DEFAULT_CONDITIONS = ("native", "atom", "delete", "random")
+READS = ("after", "before")
 NATIVES = ("increment", "outer")
 SCALES = ("coef", "matched")
 BASELINE = "baseline"
+PLAIN = ("native", "delete")  # N itself, and nothing: they have no size
+CONDITIONS = (*PLAIN, *nulls.REPLACEMENTS, *nulls.WHOLE)
+DEFAULT_CONDITIONS = ("native", "atom", "delete", "random", "codebook", "singular", "scaled", "zero")
+TRAINING_CONDITIONS = ("codebook", "codebook_nearest", "mean")  # they need native writes of other text
+_OWN = re.compile(r"[a-z][a-z0-9_]{0,39}")
+
+Condition = Callable[[Edited], "tuple[Tensor, Tensor] | Tensor"]
 
 
-def arm(native: str, condition: str, scale: str | None = None) -> str:
-    """Name of one edit: "increment.native", "increment.delete", "increment.coef.atom", ..."""
-    return f"{native}.{condition}" if condition in ("native", "delete") else f"{native}.{scale}.{condition}"
+def chosen(conditions: Sequence | Mapping[str, Condition], training: bool) -> dict[str, Condition | None]:
+    """{name: None, or the user's function}, from names, (name, function) pairs, or {name: function}.
 
+    A mapping adds its functions to the default conditions; a sequence says all of them. `training` is whether there is
+    text from which native writes are taken: without it the defaults leave out what needs them.
 
-def arms(natives: Sequence[str], scales: Sequence[str], conditions: Sequence[str]) -> list[str]:
-    """Every edit of a run, each once (native and delete have no scale)."""
-    return list(dict.fromkeys(arm(n, c, s) for n in natives for s in scales for c in conditions))
-
-
-@dataclass(frozen=True)
-class Fired:
-    """The atoms that fired at n places, and seeds of their random controls.
-
-    Attributes:
-        v, w: `[n, r, K]`, `[n, r, V]` atom factors.
-        coefficient: `[n]` the code.
-        identity: n strings that name the firings whatever batch they are in; they seed the random control.
-        mean: `[n, K, V]` mean write of the site, or None when the condition is not asked for.
+    Raises:
+        ValueError: an unknown name, one twice, a name that no column could have, or no atom and delete among them.
     """
+    default = [c for c in DEFAULT_CONDITIONS if training or c not in TRAINING_CONDITIONS]
+    if conditions is None:
+        conditions = default
+    elif isinstance(conditions, Mapping):
+        conditions = [*default, *conditions.items()]
+    elif isinstance(conditions, str):
+        raise ValueError(f"conditions: expected a list of names, got the text {conditions!r}")
+    found: dict[str, Condition | None] = {}
+    for entry in conditions:
+        name, function = entry if isinstance(entry, tuple) and len(entry) == 2 else (entry, None)
+        if function is None:
+            if not isinstance(name, str) or name not in CONDITIONS:
+                raise ValueError(
+                    f"conditions: expected some of {', '.join(CONDITIONS)}, or a name with a function, got {name!r}"
+                )
+        elif not callable(function):
+            raise ValueError(f"conditions: {name}: expected a function, got {type(function).__name__}")
+        elif not isinstance(name, str) or not _OWN.fullmatch(name) or name in (*CONDITIONS, BASELINE):
+            raise ValueError(
+                f"conditions: expected a name of your own in lower case, digits and _ (40 at most), got {name!r}"
+            )
+        if name in found:
+            raise ValueError(f"conditions: expected each once, got {name} twice")
+        found[name] = function
+    for needed in ("atom", "delete"):
+        if needed not in found:
+            raise ValueError(f"conditions: expected atom and delete among them, got {', '.join(found) or 'none'}")
+    missing = [c for c in TRAINING_CONDITIONS if c in found]
+    if missing and not training:
+        raise ValueError(
+            f'conditions: "{missing[0]}" needs text from which native writes are taken (train, or select), got none'
+        )
+    return found
 
-    v: Tensor
-    w: Tensor
-    coefficient: Tensor
-    identity: list[str]
-    mean: Tensor | None = None
+
+def scales_of(condition: str, scales: Sequence[str]) -> tuple[str | None, ...]:
+    """The scales at which a condition is an edit of its own; (None,) for one that has no size."""
+    if condition in PLAIN or condition in nulls.WHOLE:
+        return (None,)
+    # A native write at the write's own norm is the native write.
+    return tuple(s for s in scales if condition != "scaled" or s == "coef")
 
 
-def deltas(
-    clean: Clean, fired: Fired, natives: Sequence[str], scales: Sequence[str], conditions: Sequence[str], seed: int
-) -> dict[str, Tensor | None]:
-    """`{arm: [n, L, V]}` changes of the head's output for `ForkEngine.run`, with the baseline (None) among them."""
-    out: dict[str, Tensor | None] = {BASELINE: None}
-    v, w = fired.v.to(clean.left), fired.w.to(clean.left)
-    gram = torch.einsum("nrk,nsk->nrs", v, v) * torch.einsum("nrv,nsv->nrs", w, w)
-    atom_norm = gram.sum((1, 2)).clamp_min(0).sqrt()
+def arm(native: str, condition: str, scale: str | None = None, read: str = "after") -> str:
+    """Name of one edit: "after.increment.native", "after.increment.coef.atom", "before.zero", ..."""
+    if condition in nulls.WHOLE:
+        return f"{read}.{condition}"
+    return f"{read}.{native}.{condition}" if condition in PLAIN else f"{read}.{native}.{scale}.{condition}"
+
+
+def arms(
+    natives: Sequence[str], scales: Sequence[str], conditions: Sequence[str], reads: Sequence[str] = ("after",)
+) -> list[str]:
+    """Every edit of a run, each once."""
+    return list(
+        dict.fromkeys(arm(n, c, s, r) for r in reads for n in natives for c in conditions for s in scales_of(c, scales))
+    )
+
+
+class _States(States):
+    """States of the places, made when first asked for and shared by all that ask."""
+
+    def __init__(self, clean: Clean):
+        self._clean = clean
+
+    @cached_property
+    def after(self) -> Tensor:
+        return self._at(self._clean.places.position)
+
+    @cached_property
+    def before(self) -> Tensor:
+        position = self._clean.places.position
+        return self._at((position - 1).clamp_min(0)) * (position > 0)[:, None, None]
+
+    def _at(self, position: Tensor) -> Tensor:
+        places = self._clean.places
+        states = self._clean.writes.states(torch.stack([places.row, position], 1))
+        return states[torch.arange(len(places), device=states.device), places.head]
+
+
+def replacements(
+    clean: Clean,
+    fired: Fired,
+    natives: Sequence[str],
+    scales: Sequence[str],
+    conditions: Sequence[str] | Mapping[str, Condition | None],
+    seed: int,
+) -> dict[tuple[str, str, str | None], tuple]:
+    """`{(native, condition, scale): (R, N)}`: what is put in and what is taken out, either None for nothing.
+
+    Both are factors `([n, K], [n, V])` or `([n, r, K], [n, r, V])`, or a matrix `[n, K, V]`.
+
+    Raises:
+        ValueError: a user's condition whose result has another shape, or is not finite.
+    """
+    own = conditions if isinstance(conditions, Mapping) else {}
+    out: dict[tuple[str, str, str | None], tuple] = {}
+    states = _States(clean)
     for native in natives:
-        left, right = clean.left, clean.right if native == "increment" else clean.outer_right
-        removed = read(clean, left, right)
-        native_norm = left.norm(dim=1) * right.norm(dim=1)
-        # Changes of the output by a unit-norm R; a size is all that is left to choose.
-        directions: dict[str, Tensor] = {}
+        right = clean.right if native == "increment" else clean.outer_right
+        N = (clean.left, right)
+        edited = Edited(clean, fired, native, *N, seed, states)
         for condition in conditions:
             if condition == "native":
-                out[arm(native, condition)] = read(clean, left, right) - removed
+                out[native, condition, None] = (N, N)
             elif condition == "delete":
-                out[arm(native, condition)] = -removed
-            elif condition == "atom":
-                whole = sum(read(clean, v[:, r], w[:, r]) for r in range(v.shape[1]))
-                directions[condition] = whole / atom_norm.clamp_min(1e-30)[:, None, None]
-            elif condition == "random":
-                directions[condition] = read(clean, *random_factors(fired.identity, left, right, seed))
-            elif condition == "mean":
-                size = torch.linalg.matrix_norm(fired.mean).clamp_min(1e-30)
-                directions[condition] = read_matrix(clean, (fired.mean / size[:, None, None]).to(clean.left))
-            elif condition == "previous":
-                directions[condition] = read(clean, *_previous(clean))
-            elif condition == "singular":
-                directions[condition] = read(clean, *_top_pair(clean))
-        coefficient = fired.coefficient.to(atom_norm) * atom_norm
-        for scale in scales:
-            size = coefficient if scale == "coef" else native_norm
-            for condition, direction in directions.items():
-                out[arm(native, condition, scale)] = size[:, None, None] * direction - removed
+                out[native, condition, None] = (None, N)
+            elif condition in nulls.WHOLE:
+                if native == natives[0]:
+                    out[native, condition, None] = (nulls.WHOLE[condition](edited), None)
+            else:
+                function = own.get(condition)
+                R = nulls.REPLACEMENTS[condition](edited) if function is None else _own(condition, function, edited)
+                for scale in scales_of(condition, scales):
+                    grow = 1.0 if scale == "coef" else edited.native_norm / norm(R).clamp_min(1e-30)
+                    out[native, condition, scale] = (nulls.times(R, grow), N)
     return out
 
 
-def random_factors(identity: Sequence[str], left: Tensor, right: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Unit Gaussian factors like `left [n, K]` and `right [n, V]`, one draw a firing, by name and seed alone."""
-    K, V = left.shape[1], right.shape[1]
-    draws = np.empty((len(identity), K + V))
-    for i, name in enumerate(identity):
-        digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=16).digest()
-        draws[i] = np.random.Generator(np.random.Philox(int.from_bytes(digest, "big"))).standard_normal(K + V)
-    p, q = torch.from_numpy(draws[:, :K]).to(left), torch.from_numpy(draws[:, K:]).to(right)
-    return torch.nn.functional.normalize(p, dim=1), torch.nn.functional.normalize(q, dim=1)
+def _own(name: str, function: Condition, edited: Edited) -> tuple[Tensor, Tensor] | Tensor:
+    """A user's R, checked."""
+    R, (n, K), V = function(edited), edited.left.shape, edited.right.shape[1]
+    if isinstance(R, Tensor):
+        good = tuple(R.shape) == (n, K, V)
+    else:
+        good = isinstance(R, (tuple, list)) and len(R) == 2 and all(isinstance(x, Tensor) for x in R)
+        good = good and all(x.ndim in (2, 3) and len(x) == n for x in R)
+        good = good and (R[0].shape[-1], R[1].shape[-1]) == (K, V)
+        good = good and R[0].shape[:-1] == R[1].shape[:-1]
+    parts = [R] if isinstance(R, Tensor) else R
+    if not good:
+        got = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in parts] if parts else parts
+        raise ValueError(
+            f"conditions: {name}: expected factors ([{n}, {K}], [{n}, {V}]), such with a rank in the middle, or a "
+            f"matrix [{n}, {K}, {V}], got {got}"
+        )
+    if not all(bool(x.isfinite().all()) for x in parts):
+        raise ValueError(f"conditions: {name}: expected finite values, got NaN or infinity")
+    parts = [x.to(edited.left) for x in parts]
+    return parts[0] if isinstance(R, Tensor) else tuple(parts)
 
 
-def _previous(clean: Clean) -> tuple[Tensor, Tensor]:
-    """Unit factors of the write one token earlier; zero at a passage's first token, which has none."""
-    writes, places = clean.writes, clean.places
-    group = writes.right.shape[2] // writes.left.shape[2]
-    t = (places.position - 1).clamp_min(0)
-    left = writes.left[places.row, t, places.head // group, 0]
-    # The increment, whichever reading of the write is removed.
-    right = writes.right[places.row, t, places.head, 0] * (places.position > 0)[:, None]
-    return torch.nn.functional.normalize(left, dim=1), torch.nn.functional.normalize(right, dim=1)
+def _read(clean: Clean, addition) -> Tensor | float:
+    """`[n, L, V]` change of the head's output by an addition to the state before token t reads it."""
+    if addition is None:
+        return 0.0
+    if isinstance(addition, Tensor):
+        return read_matrix(clean, addition)
+    left, right = addition
+    if left.ndim == 2:
+        return read(clean, left, right)
+    return sum(read(clean, left[:, r], right[:, r]) for r in range(left.shape[1]))
 
 
-def _top_pair(clean: Clean) -> tuple[Tensor, Tensor]:
-    """Unit factors of the top singular pair of the state one token earlier; zero at a passage's first token."""
-    places = clean.places
-    before = torch.stack([places.row, (places.position - 1).clamp_min(0)], 1)
-    states = clean.writes.states(before)[torch.arange(len(places)), places.head]  # [n, K, V]
-    u, _, vh = torch.linalg.svd(states, full_matrices=False)
-    return u[:, :, 0] * (places.position > 0)[:, None], vh[:, 0]
+def deltas(
+    clean: Clean,
+    fired: Fired,
+    natives: Sequence[str],
+    scales: Sequence[str],
+    conditions: Sequence[str] | Mapping[str, Condition | None],
+    seed: int,
+    reads: Sequence[str] = ("after",),
+) -> dict[str, Tensor | None]:
+    """`{arm: [n, L, V]}` changes of the head's output for `ForkEngine.run`, with the baseline (None) among them.
+
+    Raises:
+        ValueError: edits before the read, of forks that begin after it.
+    """
+    if clean.first and "before" in reads:
+        raise ValueError('reads: expected after alone, of forks that begin after the token (ForkEngine read="after")')
+    out: dict[str, Tensor | None] = {BASELINE: None}
+    removed: dict[str, Tensor] = {}
+    for (native, condition, scale), (R, N) in replacements(clean, fired, natives, scales, conditions, seed).items():
+        if N is not None and native not in removed:
+            removed[native] = _read(clean, N)
+        before = _read(clean, R) - (0.0 if N is None else removed[native])
+        for when in reads:
+            out[arm(native, condition, scale, when)] = unread(clean, before) if when == "after" else before
+    return {name: out[name] for name in (BASELINE, *arms(natives, scales, tuple(conditions), reads))}

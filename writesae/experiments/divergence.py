@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 DIRECTIONS = ("forward", "reverse")
+_IN_CACHE = 2**20  # bytes of one tensor of a slice
 
 
 def kl_pair(
@@ -27,16 +28,25 @@ def kl_pair(
     """
     base = base.double()
     p = torch.softmax(base, -1)[:, None]  # [n, 1, vocabulary]
+    # On a CPU a few rows at a time, so that what is made of them stays in cache between the passes over it.
+    rows = len(base) if base.device.type != "cpu" else max(1, _IN_CACHE // (8 * base.shape[-1]))
     out = {}
     for name, logits in patched.items() if isinstance(patched, Mapping) else patched:
-        d = logits.double() - base
-        d -= torch.bmm(p, d[:, :, None])[:, 0]
-        # The largest d is taken out only where the exponential could overflow; then nothing tiny is at stake.
-        top = d.amax(-1, keepdim=True).clamp_min(500) - 500
-        grown = torch.expm1(d - top) if bool(top.any()) else torch.expm1(d)
-        z = torch.bmm(p, grown[:, :, None])[:, 0, 0]
-        log_z = torch.log1p(z) + top[:, 0]
-        # sum of q d with q = p e^d / Z; the mean of d under p is 0, so only the growth counts.
-        mean_q = torch.bmm(p, grown.mul_(d)[:, :, None])[:, 0, 0] / (1 + z)
-        out[name] = (log_z, mean_q - log_z)
+        parts = zip(base.split(rows), p.split(rows), logits.split(rows), strict=True)
+        found = [_pair(*part) for part in parts]
+        out[name] = tuple(torch.cat(x) for x in zip(*found, strict=True))
     return out
+
+
+def _pair(base: Tensor, p: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """`kl_pair` of some rows: base `[n, vocabulary]` float64, p `[n, 1, vocabulary]` its probabilities."""
+    d = logits.double().sub_(base) if logits.dtype != torch.float64 else logits - base
+    d -= torch.bmm(p, d[:, :, None])[:, 0]
+    # The largest d is taken out only where the exponential could overflow; then nothing tiny is at stake.
+    top = d.amax(-1, keepdim=True).clamp_min(500) - 500
+    grown = torch.expm1(d - top) if bool(top.any()) else torch.expm1(d)
+    z = torch.bmm(p, grown[:, :, None])[:, 0, 0]
+    log_z = torch.log1p(z) + top[:, 0]
+    # sum of q d with q = p e^d / Z; the mean of d under p is 0, so only the growth counts.
+    mean_q = torch.bmm(p, grown.mul_(d)[:, :, None])[:, 0, 0] / (1 + z)
+    return log_z, mean_q - log_z

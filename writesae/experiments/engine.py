@@ -5,11 +5,12 @@ depend on its output, so what an edit E of its state changes there is known exac
 
     delta o_s = E^T r_s,    r_s = (prod_{t < j <= s} alpha_j (I - beta_j k_j k_j^T)) q_s        (key side only)
 
-`r_s` is how token s reads the memory of token t; it serves every edit of that place. The layer's own module then turns
-o + delta o into its output, and only the blocks above it run, on positions t..t+H, from the clean pass's states,
-convolution inputs, keys and values before t. Prefixes are shared by the forks of a passage, and all of it by all edits
-of a place. Every edit, and the baseline without one, is run in a batch of the same layout, so equal inputs give equal
-bits.
+`r_s` is how token s reads the memory of token t; it serves every edit of that place. Made before token t reads its
+state, the edit changes o_t, too; made after (the paper's procedure: the cache is patched), delta o_t is zero and the
+first position that can differ is t + 1: `unread`. The layer's own module then turns o + delta o into its output, and
+only the blocks above it run, on positions t..t+H, from the clean pass's states, convolution inputs, keys and values
+before t. Prefixes are shared by the forks of a passage, and all of it by all edits of a place. Every edit, and the
+baseline without one, is run in a batch of the same layout, so equal inputs give equal bits.
 
 Method: J. Young, *WriteSAE: Sparse Autoencoders for Recurrent State*, arXiv 2605.12770.
 """
@@ -47,10 +48,11 @@ class Places:
 
 @dataclass(frozen=True)
 class Clean:
-    """What the forks of a batch of passages need of its clean pass. n forks, L = horizon + 1 tokens each.
+    """What the forks of a batch of passages need of its clean pass. n forks of L tokens, from t + first to t + horizon.
 
     Attributes:
         places: the forks' places.
+        first: 0, or 1 where all edits are made after token t has read its state, so that it need not run again.
         valid: `[n, L]` bool, False past the end of the passage.
         layer_input: `[n, L, hidden]` input of the edited block.
         o: `[n, L, H, V]` clean output of its recurrence, float32 (float64 for a float64 model).
@@ -61,6 +63,7 @@ class Clean:
     """
 
     places: Places
+    first: int
     valid: Tensor
     layer_input: Tensor
     o: Tensor
@@ -83,30 +86,36 @@ class ForkEngine:
         model: a causal language model in evaluation mode.
         layer: the gated-delta layer whose state is edited.
         horizon: tokens followed after the edited one.
+        read: "before": forks begin at token t, and edits may be made before or after it reads its state; "after": they
+            begin at t + 1, for edits made after.
     """
 
-    def __init__(self, model, layer: int, horizon: int = 8):
-        if horizon < 0:
-            raise ValueError(f"horizon: expected 0 or more tokens, got {horizon}")
+    def __init__(self, model, layer: int, horizon: int = 8, read: str = "before"):
+        if read not in ("before", "after"):
+            raise ValueError(f"read: expected before or after, got {read!r}")
+        if horizon < (read == "after"):
+            raise ValueError(f"horizon: expected {int(read == 'after')} or more tokens, got {horizon}")
         if model.training:
             raise ValueError("model: expected evaluation mode (model.eval()), got training mode")
         self.stack = Stack(model)
         with intercept(model, rules={layer: _leave}):
             pass  # raises, saying what the layer is, when it is not a gated-delta layer
-        self.model, self.layer, self.length = model, layer, horizon + 1
+        self.model, self.layer, self.first = model, layer, int(read == "after")
+        self.horizon, self.length = horizon, horizon + 1 - self.first
         self.site = self.stack.sites[layer]
         self.above = [i for i in range(layer + 1, len(self.stack.blocks))]
         self.linear = [i for i in self.above if i in self.stack.sites]
         self.full = [i for i in self.above if i not in self.stack.sites]
 
-    def bytes_a_fork(self, tokens: int) -> int:
-        """Rough memory of one fork in a batch of passages of `tokens` tokens."""
+    def bytes_a_fork(self, tokens: int, edits: int = 1) -> int:
+        """Rough memory of one fork under `edits` edits, in a batch of passages of `tokens` tokens."""
         sites, L = self.stack.sites, self.length
         state = sum(sites[i].num_v_heads * sites[i].K * sites[i].V for i in self.linear)
         config = self.model.config.get_text_config()
         scores = config.num_attention_heads * L * (tokens + L) if self.full else 0
         wide = 16 * L * max(config.hidden_size, getattr(config, "intermediate_size", 0) or 0)
-        return 4 * (2 * state + 3 * scores + wide + 4 * L * self.site.num_v_heads * self.site.V)
+        kept = edits * L * (config.hidden_size + self.site.V)  # every edit's change and final hidden states
+        return 4 * (2 * state + 3 * scores + wide + 4 * L * self.site.num_v_heads * self.site.V + kept)
 
     # ---- clean pass -------------------------------------------------------------------------------------------
 
@@ -141,7 +150,7 @@ class ForkEngine:
             self._check(places, lengths)
             here = places.to(v.device)
             keep.update(o=out.o, writes=out.writes, q=q * q.shape[-1] ** -0.5, v=v.to(wide), places=here)
-            before = torch.stack([places.row, places.position - 1], 1)
+            before = torch.stack([places.row, places.position + self.first - 1], 1)
             keep["before"], keep["of"] = torch.unique(before.clamp_min(0), dim=0, return_inverse=True)
             return out.o.to(v.dtype), out.final_state
 
@@ -189,9 +198,11 @@ class ForkEngine:
     def _gather(self, keep: dict, seen: dict, cache, lengths: Tensor, T: int) -> Clean:
         places, writes = keep["places"], keep["writes"]
         row, head = places.row, places.head
-        at = places.position[:, None] + torch.arange(self.length, device=row.device)  # [n, L]
+        start = places.position + self.first
+        every = places.position[:, None] + torch.arange(self.horizon + 1, device=row.device)  # [n, horizon + 1]
+        at = every[:, self.first :]  # [n, L]
         valid = at < lengths.to(row.device, non_blocking=True)[row][:, None]
-        at = at.clamp_max(T - 1)
+        at, every = at.clamp_max(T - 1), every.clamp_max(T - 1)
         rows = row[:, None]
         key_head = head // (self.site.num_v_heads // self.site.num_k_heads)
 
@@ -203,25 +214,23 @@ class ForkEngine:
         states, conv_left = {}, {}
         for i in self.linear:
             state = keep["states"][i]
-            there = places.to(state.device)
-            states[i] = state[keep["of"].to(state.device)] * (there.position > 0)[:, None, None, None]
+            states[i] = state[keep["of"].to(state.device)] * (start > 0).to(state.device)[:, None, None, None]
             width = self.stack.sites[i].conv_kernel_size - 1
             x = torch.nn.functional.pad(torch.cat(keep["x"][i], 1)[..., -T:], (width, 0))  # column j is token j - width
-            columns = there.position[:, None] + torch.arange(width, device=x.device)
-            conv_left[i] = x.transpose(1, 2)[there.row[:, None], columns].transpose(1, 2)
+            columns = start.to(x.device)[:, None] + torch.arange(width, device=x.device)
+            conv_left[i] = x.transpose(1, 2)[row.to(x.device)[:, None], columns].transpose(1, 2)
         prefixes = {}
         for i in self.full:
             keys, values = _keys_and_values(cache, i)
-            there = places.to(keys.device)
-            prefixes[i] = Prefix(keys, values, there.row, there.position)
+            prefixes[i] = Prefix(keys, values, row.to(keys.device), start.to(keys.device))
         t = places.position
         k = writes.left[row, t, key_head, 0]
         return Clean(
-            places, valid, seen[self.layer]["input"][rows, at], keep["o"][rows, at],
+            places, self.first, valid, seen[self.layer]["input"][rows, at], keep["o"][rows, at],
             reader(
-                keep["q"][rows, at, key_head[:, None]], writes.left[rows, at, key_head[:, None], 0],
-                writes.decay[rows, at, head[:, None]], writes.beta[rows, at, head[:, None]],
-            ),
+                keep["q"][rows, every, key_head[:, None]], writes.left[rows, every, key_head[:, None], 0],
+                writes.decay[rows, every, head[:, None]], writes.beta[rows, every, head[:, None]],
+            )[:, self.first :],
             k, writes.right[row, t, head, 0], writes.beta[row, t, head][:, None] * keep["v"][row, t, head], writes,
             at, {i: rotary(seen[i]["position_embeddings"]) for i in seen}, states, conv_left, prefixes,
         )  # fmt: skip
@@ -337,6 +346,15 @@ def read(clean: Clean, left: Tensor, right: Tensor) -> Tensor:
     Elementwise products and row sums only: equal factors give equal bits, so a write taken out and put back cancels.
     """
     return (clean.reader * left[:, None]).sum(-1, keepdim=True) * right[:, None]
+
+
+def unread(clean: Clean, delta: Tensor) -> Tensor:
+    """`[n, L, V]`: the change of the output if the state is changed after token t has read it, so that o_t is clean."""
+    if clean.first:
+        return delta  # of later tokens only
+    out = delta.clone()
+    out[:, 0] = 0
+    return out
 
 
 def read_matrix(clean: Clean, matrix: Tensor) -> Tensor:

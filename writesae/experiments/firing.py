@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -35,7 +35,9 @@ def top_codes(writes: Writes, sae: SAE, head: int) -> tuple[Tensor, Tensor]:
     """The largest code of every token: (feature `[B, T]` int64, value `[B, T]`, 0 where nothing fires)."""
     many = 1 if sae.threshold is None else min(_CANDIDATES, sae.F)
     device = writes.right.device
-    if sae.bilinear_encoder:
+    if getattr(sae, "target", "state") != "state":
+        values, indices = _top_of_writes(writes, sae, head, many)
+    elif sae.bilinear_encoder:
         v, w, b = (x.detach().to(device) for x in sae.encoder())
         codes = encode(writes.to(torch.float32), v[None], w[None], b[None], k=many, heads=[head])
         values, indices = codes.values[:, :, 0], codes.indices[:, :, 0]
@@ -47,6 +49,18 @@ def top_codes(writes: Writes, sae: SAE, head: int) -> tuple[Tensor, Tensor]:
         first = passes.to(torch.uint8).argmax(-1, keepdim=True)
         values, indices = (values * passes).gather(-1, first), indices.gather(-1, first)
     return indices[..., 0], values[..., 0]
+
+
+def _top_of_writes(writes: Writes, sae: SAE, head: int, many: int) -> tuple[Tensor, Tensor]:
+    """Largest pre-activations of a dictionary of writes, from the increments, a few tokens at a time."""
+    group = writes.right.shape[2] // writes.left.shape[2]
+    found = []
+    for lo in range(0, writes.shape[1], 64):
+        left, right = writes.left[:, lo : lo + 64, head // group, 0], writes.right[:, lo : lo + 64, head, 0]
+        X = (left[..., None] * right[..., None, :]).float().to(sae.mean.device)
+        found.append(sae.preactivations(X).topk(many, -1))
+    values, indices = (torch.cat(x, 1).to(writes.right.device) for x in zip(*found, strict=True))
+    return values.relu(), indices
 
 
 def _top_of_states(writes: Writes, sae: SAE, head: int, many: int) -> tuple[Tensor, Tensor]:
@@ -98,48 +112,99 @@ def sample(
 
 
 def survey(
-    model, saes: dict[tuple[int, int], SAE], passages: Sequence[np.ndarray], progress: bool = False
-) -> tuple[dict[tuple[int, int], np.ndarray], dict[tuple[int, int], Tensor], int]:
+    model, saes: Mapping[tuple[int, int], SAE], passages: Sequence[np.ndarray], progress: bool = False
+) -> tuple[dict[tuple[int, int], np.ndarray], int]:
     """Looks at the split on which features are chosen.
 
     Args:
         passages: tokens `[n]` of each, int64.
     Returns:
-        ({site: `[F]` tokens at which each feature had the largest code}, {site: `[K, V]` mean native write}, tokens).
+        ({site: `[F]` tokens at which each feature had the largest code}, tokens).
     """
+    counts = {site: np.zeros(sae.F, np.int64) for site, sae in saes.items()}
+    for found, real, _ in stream(model, saes, passages, "selecting", progress):
+        for (layer, head), sae in saes.items():
+            feature, value = (x.cpu() for x in top_codes(found[layer], sae, head))
+            counts[layer, head] += np.bincount(feature[(value > 0) & real].numpy(), minlength=sae.F)
+    return counts, sum(map(len, passages))
+
+
+@torch.no_grad()
+def native_writes(
+    model, saes: Mapping[tuple[int, int], SAE], passages: Sequence[np.ndarray], seed: int, progress: bool = False
+) -> tuple[dict[tuple[int, int], tuple[Tensor, Tensor]], dict[tuple[int, int], Tensor]]:
+    """What the model itself writes on other text: an untrained codebook of as many writes as there are atoms.
+
+    Args:
+        passages: tokens `[n]` of each, int64.
+        seed: of the draw of tokens, evenly over all.
+    Returns:
+        ({site: unit factors `([F, K], [F, V])`}, {site: `[K, V]` mean write}).
+    Raises:
+        ValueError: fewer tokens than atoms.
+    """
+    tokens = sum(map(len, passages))
+    largest = max(sae.F for sae in saes.values())
+    if tokens < largest:
+        raise ValueError(
+            f"train: expected at least {largest:,} tokens, for a codebook of as many native writes as there are atoms, "
+            f"got {tokens:,}"
+        )
+    total, books, place = {}, {}, {}
+    for site, sae in saes.items():
+        total[site] = torch.zeros(sae.K, sae.V, dtype=torch.float64)
+        books[site] = torch.zeros(sae.F, sae.K), torch.zeros(sae.F, sae.V)
+        draw = np.random.default_rng([seed, *site]).choice(tokens, sae.F, replace=False)
+        place[site] = torch.full((tokens + 1,), -1)  # where in the book a token's write goes; last: padding
+        place[site][torch.from_numpy(draw)] = torch.arange(sae.F)
+    for found, real, number in stream(model, saes, passages, "native writes", progress):
+        for (layer, head), (p, q) in books.items():
+            writes = found[layer]
+            group = writes.right.shape[2] // writes.left.shape[2]
+            left, right = writes.left[:, :, head // group, 0].cpu(), writes.right[:, :, head, 0].cpu()
+            total[layer, head] += torch.einsum("btk,btv->kv", left.double() * real[..., None], right.double())
+            to = place[layer, head][number]
+            p[to[to >= 0]], q[to[to >= 0]] = left[to >= 0].float(), right[to >= 0].float()
+    unit = torch.nn.functional.normalize
+    return (
+        {site: (unit(p, dim=1), unit(q, dim=1)) for site, (p, q) in books.items()},
+        {site: x / tokens for site, x in total.items()},
+    )
+
+
+def stream(
+    model, sites: Iterable[tuple[int, int]], passages: Sequence[np.ndarray], what: str, progress: bool = False
+) -> Iterator[tuple[dict[int, Writes], Tensor, Tensor]]:
+    """({layer: writes}, mask `[b, T]` of real tokens, their numbers in `passages`, which is its length for padding)."""
     from tqdm import tqdm
 
-    counts = {site: np.zeros(sae.F, np.int64) for site, sae in saes.items()}
-    total = {site: torch.zeros(sae.K, sae.V, dtype=torch.float64) for site, sae in saes.items()}
     tokens = sum(map(len, passages))
     with (
-        ModelStream(model, Passages(torch.from_numpy(passages[0])[None]), list(saes)) as stream,
-        tqdm(desc="selecting", total=tokens, unit=" tokens", unit_scale=True, disable=not progress) as bar,
+        ModelStream(model, Passages(torch.from_numpy(passages[0])[None]), list(sites)) as source,
+        tqdm(desc=what, total=tokens, unit=" tokens", unit_scale=True, disable=not progress) as bar,
     ):
-        for ids, real in _padded(passages):
-            stream.passages = Passages(ids)
-            for found, mask in zip(stream.writes(range(len(ids))), real.split(stream.batch), strict=True):
-                for (layer, head), sae in saes.items():
-                    writes = found[layer]
-                    feature, value = (x.cpu() for x in top_codes(writes, sae, head))
-                    counts[layer, head] += np.bincount(feature[(value > 0) & mask].numpy(), minlength=sae.F)
-                    group = writes.right.shape[2] // writes.left.shape[2]
-                    left, right = writes.left[:, :, head // group, 0].double(), writes.right[:, :, head, 0].double()
-                    left = left * mask.to(left.device)[..., None]
-                    total[layer, head] += torch.einsum("btk,btv->kv", left, right).cpu()
-                bar.update(int(mask.sum()))
-    return counts, {site: x / tokens for site, x in total.items()}, tokens
+        for ids, number in _padded(passages):
+            source.passages = Passages(ids)
+            for found, part in zip(source.writes(range(len(ids))), number.split(source.batch), strict=True):
+                real = part < tokens
+                yield found, real, part
+                bar.update(int(real.sum()))
 
 
 def _padded(passages: Sequence[np.ndarray], step: int = 64) -> Iterator[tuple[Tensor, Tensor]]:
-    """(tokens, mask `[N, length]`) of the passages of like length, padded right, which no earlier token sees."""
-    groups: dict[int, list[np.ndarray]] = {}
-    for tokens in passages:
-        groups.setdefault(-(-len(tokens) // step), []).append(tokens)
+    """(tokens, their numbers `[N, length]`) of passages of like length, padded right, which no earlier token sees.
+
+    A token's number counts all tokens of all passages in order; padding has the number past the last.
+    """
+    first = np.cumsum([0, *map(len, passages)])
+    groups: dict[int, list[int]] = {}
+    for i, tokens in enumerate(passages):
+        groups.setdefault(-(-len(tokens) // step), []).append(i)
     for _, group in sorted(groups.items(), reverse=True):
-        ids = torch.zeros(len(group), max(map(len, group)), dtype=torch.int64)
-        mask = torch.zeros_like(ids, dtype=torch.bool)
-        for i, tokens in enumerate(group):
-            ids[i, : len(tokens)] = torch.from_numpy(np.asarray(tokens, np.int64))
-            mask[i, : len(tokens)] = True
-        yield ids, mask
+        ids = torch.zeros(len(group), max(len(passages[i]) for i in group), dtype=torch.int64)
+        number = torch.full_like(ids, int(first[-1]))
+        for at, i in enumerate(group):
+            length = len(passages[i])
+            ids[at, :length] = torch.from_numpy(np.asarray(passages[i], np.int64))
+            number[at, :length] = torch.arange(first[i], first[i] + length)
+        yield ids, number

@@ -2,7 +2,8 @@
 
 At a firing of feature i the state is patched, `S_t - N + R`, the text goes on as it is, and next-token distributions
 are compared with the unpatched ones. If the atom is what the write means to the model, putting the atom in its place
-(R = its atom) disturbs less than taking it out (R = 0), and that less than a random rank-1 write of the same size.
+(R = its atom) disturbs less than taking it out (R = 0), and that less than a random rank-1 write of the same size. And
+if learning the atoms was worth anything, it disturbs less than what nobody trained: see `nulls`.
 
 Method: J. Young, *WriteSAE: Sparse Autoencoders for Recurrent State*, arXiv 2605.12770.
 """
@@ -10,6 +11,7 @@ Method: J. Young, *WriteSAE: Sparse Autoencoders for Recurrent State*, arXiv 260
 from __future__ import annotations
 
 import hashlib
+import marshal
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,11 +28,13 @@ from ..text import Corpus
 from ..text.passages import DocumentEnd
 from ..text.passages import passages as cut
 from ..text.tokens import check_ids, check_vocabulary, tokenizing
-from .conditions import BASELINE, CONDITIONS, DEFAULT_CONDITIONS, NATIVES, SCALES, Fired, arms, deltas  # fmt: skip
+from .conditions import BASELINE, NATIVES, READS, SCALES, TRAINING_CONDITIONS, Condition, arms, chosen, deltas
 from .engine import ForkEngine, Places
-from .firing import check_sae, sample, survey, top_codes
+from .firing import check_sae, native_writes, sample, survey, top_codes
+from .nulls import Fired, Material
 from .parts import Parts, concatenate
 from .result import ReplacementResult
+from .sites import rule, with_longest_memory
 
 _BEFORE, _AFTER = 24, 8  # tokens of context kept around a firing
 
@@ -100,15 +104,18 @@ def run_replacement(
     passages: Sequence[Passage],
     *,
     select: Sequence[Passage] | None = None,
+    train: Sequence[Passage] | None = None,
     min_selected: int = 5,
     firings: int = 1000,
     each: int = 8,
     horizon: int = 8,
+    read: str | Sequence[str] = "after",
     natives: Sequence[str] = NATIVES,
     scales: Sequence[str] = SCALES,
-    conditions: Sequence[str] = DEFAULT_CONDITIONS,
+    conditions: Sequence | Mapping[str, Condition] | None = None,
     seed: int = 0,
     memory: int = 2**30,
+    longest: int | None = None,
     out: str | Path | None = None,
     progress: bool = True,
     any_model: bool = False,
@@ -121,13 +128,21 @@ def run_replacement(
         saes: a dictionary that knows its layer and head, or {(layer, head): dictionary}.
         passages: test text, see `passages_of`; it should be text the dictionary has not seen.
         select: text on which features are chosen: only features with the largest code at `min_selected` or more of its
-            tokens are tested. None tests whatever fires. Needed for the condition "mean".
+            tokens are tested. None tests whatever fires.
+        train: text whose native writes make the conditions "codebook", "codebook_nearest" and "mean"; text that the
+            dictionary was trained on is fair. None takes `select`.
         firings: firings tested a site; fewer when the passages run out.
         each: firings tested a passage and site at most, so that the test spreads over documents.
         horizon: tokens followed after the edit.
-        natives, scales, conditions: see `conditions`; the first native and scale are the headline.
+        read: when the state is changed: "after" token t has read it, "before", or both in one run.
+        natives, scales: see `conditions`; the first read, native and scale are the headline.
+        conditions: names of `conditions.CONDITIONS` and (name, function) pairs, all that are tested, or {name:
+            function}, tested beside the default ones. A function takes `nulls.Edited` and returns what is put in the
+            write's place. None is the default: of these, all that the texts allow.
         seed: of the order of passages, the choice of tokens and the random control.
         memory: bytes that a batch of forks may take, roughly.
+        longest: test only this many sites: those of the model's heads with the longest memory, measured on `select` (or
+            `train`, or the test text); each needs a dictionary. None tests every site given.
         out: folder for finished parts; the same call on the same folder resumes and gives the same rows.
         progress: show a bar.
         any_model: also with dictionaries that name another model.
@@ -138,13 +153,19 @@ def run_replacement(
     start = time.perf_counter()
     saes = _sites(saes)
     require_same_model(model, saes, any_model)
-    _check(natives, scales, conditions, firings, each, select, horizon)
-    engines = {layer: ForkEngine(model, layer, horizon) for layer in sorted({layer for layer, _ in saes})}
+    reads = READS if read == "both" else (read,) if isinstance(read, str) else tuple(read)
+    conditions = chosen(conditions, training=train is not None or select is not None)
+    _check(reads, natives, scales, firings, each, horizon)
+    if longest is not None:
+        text = select or train or passages
+        saes = with_longest_memory(model, saes, [passage.tokens for passage in text], longest, progress)
+    begin = "before" if "before" in reads else "after"
+    engines = {layer: ForkEngine(model, layer, horizon, begin) for layer in sorted({layer for layer, _ in saes})}
     for (layer, head), sae in saes.items():
         check_sae(sae, engines[layer].site, layer, head)
     if tokenizer is not None:
         check_vocabulary(tokenizer, model)
-    for passage in (*passages, *(select or ())):
+    for passage in (*passages, *(select or ()), *(train or ())):
         check_ids(torch.from_numpy(np.asarray(passage.tokens, np.int64)), model)
     usable = [i for i, passage in enumerate(passages) if len(passage.tokens) > horizon + 1]
     if not usable:
@@ -154,22 +175,26 @@ def run_replacement(
         "test": "replacement", "model": weights_digest(model), "torch": torch.__version__,
         "saes": {f"{layer}:{head}": weights_digest(sae) for (layer, head), sae in saes.items()},
         "passages": _digest(passages), "select": None if select is None else _digest(select),
-        "min_selected": min_selected, "firings": firings, "each": each, "horizon": horizon, "natives": list(natives),
-        "scales": list(scales), "conditions": list(conditions), "seed": seed, "memory": memory,
+        "train": None if train is None else _digest(train), "min_selected": min_selected, "firings": firings,
+        "each": each, "horizon": horizon, "reads": list(reads), "natives": list(natives), "scales": list(scales),
+        "conditions": {name: out and _code(name, function) for name, function in conditions.items()}, "seed": seed,
+        "memory": memory,
     }  # fmt: skip
     parts = Parts(None if out is None else Path(out), plan)
-    allowed, means, selected = _selection(model, saes, select, min_selected, progress)
+    allowed, selected = _selection(model, saes, select, min_selected, progress)
+    materials = _materials(model, saes, train or select, conditions, seed, progress)
     tables, seen_tokens = [], 0
-    longest = max(len(passages[i].tokens) for i in usable)
+    most = max(len(passages[i].tokens) for i in usable)
     order = np.random.default_rng(seed).permutation(usable)
     show = _Shown(tokenizer)
     bar = tqdm(total=firings * len(saes), desc="replacing", unit=" firings", disable=not progress)
     for layer, engine in engines.items():
         heads = {head: sae for (at, head), sae in saes.items() if at == layer}
-        room = memory // engine.bytes_a_fork(longest) // (each * len(heads))
+        a_fork = engine.bytes_a_fork(most, 1 + len(arms(natives, scales, tuple(conditions), reads)))
+        room = memory // a_fork // (each * len(heads))
         if room < 1:
             raise ValueError(
-                f"memory: expected at least {engine.bytes_a_fork(longest) * each * len(heads):,} bytes, for the "
+                f"memory: expected at least {a_fork * each * len(heads):,} bytes, for the "
                 f"{each * len(heads)} forks of one passage, got {memory:,} (lower each, or raise memory)"
             )
         size, counts = min(room, 16), dict.fromkeys(heads, 0)
@@ -179,8 +204,8 @@ def run_replacement(
             part = parts.read(name)
             if part is None:
                 part = _batch(
-                    engine, heads, chunk, order[lo : lo + size], allowed, means, natives, scales, conditions, each,
-                    seed, show,
+                    engine, heads, chunk, order[lo : lo + size], allowed, materials, reads, natives, scales, conditions,
+                    each, seed, show,
                 )  # fmt: skip
                 parts.write(name, part)
             seen_tokens += sum(len(passage.tokens) for passage in chunk)
@@ -200,7 +225,8 @@ def run_replacement(
     return ReplacementResult(
         table, natives=tuple(natives), scales=tuple(scales), conditions=tuple(conditions), horizon=horizon, seed=seed,
         requested=firings, tokens=seen_tokens, seconds=time.perf_counter() - start, selected=selected,
-        sites={site: _describe(sae) for site, sae in saes.items()},
+        sites={site: _describe(sae) for site, sae in saes.items()}, reads=reads,
+        rule=rule(saes, engines) if longest is None else "longest memory",
     )  # fmt: skip
 
 
@@ -215,24 +241,31 @@ def _sites(saes) -> dict[tuple[int, int], SAE]:
     return saes
 
 
-def _check(natives, scales, conditions, firings, each, select, horizon) -> None:
-    for name, given, known in (
-        ("natives", natives, NATIVES), ("scales", scales, SCALES), ("conditions", conditions, CONDITIONS)
-    ):  # fmt: skip
+def _check(reads, natives, scales, firings, each, horizon) -> None:
+    for name, given, known in (("read", reads, READS), ("natives", natives, NATIVES), ("scales", scales, SCALES)):
         wrong = [x for x in given if x not in known]
         if wrong or not given or len(set(given)) < len(given):
-            got = ", ".join(given) or "none"
-            raise ValueError(f"{name}: expected some of {', '.join(known)}, each once, got {got}")
-    for needed in ("atom", "delete"):
-        if needed not in conditions:
-            raise ValueError(f"conditions: expected atom and delete among them, got {', '.join(conditions)}")
-    if "mean" in conditions and select is None:
-        raise ValueError('conditions: "mean" needs the text on which features are selected (select), got none')
+            got = ", ".join(map(str, given)) or "none"
+            more = " (or both)" if name == "read" else ""
+            raise ValueError(f"{name}: expected some of {', '.join(known)}{more}, each once, got {got}")
     for name, value in (("firings", firings), ("each", each)):
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
     if horizon < 1:
         raise ValueError(f"horizon: expected at least 1 token after the edit, got {horizon}")
+
+
+def _code(name: str, function: Condition | None) -> str | None:
+    """A digest of a user's condition, so that a run does not go on with another; what it refers to is not part."""
+    if function is None:
+        return None
+    code = getattr(function, "__code__", None)
+    if code is None:
+        raise ValueError(
+            f"conditions: {name}: expected a plain function where out is given, so that a resumed run can tell it from "
+            f"another, got {type(function).__name__}"
+        )
+    return hashlib.sha256(marshal.dumps(code)).hexdigest()
 
 
 def _digest(passages: Sequence[Passage]) -> str:
@@ -244,32 +277,45 @@ def _digest(passages: Sequence[Passage]) -> str:
 
 def _describe(sae: SAE) -> dict:
     keys = ("kind", "F", "k", "K", "V", "r", "sparsity")
-    return {key: getattr(sae, key) for key in keys} | {"metrics": dict(getattr(sae, "metrics", {}) or {})}
+    survey = (sae.training_record or {}).get("survey")  # a site that was chosen by its outcome says so
+    chosen_of = len(survey) if isinstance(survey, (list, tuple)) else None
+    return {
+        **{key: getattr(sae, key) for key in keys}, "metrics": dict(sae.metrics or {}), "chosen_of": chosen_of,
+    }  # fmt: skip
 
 
 def _selection(model, saes, select, min_selected, progress):
-    """Masks of the features under test, mean writes, and a record of the choice."""
+    """Masks of the features under test, and a record of the choice."""
     if select is None:
-        return dict.fromkeys(saes), {}, None
-    counts, means, tokens = survey(model, saes, [passage.tokens for passage in select], progress)
+        return dict.fromkeys(saes), None
+    counts, tokens = survey(model, saes, [passage.tokens for passage in select], progress)
     allowed = {site: count >= min_selected for site, count in counts.items()}
     for site, mask in allowed.items():
         if not mask.any():
             raise ValueError(
                 f"select: expected a feature of site {site} with the largest code at {min_selected} tokens or "
-                f"more, got "
-                f"none in {tokens} tokens"
+                f"more, got none in {tokens} tokens"
             )
     record = {
         "tokens": tokens, "passages": len(select), "min_selected": min_selected,
         "features": {f"{layer}:{head}": int(mask.sum()) for (layer, head), mask in allowed.items()},
     }  # fmt: skip
-    return allowed, means, record
+    return allowed, record
 
 
-def _batch(engine, heads, chunk, numbers, allowed, means, natives, scales, conditions, each, seed, show) -> dict:
+def _materials(model, saes, text, conditions, seed, progress) -> dict[tuple[int, int], Material]:
+    """What the conditions need of every site; the text is read only if one of them needs its writes."""
+    books, means = {}, {}
+    if any(condition in conditions for condition in TRAINING_CONDITIONS):
+        books, means = native_writes(model, saes, [passage.tokens for passage in text], seed, progress)
+    return {site: Material(site[1], sae, books.get(site), means.get(site)) for site, sae in saes.items()}
+
+
+def _batch(
+    engine, heads, chunk, numbers, allowed, materials, reads, natives, scales, conditions, each, seed, show
+) -> dict:
     """Every firing tested in a batch of passages, as table columns."""
-    layer, horizon = engine.layer, engine.length - 1
+    layer, horizon = engine.layer, engine.horizon
     lengths = [len(passage.tokens) for passage in chunk]
     ids = torch.zeros(len(chunk), max(lengths), dtype=torch.int64)
     for p, passage in enumerate(chunk):
@@ -298,14 +344,16 @@ def _batch(engine, heads, chunk, numbers, allowed, means, natives, scales, condi
     for i, (_, _, h, f, _) in enumerate(rows):
         v_dec, w_dec = atoms[h]
         v[i, : v_dec.shape[1]], w[i, : w_dec.shape[1]] = v_dec[f], w_dec[f]
-    mean = None
-    if "mean" in conditions:
-        mean = torch.stack([means[layer, h] for h in heads])[torch.tensor([list(heads).index(h) for h in head])]
     names = [f"{layer}:{h}/{chunk[a].name}@{b}" for a, b, h in zip(p, t, head, strict=True)]
-    fired = Fired(v, w, code, names, mean)
-    changes = deltas(clean, fired, natives, scales, conditions, seed)
+    sites = tuple(materials[layer, h] for h in heads)
+    fired = Fired(v, w, code, names, torch.from_numpy(feature), sites)
+    changes = deltas(clean, fired, natives, scales, conditions, seed, reads)
     found = engine.divergences(clean, engine.run(clean, changes), BASELINE)
-    kl = {name: tuple(x.cpu().numpy() for x in found[name]) for name in arms(natives, scales, conditions)}
+    # Where the forks begin after the token, its own KL is 0 without having been run.
+    kl = {
+        name: tuple(np.pad(x.cpu().numpy(), ((0, 0), (engine.first, 0))) for x in found[name])
+        for name in arms(natives, scales, tuple(conditions), reads)
+    }
     left, right, outer = (x.to("cpu", torch.float32) for x in (clean.left, clean.right, clean.outer_right))
     norm = left.norm(dim=1) * right.norm(dim=1)
     gram = torch.einsum("nrk,nsk->nrs", v, v) * torch.einsum("nrv,nsv->nrs", w, w)
@@ -321,7 +369,8 @@ def _batch(engine, heads, chunk, numbers, allowed, means, natives, scales, condi
         "row": np.array([chunk[a].row for a in p], np.int64), "position": t, "token": ids[p, t].numpy(),
         "layer": np.full(len(rows), layer, np.int64), "head": head, "feature": feature, "activation": code.numpy(),
         "native_norm": norm.numpy(), "outer_norm": (left.norm(dim=1) * outer.norm(dim=1)).numpy(),
-        "atom_norm": atom_norm.numpy(), "cosine": (inner / (norm * atom_norm).clamp_min(1e-30)).numpy(),
+        "atom_norm": atom_norm.numpy(), "atom_size": (code * atom_norm).numpy(),
+        "cosine": (inner / (norm * atom_norm).clamp_min(1e-30)).numpy(),
         "context": strings, "context_at": np.array([at for _, at in contexts], np.int64),
         **{f"forward:{name}": pair[0] for name, pair in kl.items()},
         **{f"reverse:{name}": pair[1] for name, pair in kl.items()},

@@ -87,6 +87,34 @@ def wilcoxon(treatment: np.ndarray, control: np.ndarray) -> dict:
     return {**out, "W": float(result.statistic), "p": float(result.pvalue)}
 
 
+def cliffs_delta(treatment: np.ndarray, control: np.ndarray) -> dict:
+    """Cliff's delta, in [-1, 1]: P(treatment < control) - P(treatment > control) over all pairs of unlike firings.
+
+    Positive where the `treatment [n]` KLs are the smaller ones; unlike the win rate it knows nothing of the pairing.
+    The word is that of Romano et al. (2006): negligible below 0.147, small below 0.33, medium below 0.474, else large.
+    """
+    check_finite(treatment=treatment, control=control)
+    n = len(treatment)
+    delta = float(2 * need("scipy.stats").mannwhitneyu(control, treatment, method="asymptotic").statistic / n**2 - 1)
+    word = next((word for word, below in _EFFECTS if abs(delta) < below), "large")
+    return {"statistic": "Cliff's delta, over all pairs", "n": n, "delta": delta, "word": word}
+
+
+_EFFECTS = (("negligible", 0.147), ("small", 0.33), ("medium", 0.474))
+
+
+def by_quartile(treatment: np.ndarray, control: np.ndarray) -> list[dict]:
+    """Win rate by quartile of the control's KL, smallest first: are failures where there is nothing to lose?"""
+    check_finite(treatment=treatment, control=control)
+    out = []
+    for part in np.array_split(np.argsort(control, kind="stable"), 4):
+        if len(part):
+            won = win_rate(treatment[part], control[part])
+            kept = {name: won[name] for name in ("n", "rate", "ci95", "losses", "ties")}
+            out.append({**kept, "from": float(control[part].min()), "to": float(control[part].max())})
+    return out
+
+
 class ClusterBootstrap:
     """Resamples whole clusters (features, passages) with replacement; the same draws serve every statistic.
 
@@ -105,7 +133,8 @@ class ClusterBootstrap:
         self.clusters, self.resamples = len(labels), resamples
         # A draw of G clusters out of G is a multinomial count for each, so a resampled mean is two dot products.
         draw = np.random.default_rng(seed)
-        self._weights = draw.multinomial(self.clusters, np.full(self.clusters, 1 / self.clusters), size=resamples)
+        weights = draw.multinomial(self.clusters, np.full(self.clusters, 1 / self.clusters), size=resamples)
+        self._weights = weights.astype(np.float64)  # once, not at every product
         self._counts = self._weights @ np.bincount(self._of, minlength=self.clusters)
 
     def mean(self, values: np.ndarray) -> np.ndarray:
@@ -125,11 +154,13 @@ class ClusterBootstrap:
 
 
 def population(treatment: np.ndarray, control: np.ndarray, feature: np.ndarray) -> dict:
-    """Per-feature test: of the features with enough firings, how many win more of their firings than they lose.
+    """Per-feature test: the mean of the features' own win rates, and how many win more of their firings than they lose.
 
-    A feature needs `MIN_FIRINGS` firings; its first `MAX_FIRINGS` in table order (a random order of passages) are used,
-    so that frequent features do not speak for rare ones. `significant` counts features whose wins exceed chance by a
-    one-sided sign test (ties left out) at a false discovery rate of 5 % (Benjamini-Hochberg).
+    `mean` is the mean win rate over features with a bootstrap over features (`mean_ci95`; None for a single one), and
+    `rate` the share of features that win most of their firings, with its Wilson interval. A feature needs `MIN_FIRINGS`
+    firings; its first `MAX_FIRINGS` in table order (a random order of passages) are used, so that frequent features do
+    not speak for rare ones. `significant` counts features whose wins exceed chance by a one-sided sign test (ties left
+    out) at a false discovery rate of 5 % (Benjamini-Hochberg).
     """
     check_finite(treatment=treatment, control=control, feature=feature)
     features, rates, p_values, used = [], [], [], 0
@@ -146,14 +177,28 @@ def population(treatment: np.ndarray, control: np.ndarray, feature: np.ndarray) 
         used += len(index)
     name = f"features winning most of their firings, of those with at least {MIN_FIRINGS} (at most {MAX_FIRINGS} used)"
     if not features:
-        return {"statistic": name, "n": 0, "count": 0, "rate": None, "ci95": None, "firings": 0, "significant": 0}
+        none = dict.fromkeys(("rate", "ci95", "mean", "mean_ci95"))
+        return {"statistic": name, "n": 0, "count": 0, **none, "firings": 0, "significant": 0}
+    own = np.array([rate for _, rate in rates])
     out = proportion(np.array([won for won, _ in rates]), name)
     rejected = need("statsmodels.stats.multitest").multipletests(p_values, alpha=0.05, method="fdr_bh")[0]
     out.update(
-        firings=used, significant=int(rejected.sum()), features=features, win_rates=[rate for _, rate in rates],
-        median_win_rate=float(np.median([rate for _, rate in rates])),
+        firings=used, significant=int(rejected.sum()), features=features, win_rates=own.tolist(),
+        median_win_rate=float(np.median(own)), mean=float(own.mean()), mean_ci95=_mean_interval(own),
     )  # fmt: skip
     return out
+
+
+def _mean_interval(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> list[float] | None:
+    """Percentile 95 % interval of the mean, by a bootstrap over `values [n]`; None for a single one."""
+    if len(values) < 2:
+        return None
+    if values.std() == 0:
+        return [float(values[0])] * 2
+    found = need("scipy.stats").bootstrap(
+        (values,), np.mean, n_resamples=resamples, method="percentile", rng=np.random.default_rng(seed)
+    )  # fmt: skip
+    return [float(found.confidence_interval.low), float(found.confidence_interval.high)]
 
 
 def across_heads(rates: Mapping[tuple[int, int], float]) -> dict[str, dict]:
@@ -189,7 +234,7 @@ def replacement_tests(
         kl: {condition: `[n]` KL of every firing}; needs "atom" and "delete"; "random" adds the chain.
         by_feature, by_passage: bootstraps over the same n firings.
         feature: `[n]` feature of every firing.
-        others: further conditions to test the atom against (baselines).
+        others: further conditions to test the atom against: whatever else could have been put in the write's place.
     """
     check_finite(feature=feature, **kl)
     atom, delete = np.asarray(kl["atom"]), np.asarray(kl["delete"])
@@ -199,6 +244,8 @@ def replacement_tests(
         "win_rate_by_feature": by_feature.interval(won, "feature"),
         "win_rate_by_passage": by_passage.interval(won, "passage"),
         "wilcoxon": wilcoxon(atom, delete),
+        "cliffs_delta": cliffs_delta(atom, delete),
+        "by_quartile": by_quartile(atom, delete),
         "population": population(atom, delete, feature),
         "kl": {name: describe(column) for name, column in kl.items()},
     }
@@ -208,5 +255,15 @@ def replacement_tests(
         out["strict_chain"] = strict_chain(atom, delete, random)
         out["strict_chain_by_feature"] = by_feature.interval(chain, "feature")
         out["strict_chain_by_passage"] = by_passage.interval(chain, "passage")
-    out["atom_against"] = {name: win_rate(atom, np.asarray(kl[name])) for name in others}
+    out["atom_against"] = {name: against(atom, np.asarray(kl[name]), by_feature, by_passage) for name in others}
     return out
+
+
+def against(atom: np.ndarray, other: np.ndarray, by_feature: ClusterBootstrap, by_passage: ClusterBootstrap) -> dict:
+    """The atom against one other thing put in the write's place: how often it is closer, and by how much."""
+    won = atom < other
+    return {
+        **win_rate(atom, other), "by_feature": by_feature.interval(won, "feature")["ci95"],
+        "by_passage": by_passage.interval(won, "passage")["ci95"], "cliffs_delta": cliffs_delta(atom, other),
+        "wilcoxon": wilcoxon(atom, other),
+    }  # fmt: skip

@@ -18,13 +18,13 @@ import numpy as np
 from ..files import make_folder, write_text
 from . import plots
 from .load import load_run
-from .schema import CONDITIONS, METRICS, NATIVES, SCALES, check_run, curve
+from .schema import CONDITIONS, METRICS, NATIVES, READS, SCALES, check_run, curve, curves, headline
 from .style import STYLE
 
 TOP_ATOMS, CONTEXTS = 12, 4
 BEFORE, AFTER = 14, 6  # tokens shown around a firing; more would push out of sight what fired
 NEAR = 1.05  # medians closer than this factor are called the same
-_MAIN = ("atom", "delete", "random")
+_DRAWN = ("atom", "delete", "random", "codebook", "singular", "zero")  # in the figure of horizons: more hide each other
 _NEAR_PERCENT = round(100 * (NEAR - 1))
 _TOKEN = 200  # characters shown of one token
 
@@ -55,15 +55,18 @@ def build(source: str | Path | tuple[Mapping, Mapping], out: str | Path) -> Path
 def draw(summary: Mapping, table: Mapping[str, np.ndarray], folder: Path) -> dict[str, Path]:
     """The figures that a run has data for, as {name: PNG file}."""
     head = summary["headline"]
-    curves = {c: table[curve(head, c)] for c in summary["settings"]["conditions"] if c != "native"}
-    kl = {name: curve[:, 1:].mean(1) for name, curve in curves.items()}
+    columns = {c: table[curve(head, c)] for c in curves(summary)}
+    kl = {name: column[:, 1:].mean(1) for name, column in columns.items()}
     won = kl["atom"] < kl["delete"]
-    out = {"kl_scatter": plots.kl_scatter(kl["atom"], kl["delete"], folder / "kl_scatter.png")}
+    out = {"null_models": plots.null_models(_shares(summary), folder / "null_models.png")}
+    out["kl_scatter"] = plots.kl_scatter(kl["atom"], kl["delete"], folder / "kl_scatter.png")
     if "random" in kl:
         path = folder / "ratio_densities.png"
         out["ratio_densities"] = plots.ratio_densities(kl["atom"], kl["delete"], kl["random"], path)
-    out["horizon_curve"] = plots.horizon_curve(curves, folder / "horizon_curve.png")
-    population = _headline_test(summary)["population"]
+    drawn = {c: column for c, column in columns.items() if c in _DRAWN or c not in CONDITIONS}
+    first = 1 if head["read"] == "after" else 0
+    out["horizon_curve"] = plots.horizon_curve(drawn, folder / "horizon_curve.png", first)
+    population = headline(summary)["population"]
     if population["n"]:
         out["feature_win_rates"] = plots.feature_win_rates(
             population["win_rates"], population["firings"], folder / "feature_win_rates.png"
@@ -76,9 +79,14 @@ def draw(summary: Mapping, table: Mapping[str, np.ndarray], folder: Path) -> dic
     return out
 
 
-def _headline_test(summary: Mapping) -> Mapping:
-    head = summary["headline"]
-    return summary["tests"][f"{head['native']}/{head['scale']}"][head["horizon"]][head["direction"]]
+def _shares(summary: Mapping) -> list[tuple[str, dict[str, tuple[float, float, float]]]]:
+    """(condition, {scale: (share of firings in which the atom is closer, its interval)}), deletion first."""
+    out: dict[str, dict] = {"delete": {}}
+    for scale in summary["settings"]["scales"]:
+        test = headline(summary, scale)
+        for name, found in {"delete": test["win_rate"], **test["atom_against"]}.items():
+            out.setdefault(name, {})[scale] = (found["rate"], *found["ci95"])
+    return list(out.items())
 
 
 # ---- numbers, as the template's filters -------------------------------------------------------------------------
@@ -110,11 +118,6 @@ def number(x: float | None) -> str:
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def medians(by_condition: Mapping[str, float]) -> str:
-    """Median KLs of the main conditions, in thousandths of a nat."""
-    return " / ".join(number(1e3 * by_condition[c]) for c in _MAIN if c in by_condition)
-
-
 # ---- what the numbers say -----------------------------------------------------------------------------------------
 
 
@@ -130,28 +133,31 @@ def verdict(low: float, high: float, atom: float, delete: float) -> str:
     return "loss" if high < 0.5 and atom > delete and not near else "tie"
 
 
-def _verdict(test: Mapping) -> dict:
-    """The verdict of one reading, with the interval and the medians it rests on."""
-    both = (test["win_rate_by_feature"]["ci95"], test["win_rate_by_passage"]["ci95"])
+def _verdict(test: Mapping, other: str = "delete") -> dict:
+    """The verdict on the atom against deletion, or another condition, with the interval and medians it rests on."""
+    if other == "delete":
+        both = (test["win_rate_by_feature"]["ci95"], test["win_rate_by_passage"]["ci95"])
+    else:
+        both = (test["atom_against"][other]["by_feature"], test["atom_against"][other]["by_passage"])
     low, high = min(x[0] for x in both), max(x[1] for x in both)
-    atom, delete = test["kl"]["atom"]["median"], test["kl"]["delete"]["median"]
-    return {"is": verdict(low, high, atom, delete), "low": low, "high": high, "atom": atom, "delete": delete}
+    atom, median = test["kl"]["atom"]["median"], test["kl"][other]["median"]
+    return {"is": verdict(low, high, atom, median), "low": low, "high": high, "atom": atom, "delete": median}
 
 
-def _says(found: Mapping) -> str:
-    """The headline's verdict as a sentence."""
+def _says(found: Mapping, other: str = "deletion") -> str:
+    """A verdict as a sentence."""
     lower = "lower" if found["atom"] < found["delete"] else "higher"
     near = max(found["atom"], found["delete"]) <= NEAR * min(found["atom"], found["delete"])
     if found["is"] == "win":
-        return "The atom disturbs the model less than deletion does: more often than chance, and by its median KL"
+        return f"The atom disturbs the model less than {other} does: more often than chance, and by its median KL"
     if found["is"] == "loss":
-        return "The atom disturbs the model more than deletion does: more often than chance, and by its median KL"
+        return f"The atom disturbs the model more than {other} does: more often than chance, and by its median KL"
     if found["low"] <= 0.5 <= found["high"]:
-        return "A tie: how often the atom is closer than deletion cannot be told from chance"
+        return f"A tie: how often the atom is closer than {other} cannot be told from chance"
     often = "more" if found["low"] > 0.5 else "less"
     if near:
-        return f"A tie in size: the atom is closer {often} often than chance, but the medians are alike"
-    return f"A tie: the atom is closer {often} often than chance, but its median KL is {lower} than deletion’s"
+        return f"A tie in size: the atom is closer than {other} {often} often than chance, but the medians are alike"
+    return f"A tie: the atom is closer {often} often than chance, but its median KL is {lower} than {other}’s"
 
 
 def _readings(summary: Mapping) -> list[dict]:
@@ -159,28 +165,54 @@ def _readings(summary: Mapping) -> list[dict]:
     head = summary["headline"]
     groups = []
     for variant, metrics in summary["tests"].items():
-        native, scale = variant.split("/")
+        read, native, scale = variant.split("/")
         rows = []
         for metric, directions in metrics.items():
             for direction, test in directions.items():
-                here = (native, scale, metric, direction) == tuple(
-                    head[x] for x in ("native", "scale", "horizon", "direction")
+                here = (read, native, scale, metric, direction) == tuple(
+                    head[x] for x in ("read", "native", "scale", "horizon", "direction")
                 )
                 reverse = ", reversed" if direction == "reverse" else ""
                 rows.append({"label": METRICS[metric] + reverse, "here": here, "test": test, "found": _verdict(test)})
-        groups.append({"native": NATIVES[native], "scale": SCALES[scale], "rows": rows})
+        groups.append({"read": READS[read], "native": NATIVES[native], "scale": SCALES[scale], "rows": rows})
     return groups
 
 
 def _elsewhere(summary: Mapping) -> list[dict]:
-    """The headline's reading with the atom at its other sizes."""
+    """The headline's reading with the atom at its other size, and with the state changed at the other time."""
     head, out = summary["headline"], []
-    for scale, text in SCALES.items():
-        tests = summary["tests"].get(f"{head['native']}/{scale}", {}).get(head["horizon"], {})
-        if scale != head["scale"] and head["direction"] in tests:
+    variants = [(head["read"], scale, f"With {text}") for scale, text in SCALES.items() if scale != head["scale"]]
+    for read, text in READS.items():
+        if read != head["read"]:
+            variants.append((read, head["scale"], f"With the state {text}"))
+    for read, scale, text in variants:
+        tests = summary["tests"].get(f"{read}/{head['native']}/{scale}", {}).get(head["horizon"], {})
+        if head["direction"] in tests:
             test = tests[head["direction"]]
-            out.append({"text": text, "rate": test["win_rate"]["rate"], "found": _verdict(test)})
+            against = test["atom_against"].get("codebook")
+            out.append({
+                "text": text, "rate": test["win_rate"]["rate"], "found": _verdict(test),
+                "codebook": None if against is None else against["rate"],
+                "codebook_found": None if against is None else _verdict(test, "codebook"),
+            })  # fmt: skip
     return out
+
+
+def _sites(summary: Mapping) -> list[dict]:
+    """A row for every site and time of reading: the atom against deletion and codebook at either size."""
+    rows: dict[tuple[str, str], dict] = {}
+    for x in summary["table"]:
+        row = rows.setdefault(
+            (x["site"], x["read"]), {"site": x["site"], "read": x["read"], "n": x["n"], "all": [], "rates": {}}
+        )  # fmt: skip
+        row["all"].append(x)
+        if x["condition"] == "atom":
+            row["rates"]["delete", x["scale"]] = x["beats_delete"]
+        elif x["condition"] == "codebook":
+            row["rates"]["codebook", x["scale"]] = x["atom_beats"]
+        if x["scale"] in (None, summary["headline"]["scale"]):
+            row[x["condition"]] = x["kl_median"]
+    return list(rows.values())
 
 
 def _atoms(table: Mapping[str, np.ndarray], summary: Mapping) -> list[dict]:
@@ -235,7 +267,7 @@ def _template():
         loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    made.filters.update(percent=percent, interval=interval, number=number, medians=medians)
+    made.filters.update(percent=percent, interval=interval, number=number)
     made.filters["count"] = lambda x: f"{x:,}"
     return made.get_template("report.html.j2")
 
@@ -244,13 +276,22 @@ def render(summary: Mapping, table: Mapping[str, np.ndarray], figures: Mapping[s
     """The page as text."""
     from markupsafe import Markup
 
-    test = _headline_test(summary)
+    test = headline(summary)
+    against = test["atom_against"].get("codebook")
+    power = 3 if summary["kl_median"]["delete"] >= 1e-4 else 6
+    matched = None
+    if summary["headline"]["scale"] != "matched" and "matched" in summary["settings"]["scales"]:
+        matched = headline(summary, "matched")
     digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
     sites = {name: tuple(name.split(":")) for name in (*summary["settings"]["sites"], *summary.get("sites", ()))}
     return _template().render(
         s=summary, test=test, table=table, atoms=_atoms(table, summary), readings=_readings(summary), site=sites,
         found=_verdict(test), says=_says(_verdict(test)), elsewhere=_elsewhere(summary), names=CONDITIONS,
-        order=" / ".join(CONDITIONS[c].split()[0] for c in _MAIN if c in summary["kl_median"]), verdict=verdict,
+        against=against, matched=matched, reads=READS, scales=SCALES, rows=_sites(summary),
+        unit=10.0**power, tens=f"10⁻{str(power).translate(_RAISED)}",
+        codebook=None if against is None else _verdict(test, "codebook"),
+        codebook_says=None if against is None else _says(_verdict(test, "codebook"), "an untrained codebook"),
+        verdict=verdict,
         figures=[(name, _inlined(path), _inlined(plots.dark(path))) for name, path in figures.items()],
         style=Markup(STYLE), style_digest=digest, near=_NEAR_PERCENT,
     )  # fmt: skip

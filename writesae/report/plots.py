@@ -13,11 +13,13 @@ from .schema import CONDITIONS as NAMES
 # Okabe-Ito: told apart with any colour vision, and in grey; on dark paper the same hues, lighter.
 COLOURS = {
     "atom": "#0072B2", "delete": "#D55E00", "random": "#6E6E6E", "native": "#000000", "mean": "#009E73",
-    "previous": "#CC79A7", "singular": "#E69F00", "tie": "#9a9a9a", "line": "#444444",
+    "previous": "#CC79A7", "singular": "#E69F00", "codebook": "#009E73", "zero": "#8C6BB1", "tie": "#9a9a9a",
+    "line": "#444444",
 }  # fmt: skip
 DARK_COLOURS = {
     "atom": "#4BA9E2", "delete": "#F08A4B", "random": "#A6A6A6", "native": "#FFFFFF", "mean": "#33C699",
-    "previous": "#DE9FC3", "singular": "#F2BC45", "tie": "#7a828b", "line": "#b9c0c8",
+    "previous": "#DE9FC3", "singular": "#F2BC45", "codebook": "#33C699", "zero": "#B79BDD", "tie": "#7a828b",
+    "line": "#b9c0c8",
 }  # fmt: skip
 _STYLE = {
     "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 9.5, "axes.titlesize": 10.5,
@@ -161,28 +163,64 @@ def activation_histogram(activation: np.ndarray, path: Path) -> Path:
     return _draw(path, (5.0, 2.9), paint)
 
 
-def horizon_curve(curves: Mapping[str, np.ndarray], path: Path) -> Path:
-    """Median KL by tokens after the edit, with the middle half of the firings as a band. {condition: `[n, H + 1]`}."""
+def horizon_curve(curves: Mapping[str, np.ndarray], path: Path, first: int = 0) -> Path:
+    """Median KL by tokens after the edit; bands hold the middle half for atom and deletion. {condition: `[n, H + 1]`}.
+
+    `first` is the first token drawn: 1 where the token itself cannot have seen the change.
+    """
 
     def paint(axes, colours):
         lowest = np.inf
-        for name, curve in curves.items():
-            h = np.arange(curve.shape[1])
+        for name, whole in curves.items():
+            curve = whole[:, first:]
+            h = np.arange(first, whole.shape[1])
             low, mid, high = np.nanpercentile(curve, [25, 50, 75], axis=0)
             if not (mid > 0).all():
                 continue
             lowest = min(lowest, low[low > 0].min(initial=mid.min()))
             colour = colours.get(name, colours["line"])
-            axes.fill_between(h, np.maximum(low, 1e-300), high, color=colour, alpha=0.13, linewidth=0)
+            if name in ("atom", "delete"):  # more bands would hide each other
+                axes.fill_between(h, np.maximum(low, 1e-300), high, color=colour, alpha=0.16, linewidth=0)
             axes.plot(h, mid, color=colour, linewidth=1.7, marker="o", markersize=3.5, label=NAMES.get(name, name))
-        axes.set(yscale="log", xlabel="tokens after the edit (0: the token itself)")
+        axes.set(yscale="log", xlabel="tokens after the edit" + ("" if first else " (0: the token itself)"))
         if np.isfinite(lowest):
             axes.set_ylim(bottom=lowest * 0.8)
         axes.set_ylabel("KL (nats), median and middle half")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, ncols=3, columnspacing=1.2)
+        if np.isfinite(lowest):
+            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, ncols=2, columnspacing=1.2)
 
-    return _draw(path, (5.0, 3.7), paint)
+    return _draw(path, (5.0, 3.9), paint)
+
+
+def null_models(rows: Sequence[tuple[str, Mapping[str, tuple[float, float, float]]]], path: Path) -> Path:
+    """How often the atom is closer than each thing one could write instead, with 95 % intervals, by size.
+
+    Args:
+        rows: (condition, {scale: (share, low, high)}), top to bottom.
+    """
+
+    def paint(axes, colours):
+        look = {"coef": ("atom", "o", "at the atom’s size"), "matched": ("delete", "s", "at the write’s norm")}
+        labelled = set()
+        for y, (_, shares) in enumerate(rows):
+            for scale, (share, low, high) in shares.items():
+                colour, marker, label = look[scale]
+                at = y + (0 if len(shares) == 1 else {"coef": -0.14, "matched": 0.14}[scale])
+                axes.plot([low, high], [at, at], color=colours[colour], linewidth=1.3, alpha=0.8)
+                axes.plot(
+                    [share], [at], marker, color=colours[colour], markersize=4.5, linestyle="none",
+                    label=None if scale in labelled else label,
+                )  # fmt: skip
+                labelled.add(scale)
+        axes.axvline(0.5, color=colours["line"], linewidth=0.9, linestyle=(0, (4, 3)))
+        axes.set_yticks(range(len(rows)), [NAMES.get(name, name) for name, _ in rows])
+        axes.set(xlim=(-0.02, 1.02), ylim=(len(rows) - 0.5, -0.5), xlabel="share of firings with the atom closer")
+        axes.grid(False, axis="y")
+        axes.xaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, ncols=2, columnspacing=1.2)
+
+    return _draw(path, (5.6, 1.3 + 0.31 * max(len(rows), 3)), paint)
 
 
 def feature_win_rates(win_rates: Sequence[float], firings: int, path: Path) -> Path:

@@ -48,6 +48,9 @@ tr.here{background:var(--here)}
 .verdict.loss{color:var(--loss)}
 .verdict.tie{color:var(--soft)}
 p .verdict.tie{color:inherit}
+.ci{color:var(--soft);font-size:.88em}
+details{margin:14px 0}
+summary{cursor:pointer;font-weight:600}
 .small{font-size:13.5px;color:var(--soft)}
 .atoms{columns:2 440px;column-gap:32px}
 .atom{break-inside:avoid;margin:0 0 20px}
