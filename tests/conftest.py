@@ -64,3 +64,12 @@ def pytest_terminal_summary(terminalreporter):
     for path, found in sorted(worst.items()):
         text = ", ".join(f"{name} {value:.1e} ({where})" for name, (value, where) in sorted(found.items()))
         terminalreporter.write_line(f"largest errors, {path}: {text}")
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Tensors of tiny models only lose time to threads, most of all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -12,13 +12,7 @@ from writesae.experiments.engine import ForkEngine, Places, read, read_matrix, u
 LINEAR, FULL = "linear_attention", "full_attention"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small only lose time to threads, most of all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def fork_changes(engine, clean, seed=0):

@@ -14,12 +14,7 @@ NATIVES, SCALES = ("increment", "outer"), ("coef", "matched")
 HEAD = (0, 3, 0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def dictionary(seed, **options):

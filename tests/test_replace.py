@@ -19,14 +19,7 @@ from writesae.models import load
 from writesae.models.hf_gated_delta import layers
 from writesae.sae import SAE
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small only lose time to threads, most of all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Letters:

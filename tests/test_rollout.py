@@ -22,12 +22,7 @@ HORIZONS = (1, 2, 4, 8)
 L = max(HORIZONS)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def state(cache, layer):

@@ -21,7 +21,6 @@ from test_sae_training import (  # noqa: F401
     corpus,
     model,
     model_folder,
-    one_thread,
     passages,
     same,
     trainer,
@@ -29,6 +28,8 @@ from test_sae_training import (  # noqa: F401
 
 from writesae.sae import ModelStream, Trainer
 from writesae.sae.resume import read_checkpoint, write_checkpoint
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

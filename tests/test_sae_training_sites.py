@@ -17,12 +17,13 @@ from test_sae_training import (  # noqa: F401
     corpus,
     model,
     model_folder,
-    one_thread,
     passages,
 )
 
 from writesae.sae import SAE, ModelStream, Trainer, evaluate
 from writesae.sae.block import Block
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Counted:

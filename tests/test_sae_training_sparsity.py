@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_sae_training import SITE, K, Planted, V, config, one_thread, planted, same, trainer  # noqa: F401
+from test_sae_training import SITE, K, Planted, V, config, planted, same, trainer  # noqa: F401
 
 from writesae.sae import SAE, evaluate
 from writesae.sae.block import Block
 from writesae.sae.site import Batch, SiteTrainer
 from writesae.sae.sparsity import Jump, level_of, packed
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 OTHERS = ["batchtopk", "jumprelu", "gated"]
 
