@@ -23,7 +23,6 @@ from ._arguments import check_floats, check_integers, check_type, integers, said
 from ._autocast import without_autocast
 from .edits import AFTER, Edits
 
-
 _FORGET = -1e4  # a log-decay whose exp is 0, and whose sums over a chunk stay finite
 
 

@@ -38,9 +38,10 @@ def save(sae: SAE, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "format": FORMAT, "writesae_version": __version__, "kind": sae.kind, "d_sae": sae.F, "k": sae.k, "K": sae.K,
-        "V": sae.V, "r": sae.r, "sparsity": sae.sparsity, "target": sae.target, "layer": sae.layer, "head": sae.head, "model": sae.model,
-        "centred": sae.centred, "dtype": str(sae.b_enc.dtype).removeprefix("torch."), "training": sae.training_record,
-        "metrics": sae.metrics,
+        "V": sae.V, "r": sae.r, "sparsity": sae.sparsity, "target": sae.target,
+        "layer": sae.layer, "head": sae.head, "model": sae.model, "centred": sae.centred,
+        "dtype": str(sae.b_enc.dtype).removeprefix("torch."),
+        "training": sae.training_record, "metrics": sae.metrics,
     }  # fmt: skip
     text = json.dumps(config, indent=2, allow_nan=False) + "\n"
     tensors = {name: x.detach().contiguous() for name, x in sae.state_dict().items()}

@@ -28,8 +28,8 @@ _LARGEST = 2**59  # entries of a dense dictionary, so that no size in bytes over
 class SparseCodes(NamedTuple):
     """Codes of states or writes: `values [..., j]` (>= 0, 0 where nothing fired) and int64 `indices [..., j]`.
 
-    Top-k and pursuit dictionaries have j = k, descending. Threshold dictionaries have j = the most that fired in any one state of
-    the call, rising index, padded with value 0.
+    Top-k and pursuit dictionaries have j = k, descending. Threshold dictionaries have j = the most that fired in any
+    one state of the call, rising index, padded with value 0.
     """
 
     values: Tensor
