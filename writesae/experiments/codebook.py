@@ -13,8 +13,8 @@ from ..sae import SAE
 def codebook(sae: SAE, left: Tensor, right: Tensor) -> SAE:
     """A dictionary whose atoms are native writes, coded by the same rule as `sae`.
 
-    Of a pursuit dictionary: by pursuit in its metric, in which atoms have unit length. Of others: by the k largest inner
-    products with unit atoms.
+    Of a pursuit dictionary: by pursuit in its metric, in which atoms have unit length. Of others: by the k largest
+    inner products with unit atoms.
 
     Args:
         sae: the dictionary it stands beside: size, k, site and metric are taken from it.

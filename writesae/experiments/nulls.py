@@ -17,7 +17,8 @@ of the state, may do as much. Each condition here is a function of the firings, 
 | nearest | of all atoms, the one with the largest cosine with the write |
 | least_squares | the combination of the active atoms that is nearest the write |
 
-"Best" and "nearest" of a pursuit dictionary are so in its metric. X is what the dictionary encodes, less its mean: S_t, or the write for a dictionary of writes.
+X is what the dictionary encodes, less its mean: S_t, or the write for a dictionary of writes. The atom of a pursuit
+dictionary is the one that alone is nearest the write in its metric, and its codebook is scored in that metric too.
 
 Three more have no size to choose. `reconstruction` makes the state, or for a dictionary of writes the write, what the
 dictionary reconstructs of it, by all its atoms; `codebook_reconstruction` does so with as many native writes coded by
@@ -353,11 +354,6 @@ def _reconstruction(edited: Edited) -> Tensor:
 def _codebook_reconstruction(edited: Edited) -> Tensor:
     change = edited.left.new_zeros(*edited.left.shape, edited.right.shape[1])
     for mine, site in edited.sites():
-        if site.sae.target != "write":
-            raise ValueError(
-                "conditions: codebook_reconstruction codes writes, expected a dictionary of writes, got one of states "
-                f"(head {site.head})"
-            )
         book = codebook(site.sae, *site.codebook)
         change[mine] = (book.decode(edited.codes(mine, book)) - edited.encoded(mine, book)).to(change)
     return change
