@@ -154,7 +154,7 @@ def test_question_on_a_terminal(folder, tmp_path, capsys, monkeypatch):
         (["--device", "tpu"], "device: tpu cannot be used: expected cpu or cuda"),
         (["--dataset", "x"], "expected a path or --dataset, got both"),
         (["--sae", "text"], "sae: expected a dictionary"),
-        (["--sae", "a:b=saes/a"], "sae: expected LAYER:HEAD=FOLDER, got a:b="),
+        (["--sae", "a:b=saes/a"], "sae: expected LAYER:HEAD=PATH, got a:b="),
         (["--sae", "0:1=saes/a"], "sae: expected one dictionary a site, got two for 0:1"),
         (["--sae", "3:0=saes/a"], "layer 3"),
     ],
