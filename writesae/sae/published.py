@@ -67,7 +67,7 @@ def load_published(
     head from a folder named such as L9_H4. None of the three may contradict another.
 
     Args:
-        path: the file, or the folder that holds `best.pt`.
+        path: the file.
         K, V: sizes of the head; needed where the file does not say (flat dictionaries), else checked against it. Of a
             flat dictionary only K * V can be checked: its two sizes are believed.
         layer, head: the site, in place of what is said there.
@@ -122,8 +122,11 @@ def is_batchtopk(path: str | Path) -> bool:
     Raises:
         FileNotFoundError, ValueError: as `load_published`.
     """
-    if Path(path).is_dir() and not os.path.lexists(Path(path) / BEST):
-        return False
+    path = Path(path)
+    if path.is_dir():
+        path = path / BEST
+        if not os.path.lexists(path):
+            return False
     with _opened(path) as (_, _, state, config):
         return _batchtopk(state, config)
 
@@ -157,9 +160,8 @@ def check_finite(x: Tensor, name: str) -> None:
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[tuple[TorchFile, dict, dict, dict[str, Any]]]:
-    """(file, its content, model_state_dict, configuration) of a file, or of the `best.pt` in a folder."""
+    """(file, its content, model_state_dict, configuration)."""
     path = Path(path)
-    path = path / BEST if path.is_dir() else path
     if not os.path.lexists(path):
         raise FileNotFoundError(f"{path}: no such file")
     with TorchFile(path) as file:
