@@ -52,6 +52,9 @@ def test_an_estimate_from_a_block(tmp_path):
     again, other = (estimate_threshold(sae, block, 20, seed=s).threshold for s in (7, 8))
     assert torch.equal(some.threshold, again) and not torch.equal(again, other)
     assert torch.equal(estimate_threshold(got, block).threshold, got.threshold)  # one threshold may be found anew
+    several = estimate_threshold(sae, [X[:40].view(5, 8, K, V), block, X[40:40]])
+    assert several.training_record["published"]["batchtopk"] == "threshold estimated from 205 states"
+    assert int((several.encode(torch.cat([X[:40], X])).values > 0).sum()) >= TOP * 205  # some of them are twice there
 
 
 def test_an_estimate_where_few_atoms_fire():
@@ -72,6 +75,8 @@ def test_wrong_estimates():
         (torch.zeros(K, V), r"states: expected a Block or states .*got shape \(6, 9\)"),
         (torch.zeros(0, K, V), "states: expected at least one, got none"),
         (torch.full((4, K, V), float("nan")), "states: expected finite pre-activations"),
+        ([torch.zeros(4, K, V), "text"], "states: expected a Block or states .*got 'text'"),
+        ([], "states: expected at least one, got none"),
     ):
         with pytest.raises(ValueError, match=message):
             estimate_threshold(sae, X)
@@ -100,9 +105,7 @@ def test_the_nth_largest_is_exact(dtype):
 
 
 def test_an_estimate_takes_the_memory_of_a_part():
-    """k P values of these states would be 25 MB, their pre-activations 100 MB."""
-    sae = SAE(K, V, 128, 32)
-    X = torch.zeros(1, K, V).expand(200_000, K, V)
+    """The pre-activations of these states are 16 MB."""
 
     class Seen(torch.utils._python_dispatch.TorchDispatchMode):
         most = 0
@@ -113,6 +116,7 @@ def test_an_estimate_takes_the_memory_of_a_part():
                 self.most = max(self.most, out.untyped_storage().nbytes())
             return out
 
+    sae, X = SAE(K, V, 512, 32), states(8000)
     with Seen() as seen:
-        estimate_threshold(sae, X.reshape(400, 500, K, V)[:, :100])
-    assert seen.most < 4 * 2**20
+        estimate_threshold(sae, X)
+    assert seen.most < 3 * 2**20

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,11 +19,13 @@ _WIDTHS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @torch.no_grad()
-def estimate_threshold(sae: SAE, states: Block | Tensor, number: int | None = None, seed: int = 0) -> SAE:
+def estimate_threshold(
+    sae: SAE, states: Block | Tensor | Sequence[Block | Tensor], number: int | None = None, seed: int = 0
+) -> SAE:
     """A copy of a dictionary that fires over one threshold: that over which k atoms a state fire on average.
 
-    Over the states given it fires as the publisher's BatchTopK does with all of them in one batch. The states are gone
-    through twice (float32), a part at a time, however many they are.
+    Over the states given it fires as the publisher's BatchTopK does with all of them in one batch. However many they
+    are, they are encoded a part at a time, some times over.
 
         sae = SAE.from_pretrained(folder, batchtopk="topk")
         with ModelStream(model, passages, [(layer, head)]) as stream:
@@ -31,13 +34,13 @@ def estimate_threshold(sae: SAE, states: Block | Tensor, number: int | None = No
 
     Args:
         sae: of sparsity "topk", or with one threshold for all atoms.
-        states: a `Block` of passages, or states `[..., K, V]`, of text like that in training.
+        states: a `Block` of passages, states `[..., K, V]`, or several of either, of text like that in training.
         number: how many states to use, drawn at random; default all of them.
         seed: of the draw.
 
     Returns:
-        A dictionary of sparsity "threshold", without the metrics of the other, on its device. How many states there
-        were is kept in its `training_record["published"]["batchtopk"]` (of another dictionary `["threshold"]`).
+        A dictionary of sparsity "threshold", without the metrics of the other. How many states there were is kept in
+        its `training_record["published"]["batchtopk"]`, of one that was not published in `["threshold"]`.
 
     Raises:
         ValueError: a threshold for each atom (JumpReLU, Gated), no states, states of another size, or ones whose
@@ -45,42 +48,42 @@ def estimate_threshold(sae: SAE, states: Block | Tensor, number: int | None = No
     """
     if sae.threshold is not None and bool((sae.threshold != sae.threshold[0]).any()):
         raise ValueError("sae: expected top k or one threshold for all atoms, got a threshold for each")
-    size = states.shape[-2:]
-    if len(states.shape) < 3 or tuple(size) != (sae.K, sae.V):
-        raise ValueError(
-            f"states: expected a Block or states [..., K={sae.K}, V={sae.V}], got shape {tuple(states.shape)}"
-        )
-    if isinstance(states, Tensor):
-        states = states.reshape(-1, *size)
-        total, device = len(states), states.device
-    else:
-        total, device = states.shape[0] * states.shape[1], states.device
-    if not total:
-        raise ValueError("states: expected at least one, got none")
     if number is not None and not is_integer(number, 1):
         raise ValueError(f"number: expected an integer >= 1, got {shown(number)}")
+    sources: list = list(states) if isinstance(states, (list, tuple)) else [states]
+    for x in sources:
+        shape = tuple(getattr(x, "shape", ()))
+        if not isinstance(x, (Block, Tensor)) or len(shape) < 3 or shape[-2:] != (sae.K, sae.V):
+            got = f"shape {shape}" if isinstance(x, (Block, Tensor)) else shown(x)
+            raise ValueError(f"states: expected a Block or states [..., K={sae.K}, V={sae.V}], got {got}")
+    sizes = [math.prod(x.shape[:-2]) for x in sources]
+    total = sum(sizes)
+    if not total:
+        raise ValueError("states: expected at least one, got none")
     order = torch.arange(total)
     if number is not None and number < total:
         order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:number].sort().values
-    order = order.to(device)
-    here = sae if sae.b_enc.device == device else copy.deepcopy(sae).to(device)
     part = max(1, min(_PART, _VALUES // max(sae.F, sae.K * sae.V)))
 
     def preactivations() -> Iterator[Tensor]:
-        for at in order.split(part):
-            X = states[at] if isinstance(states, Tensor) else states.states(at // states.shape[1], at % states.shape[1])
-            pre = here.preactivations(X)
-            if not bool(torch.isfinite(pre).all()):
-                raise ValueError("states: expected finite pre-activations, got a NaN or infinity")
-            yield pre
+        first = 0
+        for x, size in zip(sources, sizes, strict=True):
+            mine = order[(order >= first) & (order < first + size)] - first
+            first += size
+            for at in mine.to(x.device).split(part) if len(mine) else ():
+                X = x.flatten(0, -3)[at] if isinstance(x, Tensor) else x.states(at // x.shape[1], at % x.shape[1])
+                pre = sae.preactivations(X.to(sae.b_enc.device))
+                if not bool(torch.isfinite(pre).all()):
+                    raise ValueError("states: expected finite pre-activations, got a NaN or infinity")
+                yield pre
 
-    level = nth_largest(preactivations, min(sae.k * len(order), sae.F * len(order)))
+    level = nth_largest(preactivations, sae.k * len(order))
     # Codes are those over the threshold, and the level itself is one of the k P: the next smaller number. Where fewer
     # than k P are positive, all of these fire.
     level = (level.view(_WIDTHS[level.element_size()]) - 1).clamp_min(0).view(level.dtype)
     out = copy.deepcopy(sae)
     out.sparsity, out.metrics = "threshold", {}
-    out.threshold = level.to(sae.b_enc).expand(sae.F).clone()
+    out.threshold = level.expand(sae.F).clone()
     record, how = out.training_record, f"threshold estimated from {len(order):,} states"
     if isinstance(record.get("published"), dict):
         record["published"]["batchtopk"] = how
