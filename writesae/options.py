@@ -25,7 +25,8 @@ def add_dictionaries(parser: argparse._ActionsContainer) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--batchtopk", type=_batchtopk, metavar="topk|THRESHOLD", help="how published BatchTopK dictionaries, which "
-        "have no threshold, choose atoms: topk for the k largest of a state, or those over a threshold"
+        "have no threshold, choose atoms: topk for the k largest of a state, or those over a threshold "
+        "(default: refuse them)"
     )  # fmt: skip
 
 

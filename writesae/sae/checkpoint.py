@@ -93,20 +93,19 @@ def load(
     return _load_folder(folder)
 
 
-def dictionaries(folder: Path, depth: int = 1) -> list[Path]:
+def dictionaries(folder: Path, depth: int = 1, most: int | None = None) -> list[Path]:
     """Folders of dictionaries, ours and published ones, in a folder, or below it down to a depth; sorted.
 
-    No more than 10,000 entries are looked at.
+    Of folders that cannot be read nothing is found. At `most` so many entries of folders are looked at.
     """
-    found, level, entries = [], [folder], 0
+    found, level = [], [folder]
     for _ in range(depth):
         below = []
         for at in level:
             with contextlib.suppress(OSError), os.scandir(at) as inside:
-                for entry in itertools.islice(inside, _ENTRIES - entries):
-                    entries += 1
-                    if os.path.isdir(entry.path):
-                        below.append(Path(entry.path))
+                entries = list(itertools.islice(inside, most))
+                most = None if most is None else most - len(entries)
+                below += [Path(entry.path) for entry in entries if os.path.isdir(entry.path)]
         found += [path for path in below if _is_dictionary(path)]
         level = below
     return sorted(found)
@@ -120,7 +119,7 @@ def _is_dictionary(folder: Path) -> bool:
 
 def _inside(folder: Path) -> str:
     """What is there, for an error: dictionaries below, else files."""
-    if found := dictionaries(folder, 3):
+    if found := dictionaries(folder, 3, _ENTRIES):
         names = [shown(str(path.relative_to(folder)))[1:-1] for path in found[:_LISTED]]
         more = "" if len(found) <= _LISTED else f" and {len(found) - _LISTED:,} more"
         return f"; it does hold {', '.join(names)}{more}: say which as subfolder"
