@@ -64,7 +64,8 @@ def load_published(
     here must be said, and is kept as `training_record["published"]["batchtopk"]`.
 
     What the file's configuration does not say is taken from the `config.json` beside it, as on the hub, and layer and
-    head from a folder named such as L9_H4. None of the three may contradict another.
+    head from a folder named such as L9_H4. None of the three may contradict another. The paper's code trains on the
+    state after the last token of each sequence only; this package's dictionaries see those after every token.
 
     Args:
         path: the file.
