@@ -341,18 +341,31 @@ class SAE(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path_or_repo: str | Path, subfolder: str | None = None, revision: str | None = None
+        cls,
+        path_or_repo: str | Path,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        batchtopk: str | float | None = None,
     ) -> SAE:
-        """Loads a folder written by `save_pretrained`, a published `.pt` checkpoint, or a Hugging Face repository.
+        """Loads a folder written by `save_pretrained`, a checkpoint as the paper's code publishes it, or either from a
+        Hugging Face repository.
+
+            SAE.from_pretrained("JackYoung27/writesae-ckpts", subfolder="writesae/qwen0p8b/L9_H4")
+
+        A published checkpoint is `best.pt` with `config.json` beside it; `load_published` says what becomes of it. A
+        folder with dictionaries in folders below is refused with their names, also where there is only one.
 
         Args:
             path_or_repo: "default" (the embedded model's dictionary), a folder, a `.pt` file, or a repository id such
                 as "someone/dictionaries".
-            subfolder: folder inside it (one folder a site).
+            subfolder: folder inside it (one folder a site). Of a repository nothing else is downloaded.
             revision: branch, tag or commit of a repository.
+            batchtopk: of a published BatchTopK checkpoint, which has no threshold: "topk" for plain top k, with the k
+                of its configuration, or a threshold >= 0. `estimate_threshold` finds one from states.
         Raises:
             FileNotFoundError: nothing there.
-            ValueError: a file of another format, version, kind or size, or one that needs unpickling.
+            ValueError: a file of another format, version, kind or size, or one that needs unpickling; a folder with
+                both kinds of file; a published BatchTopK checkpoint without `batchtopk`, or `batchtopk` for another.
         """
         from .checkpoint import load
 
@@ -360,4 +373,4 @@ class SAE(nn.Module):
             from ..default import dictionaries
 
             path_or_repo = next(iter(dictionaries().values()))
-        return load(path_or_repo, subfolder, revision)
+        return load(path_or_repo, subfolder, revision, batchtopk)
