@@ -25,22 +25,21 @@ from writesae.writes import Writes
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def dictionary(kind="bilinear", sparsity="topk", seed=0, K=8, V=6, F=12, **more):
+def dictionary(kind="bilinear", sparsity="topk", seed=0, K=8, V=6, F=12, weighed=True, **more):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         sae = SAE(K, V, F, 3, kind, sparsity=sparsity, target="write", **more)
         if sparsity == "threshold":
             sae.threshold.fill_(0.05)
-        if sparsity == "pursuit" and kind == "bilinear":  # some metric's
+        if sparsity == "pursuit" and weighed:
             root = torch.randn(K, K)
             with torch.no_grad():
-                sae.v_enc.copy_(sae.v_dec @ (root @ root.T))
-                size = (sae.v_enc * sae.v_dec).sum(-1, keepdim=True).sqrt()
-                sae.v_dec.div_(size), sae.v_enc.div_(size)
+                sae.metric.copy_(root @ root.T)
+                sae.v_dec.div_((sae.v_dec @ sae.metric * sae.v_dec).sum(-1, keepdim=True).sqrt())
     return sae.eval().requires_grad_(False)
 
 
-KINDS = [("bilinear", "topk"), ("bilinear_tied", "threshold"), ("bilinear", "pursuit"), ("bilinear_tied", "pursuit"),
+KINDS = [("bilinear", "topk"), ("bilinear_tied", "threshold"), ("bilinear_tied", "pursuit"),
          ("matrix", "topk"), ("flat", "threshold"), ("bilinear_flat", "topk")]  # fmt: skip
 
 
@@ -160,6 +159,29 @@ def test_a_folder_that_does_not_say_is_of_states(tmp_path):
         SAE.from_pretrained(tmp_path)
 
 
+def test_a_metric_must_be_one(tmp_path):
+    sae = dictionary("bilinear_tied", "pursuit")
+    for change in (lambda M: M[0, 1].add_(0.1), lambda M: M.neg_(), lambda M: M.zero_()):
+        M = sae.metric.clone()
+        change(sae.metric)
+        sae.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="metric: expected a symmetric matrix with eigenvalues > 0"):
+            SAE.from_pretrained(tmp_path)
+        sae.metric.copy_(M)
+
+
+def test_in_half_precision(tmp_path):
+    """Half the bytes; codes of small writes stay what they are."""
+    sae = dictionary("bilinear_tied", "pursuit")
+    sae.half().save_pretrained(tmp_path)
+    half = SAE.from_pretrained(tmp_path)
+    assert half.v_dec.dtype == torch.float16
+    g = torch.Generator().manual_seed(1)
+    left, right = torch.randn(50, 1, 8, generator=g), 1e-6 * torch.randn(50, 1, 6, generator=g)
+    got, expected = half.encode_writes(left, right), half.float().encode_writes(left, right)
+    torch.testing.assert_close(dense(got), dense(expected), rtol=1e-4, atol=1e-10)
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="^centred: a dictionary of writes has no mean"):
         SAE(8, 6, 12, 3, centred=True, target="write")
@@ -177,7 +199,7 @@ def test_refusals():
     with pytest.raises(ValueError, match="^k: .*without thresholds"):
         dictionary(sparsity="threshold").encode_writes(*pair, k=2)
     for wrong, message in (
-        (dict(sparsity="pursuit"), "sparsity: pursuit trains dictionaries of writes"),
+        (dict(kind="bilinear_tied", sparsity="pursuit"), "sparsity: pursuit codes writes by their atoms"),
         (dict(target="write", path="factored"), "path: dictionaries of writes train by path dense"),
         (dict(also_k=1), "also_k: expected less than k=3, of sparsity pursuit, got 1"),
         (dict(metric="readers", kind="flat"), "metric: readers weighs the key side"),
@@ -220,7 +242,7 @@ def test_the_metric_is_what_later_outputs_change_by():
 
 
 def test_seen_through_a_root_it_fires_alike():
-    sae = dictionary("bilinear", "pursuit")
+    sae = dictionary("bilinear_tied", "pursuit")
     g = torch.Generator().manual_seed(1)
     left, right = torch.randn(30, 1, 8, generator=g), torch.randn(30, 1, 6, generator=g)
     root = torch.randn(8, 8, generator=g)
@@ -229,9 +251,7 @@ def test_seen_through_a_root_it_fires_alike():
     again = inside.encode_writes(left @ root, right)
     torch.testing.assert_close(dense(again), dense(codes), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(inside.decode(again), root @ sae.decode(codes), rtol=1e-3, atol=1e-3)
-    M = sae.metric()
-    torch.testing.assert_close((sae.v_dec @ M), sae.v_enc, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(dictionary().metric(), torch.eye(8))
+    assert dictionary().metric is None
     with pytest.raises(ValueError, match="^sae: expected encoder and atoms of factors"):
         seen_through(dictionary("flat"), root)
 
@@ -245,7 +265,8 @@ def held_out(root=None):
 
 @pytest.mark.parametrize(
     "more",
-    [dict(sparsity="pursuit"), dict(sparsity="pursuit", also_k=1, balance=2.0), dict(sparsity="topk", balance=0.0),
+    [dict(kind="bilinear_tied", sparsity="pursuit"),
+     dict(kind="bilinear_tied", sparsity="pursuit", also_k=1, balance=2.0), dict(sparsity="topk", balance=0.0),
      dict(sparsity="jumprelu"), dict(kind="flat"), dict(kind="bilinear_tied", sparsity="batchtopk"),
      dict(sparsity="gated")],
     ids=lambda x: "-".join(map(str, x.values())),
@@ -271,19 +292,19 @@ def test_planted_writes_are_learnt(more):
 def test_in_a_metric():
     """Trained through a root, a dictionary is best as that root sees it; files hold it as the raw writes need it."""
     root = torch.diag(torch.tensor([6.0, 3.0, 1.0, 0.3, 0.1, 0.03]))
-    settings = dict(target="write", sparsity="pursuit", k=2, F=6, steps=150, lr=1e-2, balance=0.0)
+    settings = dict(target="write", kind="bilinear_tied", sparsity="pursuit", k=2, F=6, steps=150, lr=1e-2, balance=0.0)
     plain = Trainer(Planted(), [SITE], config(**settings), progress=False).run()[SITE]
     run = Trainer(Planted(), [SITE], config(metric="readers", **settings), progress=False, roots={SITE: root},
                   held_out={SITE: held_out(root)})  # fmt: skip
     sae = run.run()[SITE]
-    torch.testing.assert_close(sae.metric(), root @ root, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(sae.metric, root @ root, rtol=1e-3, atol=1e-3)
     inside = {name: evaluate(seen_through(x, root), held_out(root))["fvu"] for name, x in (("no", plain), ("yes", sae))}
     assert inside["yes"] < inside["no"]
     assert run.history[-1]["held_out_fvu"]["L2H3"] == pytest.approx(inside["yes"], rel=1e-4)
 
 
 def test_resumed_to_the_bit(tmp_path):
-    settings = config(target="write", sparsity="pursuit", also_k=1, steps=30)
+    settings = config(target="write", kind="bilinear_tied", sparsity="pursuit", also_k=1, steps=30)
     whole = Trainer(Planted(), [SITE], settings, progress=False).run()[SITE]
     Trainer(Planted(), [SITE], settings, tmp_path, progress=False).run(13)
     again = Trainer(Planted(), [SITE], settings, tmp_path, True, progress=False).run()[SITE]
@@ -295,13 +316,13 @@ def test_resumed_to_the_bit(tmp_path):
 
 
 def test_codebook_by_the_same_rule():
-    sae = dictionary("bilinear", "pursuit")
+    sae = dictionary("bilinear_tied", "pursuit")
     g = torch.Generator().manual_seed(4)
     left, right = torch.randn(12, 8, generator=g), torch.randn(12, 6, generator=g)
     book = codebook(sae, left, right)
-    torch.testing.assert_close(book.metric(), sae.metric(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(book.metric, sae.metric, rtol=1e-3, atol=1e-3)
     keys, values = torch.randn(50, 1, 8, generator=g), torch.randn(50, 1, 6, generator=g)
-    M, unit = sae.metric(), torch.nn.functional.normalize
+    M, unit = sae.metric, torch.nn.functional.normalize
     length = ((left @ M) * left).sum(1).sqrt()
     score = (keys[:, 0] @ M @ left.T) / length * (values[:, 0] @ unit(right, dim=1).T)
     assert torch.equal(book.encode_writes(keys, values, k=1).indices[:, 0], score.argmax(1))
@@ -311,7 +332,7 @@ def test_codebook_by_the_same_rule():
 
 def test_replacement_with_a_dictionary_of_writes(tmp_path):
     model = tiny_model()
-    sae = dictionary("bilinear", "pursuit", layer=1, head=3)
+    sae = dictionary("bilinear_tied", "pursuit", layer=1, head=3)
     draw = torch.Generator().manual_seed(0)
     words = ["".join(chr(int(c)) for c in torch.randint(33, 120, (150,), generator=draw)) for _ in range(6)]
     text = passages_of([(f"text {i}", x) for i, x in enumerate(words)], Letters(), 50)
@@ -329,7 +350,7 @@ def test_replacement_with_a_dictionary_of_writes(tmp_path):
 
 
 def test_the_atom_of_pursuit_is_the_nearest_one():
-    model, sae = tiny_model(), dictionary("bilinear", "pursuit")
+    model, sae = tiny_model(), dictionary("bilinear_tied", "pursuit")
     with torch.no_grad(), attach(model, {(1, 3): None}) as tap:
         model(input_ids=tokens(2, 20))
     writes = tap.writes[1]

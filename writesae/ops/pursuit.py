@@ -47,7 +47,9 @@ def pursuit(
 
     Raises:
         ValueError: a wrong shape, dtype or size, naming the argument.
-        RuntimeError: a gradient or transform asked for, or tensors without numbers (meta, torch.compile). Plain torch on the tensors' device; no kernel.
+        RuntimeError: a gradient or transform asked for, or tensors without numbers (meta, torch.compile).
+
+    Plain torch on the tensors' device; no kernel.
     """
     tensors = {"left": left, "right": right, "v_enc": v_enc, "w_enc": w_enc, "v_dec": v_dec, "w_dec": w_dec}
     check_floats((), **tensors)

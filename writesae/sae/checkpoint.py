@@ -209,6 +209,10 @@ def fill(
             tensors[name] = get(name).clone()  # of the mapped file, which may change under us
         except RuntimeError as error:
             raise ValueError(f"{source}: {name}: cannot be read: {first_line(error)}") from error
+    if sae.metric is not None:
+        M = tensors["metric"].double()
+        if not bool(torch.isfinite(M).all()) or not torch.equal(M, M.T) or float(torch.linalg.eigvalsh(M)[0]) <= 0:
+            raise ValueError(f"{source}: metric: expected a symmetric matrix with eigenvalues > 0, got another")
     of_writes = {"mean", "bias", *(["b_enc"] if sae.sparsity == "pursuit" else [])} if sae.target == "write" else ()
     for name in of_writes:
         if name in tensors and bool(tensors[name].any()):

@@ -46,6 +46,8 @@ def estimate_threshold(
         ValueError: a threshold for each atom (JumpReLU, Gated), no states, states of another size, or ones whose
             pre-activations are not finite.
     """
+    if sae.sparsity == "pursuit":
+        raise ValueError("sae: expected top k or one threshold for all atoms, got pursuit")
     if sae.threshold is not None and bool((sae.threshold != sae.threshold[0]).any()):
         raise ValueError("sae: expected top k or one threshold for all atoms, got a threshold for each")
     if number is not None and not is_integer(number, 1):
@@ -56,6 +58,8 @@ def estimate_threshold(
         if not isinstance(x, (Block, Tensor)) or len(shape) < 3 or shape[-2:] != (sae.K, sae.V):
             got = f"shape {shape}" if isinstance(x, (Block, Tensor)) else shown(x)
             raise ValueError(f"states: expected a Block or states [..., K={sae.K}, V={sae.V}], got {got}")
+    if other := next((x.target for x in sources if isinstance(x, Block) and x.target != sae.target), None):
+        raise ValueError(f"states: expected a Block of {sae.target}s, as the dictionary is, got one of {other}s")
     sizes = [math.prod(x.shape[:-2]) for x in sources]
     total = sum(sizes)
     if not total:
@@ -71,7 +75,7 @@ def estimate_threshold(
             mine = order[(order >= first) & (order < first + size)] - first
             first += size
             for at in mine.to(x.device).split(part) if len(mine) else ():
-                X = x.flatten(0, -3)[at] if isinstance(x, Tensor) else x.states(at // x.shape[1], at % x.shape[1])
+                X = x.flatten(0, -3)[at] if isinstance(x, Tensor) else x.examples(at // x.shape[1], at % x.shape[1])
                 pre = sae.preactivations(X.to(sae.b_enc.device))
                 if not bool(torch.isfinite(pre).all()):
                     raise ValueError("states: expected finite pre-activations, got a NaN or infinity")
