@@ -10,7 +10,7 @@ import torch
 from tiny_models import families, tiny_model, tokens
 
 from writesae import Edits, attach
-from writesae.experiments import recovered, recovered_rule, run_recovered
+from writesae.experiments import recovered, run_recovered
 from writesae.experiments.recovered import passage_losses, untrained
 from writesae.experiments.recovered_result import RecoveredResult, flat, printed
 from writesae.experiments.recovered_rule import closed_loop, coded, deleted, loop_rule, plain_rule, read_through
