@@ -23,6 +23,8 @@ from ._arguments import check_floats, check_integers, check_type, integers, said
 from ._autocast import without_autocast
 from .edits import AFTER, Edits
 
+_FORGET = -1e4  # a log-decay whose exp is 0, and whose sums over a chunk stay finite
+
 
 @dataclass(frozen=True, repr=False)
 class Writes:
@@ -110,6 +112,19 @@ class Writes:
     def nbytes(self) -> int:
         """Bytes held by the three factors."""
         return sum(x.numel() * x.element_size() for x in (self.decay, self.left, self.right))
+
+    def memoryless(self) -> Writes:
+        """The same writes in a memory that holds one at a time: each state is the write of its own token.
+
+        For codes of writes instead of states. Initial state and edits are no writes, and left out.
+
+        Raises:
+            ValueError: a channel or element gate.
+        """
+        if self.decay.ndim != 3:
+            raise ValueError(f"writes: expected a scalar gate (decay [B, T, H]), got decay {tuple(self.decay.shape)}")
+        decay = torch.full_like(self.decay, _FORGET, dtype=torch.promote_types(self.decay.dtype, torch.float32))
+        return replace(self, decay=decay, beta=None, erase=None, initial_state=None, edits=None)
 
     def sequences(self) -> Iterator[tuple[int, int, int, int]]:
         """Yields (sequence, batch row, first token, one past the last token)."""

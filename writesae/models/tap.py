@@ -35,6 +35,8 @@ class _Group:
     b_enc: Tensor  # [Hs, F]
     k: int
     threshold: Tensor | None  # [Hs, F]
+    of_writes: bool
+    atoms: tuple[Tensor, Tensor] | None  # [Hs, F, r, K], [Hs, F, r, V] of pursuit dictionaries
 
 
 class Tap:
@@ -136,17 +138,23 @@ class Tap:
                 if sae.kind in DENSE_KINDS:
                     self._dense.setdefault(layer, {})[head] = sae
                     continue
-                factors = tuple(x.detach().to(device, torch.float32) for x in sae.encoder())
-                key = (*factors[0].shape, int(sae.k), sae.threshold is None)  # F, r, K, k, top-k or threshold
+                pursued = getattr(sae, "sparsity", None) == "pursuit"
+                factors = (*sae.encoder(), *(sae.atoms() if pursued else ()))
+                factors = tuple(x.detach().to(device, torch.float32) for x in factors)
+                of_writes = getattr(sae, "target", "state") == "write"
+                key = (*factors[0].shape, int(sae.k), sae.threshold is None, of_writes, pursued)
                 alike.setdefault(key, []).append((head, sae, factors))
-            for (F, _, _, k, top), members in alike.items():
-                stacked = [torch.stack([m[2][i] for m in members]).contiguous() for i in range(3)]
+            for (F, _, _, k, top, of_writes, _), members in alike.items():
+                stacked = [torch.stack(parts).contiguous() for parts in zip(*(m[2] for m in members), strict=True)]
                 threshold = None
                 if not top:
                     threshold = torch.stack(
                         [torch.as_tensor(m[1].threshold, dtype=torch.float32).detach().expand(F) for m in members]
                     )
-                self._groups.setdefault(layer, []).append(_Group([m[0] for m in members], *stacked, k, threshold))
+                atoms = tuple(stacked[3:]) or None
+                self._groups.setdefault(layer, []).append(
+                    _Group([m[0] for m in members], *stacked[:3], k, threshold, of_writes, atoms)
+                )
                 self._fire_per_token += len(members) * k * top
         if self._dense:
             where = ", ".join(f"layer {layer} head {head}" for layer, by in self._dense.items() for head in by)
@@ -269,6 +277,10 @@ class Tap:
         if layer in self._groups or layer in self._dense:
             columns = Columns.of(writes, frame.start, frame.mask, frame.first_row)
             for i, group in enumerate(self._groups.get(layer, ())):
+                if group.atoms is not None:
+                    found = TopK(*_pursued(group, writes), group.heads, columns, layer)
+                    parts.append(found if found.values.device.type == "cpu" else Coming.of(found))
+                    continue
                 codes = self._encode(group, (layer, i), frame.cache, writes, initial_state, final_state)
                 if codes.offsets is None:
                     found = TopK(codes.values.detach(), codes.indices, group.heads, columns, layer)
@@ -281,6 +293,8 @@ class Tap:
 
     def _encode(self, group: _Group, key, cache, writes, initial_state, final_state):
         """Codes of one group, carrying pre-activations on from the last call where the cache's state is still that."""
+        if group.of_writes:
+            writes, cache = writes.memoryless(), None
         carry = None
         # On a device, comparing states would wait for it; reading the carry off the state costs a product and no wait.
         keeps = writes.right.device.type == "cpu"
@@ -403,9 +417,23 @@ def _columns_to_firings(row, position, layer: int, head, feature, value) -> Firi
     return Firings(row, position, torch.full_like(row, layer), head, feature, value.detach().to("cpu", torch.float32))
 
 
+def _pursued(group: _Group, writes: Writes) -> tuple[Tensor, Tensor]:
+    """Codes `[B, T, Hs, k]` of a group's writes by orthogonal matching pursuit."""
+    ratio = writes.right.shape[2] // writes.left.shape[2]
+    found = []
+    for i, head in enumerate(group.heads):
+        factors = [x[i] for x in (group.v_enc, group.w_enc, *group.atoms)]
+        found.append(ops.pursuit(writes.left[:, :, head // ratio], writes.right[:, :, head], *factors, group.k))
+    values, indices = (torch.stack(x, 2) for x in zip(*found, strict=True))
+    return values.float(), indices
+
+
 def _dense_firings(sae, writes: Writes, head: int, columns: Columns, layer: int) -> Iterator[Firings]:
     """Firings of a dictionary with a dense encoder, from states rebuilt a block at a time."""
     group = writes.right.shape[2] // writes.left.shape[2]
+    of_writes = getattr(sae, "target", "state") == "write"
+    if of_writes:
+        writes = writes.memoryless()
     planned = writes.edits
     for n, b, start, stop in writes.sequences():
         state = None if writes.initial_state is None else writes.initial_state[n : n + 1, head : head + 1]

@@ -11,6 +11,7 @@ from .gated_delta_rule import (
     gated_delta_rule_step,
 )
 from .loss import factored_loss
+from .pursuit import pursuit
 from .rms_norm import rms_norm
 from .sae_training import Step, training_loss
 from .selective_scan import selective_scan
@@ -29,6 +30,7 @@ __all__ = [
     "first_nonfinite",
     "gated_delta_rule",
     "gated_delta_rule_step",
+    "pursuit",
     "rms_norm",
     "selective_scan",
     "ssd",

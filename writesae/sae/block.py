@@ -23,12 +23,14 @@ class Block:
     Args:
         writes: batches of passages of one length, unpacked, scalar gate, no edits; concatenated in order.
         head: value head.
+        target: what `examples` are, "state" or "write". Of the latter no states can be asked for.
+        root: `[K, K]` symmetric; multiplies the key side of all writes and states, or None. See `readers.py`.
 
     Raises:
         ValueError: writes that cannot be rebuilt this way, or that carry a NaN or infinity.
     """
 
-    def __init__(self, writes: Iterable[Writes], head: int):
+    def __init__(self, writes: Iterable[Writes], head: int, target: str = "state", root: Tensor | None = None):
         decay, left, right, first = [], [], [], []
         for part in writes:
             if part.decay.ndim != 3:
@@ -55,9 +57,15 @@ class Block:
                 row, position = (bad if name == "decay" else bad.any(2)).nonzero()[0].tolist()
                 raise ValueError(f"writes: NaN or infinity in {name}: passage {row}, position {position}, head {head}")
         self.first = torch.cat(first)
+        self.target, self.root = target, None if root is None else root.to(self.right)
+        if self.root is not None:
+            self.left, self.first = self.left @ self.root, self.root @ self.first
         self._starts = bool(self.first.any())
         N, T, R, K = self.left.shape
         self.shape = (N, T, K, self.right.shape[-1])
+        self._before = self.first.new_zeros(0)
+        if target == "write":
+            return
         pad = -T % CHUNK
         pads = self._columns()
         if pad:
@@ -89,6 +97,8 @@ class Block:
 
     def states(self, rows: Tensor, positions: Tensor) -> Tensor:
         """States after the writes at (row, position): two `[P]` int64 tensors, of this device, to `[P, K, V]`."""
+        if self.target != "state":
+            raise ValueError("target: expected a block of states, got one of writes, which keeps none")
         chunk, offset = positions // CHUNK, positions % CHUNK
         total = self._total[rows, chunk]  # [P, CHUNK]
         here = total.gather(1, offset[:, None])
@@ -99,6 +109,12 @@ class Block:
         left, right = self._left[rows, chunk], self._right[rows, chunk]
         written = (left * weight[..., None]).transpose(1, 2) @ right
         return written + here.exp()[..., None] * self._before[rows, chunk]
+
+    def examples(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """`[P, K, V]` of what the target is at (row, position): states, or writes."""
+        if self.target == "state":
+            return self.states(rows, positions)
+        return torch.einsum("prk,prv->pkv", *self.natives(rows, positions))
 
     def natives(self, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """The writes themselves at (row, position): left `[P, R, K]` and right `[P, R, V]`."""

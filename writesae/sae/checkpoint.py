@@ -26,9 +26,9 @@ FORMAT = 1
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 _KEYS = {
     "format", "writesae_version", "kind", "d_sae", "k", "K", "V", "r", "sparsity", "layer", "head", "model", "centred",
-    "dtype", "training", "metrics",
+    "dtype", "training", "metrics", "target",
 }  # fmt: skip
-_OPTIONAL = {"training", "metrics", "model"}
+_OPTIONAL = {"training", "metrics", "model", "target"}
 _DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
@@ -38,9 +38,10 @@ def save(sae: SAE, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "format": FORMAT, "writesae_version": __version__, "kind": sae.kind, "d_sae": sae.F, "k": sae.k, "K": sae.K,
-        "V": sae.V, "r": sae.r, "sparsity": sae.sparsity, "layer": sae.layer, "head": sae.head, "model": sae.model,
-        "centred": sae.centred, "dtype": str(sae.b_enc.dtype).removeprefix("torch."), "training": sae.training_record,
-        "metrics": sae.metrics,
+        "V": sae.V, "r": sae.r, "sparsity": sae.sparsity, "target": sae.target,
+        "layer": sae.layer, "head": sae.head, "model": sae.model, "centred": sae.centred,
+        "dtype": str(sae.b_enc.dtype).removeprefix("torch."),
+        "training": sae.training_record, "metrics": sae.metrics,
     }  # fmt: skip
     text = json.dumps(config, indent=2, allow_nan=False) + "\n"
     tensors = {name: x.detach().contiguous() for name, x in sae.state_dict().items()}
@@ -102,7 +103,7 @@ def _load_folder(folder: Path) -> SAE:
         sae = SAE(
             config["K"], config["V"], config["d_sae"], config["k"], config["kind"], config["r"], config["sparsity"],
             config["layer"], config["head"], config.get("model"), config["centred"], config.get("training"),
-            config.get("metrics"), empty=True,
+            config.get("metrics"), target=config.get("target", "state"), empty=True,
         )  # fmt: skip
         fvu = sae.metrics.get("fvu")
         if fvu is not None and not is_number(fvu):
@@ -142,4 +143,8 @@ def fill(
             tensors[name] = get(name).clone()  # of the mapped file, which may change under us
         except RuntimeError as error:
             raise ValueError(f"{source}: {name}: cannot be read: {first_line(error)}") from error
+    of_writes = {"mean", "bias", *(["b_enc"] if sae.sparsity == "pursuit" else [])} if sae.target == "write" else ()
+    for name in of_writes:
+        if name in tensors and bool(tensors[name].any()):
+            raise ValueError(f"{source}: {name}: expected zeros of a {sae.sparsity} dictionary of writes, got others")
     return assign(sae, tensors, source)

@@ -17,11 +17,12 @@ from ..options import add_model
 from ..text import Corpus
 from ..text.arguments import NAMED, add_options, named, tell_empty, told
 from ..text.tokens import check_vocabulary
-from .sae import KINDS
-from .site import INITS, PATHS, TrainConfig, generator
+from .config import INITS, METRICS, PATHS, TrainConfig
+from .sae import KINDS, TARGETS
+from .site import generator
 from .sparsity import SPARSITIES
 
-METRICS = "metrics.json"
+RECORD = "metrics.json"
 _DEFAULTS = {f.name: f.default for f in fields(TrainConfig)}
 
 
@@ -55,12 +56,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--tokens", type=int, help="in place of --steps: a budget of tokens whose states are trained on, --states a "
         "step")  # fmt: skip
     add("--quiet", action="store_true", help="no progress bars")
+    add("--target", choices=TARGETS, default=_DEFAULTS["target"], help="what is learnt: states, as in the paper, or "
+        "the writes themselves")  # fmt: skip
     add("--kind", choices=KINDS, default=_DEFAULTS["kind"], help="kind of dictionary")
     add("-F", "--features", type=int, default=_DEFAULTS["F"], help="atoms of the dictionary")
     add("-k", type=int, default=_DEFAULTS["k"], help="atoms active at a token")
     add("--rank", type=int, default=_DEFAULTS["r"], help="rank of an atom")
-    add("--sparsity", choices=SPARSITIES, default=_DEFAULTS["sparsity"], help="how the atoms that fire are chosen; all "
-        "but topk fire -k on average and end with a fixed threshold")  # fmt: skip
+    add("--sparsity", choices=(*SPARSITIES, "pursuit"), default=_DEFAULTS["sparsity"], help="how the atoms that fire "
+        "are chosen; batchtopk, jumprelu and gated fire -k on average and end with a fixed threshold; pursuit codes "
+        "writes one atom after the other")  # fmt: skip
+    add("--metric", choices=METRICS, default=_DEFAULTS["metric"], help="how errors are measured: entry by entry, or as "
+        "the model's later queries read them")  # fmt: skip
     add("--init", choices=INITS, default=_DEFAULTS["init"], help="what atoms start from")
     add("--path", choices=PATHS, default=_DEFAULTS["path"], help="how losses are computed: from sampled states "
         "(dense), from their writes (factored), or as the kind of dictionary allows (auto)")  # fmt: skip
@@ -72,6 +78,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         ("lr_end", "learning rate at the end"),
         ("aux", "weight of the auxiliary loss, which revives dead atoms; 0: none"),
         ("k_aux", "dead atoms in the auxiliary loss"),
+        ("balance", "of writes: a squared error counts by the write's norm to the power of minus this"),
+        ("also_k", "of pursuit: train the codes of so many atoms as well"),
+        ("dead_after", "steps without firing after which an atom is dead"),
+        ("resample_every", "steps after which dead atoms are replaced, again and again"),
         ("penalty", "weight of the sparsity penalty at the start (jumprelu, gated); it then follows L0"),
         ("prepare", "passages of the first pass, for the mean and the initial atoms"), ("seed", "seed of everything"),
     ):  # fmt: skip
@@ -96,6 +106,7 @@ def run(args: argparse.Namespace) -> int:
     from ..models import load
     from .block import Block
     from .evaluate import evaluate
+    from .readers import reader_moments, roots, seen_through
     from .resume import tokenizer_digest, tokens_digest
     from .stream import ModelStream, Passages
     from .train import Trainer
@@ -122,14 +133,23 @@ def run(args: argparse.Namespace) -> int:
         with ModelStream(model, validation, sites, args.batch) as stream:
             return list(stream.writes(rows[:count]))
 
+    root: dict = {}
+    if config.metric == "readers":
+        prepare = torch.randperm(len(passages), generator=generator(config.seed, "readers"))[: config.prepare]
+        root = roots(reader_moments(model, passages.ids[prepare], {layer for layer, _ in sites}, args.batch), sites)
+
+    def block(parts: list, site: tuple[int, int], inside: bool = False) -> Block:
+        layer, head = site
+        return Block([part[layer] for part in parts], head, config.target, root.get(site) if inside else None)
+
     watched = {}
     if args.watch_passages:
         parts = held_out_writes(args.watch_passages)
-        watched = {(layer, head): Block([part[layer] for part in parts], head) for layer, head in sites}
+        watched = {site: block(parts, site, True) for site in sites}
     log = _tell if show else None
     with ModelStream(model, passages, sites, args.batch) as stream:
         pinned = {"validation": tokens_digest(validation.ids), "tokenizer": tokenizer_digest(tokenizer)}
-        trainer = Trainer(stream, sites, config, args.out, args.resume, args.model, show, pinned, watched, log)
+        trainer = Trainer(stream, sites, config, args.out, args.resume, args.model, show, pinned, watched, log, root)
         if trainer.done:
             print(f"going on after step {trainer.done}, to step {config.steps}", file=sys.stderr)
         began = time.monotonic()
@@ -137,7 +157,10 @@ def run(args: argparse.Namespace) -> int:
         seconds = time.monotonic() - began
     parts, everything = held_out_writes(args.eval_passages), {}
     for (layer, head), sae in saes.items():
-        sae.metrics = evaluate(sae, Block([part[layer] for part in parts], head))
+        site = layer, head
+        sae.metrics = evaluate(sae, block(parts, site))
+        if site in root:
+            sae.metrics["readers"] = evaluate(seen_through(sae, root[site]), block(parts, site, True))
         sae.training_record["seconds"] = round(seconds, 1)
         folder = args.out if len(sites) == 1 else make_folder(args.out, f"L{layer}H{head}")
         sae.save_pretrained(folder)
@@ -146,12 +169,23 @@ def run(args: argparse.Namespace) -> int:
         print(
             f"L{layer}H{head}: FVU {m['fvu']:.4f}, L0 {m['l0']:.1f}, {m['alive']} of {sae.F} atoms alive, median "
             f"cosine to native writes {m['cosine_median']:.3f} (of the winner {m['winner_cosine_median']:.3f}) on "
-            f"{m['states']} held-out states; saved in {folder}"
+            f"{m['states']} held-out {config.target}s{_of_writes(m)}; saved in {folder}"
         )
     record = {"model": args.model, "seconds": seconds, "config": config.record(), "metrics": everything,
               "left_out": left_out}  # fmt: skip
-    write_text(args.out / METRICS, json.dumps(record, indent=2) + "\n")
+    write_text(args.out / RECORD, json.dumps(record, indent=2) + "\n")
     return 0
+
+
+def _of_writes(metrics: dict) -> str:
+    """What is said of dictionaries of writes only."""
+    cosine, inside = metrics.get("write_cosine_median"), metrics.get("readers")
+    text = "" if cosine is None else f", cosine of a write and all its atoms {cosine:.3f}"
+    if inside is None:
+        return text
+    cosine = inside.get("write_cosine_median")
+    text += f"; as later queries read them FVU {inside['fvu']:.4f}"
+    return text if cosine is None else f"{text}, that cosine {cosine:.3f}"
 
 
 def _tell(record: dict) -> None:
@@ -230,7 +264,7 @@ def _check_out(out: Path, resume: bool) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"out: expected a folder, got the file {out}")
     refuse_links(out)
-    known = {CHECKPOINT, CONFIG, METRICS}
+    known = {CHECKPOINT, CONFIG, RECORD}
     inside = list(out.iterdir()) if out.is_dir() else []
     for path in inside:
         if path.is_symlink():

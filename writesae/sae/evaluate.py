@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -30,21 +29,29 @@ def _square(X: Tensor, prediction: Tensor) -> float:
 
 
 @torch.no_grad()
-def block_fvu(block: Block, predict: Callable[[Tensor], Tensor] | None, rows: Tensor, positions: Tensor) -> float:
-    """FVU of `predict(states)` over states of a block, a part at a time; None predicts their mean (exactly 1)."""
+def block_fvu(block: Block, sae: SAE | None, rows: Tensor, positions: Tensor) -> float:
+    """FVU of a dictionary's reconstructions over states (or writes, as is the block's target) of a block, a part at a
+    time; None predicts their mean (exactly 1)."""
     _, _, K, V = block.shape
     rows, positions = rows.to(block.device), positions.to(block.device)
     total = torch.zeros(K, V, dtype=torch.float64, device=block.device)
     for r, p in zip(rows.split(_PART), positions.split(_PART), strict=True):
-        total += block.states(r, p).double().sum(0)
+        total += block.examples(r, p).double().sum(0)
     mean = (total / len(rows)).to(block.right.dtype)
     error = variance = 0.0
     for r, p in zip(rows.split(_PART), positions.split(_PART), strict=True):
-        X = block.states(r, p)
+        X = block.examples(r, p)
         about = mean.expand_as(X)
         variance += _square(X, about)
-        error += _square(X, about if predict is None else predict(X))
+        error += _square(X, about if sae is None else sae.decode(codes_of(sae, block, r, p)))
     return error / variance
+
+
+def codes_of(sae: SAE, block: Block, rows: Tensor, positions: Tensor) -> SparseCodes:
+    """`[P, j]` codes of what the dictionary encodes at (row, position) of a block of its target."""
+    if sae.target == "state":
+        return sae.encode(block.states(rows, positions))
+    return sae.encode_writes(*block.natives(rows, positions))
 
 
 @torch.no_grad()
@@ -52,7 +59,8 @@ def evaluate(sae: SAE, block: Block, states: int | None = None, seed: int = 0) -
     """Evaluates a dictionary on the writes of its head in a block of held-out passages, on the block's device.
 
     Args:
-        states: how many states to use, drawn at random; default every token.
+        block: of the dictionary's target. With a root, of a dictionary seen through it (`readers.seen_through`).
+        states: how many tokens to use, drawn at random; default every token.
 
     Returns:
         A dictionary of numbers:
@@ -61,11 +69,14 @@ def evaluate(sae: SAE, block: Block, states: int | None = None, seed: int = 0) -
         cosine of atom and native write; `cosine_above_0.05`: share of alive atoms with that median over 0.05;
         `winner_cosine_median`: over states, for the atom with the largest code; `winner_better_than_deletion`: share
         of states where `a A` is nearer to the native write than nothing is; and `winner_error_median` of
-        `||N - a A|| / ||N||`.
+        `||N - a A|| / ||N||`. Of a dictionary of writes also `write_cosine_median`: over tokens, of the cosine of the
+        write and its whole reconstruction.
 
     Raises:
-        ValueError: a block of another head size.
+        ValueError: a block of another head size or target.
     """
+    if block.target != sae.target:
+        raise ValueError(f"block: expected one of {sae.target}s, as the dictionary is, got one of {block.target}s")
     N, T, K, V = block.shape
     if (K, V) != (sae.K, sae.V):
         raise ValueError(f"block: expected K={sae.K}, V={sae.V}, the dictionary's sizes, got K={K}, V={V}")
@@ -76,10 +87,10 @@ def evaluate(sae: SAE, block: Block, states: int | None = None, seed: int = 0) -
     rows, positions = order // T, order % T
     sae = sae if sae.b_enc.device == block.device else copy.deepcopy(sae).to(block.device)
     found: list[tuple[Tensor, Tensor]] = []
-    active, winners, errors = 0, [], []
+    active, winners, errors, whole = 0, [], [], []
     atom_norm = _atom_norms(sae)
     for r, p in zip(rows.split(_PART), positions.split(_PART), strict=True):
-        codes = sae.encode(block.states(r, p))
+        codes = codes_of(sae, block, r, p)
         left, right = block.natives(r, p)
         cosine, inner, norm = _against_natives(sae, codes, left, right, atom_norm)
         fires = codes.values > 0
@@ -92,16 +103,20 @@ def evaluate(sae: SAE, block: Block, states: int | None = None, seed: int = 0) -
         a, size = best.values, atom_norm[codes.indices.gather(1, i)[:, 0]]
         square = norm.square() - 2 * a * inner.gather(1, i)[:, 0] + (a * size).square()
         errors.append((square.clamp_min(0).sqrt() / norm)[wins])
+        if sae.target == "write":
+            cosine = torch.cosine_similarity(block.examples(r, p).flatten(1), sae.decode(codes).flatten(1))
+            whole.append(cosine[norm > 0])
     feature, cosine = (torch.cat(x).cpu() for x in zip(*found, strict=True))
     alive, medians = grouped_medians(feature, cosine)
     winner, error = torch.cat(winners).cpu(), torch.cat(errors).cpu()
+    of_writes = {} if sae.target == "state" else {"write_cosine_median": _median(torch.cat(whole).cpu())}
     return {
         "states": len(order), "fvu": block_fvu(block, sae, rows, positions), "l0": active / len(order),
         "dead": sae.F - len(alive), "alive": len(alive), "cosine_median": _median(medians),
         "cosine_above_0.05": float((medians > 0.05).float().mean()) if len(medians) else 0.0,
         "winner_cosine_median": _median(winner),
         "winner_better_than_deletion": float((error < 1).float().mean()) if len(error) else 0.0,
-        "winner_error_median": _median(error),
+        "winner_error_median": _median(error), **of_writes,
     }  # fmt: skip
 
 

@@ -13,21 +13,23 @@ import torch
 from torch import Tensor, nn
 
 from .._arguments import sizes
+from ..ops.pursuit import pursuit, responses
 from ..untrusted import is_integer, shown
 from .sparse import Decode, exact_topk
 
 KINDS = ("bilinear", "bilinear_tied", "bilinear_flat", "matrix", "flat")
 BILINEAR = ("bilinear", "bilinear_tied", "bilinear_flat")
 RANK_ONE = ("bilinear", "bilinear_tied", "matrix")
-SPARSITIES = ("topk", "threshold")
+SPARSITIES = ("topk", "threshold", "pursuit")
+TARGETS = ("state", "write")
 _LARGEST = 2**59  # entries of a dense dictionary, so that no size in bytes overflows
 
 
 class SparseCodes(NamedTuple):
-    """Codes of states: `values [..., j]` (>= 0, 0 where nothing fired) and int64 `indices [..., j]`.
+    """Codes of states or writes: `values [..., j]` (>= 0, 0 where nothing fired) and int64 `indices [..., j]`.
 
-    Top-k dictionaries have j = k, descending. Threshold dictionaries have j = the most that fired in any one state of
-    the call, rising index, padded with value 0.
+    Top-k and pursuit dictionaries have j = k, descending. Threshold dictionaries have j = the most that fired in any
+    one state of the call, rising index, padded with value 0.
     """
 
     values: Tensor
@@ -38,7 +40,7 @@ class SparseCodes(NamedTuple):
 
 
 class SAE(nn.Module):
-    """A sparse dictionary of states X `[K, V]` of one head.
+    """A sparse dictionary of X `[K, V]` of one head: its states, or its writes.
 
     | kind | pre-activation of X - mean | atoms |
     |---|---|---|
@@ -49,7 +51,12 @@ class SAE(nn.Module):
     | `flat` | `W_enc vec(X) + b_enc` | dense `[K, V]` |
 
     The reconstruction is `mean + bias + sum_i a_i A_i`. Codes are the top k pre-activations, then ReLU
-    (`sparsity="topk"`), or those above a fixed threshold (`sparsity="threshold"`: BatchTopK after training, JumpReLU).
+    (`sparsity="topk"`), or those above a fixed threshold (`sparsity="threshold"`: BatchTopK after training, JumpReLU),
+    or found by orthogonal matching pursuit (`sparsity="pursuit"`, see `ops.pursuit`).
+
+    A dictionary of states (`target="state"`, the paper's) has X = S_t. One of writes (`target="write"`) has X the
+    increment that token t adds, `k_t u_t^T` (rank R for a rule of R writes a token); a write is nothing but its
+    atoms, so mean and bias are 0.
 
     Args:
         K, V: key and value size of the head.
@@ -57,10 +64,11 @@ class SAE(nn.Module):
         k: atoms active at once; for threshold dictionaries the number aimed at in training.
         kind: one of `KINDS`.
         r: rank of an atom and of its encoder.
-        sparsity: "topk" or "threshold".
+        sparsity: "topk", "threshold" or "pursuit"; the last of writes, by kinds bilinear and bilinear_tied, b_enc 0.
         layer, head, model: where the states come from, or None.
-        centred: whether `mean` is in use (it is zero otherwise).
+        centred: whether `mean` is in use (it is zero otherwise). None: for a dictionary of states.
         training, metrics: plain dictionaries kept in the saved configuration.
+        target: "state" or "write".
         empty: leave every tensor on the meta device, without memory, for a loader that puts its own in.
 
     Attributes (parameters and buffers, float32):
@@ -86,10 +94,11 @@ class SAE(nn.Module):
         layer: int | None = None,
         head: int | None = None,
         model: str | None = None,
-        centred: bool = True,
+        centred: bool | None = None,
         training: dict | None = None,
         metrics: dict | None = None,
         *,
+        target: str = "state",
         empty: bool = False,
     ):
         super().__init__()
@@ -100,6 +109,13 @@ class SAE(nn.Module):
             raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {shown(kind)}")
         if sparsity not in SPARSITIES:
             raise ValueError(f"sparsity: expected one of {', '.join(SPARSITIES)}, got {shown(sparsity)}")
+        if target not in TARGETS:
+            raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {shown(target)}")
+        if sparsity == "pursuit" and (target != "write" or kind not in ("bilinear", "bilinear_tied")):
+            raise ValueError(
+                f"sparsity: pursuit codes writes by atoms of rank r, expected target write and kind bilinear or "
+                f"bilinear_tied, got target {target} and kind {kind}"
+            )
         if k > F:
             raise ValueError(f"k: expected k <= F={F}, got {k}")
         if r > min(K, V):
@@ -113,13 +129,16 @@ class SAE(nn.Module):
                 raise ValueError(f"{name}: expected an integer >= 0 or None, got {shown(value)}")
         if model is not None and not isinstance(model, str):
             raise ValueError(f"model: expected a name or None, got {shown(model)}")
+        centred = target == "state" if centred is None else centred
         if not isinstance(centred, bool):
             raise ValueError(f"centred: expected true or false, got {shown(centred)}")
+        if centred and target == "write":
+            raise ValueError("centred: a dictionary of writes has no mean, expected false, got true")
         for name, value in (("training", training), ("metrics", metrics)):
             if value is not None and not isinstance(value, dict):
                 raise ValueError(f"{name}: expected a dictionary or None, got {shown(value)}")
         self.K, self.V, self.F, self.k, self.kind, self.r, self.sparsity = K, V, F, k, kind, r, sparsity
-        self.layer, self.head, self.model, self.centred = layer, head, model, centred
+        self.layer, self.head, self.model, self.centred, self.target = layer, head, model, centred, target
         self.training_record, self.metrics = dict(training or {}), dict(metrics or {})
 
         def rows(*shape: int) -> nn.Parameter:  # random unit vectors along the last axis
@@ -162,12 +181,13 @@ class SAE(nn.Module):
 
     def extra_repr(self) -> str:
         sizes = f"K={self.K}, V={self.V}, F={self.F}, k={self.k}, r={self.r}"
-        return f"{self.kind}, {sizes}, site=({self.layer}, {self.head})"
+        return f"{self.kind} of {self.target}s, {self.sparsity}, {sizes}, site=({self.layer}, {self.head})"
 
     def encoder(self) -> tuple[Tensor, Tensor, Tensor]:
         """`(v_enc [F, r, K], w_enc [F, r, V], b [F])` acting on raw states or writes: b has the centring folded in.
 
-        `ops.encode(writes, v_enc[None], w_enc[None], b[None], k=sae.k, threshold=sae.threshold, heads=[head])`.
+        `ops.encode(writes, v_enc[None], w_enc[None], b[None], k=sae.k, threshold=sae.threshold, heads=[head])`; for a
+        dictionary of writes, `writes.memoryless()`.
 
         Raises:
             ValueError: a kind with a dense encoder, which cannot run on writes.
@@ -192,6 +212,20 @@ class SAE(nn.Module):
             )
         return self.v_dec, self.w_dec
 
+    def metric(self) -> Tensor:
+        """`[K, K]` M of the key side in which a pursuit dictionary measures errors (`tr E^T M E`); identity for others.
+
+        Raises:
+            ValueError: a pursuit dictionary whose encoder is not M times its atoms, for any M.
+        """
+        if self.sparsity != "pursuit" or self.kind == "bilinear_tied":
+            return torch.eye(self.K, dtype=self.b_enc.dtype, device=self.b_enc.device)
+        atoms, encoder = self.v_dec.detach().flatten(0, 1).double(), self.v_enc.detach().flatten(0, 1).double()
+        M = torch.linalg.pinv(atoms) @ encoder
+        if float((atoms @ M - encoder).norm()) > 1e-3 * float(encoder.norm()):
+            raise ValueError("metric: this dictionary's encoder is not one matrix times its atoms, so it has none")
+        return ((M + M.T) / 2).to(self.b_enc.dtype)
+
     # ---- encode, decode ---------------------------------------------------------------------------------------
 
     def encoder_matrix(self) -> Tensor:
@@ -213,16 +247,51 @@ class SAE(nn.Module):
         return centred.flatten(-2) @ self.encoder_matrix().T + self.b_enc
 
     def encode(self, X: Tensor) -> SparseCodes:
-        """Codes of states.
+        """Codes of states, or of writes as matrices.
 
         Args:
-            X: `[..., K, V]` floating states (cast to the dictionary's dtype).
+            X: `[..., K, V]` floating (cast to the dictionary's dtype).
         Raises:
-            ValueError: a wrong shape or dtype.
+            ValueError: a wrong shape or dtype, or a pursuit dictionary, which needs a write's factors.
         """
-        pre = self.preactivations(X)
+        if self.sparsity == "pursuit":
+            raise ValueError("X: a pursuit dictionary codes factors, expected encode_writes(left, right)")
+        return self._chosen(self.preactivations(X), self.k)
+
+    def encode_writes(self, left: Tensor, right: Tensor, k: int | None = None) -> SparseCodes:
+        """Codes of writes `sum_r left_r right_r^T`, without forming them where the encoder is factored.
+
+        Args:
+            left, right: `[..., R, K]` and `[..., R, V]` floating.
+            k: atoms of a write, in place of the dictionary's own k.
+        Raises:
+            ValueError: a dictionary of states; a wrong shape, dtype or k; a k for one with thresholds.
+        """
+        if self.target != "write":
+            raise ValueError("target: expected a dictionary of writes, got one of states: use encode(states)")
+        for name, x, letter, size in (("left", left, "K", self.K), ("right", right, "V", self.V)):
+            if x.ndim < 2 or x.shape[-1] != size or not x.is_floating_point():
+                raise ValueError(f"{name}: expected floating [..., R, {letter}={size}], got {x.dtype} {tuple(x.shape)}")
+        if left.shape[:-1] != right.shape[:-1]:
+            raise ValueError(f"right: expected [..., R, V] beside left {tuple(left.shape)}, got {tuple(right.shape)}")
+        if k is not None and (not is_integer(k, 1) or k > self.F or self.threshold is not None):
+            raise ValueError(f"k: expected an integer, 1 <= k <= F={self.F}, of one without thresholds, got {shown(k)}")
+        k = self.k if k is None else k
+        left, right = left.to(self.b_enc.dtype), right.to(self.b_enc.dtype)
+        if self.sparsity == "pursuit":
+            v, w, _ = self.encoder()
+            return SparseCodes(*pursuit(left, right, v, w, self.v_dec, self.w_dec, k))
+        if not self.bilinear_encoder:
+            return self._chosen(self.preactivations(torch.einsum("...rk,...rv->...kv", left, right)), k)
+        v, w, b = self.encoder()
+        lead = left.shape[:-2]
+        pre = responses(v, w, left.reshape(-1, *left.shape[-2:]), right.reshape(-1, *right.shape[-2:])) + b
+        return self._chosen(pre.view(*lead, self.F), k)
+
+    def _chosen(self, pre: Tensor, k: int) -> SparseCodes:
+        """The pre-activations `[..., F]` that fire."""
         if self.threshold is None:
-            return SparseCodes(*exact_topk(pre, self.k))
+            return SparseCodes(*exact_topk(pre, k))
         fires = pre > self.threshold
         most = max(int(fires.sum(-1).max()) if fires.numel() else 0, 1)
         # Firing atoms first, in rising order: a stable sort of the mask.

@@ -3,131 +3,29 @@
 Inside training a dictionary acts on s (X - M), with E ||s (X - M)||^2 = 1, so that one learning rate suits states of
 any norm and the loss is a fraction of variance. Atoms enter by their directions alone, but for tied ones, whose norm is
 the only gain they have: k atoms that overlap and each project fully overshoot many times. `export` gives the same
-function on raw states: activations, biases and the error scale by 1/s, and which atoms fire does not change.
+function on raw states: activations, biases and the error scale by 1/s, and which atoms fire does not change. For a
+dictionary of writes X is the write and M is 0. In the readers' metric with root R (`readers.py`) X is R X, and `export`
+takes R out of both sides.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..ops import encode, factored_loss, training_loss
+from ..ops import encode, factored_loss, pursuit, training_loss
+from ..ops.pursuit import responses
 from ..ops.sae_training import atoms_on
 from .block import Block
+from .config import TrainConfig
+from .readers import seen_through
 from .resume import check_like, on_cpu
-from .sae import BILINEAR, KINDS, RANK_ONE, SAE
+from .sae import SAE
 from .sparse import BilinearAt, Decode, exact_topk
-from .sparsity import SPARSITIES, Sparsity, level_of, packed
-
-INITS = ("writes", "states", "random")
-PATHS = ("auto", "dense", "factored")
-_DENSE_UP_TO = 4096  # K * V: below it, states of sampled tokens cost less than activations of all tokens
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to train. The defaults are the paper's (arXiv 2605.12770) but for batch, steps and initialisation.
-
-    Attributes:
-        kind, F, k, r: of the dictionary, see `SAE`.
-        sparsity: "topk", "batchtopk", "jumprelu" or "gated", see `sparsity.py`; all but top k train by the dense path,
-            fire k atoms on average and end as dictionaries with a threshold.
-        penalty: weight of the sparsity penalty at the start ("jumprelu", "gated"), at most 10.
-        steps: optimiser steps.
-        states: states in a step's loss.
-        passages: passages those states come from; 0 for all of the block (dense path), or as few as hold them
-            (factored path, whose cost goes with whole passages).
-        block: passages held as writes at a time.
-        uses: times a block's tokens are drawn from, on average, before the next block (dense path).
-        lr, lr_end, warmup: Adam's learning rate, cosine from lr to lr_end, linear warm-up steps.
-        aux, k_aux: weight of the auxiliary loss, and dead atoms it uses.
-        dead_after: steps without firing after which an atom is dead.
-        resample_every, resample_until: dead atoms are replaced every so many steps, up to that fraction of the run.
-        normalize_every: decoder factors to unit norm every so many steps.
-        centred: subtract the mean training state.
-        init: atoms start from native "writes", from singular vectors of "states", or "random".
-        path: "dense" forms the sampled states, "factored" forms none, "auto" chooses by the size of the head.
-        prepare: passages of the initial pass that estimates mean, scale and initial atoms.
-        seed: of everything.
-
-    Raises:
-        ValueError: a value out of range, naming it.
-    """
-
-    kind: str = "bilinear"
-    F: int = 2048
-    k: int = 32
-    r: int = 1
-    sparsity: str = "topk"
-    penalty: float = 1e-2
-    steps: int = 10000
-    states: int = 256
-    passages: int = 0
-    block: int = 256
-    uses: float = 1.0
-    lr: float = 3e-4
-    lr_end: float = 3e-5
-    warmup: int = 50
-    aux: float = 1e-2
-    k_aux: int = 256
-    dead_after: int = 100
-    resample_every: int = 250
-    resample_until: float = 0.8
-    normalize_every: int = 100
-    centred: bool = True
-    init: str = "writes"
-    path: str = "auto"
-    prepare: int = 256
-    seed: int = 0
-
-    def __post_init__(self):
-        for name, allowed in (("kind", KINDS), ("init", INITS), ("path", PATHS), ("sparsity", SPARSITIES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name in ("F", "k", "r", "steps", "states", "block", "k_aux", "dead_after", "resample_every",
-                     "normalize_every", "prepare"):  # fmt: skip
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected an integer >= 1, got {getattr(self, name)!r}")
-        for name in ("lr", "lr_end", "uses", "penalty"):
-            if not getattr(self, name) > 0 or not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name}: expected a finite number > 0, got {getattr(self, name)!r}")
-        for name in ("aux", "warmup", "passages", "resample_until", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: expected >= 0, got {getattr(self, name)!r}")
-        if self.penalty > 10:
-            raise ValueError(f"penalty: expected at most 10, got {self.penalty}")
-        if self.k > self.F:
-            raise ValueError(f"k: expected k <= F={self.F}, got {self.k}")
-        if self.passages > self.block:
-            raise ValueError(f"passages: expected at most block={self.block}, got {self.passages}")
-        if self.sparsity == "gated" and self.kind == "bilinear_tied":
-            raise ValueError("sparsity: gated scales the encoder apart from the atoms, which kind bilinear_tied shares")
-        if self.path == "factored" and self.sparsity != "topk":
-            raise ValueError(f"path: sparsity {self.sparsity} trains by path dense only")
-        factored = self.kind in BILINEAR and self.kind in RANK_ONE
-        if self.path == "factored" and not factored:
-            raise ValueError(f"path: kind {self.kind} has a dense encoder or dense atoms: it trains by path dense only")
-
-    def resolved_path(self, K: int, V: int) -> str:
-        """ "dense" or "factored" for a head of this size."""
-        if self.path != "auto":
-            return self.path
-        factored = self.kind in BILINEAR and self.kind in RANK_ONE and self.sparsity == "topk"
-        return "factored" if factored and K * V > _DENSE_UP_TO else "dense"
-
-    def rate(self, step: int) -> float:
-        """Learning rate of a step."""
-        if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(self.steps - self.warmup, 1)
-        return self.lr_end + (self.lr - self.lr_end) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-
-    def record(self) -> dict:
-        return asdict(self)
+from .sparsity import Sparsity, level_of, packed
 
 
 @dataclass(frozen=True)
@@ -168,19 +66,24 @@ class SiteTrainer:
     def __init__(self, layer: int, head: int, config: TrainConfig, block: Block):
         self.layer, self.head, self.config = layer, head, config
         N, T, K, V = block.shape
-        self.path = config.resolved_path(K, V)
+        self.path, self.root = config.resolved_path(K, V), block.root
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator(config.seed, "init", layer, head).initial_seed())
             c = config
-            self.sae = SAE(K, V, c.F, c.k, c.kind, c.r, layer=layer, head=head, centred=c.centred)
-        self.device, self.tied = block.device, config.kind == "bilinear_tied"
+            self.pursued = c.sparsity == "pursuit"
+            kind, centred = "bilinear_tied" if self.pursued else c.kind, c.centred and c.target == "state"
+            self.sae = SAE(K, V, c.F, c.k, kind, c.r, layer=layer, head=head, centred=centred, target=c.target)
+        self.device, self.tied = block.device, c.kind == "bilinear_tied"
         self.sae.to(self.device, block.right.dtype)
         self.scale = 1.0  # s
         self.silent = torch.zeros(config.F, dtype=torch.int64, device=self.device)  # steps since each atom fired
         self.resampled = 0
         self.sparsity: Sparsity | None = None
         self._prepare(block)
-        groups = [{"params": list(self.sae.parameters()), "factor": 1.0}]
+        fixed = () if c.target == "state" else ("bias", "b_enc") if self.pursued else ("bias",)
+        for name in fixed:
+            getattr(self.sae, name).requires_grad_(False)
+        groups = [{"params": [p for p in self.sae.parameters() if p.requires_grad], "factor": 1.0}]
         if self.sparsity is not None and list(self.sparsity.parameters()):
             # A threshold is learnt by its logarithm, on which a step of Adam would be a share of `lr` only.
             factor = 10.0 if config.sparsity == "jumprelu" else 1.0
@@ -198,21 +101,25 @@ class SiteTrainer:
         picks = torch.randperm(N * T, generator=draw)[:16384].to(self.device).split(1024)
         total = torch.zeros(K, V, dtype=torch.float64, device=self.device)
         for part in picks:
-            total += block.states(part // T, part % T).double().sum(0)
+            total += block.examples(part // T, part % T).double().sum(0)
         count = sum(map(len, picks))
-        if c.centred:
+        if self.sae.centred:
             self.sae.mean.copy_(total / count)
         square = 0.0
         for part in picks:
-            square += float((block.states(part // T, part % T) - self.sae.mean).double().square().sum())
+            square += float((block.examples(part // T, part % T) - self.sae.mean).double().square().sum())
         if not square > 0:
-            raise ValueError(f"site ({self.layer}, {self.head}): every training state is the same, nothing to learn")
+            raise ValueError(
+                f"site ({self.layer}, {self.head}): every training {c.target} is the same, nothing to learn"
+            )
         self.scale = (count / square) ** 0.5
         if c.init == "random":
             v, w = _unit(torch.randn(c.F, c.r, K, generator=draw)), _unit(torch.randn(c.F, c.r, V, generator=draw))
         else:
             # Tokens that write much are worth more atoms: draw by the norm of the write.
             norms = block.write_norms().flatten().cpu()
+            if c.target == "write":
+                norms = norms.pow(1 - c.balance / 2) * (norms > 0)
             writing, wanted = int((norms > 0).sum()), c.F * c.r
             if not writing:
                 raise ValueError(f"site ({self.layer}, {self.head}): no token writes anything")
@@ -222,12 +129,14 @@ class SiteTrainer:
                 left, right = block.natives(rows, positions)
                 v, w = left[:, -1].view(c.F, c.r, K), right[:, -1].view(c.F, c.r, V)
             else:
-                v, w = _top_pairs(block.states(rows[: c.F], positions[: c.F]) - self.sae.mean, c.r)
+                v, w = _top_pairs(block.examples(rows[: c.F], positions[: c.F]) - self.sae.mean, c.r)
         v, w = _unit(v.to(self.sae.mean)), _unit(w.to(self.sae.mean))
         every = torch.arange(c.F, device=self.device)
         self._set_atoms(every, v, w, 1.0)
+        if self.pursued:
+            return
         # Atoms overlap, so k full projections overshoot: start from the one gain that reconstructs best.
-        X = (block.states(picks[0] // T, picks[0] % T) - self.sae.mean) * self.scale
+        X = self._examples(block, picks[0] // T, picks[0] % T)
         pre = X.flatten(1) @ self.sae.encoder_matrix().T
         if c.sparsity == "topk":
             values, indices = exact_topk(pre, c.k)
@@ -261,7 +170,7 @@ class SiteTrainer:
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         sae = self.sae
-        return (sae.v_dec, sae.w_dec) if self.tied else (sae.v_enc, sae.w_enc)
+        return (sae.v_dec, sae.w_dec) if sae.kind == "bilinear_tied" else (sae.v_enc, sae.w_enc)
 
     def _atoms(self) -> tuple[Tensor, Tensor]:
         sae = self.sae
@@ -271,19 +180,56 @@ class SiteTrainer:
         """`[F]` bool: silent for `dead_after` steps."""
         return self.silent >= self.config.dead_after
 
+    def _examples(self, block: Block, rows: Tensor, positions: Tensor) -> Tensor:
+        """`[P, K, V]` s (X - M)."""
+        return (block.examples(rows, positions) - self.sae.mean) * self.scale
+
     def losses(self, batch: Batch, done: float = 0.0) -> Losses:
         """Reconstruction and auxiliary loss of a batch, by the path in use, after a share `done` of the training. Both
         paths give the same numbers."""
         return self._factored(batch) if self.path == "factored" else self._dense(batch, done)
 
+    def _pursued(self, batch: Batch) -> Losses:
+        """Codes by pursuit, and the errors they leave to the atoms, the codes held fixed: as they are least squares,
+        that is the gradient."""
+        c = self.config
+        left, right = batch.block.natives(batch.rows, batch.positions)
+        right = right * self.scale
+        X, weight = torch.einsum("prk,prv->pkv", left, right), self._weight(left, right)
+        v, w = (x.detach() for x in self._atoms())
+        main = X.new_zeros(())
+        ks = [c.k] if not c.also_k else [c.also_k, c.k]
+        for k in ks:
+            values, indices = pursuit(left, right, v, w, v, w, k)
+            errors = (self._decode(values, indices) - X).square().sum((1, 2)) * weight
+            main = main + errors.mean() / len(ks)
+        return Losses(main, main.new_zeros(()), errors.detach(), self._fired(values, indices))
+
+    def _weight(self, left: Tensor, right: Tensor) -> Tensor:
+        """`[P]` weight of each write's squared error, 1 / norm^balance, of mean 1."""
+        norm = (left.norm(dim=-1) * right.norm(dim=-1)).square().sum(-1).sqrt()
+        weight = torch.where(norm > 0, norm.clamp_min(1e-6).pow(-self.config.balance), 0.0)
+        return weight / (weight * norm.square()).mean().clamp_min(1e-30)
+
     def _dense(self, batch: Batch, done: float) -> Losses:
+        if self.pursued:
+            return self._pursued(batch)
         sae, c = self.sae, self.config
-        X = (batch.block.states(batch.rows, batch.positions) - sae.mean) * self.scale  # [P, K, V]
+        X = self._examples(batch.block, batch.rows, batch.positions)
+        weight: Tensor | float = 1.0
+        natives = None
+        if c.target == "write":
+            left, right = batch.block.natives(batch.rows, batch.positions)
+            natives = left, right * self.scale
+            weight = self._weight(*natives)
         dead = self.dead().nonzero().flatten()
         if sae.bilinear_encoder:
             v, w = self._factors()
             with torch.no_grad():
-                pre = X.flatten(1) @ torch.einsum("frk,frv->fkv", v, w).flatten(1).T
+                if natives is None:
+                    pre = X.flatten(1) @ torch.einsum("frk,frv->fkv", v, w).flatten(1).T
+                else:
+                    pre = responses(v, w, *natives)
         else:
             v = w = None
             pre = X.flatten(1) @ sae.W_enc.T
@@ -313,11 +259,12 @@ class SiteTrainer:
                 opened = self._decode(gate, indices, frozen=True) + sae.bias.detach()
                 penalty = penalty + (opened - X).square().sum((1, 2)).mean()
         made = self._decode(values, indices) + sae.bias
-        errors = (made - X).square().sum((1, 2))
+        errors = (made - X).square().sum((1, 2)) * weight
         aux = errors.new_zeros(())
         if len(dead) and c.aux > 0:
             residual = (X - made).detach()
-            aux = (self._decode(*codes(dead, min(c.k_aux, len(dead)))) - residual).square().sum((1, 2)).mean()
+            left_over = (self._decode(*codes(dead, min(c.k_aux, len(dead)))) - residual).square().sum((1, 2))
+            aux = (left_over * weight).mean()
         return Losses(errors.mean(), aux, errors.detach(), self._fired(values, indices), penalty)
 
     def _decode(self, values: Tensor, indices: Tensor, frozen: bool = False) -> Tensor:
@@ -397,7 +344,7 @@ class SiteTrainer:
         if not len(dead):
             return dead
         pick = torch.multinomial(errors.cpu(), len(dead), generator=draw).to(self.device)
-        X = batch.block.states(batch.rows[pick], batch.positions[pick]) - self.sae.mean
+        X = batch.block.examples(batch.rows[pick], batch.positions[pick]) - self.sae.mean
         v, w = _top_pairs(X, self.sae.r)
         self._set_atoms(dead, v, w, 0.2 * self._alive_gain(), _unit(X.flatten(1)))
         of_atoms = [p for name, p in self.sae.named_parameters() if name != "bias"]
@@ -426,12 +373,19 @@ class SiteTrainer:
     # ---- out and in -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def export(self) -> SAE:
-        """The dictionary on raw states, unit atoms unless they are tied; a copy, on the CPU."""
+    def export(self, inside: bool = False) -> SAE:
+        """The dictionary on raw states or writes, unit atoms (in the metric) unless tied; a copy, on the CPU.
+        `inside`: on what blocks with this root hold."""
         sae, c = self.sae, self.config
-        fixed = "topk" if self.sparsity is None else "threshold"
-        out = SAE(sae.K, sae.V, sae.F, sae.k, sae.kind, sae.r, fixed, self.layer, self.head, centred=sae.centred)
-        out.to(sae.mean.dtype).load_state_dict(sae.state_dict(), strict=self.sparsity is None)
+        fixed = "pursuit" if self.pursued else "topk" if self.sparsity is None else "threshold"
+        out = SAE(
+            sae.K, sae.V, sae.F, sae.k, c.kind, sae.r, fixed, self.layer, self.head, centred=sae.centred,
+            target=c.target,
+        )  # fmt: skip
+        trained = sae.state_dict()
+        if self.pursued:
+            trained |= {"v_enc": _unit(sae.v_dec), "w_enc": _unit(sae.w_dec)}
+        out.to(sae.mean.dtype).load_state_dict(trained, strict=self.sparsity is None)
         if self.sparsity is not None:
             self.sparsity.fold_into(out)
             out.threshold.div_(self.scale)
@@ -439,6 +393,8 @@ class SiteTrainer:
             out.normalize_()
         for name in ("b_enc", "bias"):
             getattr(out, name).div_(self.scale)
+        if self.root is not None and not inside:
+            out = seen_through(out, torch.linalg.inv(self.root.double().cpu()))
         out.training_record = {**c.record(), "path": self.path, "scale": self.scale, "resampled": self.resampled}
         return out.eval().requires_grad_(False)
 

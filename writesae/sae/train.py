@@ -21,10 +21,11 @@ from tqdm import tqdm
 
 from ..files import make_folder, write_text
 from .block import Block
+from .config import TrainConfig
 from .evaluate import block_fvu
 from .resume import read_checkpoint, refuse_other, write_checkpoint
 from .sae import SAE
-from .site import Batch, SiteTrainer, TrainConfig, generator
+from .site import Batch, SiteTrainer, generator
 
 CHECKPOINT, HISTORY = "checkpoint.pt", "training.json"
 
@@ -46,7 +47,9 @@ class Trainer:
         model_name: stored with the dictionaries.
         progress: show a bar.
         pinned: {name: digest} of more that the run depends on (held-out tokens, tokenizer).
-        held_out: {site: block} of held-out passages whose FVU is noted while training, see `run`.
+        held_out: {site: block} of held-out passages whose FVU is noted while training, see `run`; of the config's
+            target, and with the same roots.
+        roots: {site: `[K, K]`} of the readers' metric, see `readers.roots`; with metric "readers" only.
         log: called with every record of `history` as it is made.
 
     Attributes:
@@ -72,11 +75,15 @@ class Trainer:
         pinned: Mapping[str, str] | None = None,
         held_out: Mapping[tuple[int, int], Block] | None = None,
         log: Callable[[dict], object] | None = None,
+        roots: Mapping[tuple[int, int], Tensor] | None = None,
     ):
         self.stream, self.config, self.model_name, self.progress = stream, config, model_name, progress
         self.sites = [(int(layer), int(head)) for layer, head in sites]
         if not self.sites or len(set(self.sites)) != len(self.sites):
             raise ValueError(f"sites: expected at least one (layer, head), each once, got {self.sites}")
+        self.roots = dict(roots or {})
+        if set(self.roots) != (set(self.sites) if config.metric == "readers" else set()):
+            raise ValueError(f'roots: expected one a site with metric "readers", else none, got {sorted(self.roots)}')
         self.folder = None if folder is None else Path(folder)
         self.rows = min(config.block, len(stream))
         self._block: tuple[int, dict[tuple[int, int], Block]] | None = None
@@ -123,7 +130,10 @@ class Trainer:
                 parts.setdefault(layer, []).append(part)
             bar.update(len(next(iter(writes.values())).decay))
         bar.close()
-        return {(layer, head): Block(parts[layer], head) for layer, head in self.sites}
+        return {
+            (layer, head): Block(parts[layer], head, self.config.target, self.roots.get((layer, head)))
+            for layer, head in self.sites
+        }
 
     def batch(self, step: int) -> dict[tuple[int, int], Batch]:
         """What a step sees, the same tokens at every site."""
@@ -198,7 +208,7 @@ class Trainer:
         for (layer, head), block in self.held_out.items():
             order = torch.arange(block.shape[0] * block.shape[1])
             rows, positions = order // block.shape[1], order % block.shape[1]
-            sae = self.trainers[layer, head].export().to(block.device)
+            sae = self.trainers[layer, head].export(inside=True).to(block.device)
             found[f"L{layer}H{head}"] = block_fvu(block, sae, rows, positions)
         return found
 

@@ -1,0 +1,127 @@
+"""The readers' metric: errors of a memory as the model's own later queries see them.
+
+What token t leaves in the memory, E, changes the output of token s > t by `E^T r_s`, `r_s = (prod_{t < j <= s}
+alpha_j (I - beta_j k_j k_j^T)) q_s` (key side only). So the expected squared change, over all later tokens, is
+`tr E^T M E`, M the second moment of the readers. Few directions hold most of it: an error elsewhere nobody reads. With
+the root R of M, `tr E^T M E = |R E|^2`: a dictionary learns in this metric by learning from keys times R.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..models.quiet import quiet
+from ..ops import gated_delta_rule
+from .sae import SAE
+
+_FLOOR = 1e-3  # of the mean eigenvalue, added to all: directions that nobody read in the text seen may be read yet
+_FOLLOWED = 32  # later tokens at least that a write must have to count
+
+
+@torch.no_grad()
+@quiet()
+def reader_moments(model, ids: Tensor, layers: Iterable[int], batch: int = 16) -> dict[int, Tensor]:
+    """Second moment of the readers of every head: for a token's write, the sum over all later tokens of its passage of
+    `r_s r_s^T`, averaged over the tokens that at least 32 others follow.
+
+    Args:
+        model: causal language model in evaluation mode, see `attach`.
+        ids: `[N, T]` tokens of passages, T > 32.
+        layers: of it, gated-delta layers.
+        batch: passages in one forward pass.
+
+    Returns:
+        {layer: `[H, K, K]` float32, on the layer's device}.
+
+    Raises:
+        ValueError: passages too short; a layer of another kind.
+    """
+    from ..models import Stopped, hf_gated_delta, stopping_after
+
+    if ids.ndim != 2 or not len(ids) or ids.shape[1] <= _FOLLOWED:
+        raise ValueError(f"ids: expected [N, T] of more than {_FOLLOWED} tokens, got shape {tuple(ids.shape)}")
+    layers, total = sorted(set(layers)), {}
+
+    def rule(layer: int):
+        def handler(q, k, v, g, beta, initial_state, output_final_state, l2norm, cu_seqlens):
+            out = gated_delta_rule(
+                q, k, v, g, beta, initial_state=initial_state, output_final_state=output_final_state,
+                use_qk_l2norm=l2norm, return_writes=True,
+            )  # fmt: skip
+            q = q.float()
+            q = q * torch.rsqrt((q * q).sum(-1, keepdim=True) + 1e-6) if l2norm else q
+            total[layer] = total.get(layer, 0) + _moments(q * q.shape[-1] ** -0.5, out.writes)
+            return out.o.to(v.dtype), out.final_state
+
+        return handler
+
+    device = hf_gated_delta.device_of(model.get_input_embeddings())
+    rules = {layer: rule(layer) for layer in layers}
+    with hf_gated_delta.intercept(model, rules, private=True), stopping_after(model, layers[-1]):
+        for part in ids.split(batch):
+            try:
+                model(input_ids=part.long().to(device), use_cache=False)
+            except Stopped:
+                pass
+    return {layer: (x / (len(ids) * (ids.shape[1] - _FOLLOWED))).float() for layer, x in total.items()}
+
+
+def _moments(q: Tensor, writes) -> Tensor:
+    """`[H, K, K]` float64: sums over the tokens that count. q `[B, T, Hk, K]` as it reads.
+
+    Backwards: what the tokens from t on see of the memory before t is `A_t (q_t q_t^T + R_t) A_t`, R_t what those after
+    t see, `A_t = alpha_t (I - beta_t k_t k_t^T)`.
+    """
+    B, T, H, K, _ = writes.shape
+    group = H // q.shape[2]
+    q = q.repeat_interleave(group, 2)
+    keys = writes.left[:, :, :, 0].float().repeat_interleave(group, 2)
+    alpha, beta = writes.decay.float().exp(), writes.beta.float()
+    seen = q.new_zeros(B, H, K, K)
+    total = torch.zeros(H, K, K, dtype=torch.float64, device=q.device)
+    for t in range(T - 1, -1, -1):
+        if t < T - _FOLLOWED:
+            total += seen.sum(0)
+        seen = seen + q[:, t, :, :, None] * q[:, t, :, None]
+        k, b = keys[:, t], beta[:, t, :, None]
+        on = b * (seen @ k[..., None])[..., 0]  # [B, H, K]
+        twice = (b * (on * k).sum(-1, keepdim=True))[..., None]
+        cross = on[..., :, None] * k[..., None, :]
+        seen = seen - cross - cross.mT + twice * k[..., :, None] * k[..., None, :]
+        seen = seen * alpha[:, t, :, None, None].square()
+    return total
+
+
+def roots(moments: Mapping[int, Tensor], sites: Sequence[tuple[int, int]]) -> dict[tuple[int, int], Tensor]:
+    """{site: symmetric root `[K, K]` of its head's moment}, of trace K before a small floor is added."""
+    found = {}
+    for layer, head in sites:
+        M = moments[layer][head].double().cpu()
+        K = len(M)
+        if not float(M.trace()) > 0:
+            raise ValueError(f"metric: nothing that site ({layer}, {head}) writes is ever read in this text")
+        values, vectors = torch.linalg.eigh(M / M.trace() * K + _FLOOR * torch.eye(K, dtype=M.dtype))
+        found[layer, head] = (vectors * values.clamp_min(0).sqrt() @ vectors.T).float()
+    return found
+
+
+@torch.no_grad()
+def seen_through(sae: SAE, root: Tensor) -> SAE:
+    """The same dictionary for keys multiplied by `root` (`[K, K]`, symmetric, invertible): a copy that fires alike.
+
+    Raises:
+        ValueError: a kind without factors on both sides.
+    """
+    if not (sae.bilinear_encoder and sae.rank_one_atoms) or sae.kind == "bilinear_tied":
+        raise ValueError(f"sae: expected encoder and atoms of factors of their own, got kind {sae.kind}")
+    out = copy.deepcopy(sae)
+    root = root.double().to(sae.mean.device)
+    out.v_enc.copy_(out.v_enc.double() @ torch.linalg.inv(root))
+    out.v_dec.copy_(out.v_dec.double() @ root)
+    for x in (out.mean, out.bias):
+        x.copy_(root @ x.double())
+    return out
