@@ -30,7 +30,6 @@ from ..sae import SAE
 from ..sae.resume import tokens_digest
 from ..sae.stream import Passages
 from ..text.tokens import check_ids
-from ..untrusted import is_integer
 from .engine import ForkEngine
 from .firing import check_sae, native_writes
 from .parts import Parts, concatenate
@@ -290,12 +289,16 @@ def _check_saes(model, saes: Mapping[Site, SAE]) -> str:
     return target
 
 
+def _positive(x) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and x >= 1
+
+
 def _check_settings(saes, ks, by, read, batch, target, codebook) -> None:
     if read not in READS:
         raise ValueError(f"read: expected after or before, got {read!r}")
     if not by or len(set(by)) < len(by) or not set(by) <= set(BY):
         raise ValueError(f"by: expected some of {', '.join(BY)}, each once, got {', '.join(map(str, by)) or 'none'}")
-    if not is_integer(batch, 1):
+    if not _positive(batch):
         raise ValueError(f"batch: expected at least 1 passage, got {batch!r}")
     if codebook is not None and target == "state":
         raise ValueError("codebook: expected None for dictionaries of states, which code no writes")
@@ -305,9 +308,12 @@ def _check_settings(saes, ks, by, read, batch, target, codebook) -> None:
             f"codebook: expected None, or dictionaries that keep a number of atoms, got that of {thresholds[0]}, which "
             "keeps those above thresholds of its own, and native writes have none"
         )
+    if codebook is not None:
+        for sae in saes.values():
+            sae.metric()  # raises where there is none that the codebook could be coded in
     if ks is None:
         return
-    if not len(ks) or len(set(ks)) < len(ks) or not all(is_integer(k, 1) for k in ks):
+    if not len(ks) or len(set(ks)) < len(ks) or not all(map(_positive, ks)):
         raise ValueError(f"ks: expected integers >= 1, each once, or None, got {tuple(ks)}")
     if thresholds:
         raise ValueError(
