@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
 from tiny_models import families, tiny_model, tokens
 
-from writesae import Edits, attach
+from writesae import Edits, attach, cli
 from writesae.experiments import recovered, run_recovered
 from writesae.experiments.recovered import passage_losses, untrained
 from writesae.experiments.recovered_result import RecoveredResult, flat, printed
 from writesae.experiments.recovered_rule import closed_loop, coded, deleted, loop_rule, plain_rule, read_through
 from writesae.models.hf_gated_delta import intercept, layers
 from writesae.ops import gated_delta_rule
+from writesae.report import recovered as report
 from writesae.sae import SAE
 from writesae.sae.stream import Passages
 from writesae.testing import gated_delta_rule_inputs
@@ -377,3 +379,76 @@ def test_it_is_saved(tmp_path):
     assert json.loads((tmp_path / "summary.json").read_text()) == summary and summary["test"] == "loss recovered"
     assert (tmp_path / "recovered.csv").read_text().startswith("group,heads,plain,deleted,cost")
     assert (tmp_path / "losses.parquet").is_file()
+
+
+# ---- the page and the command -------------------------------------------------------------------------------------
+
+
+def test_the_page_holds_the_numbers_and_fetches_nothing(tmp_path, capsys):
+    made_up().save(tmp_path, model="a <tiny> model", corpus="some text", train="other text")
+    assert cli.main(["report", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    rest = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", page)
+    assert not re.search(r"https?:|//|<script|<link|@import|url\(", rest) and rest.count("<img") == 1
+    for text in ("a &lt;tiny&gt; model", "79.2&#8239;%", "62.5&#8239;%", "layer 5, head 3", "Without meaning",
+                 "read after", "no meaning: this head&#39;s writes cost less than 0.005 nats", "native writes of other text",
+                 "<b>is more than that of the codebook</b> (by +16.7 points"):  # fmt: skip
+        assert text in page, text
+    assert {x.name for x in (tmp_path / "plots").glob("*.png")} == {"recovered.png"}
+    assert (tmp_path / "plots" / "dark" / "recovered.png").is_file()
+
+
+def test_a_run_in_which_nothing_means_anything_has_a_page(tmp_path):
+    summary = made_up().summary()
+    summary["groups"] = summary["groups"][1:]
+    page = report.build(summary, tmp_path).read_text()
+    assert "<img" not in page and "Without meaning" in page and "2.5000" in page
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (lambda s: s.update(plain="<b>"), "summary.json.plain: expected a finite number"),
+        (lambda s: s["groups"][0].update(group="<script>"), "groups.0..group: expected all, layer N or LAYER:HEAD"),
+        (lambda s: s["groups"][0]["arms"][0].update(condition="<i>"), "expected the name of a condition"),
+        (lambda s: s["groups"][0]["arms"][0].update(share=None), "either shares or a note"),
+        (lambda s: s["groups"][1]["arms"].pop(), "expected the same conditions in every group"),
+        (lambda s: s["groups"].append({**s["groups"][0], "gains": []}), "expected gains of the same k"),
+        (lambda s: s.update(groups=[]), "expected at least one"),
+        (lambda s: s["settings"].update(target="both"), "settings.target: expected one of write, state"),
+        (lambda s: s["settings"]["sites"].update({"5:x": {}}), "expected LAYER:HEAD"),
+        (lambda s: s.update(model=7), "summary.json.model: expected text"),
+    ],
+)
+def test_a_strangers_summary_is_checked(change, match, tmp_path):
+    summary = json.loads(json.dumps(made_up().summary()))
+    change(summary)
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(ValueError, match=match):
+        report.build(tmp_path, tmp_path)
+
+
+def test_the_command(tmp_path, capsys):
+    for head in (0, 3):
+        with torch.random.fork_rng():
+            SAE(32, 64, 40, 4, target="write", layer=5, head=head, model="default").save_pretrained(
+                tmp_path / "saes" / f"L5H{head}"
+            )
+    arguments = ["loss-recovered", "--sae", str(tmp_path / "saes"), "--passages", "3", "--context", "24", "--k", "1",
+                 "2", "--max-tokens", "2000", "--train-tokens", "500", "--read", "before"]  # fmt: skip
+    assert cli.main([*arguments, "--out", str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    assert "plain" in out and "5:0" in out and "all" in out and "report.html" in out
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["passages"], summary["context"], summary["train"]) == (3, 24, "stdlib:train")
+    assert summary["settings"]["read"] == "before"
+    arms = [(arm["condition"], arm["k"]) for arm in summary["groups"][0]["arms"]]
+    assert arms == [("coded", 1), ("codebook", 1), ("coded", 2), ("codebook", 2)]
+    assert cli.main([*arguments, "--out", str(tmp_path / "own"), "--k", "own", "--no-codebook", "--by", "all"]) == 0
+    summary = json.loads((tmp_path / "own" / "summary.json").read_text())
+    assert [group["group"] for group in summary["groups"]] == ["all"] and summary["train"] is None
+    assert [(arm["condition"], arm["k"]) for arm in summary["groups"][0]["arms"]] == [("coded", None)]
+    capsys.readouterr()
+    assert cli.main([*arguments, "--out", str(tmp_path / "x"), "--k", "own", "2"]) == 2
+    assert "k: expected numbers, or own by itself" in capsys.readouterr().err

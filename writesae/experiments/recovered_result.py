@@ -91,15 +91,15 @@ class RecoveredResult:
         draws = ClusterBootstrap(np.arange(len(plain)), resamples, self.seed)
         cost = Ratio(gone - plain, draws)
         meaning = cost.value >= LEAST_COST and cost.surely_positive
-        arms, shares = [], {}
-        for condition in (*self.conditions, *self.own):
-            for k in () if condition in FIXED else (None,) if condition in self.own else self.ks:
-                loss = self.losses(name, condition, k)
-                share = shares[condition, k] = Ratio(gone - loss, draws, gone - plain) if meaning else None
-                arms.append({
-                    "condition": condition, "k": k, "loss": float(loss.mean()),
-                    "share": None if share is None else share.value, "ci95": None if share is None else share.interval,
-                })  # fmt: skip
+        arms = []
+        coded = [condition for condition in self.conditions if condition not in FIXED]
+        for k, condition in [*((k, name) for k in self.ks for name in coded), *((None, name) for name in self.own)]:
+            loss = self.losses(name, condition, k)
+            share = Ratio(gone - loss, draws, gone - plain) if meaning else None
+            arms.append({
+                "condition": condition, "k": k, "loss": float(loss.mean()),
+                "share": None if share is None else share.value, "ci95": None if share is None else share.interval,
+            })  # fmt: skip
         gains = []
         for k in self.ks if "codebook" in self.conditions and meaning else ():
             gain = Ratio(self.losses(name, "codebook", k) - self.losses(name, "coded", k), draws, gone - plain)

@@ -302,4 +302,4 @@ def recovered(rows: Sequence[tuple[str, Sequence[tuple]]], path: Path) -> Path:
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, ncols=2, columnspacing=1.2)
 
     many = len(rows[0][1])
-    return _draw(path, (6.6, 1.2 + 0.15 * (many + 1) // 2 + len(rows) * (0.14 + 0.1 * many)), paint)
+    return _draw(path, (6.6, 1.0 + 0.1 * many + len(rows) * (0.1 + 0.085 * many)), paint)

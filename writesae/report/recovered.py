@@ -12,20 +12,7 @@ from ..files import make_folder, write_text
 from ..untrusted import is_integer, read_json
 from . import plots
 from .html import inlined, template
-from .schema import (
-    COUNT,
-    INTEGER,
-    NUMBER,
-    SITE,
-    TEXT,
-    _CONDITION,
-    _fields,
-    _is,
-    _list,
-    _mapping,
-    _one_of,
-    _or_none,
-)
+from .schema import _CONDITION, COUNT, INTEGER, NUMBER, SITE, TEXT, _fields, _is, _list, _mapping, _one_of, _or_none
 from .style import STYLE
 
 TEST = "loss recovered"
