@@ -392,7 +392,8 @@ def test_the_page_holds_the_numbers_and_fetches_nothing(tmp_path, capsys):
     rest = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", page)
     assert not re.search(r"https?:|//|<script|<link|@import|url\(", rest) and rest.count("<img") == 1
     for text in ("a &lt;tiny&gt; model", "79.2&#8239;%", "62.5&#8239;%", "layer 5, head 3", "Without meaning",
-                 "read after", "no meaning: this head&#39;s writes cost less than 0.005 nats", "native writes of other text",
+                 "read after", "no meaning: this head&#39;s writes cost less than 0.005 nats",
+                 "native writes of other text",
                  "<b>is more than that of the codebook</b> (by +16.7 points"):  # fmt: skip
         assert text in page, text
     assert {x.name for x in (tmp_path / "plots").glob("*.png")} == {"recovered.png"}
