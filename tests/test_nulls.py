@@ -4,7 +4,8 @@ import pytest
 import torch
 from tiny_models import tiny_model, tokens
 
-from writesae.experiments.conditions import CONDITIONS, deltas, replacements
+from writesae.experiments.conditions import CONDITIONS as EVERY
+from writesae.experiments.conditions import OF_WRITES, deltas, replacements
 from writesae.experiments.engine import ForkEngine, Places, read
 from writesae.experiments.firing import native_writes
 from writesae.experiments.nulls import Fired, Material, random_factors
@@ -15,6 +16,8 @@ HEAD = (0, 3, 0)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+CONDITIONS = tuple(c for c in EVERY if c not in OF_WRITES)
 
 
 def dictionary(seed, **options):

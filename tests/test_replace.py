@@ -11,7 +11,8 @@ from tiny_models import tiny_model
 
 import writesae
 from writesae.experiments import passages_of, run_replacement
-from writesae.experiments.conditions import CONDITIONS, DEFAULT_CONDITIONS, arms
+from writesae.experiments.conditions import CONDITIONS as EVERY
+from writesae.experiments.conditions import DEFAULT_CONDITIONS, OF_WRITES, arms
 from writesae.experiments.engine import ForkEngine, Places
 from writesae.experiments.firing import sample, top_codes
 from writesae.experiments.sites import longest_memory, memory
@@ -20,6 +21,8 @@ from writesae.models.hf_gated_delta import layers
 from writesae.sae import SAE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+CONDITIONS = tuple(c for c in EVERY if c not in OF_WRITES)
 
 
 class Letters:

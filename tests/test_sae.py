@@ -225,7 +225,7 @@ def test_damaged_files_are_refused(tmp_path):
         (dict(k=21), "k: expected k <= F=20, got 21"),
         (dict(r=7), "r: expected a rank <= min.K, V. = 6, got 7"),
         (dict(kind="flat", r=2), "r: kind flat"),
-        (dict(sparsity="l1"), "sparsity: expected one of topk, threshold, got 'l1'"),
+        (dict(sparsity="l1"), "sparsity: expected one of topk, threshold, pursuit, got 'l1'"),
     ],
 )
 def test_wrong_arguments(arguments, message):

@@ -99,7 +99,7 @@ def test_packed_and_level():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (dict(sparsity="l1"), "sparsity: expected one of topk, batchtopk, jumprelu, gated, got 'l1'"),
+        (dict(sparsity="l1"), "sparsity: expected one of topk, batchtopk, jumprelu, gated, pursuit, got 'l1'"),
         (dict(sparsity="gated", path="factored"), "path: sparsity gated trains by path dense only"),
         (dict(penalty=0.0), "penalty: expected a finite number > 0"),
     ],

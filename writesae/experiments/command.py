@@ -11,7 +11,7 @@ from ..options import add_model
 from ..text import Corpus
 from ..text.arguments import NAMED, add_options, named, tell_empty, told
 from ..text.tokens import check_vocabulary
-from .conditions import CONDITIONS, DEFAULT_CONDITIONS, NATIVES, READS, SCALES, TRAINING_CONDITIONS
+from .conditions import CONDITIONS, DEFAULT_CONDITIONS, NATIVES, OF_WRITES, READS, SCALES, TRAINING_CONDITIONS
 
 _CORPUS = "stdlib:test"
 _TRAIN_TOKENS = 60_000
@@ -93,7 +93,9 @@ def run(args: argparse.Namespace) -> int:
     conditions = args.conditions
     if conditions is not None and "all" in conditions:
         texts = train is not None or select is not None
-        conditions = [c for c in CONDITIONS if texts or c not in TRAINING_CONDITIONS]
+        states = any(sae.target == "state" for sae in saes.values())
+        left_out = (() if texts else TRAINING_CONDITIONS) + (OF_WRITES if states else ())
+        conditions = [c for c in CONDITIONS if c not in left_out]
     result = run_replacement(
         model.to(args.device), tokenizer, saes, passages(test, args.max_tokens), select=chosen,
         train=None if train is None else passages(train, args.train_tokens), read=args.read, longest=args.longest,

@@ -33,7 +33,9 @@ BASELINE = "baseline"
 PLAIN = ("native", "delete")  # N itself, and nothing: they have no size
 CONDITIONS = (*PLAIN, *nulls.REPLACEMENTS, *nulls.WHOLE)
 DEFAULT_CONDITIONS = ("native", "atom", "delete", "random", "codebook", "singular", "scaled", "zero")
-TRAINING_CONDITIONS = ("codebook", "codebook_nearest", "mean")  # they need native writes of other text
+OF_WRITES = ("codebook_reconstruction",)  # of dictionaries of writes only
+# These need native writes of other text.
+TRAINING_CONDITIONS = ("codebook", "codebook_nearest", "codebook_reconstruction", "mean")
 _OWN = re.compile(r"[a-z][a-z0-9_]{0,39}")
 
 Condition = Callable[[Edited], "tuple[Tensor, Tensor] | Tensor"]

@@ -32,12 +32,21 @@ def check_sae(sae: SAE, site, layer: int, head: int) -> None:
 
 @torch.no_grad()
 def top_codes(writes: Writes, sae: SAE, head: int) -> tuple[Tensor, Tensor]:
-    """The largest code of every token: (feature `[B, T]` int64, value `[B, T]`, 0 where nothing fires)."""
-    many = 1 if sae.threshold is None else min(_CANDIDATES, sae.F)
+    """The largest code of every token: (feature `[B, T]` int64, value `[B, T]`, 0 where nothing fires).
+
+    Of a pursuit dictionary: the atom that alone comes nearest to the write, in the dictionary's metric.
+    """
     device = writes.right.device
-    if getattr(sae, "target", "state") != "state":
-        values, indices = _top_of_writes(writes, sae, head, many)
-    elif sae.bilinear_encoder:
+    if sae.sparsity == "pursuit":
+        group = writes.right.shape[2] // writes.left.shape[2]
+        codes = sae.encode_writes(
+            *(x.to(sae.mean.device) for x in (writes.left[:, :, head // group], writes.right[:, :, head])), k=1
+        )
+        return codes.indices[..., 0].to(device), codes.values[..., 0].to(device)
+    if sae.target == "write":
+        writes = writes.memoryless()
+    many = 1 if sae.threshold is None else min(_CANDIDATES, sae.F)
+    if sae.bilinear_encoder:
         v, w, b = (x.detach().to(device) for x in sae.encoder())
         codes = encode(writes.to(torch.float32), v[None], w[None], b[None], k=many, heads=[head])
         values, indices = codes.values[:, :, 0], codes.indices[:, :, 0]
@@ -49,18 +58,6 @@ def top_codes(writes: Writes, sae: SAE, head: int) -> tuple[Tensor, Tensor]:
         first = passes.to(torch.uint8).argmax(-1, keepdim=True)
         values, indices = (values * passes).gather(-1, first), indices.gather(-1, first)
     return indices[..., 0], values[..., 0]
-
-
-def _top_of_writes(writes: Writes, sae: SAE, head: int, many: int) -> tuple[Tensor, Tensor]:
-    """Largest pre-activations of a dictionary of writes, from the increments, a few tokens at a time."""
-    group = writes.right.shape[2] // writes.left.shape[2]
-    found = []
-    for lo in range(0, writes.shape[1], 64):
-        left, right = writes.left[:, lo : lo + 64, head // group, 0], writes.right[:, lo : lo + 64, head, 0]
-        X = (left[..., None] * right[..., None, :]).float().to(sae.mean.device)
-        found.append(sae.preactivations(X).topk(many, -1))
-    values, indices = (torch.cat(x, 1).to(writes.right.device) for x in zip(*found, strict=True))
-    return values.relu(), indices
 
 
 def _top_of_states(writes: Writes, sae: SAE, head: int, many: int) -> tuple[Tensor, Tensor]:

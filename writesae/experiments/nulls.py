@@ -17,10 +17,12 @@ of the state, may do as much. Each condition here is a function of the firings, 
 | nearest | of all atoms, the one with the largest cosine with the write |
 | least_squares | the combination of the active atoms that is nearest the write |
 
-X is what the dictionary encodes, less its mean: S_t, or the write for a dictionary of writes.
+X is what the dictionary encodes, less its mean: S_t, or the write for a dictionary of writes. The atom of a pursuit
+dictionary is the one that alone is nearest the write in its metric, and its codebook is scored in that metric too.
 
-Two more change the whole state instead of one write: `reconstruction` makes it what the dictionary reconstructs, and
-`zero` empties it, the scale against which every KL is read.
+Three more have no size to choose. `reconstruction` makes the state, or for a dictionary of writes the write, what the
+dictionary reconstructs of it, by all its atoms; `codebook_reconstruction` does so with as many native writes coded by
+the same rule (of writes only). `zero` empties the state, the scale against which every KL is read.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from torch.nn.functional import normalize
 
 from ..sae import SAE
 from ..sae.sae import SparseCodes
+from .codebook import codebook
 from .engine import Clean
 
 
@@ -148,7 +151,7 @@ class Edited:
 
     def encoded(self, mine: Tensor, sae: SAE) -> Tensor:
         """`[m, K, V]`, where the dictionary is: what it encodes at these firings, states or increments."""
-        if getattr(sae, "target", "state") == "state":
+        if sae.target == "state":
             X = self.states.after[mine]
         else:
             X = self.clean.left[mine, :, None] * self.clean.right[mine, None]
@@ -156,7 +159,9 @@ class Edited:
 
     def codes(self, mine: Tensor, sae: SAE) -> SparseCodes:
         """`[m, j]` codes there."""
-        return sae.encode(self.encoded(mine, sae))
+        if sae.target == "state":
+            return sae.encode(self.encoded(mine, sae))
+        return sae.encode_writes(*(x[mine, None].to(sae.mean) for x in (self.clean.left, self.clean.right)))
 
 
 # ---- additions to a state: factors or a matrix --------------------------------------------------------------------
@@ -240,6 +245,11 @@ def _other_atom(edited: Edited):
 
 def _codebook(edited: Edited):
     def best(mine, site, left, right):
+        if site.sae.target == "write":  # as atoms score: of unit length in the metric
+            M = site.sae.metric().to(left)
+            length = ((left @ M) * left).sum(1).clamp_min(1e-30).sqrt()
+            keys, values = (x[mine].to(left) for x in (edited.clean.left, edited.clean.right))
+            return ((keys @ M @ left.T) * (values @ right.T) / length).argmax(1)
         X = edited.encoded(mine, site.sae) - site.sae.mean
         return _bilinear(X.to(left), left, right).argmax(1)
 
@@ -337,8 +347,15 @@ def _least_squares(edited: Edited):
 def _reconstruction(edited: Edited) -> Tensor:
     change = edited.left.new_zeros(*edited.left.shape, edited.right.shape[1])
     for mine, site in edited.sites():
-        X = edited.encoded(mine, site.sae)
-        change[mine] = (site.sae.decode(site.sae.encode(X)) - X).to(change)
+        change[mine] = (site.sae.decode(edited.codes(mine, site.sae)) - edited.encoded(mine, site.sae)).to(change)
+    return change
+
+
+def _codebook_reconstruction(edited: Edited) -> Tensor:
+    change = edited.left.new_zeros(*edited.left.shape, edited.right.shape[1])
+    for mine, site in edited.sites():
+        book = codebook(site.sae, *site.codebook)
+        change[mine] = (book.decode(edited.codes(mine, book)) - edited.encoded(mine, book)).to(change)
     return change
 
 
@@ -351,4 +368,4 @@ REPLACEMENTS = {
     "codebook_nearest": _codebook_nearest, "singular": _singular, "singular_before": _singular_before,
     "scaled": _scaled, "previous": _previous, "mean": _mean, "nearest": _nearest, "least_squares": _least_squares,
 }  # fmt: skip
-WHOLE = {"reconstruction": _reconstruction, "zero": _zero}
+WHOLE = {"reconstruction": _reconstruction, "codebook_reconstruction": _codebook_reconstruction, "zero": _zero}

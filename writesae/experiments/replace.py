@@ -28,7 +28,18 @@ from ..text import Corpus
 from ..text.passages import DocumentEnd
 from ..text.passages import passages as cut
 from ..text.tokens import check_ids, check_vocabulary, tokenizing
-from .conditions import BASELINE, NATIVES, READS, SCALES, TRAINING_CONDITIONS, Condition, arms, chosen, deltas
+from .conditions import (
+    BASELINE,
+    NATIVES,
+    OF_WRITES,
+    READS,
+    SCALES,
+    TRAINING_CONDITIONS,
+    Condition,
+    arms,
+    chosen,
+    deltas,
+)
 from .engine import ForkEngine, Places
 from .firing import check_sae, native_writes, sample, survey, top_codes
 from .nulls import Fired, Material
@@ -155,6 +166,7 @@ def run_replacement(
     require_same_model(model, saes, any_model)
     reads = READS if read == "both" else (read,) if isinstance(read, str) else tuple(read)
     conditions = chosen(conditions, training=train is not None or select is not None)
+    _check_of_writes(conditions, saes)
     _check(reads, natives, scales, firings, each, horizon)
     if longest is not None:
         text = select or train or passages
@@ -255,6 +267,16 @@ def _check(reads, natives, scales, firings, each, horizon) -> None:
         raise ValueError(f"horizon: expected at least 1 token after the edit, got {horizon}")
 
 
+def _check_of_writes(conditions, saes) -> None:
+    for condition in OF_WRITES:
+        others = [site for site, sae in saes.items() if sae.target != "write"]
+        if condition in conditions and others:
+            raise ValueError(
+                f"conditions: {condition} codes writes, expected dictionaries of writes, got one of states at "
+                f"{others[0]}"
+            )
+
+
 def _code(name: str, function: Condition | None) -> str | None:
     """A digest of a user's condition, so that a run does not go on with another; what it refers to is not part."""
     if function is None:
@@ -276,7 +298,7 @@ def _digest(passages: Sequence[Passage]) -> str:
 
 
 def _describe(sae: SAE) -> dict:
-    keys = ("kind", "F", "k", "K", "V", "r", "sparsity")
+    keys = ("kind", "F", "k", "K", "V", "r", "sparsity", "target")
     survey = (sae.training_record or {}).get("survey")  # a site that was chosen by its outcome says so
     chosen_of = len(survey) if isinstance(survey, (list, tuple)) else None
     return {

@@ -15,7 +15,7 @@ from .._arguments import check_floats
 from .._autocast import without_autocast
 from . import _dispatch, _transforms
 
-_FLOATS = 2**25  # held at a time
+_FLOATS = 2**23  # held at a time: what fits a cache
 _STOP = 1e-5  # share of the first response below which nothing more is taken
 _REFITS = 3
 
@@ -74,7 +74,7 @@ def responses(v: Tensor, w: Tensor, left: Tensor, right: Tensor) -> Tensor:
     (F, r, _), (P, R, _) = v.shape, left.shape
     total = None
     for s in range(R):
-        on = ((left[:, s] @ v.flatten(0, 1).T) * (right[:, s] @ w.flatten(0, 1).T)).view(P, F, r)
+        on = (left[:, s] @ v.flatten(0, 1).T).mul_(right[:, s] @ w.flatten(0, 1).T).view(P, F, r)
         on = on[:, :, 0] if r == 1 else on.sum(2)
         total = on if total is None else total.add_(on)
     return total

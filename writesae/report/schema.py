@@ -25,10 +25,10 @@ CONDITIONS = {
     "codebook": "codebook of native writes", "codebook_nearest": "nearest write of the codebook",
     "singular": "top singular pair of Sₜ", "singular_before": "top singular pair of Sₜ₋₁",
     "scaled": "the write at the atom’s size", "previous": "previous write", "nearest": "nearest atom",
-    "least_squares": "least squares over active atoms", "reconstruction": "whole state reconstructed",
-    "zero": "whole state emptied",
+    "least_squares": "least squares over active atoms", "reconstruction": "whole reconstruction",
+    "codebook_reconstruction": "as many native writes as atoms", "zero": "whole state emptied",
 }  # fmt: skip
-WHOLE = ("reconstruction", "zero")  # they change the whole state, whatever the write
+WHOLE = ("reconstruction", "codebook_reconstruction", "zero")  # they change the whole state, whatever the write
 PLAIN = ("native", "delete", *WHOLE)  # they have no size
 EFFECTS = ("negligible", "small", "medium", "large")
 RULES = ("all heads", "longest memory", "given")
