@@ -12,7 +12,7 @@ from tiny_models import families, tiny_model, tokens
 
 from writesae import Edits, attach, cli
 from writesae.experiments import recovered, run_recovered
-from writesae.experiments.recovered import passage_losses, untrained
+from writesae.experiments.recovered import passage_losses
 from writesae.experiments.recovered_result import RecoveredResult, flat, printed
 from writesae.experiments.recovered_rule import closed_loop, coded, deleted, loop_rule, plain_rule, read_through
 from writesae.models.hf_gated_delta import intercept, layers
@@ -134,6 +134,16 @@ def test_writes_coded_as_themselves_leave_the_model_as_it_is(family, read):
     torch.testing.assert_close(logits(model, ids, rules), expected, **CLOSE)
 
 
+@pytest.mark.filterwarnings("ignore:gated_delta_rule. running the slow")
+@pytest.mark.parametrize("dtype, most", [(torch.float64, 1e-9), (torch.bfloat16, 0.2)])
+def test_other_precisions(dtype, most):
+    model, ids = tiny_model(dtype=dtype), tokens(2, 20)
+    same = logits(model, ids, {1: loop_rule({0: identical, 3: identical}, "after")})
+    assert (same - logits(model, ids, {})).abs().max() <= most
+    losses = passage_losses(model, Passages(ids), {1: loop_rule({0: coded(dictionary(), 1)}, "after")}, batch=1)
+    assert np.isfinite(losses).all()
+
+
 @pytest.mark.parametrize("read", ["after", "before"])
 @pytest.mark.parametrize("layer, heads", [(1, [2]), (0, [1, 3])])
 def test_deletion_is_that_of_edits(model, layer, heads, read):
@@ -193,34 +203,12 @@ def test_a_run_with_dictionaries_of_states(model):
     np.testing.assert_allclose(result.losses("1:2", "deleted"), nothing / 23, rtol=1e-6)
 
 
-# ---- the codebook -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["bilinear", "bilinear_tied"])
-def test_the_codebook_is_of_unit_atoms_in_the_metric(kind, monkeypatch):
-    sae = dictionary(kind=kind, model="some/model")
-    root = torch.randn(8, 8)
-    G = root @ root.T if kind == "bilinear" else torch.eye(8)
-    monkeypatch.setattr(sae, "metric", lambda: G)
-    left = torch.nn.functional.normalize(torch.randn(5, 8), dim=1)
-    right = torch.nn.functional.normalize(torch.randn(5, 6), dim=1)
-    made = untrained(sae, left, right)
-    assert (made.F, made.k, made.sparsity, made.kind) == (5, 2, sae.sparsity, kind)
-    assert (made.target, made.layer, made.head, made.model) == ("write", 1, 2, "some/model")
-    v, w = (x.detach()[:, 0] for x in made.atoms())
-    torch.testing.assert_close(torch.einsum("fk,kl,fl->f", v, G, v), torch.ones(5))
-    torch.testing.assert_close(torch.nn.functional.cosine_similarity(v, left), torch.ones(5))
-    torch.testing.assert_close(w, right)
-    v_enc, w_enc, b = made.encoder()
-    torch.testing.assert_close(v_enc.detach()[:, 0], v @ G)
-    assert torch.equal(w_enc[:, 0], w) and not b.any() and not made.mean.any() and not made.bias.any()
-
-
 # ---- a run --------------------------------------------------------------------------------------------------------
 
 
-def small(model, **options):
-    saes = {(1, 2): dictionary(), (1, 0): dictionary(1, 0, seed=1), (3, 1): dictionary(3, 1, F=9, seed=2)}
+def small(model, saes=None, **options):
+    if saes is None:
+        saes = {(1, 2): dictionary(), (1, 0): dictionary(1, 0, seed=1), (3, 1): dictionary(3, 1, F=9, seed=2)}
     options = {"codebook": tokens(4, 20, seed=9), "ks": (1, 3), "progress": False, "batch": 4, **options}
     return run_recovered(model, saes, tokens(6, 24), **options)
 
@@ -243,6 +231,31 @@ def test_a_run(model):
     summary = json.loads(json.dumps(result.summary(50), allow_nan=False))
     assert summary["plain"] == pytest.approx(float(expected.mean()), rel=1e-5) and summary["tokens"] == 6 * 23
     assert [group["heads"] for group in summary["groups"]] == [1, 1, 1, 2, 1, 3]
+
+
+def test_a_dictionary_with_thresholds_stands_beside_a_codebook_of_its_k(model):
+    sae = dictionary(sparsity="threshold", k=2)
+    sae.threshold.fill_(0.05)
+    result = small(model, saes={(1, 2): sae}, ks=None)
+    book = small(model, saes={(1, 2): dictionary(sparsity="topk", k=2)}, ks=(2,))
+    np.testing.assert_array_equal(result.losses("1:2", "codebook"), book.losses("1:2", "codebook", 2))
+    assert np.abs(result.losses("1:2", "coded") - book.losses("1:2", "coded", 2)).max() > 1e-4
+
+
+@pytest.mark.parametrize("sparsity", ["topk", "pursuit"])
+def test_codes_are_those_of_the_dictionary(model, sparsity):
+    """More atoms by pursuit leave less of a write, and a write of atoms alone is coded as itself."""
+    sae = dictionary(F=40, k=3, sparsity=sparsity, kind="bilinear_tied")
+    left, right = torch.randn(5, 8), torch.randn(5, 6)
+    errors = []
+    for k in (1, 3, 8):
+        p, q = coded(sae, k)(left, right)
+        assert p.shape == (5, k, 8) and q.shape == (5, k, 6)
+        errors.append(((p.transpose(1, 2) @ q) - left[:, :, None] * right[:, None]).square().sum())
+    assert sparsity == "topk" or errors[0] > errors[1] > errors[2]
+    v, w = (x.detach()[:4, 0] for x in sae.atoms())
+    p, q = coded(sae, 1)(3 * v, w)
+    torch.testing.assert_close(p.transpose(1, 2) @ q, 3 * v[:, :, None] * w[:, None])
 
 
 def test_read_before_is_not_read_after(model):

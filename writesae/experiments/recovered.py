@@ -30,6 +30,7 @@ from ..sae import SAE
 from ..sae.resume import tokens_digest
 from ..sae.stream import Passages
 from ..text.tokens import check_ids
+from .codebook import codebook as untrained
 from .engine import ForkEngine
 from .firing import check_sae, native_writes
 from .parts import Parts, concatenate
@@ -106,7 +107,7 @@ def run_recovered(
     # Of all settings, those that decide a number; the batch is among them because it decides the last bits.
     plan = {
         "test": "loss recovered", "model": weights_digest(model), "torch": torch.__version__,
-        "saes": {f"{layer}:{head}": [weights_digest(sae), _site(sae)] for (layer, head), sae in saes.items()},
+        "saes": {f"{layer}:{head}": [weights_digest(sae), _describe(sae)] for (layer, head), sae in saes.items()},
         "passages": tokens_digest(text.ids), "codebook": None if training is None else tokens_digest(training.ids),
         "read": read if target == "write" else None, "batch": batch, "seed": seed,
         "conditions": {name: out and _code(name, function) for name, function in own.items()},  # type: ignore[arg-type]
@@ -156,7 +157,8 @@ def run_recovered(
             tables.append(part)
     return RecoveredResult(
         concatenate(tables), groups, (*FIXED, *names), wanted, target, read if target == "write" else None,
-        text.length, seed, time.perf_counter() - start, {site: _site(sae) for site, sae in saes.items()}, tuple(own),
+        text.length, seed, time.perf_counter() - start, {site: _describe(sae) for site, sae in saes.items()},
+        tuple(own),
     )  # fmt: skip
 
 
@@ -205,28 +207,6 @@ def passage_losses(
     return losses
 
 
-def untrained(sae: SAE, left: Tensor, right: Tensor) -> SAE:
-    """A dictionary of writes that nobody trained: native unit factors `left [F, K]`, `right [F, V]` for atoms.
-
-    Codes come by the same rule, in the same metric: atoms of unit length in it, scored by it.
-    """
-    kind = sae.kind if sae.kind == "bilinear_tied" else "bilinear"
-    made = SAE(
-        sae.K, sae.V, len(left), sae.k, kind, sparsity=sae.sparsity, layer=sae.layer, head=sae.head, model=sae.model,
-        centred=False, target="write",
-    ).to(sae.bias.device)  # fmt: skip
-    v, w = left.to(made.v_dec), torch.nn.functional.normalize(right.to(made.w_dec), dim=1)
-    scored = v @ sae.metric().to(v)
-    length = (scored * v).sum(1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny).sqrt()
-    with torch.no_grad():
-        made.v_dec.copy_((v / length)[:, None])
-        made.w_dec.copy_(w[:, None])
-        if kind == "bilinear":
-            made.v_enc.copy_((scored / length)[:, None])
-            made.w_enc.copy_(w[:, None])
-    return made
-
-
 # ---- what is run --------------------------------------------------------------------------------------------------
 
 
@@ -254,21 +234,12 @@ def _table(group: str, condition: str, k: int | None, loss: np.ndarray, length: 
     }  # fmt: skip
 
 
-def _site(sae: SAE) -> dict:
-    """What a dictionary is, for the plan and the summary."""
-    return {**_describe(sae), "target": _target(sae)}
-
-
-def _target(sae: SAE) -> str:
-    return getattr(sae, "target", "state")
-
-
 # ---- checks before any work ---------------------------------------------------------------------------------------
 
 
 def _check_saes(model, saes: Mapping[Site, SAE]) -> str:
     """Their common target."""
-    targets = {_target(sae) for sae in saes.values()}
+    targets = {sae.target for sae in saes.values()}
     if len(targets) > 1:
         raise ValueError("saes: expected dictionaries of writes, or of states, got both; run them apart")
     target = targets.pop()
@@ -303,11 +274,6 @@ def _check_settings(saes, ks, by, read, batch, target, codebook) -> None:
     if codebook is not None and target == "state":
         raise ValueError("codebook: expected None for dictionaries of states, which code no writes")
     thresholds = [site for site, sae in sorted(saes.items()) if sae.threshold is not None]
-    if codebook is not None and thresholds:
-        raise ValueError(
-            f"codebook: expected None, or dictionaries that keep a number of atoms, got that of {thresholds[0]}, which "
-            "keeps those above thresholds of its own, and native writes have none"
-        )
     if codebook is not None:
         for sae in saes.values():
             sae.metric()  # raises where there is none that the codebook could be coded in

@@ -29,7 +29,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
                       "at most, from files in an order drawn by --seed")  # fmt: skip
     what.add_argument("--codebook", action=argparse.BooleanOptionalAction, help="also as many native writes of the "
                       "--train text as the dictionary has atoms, by the same rule (default: with dictionaries of "
-                      "writes that keep a number of atoms)")  # fmt: skip
+                      "writes)")  # fmt: skip
     what.add_argument("--train", default="stdlib:train", metavar="CORPUS", help="text whose native writes make the "
                       "codebook, named like --corpus")  # fmt: skip
     what.add_argument("--train-tokens", type=int, default=60_000, help="tokens of it that are read at most, at least "
@@ -69,12 +69,12 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("k: expected numbers, or own by itself")
     test = named(args, _CORPUS)
     saes = {site: sae.to(args.device) for site, sae in _dictionaries(args).items()}
-    fits = all(getattr(sae, "target", "state") == "write" and sae.threshold is None for sae in saes.values())
+    of_writes = all(sae.target == "write" for sae in saes.values())
     train = None
-    if fits if args.codebook is None else args.codebook:
+    if of_writes if args.codebook is None else args.codebook:
         train = told(Corpus.from_name(args.train, args.field, "train"), "train")
     elif args.codebook is None:
-        print("no codebook: it takes dictionaries of writes that keep a number of atoms", file=sys.stderr)
+        print("no codebook: it takes dictionaries of writes", file=sys.stderr)
     model, tokenizer = load(args.model, getattr(torch, args.dtype), args.trust_remote_code)
     check_vocabulary(tokenizer, model)
 

@@ -38,6 +38,7 @@ def coded(sae: SAE, k: int | None = None) -> Coder:
     """What a dictionary of writes makes of them, at k atoms a write (None: its own k)."""
     v, w = (x.detach() for x in sae.atoms())
 
+    @torch.no_grad()
     def code(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         values, indices = sae.encode_writes(left[:, None].to(v), right[:, None].to(v), k=k)
         return (v[indices] * values[..., None, None]).flatten(1, 2), w[indices].flatten(1, 2)
