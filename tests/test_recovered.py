@@ -195,7 +195,7 @@ def test_reads_through_a_threshold_dictionary():
 def test_a_run_with_dictionaries_of_states(model):
     saes = {(1, 2): dictionary(target="state"), (0, 0): dictionary(0, 0, target="state", kind="flat", seed=1)}
     result = run_recovered(model, saes, tokens(5, 24), ks=None, progress=False)
-    assert result.target == "state" and result.read is None and list(result.groups) == ["0:0", "1:2", "all"]
+    assert result.target == "state" and result.reads == (None,) and list(result.groups) == ["0:0", "1:2", "all"]
     summary = result.summary(100)
     assert [(arm["condition"], arm["k"]) for arm in summary["groups"][0]["arms"]] == [("reconstruction", None)]
     # Deletion is to read nothing.
@@ -260,7 +260,13 @@ def test_codes_are_those_of_the_dictionary(model, sparsity):
 
 def test_read_before_is_not_read_after(model):
     before, after = (small(model, by="all", read=read, codebook=None) for read in ("before", "after"))
-    assert (before.read, after.read) == ("before", "after")
+    both = small(model, by="all", read="both", codebook=None)
+    assert (before.reads, after.reads, both.reads) == (("before",), ("after",), ("after", "before"))
+    assert [group["read"] for group in both.summary(10)["groups"]] == ["after", "before"]
+    for name in ("deleted", "coded"):
+        k = 3 if name == "coded" else None
+        np.testing.assert_array_equal(both.losses("all", name, k, "before"), before.losses("all", name, k))
+        np.testing.assert_array_equal(both.losses("all", name, k), after.losses("all", name, k))
     np.testing.assert_array_equal(before.losses("", "plain"), after.losses("", "plain"))
     assert np.abs(before.losses("all", "deleted") - after.losses("all", "deleted")).max() > 1e-4
 
@@ -284,8 +290,10 @@ def test_an_interrupted_run_goes_on(model, tmp_path, monkeypatch):
         assert column.tolist() == resumed.table[name].tolist(), name
     again = small(model, out=tmp_path, by="head")  # a part of it: nothing is run again
     assert len(calls) == 6 + (1 + 4 * 5) - 5 and list(again.groups) == ["1:0", "1:2", "3:1"]
-    with pytest.raises(ValueError, match="holds a run with other settings .*read"):
-        small(model, out=tmp_path, read="before")
+    small(model, out=tmp_path, by="all", ks=(1,), read="both")  # more of it: only what is new is run
+    assert len(calls) == 6 + (1 + 4 * 5) - 5 + 3
+    with pytest.raises(ValueError, match="holds a run with other settings .*batch"):
+        small(model, out=tmp_path, batch=3)
 
 
 def test_bad_input(model, monkeypatch):
@@ -311,7 +319,7 @@ def test_bad_input(model, monkeypatch):
     refused("ks: expected None", dictionary(target="state", sparsity="threshold"))
     refused("by: expected some of head, layer, all", by=("head", "site"))
     refused("by: expected some of head, layer, all", by=())
-    refused("read: expected after or before, got 'both'", read="both")
+    refused(r"read: expected some of after, before \(or both\), each once, got now", read="now")
     refused("batch: expected at least 1", batch=0)
     refused("passages: expected Passages or int", passages=[1, 2])
     refused("passages: expected at least 2 tokens", passages=ids[:, :1])
@@ -341,7 +349,8 @@ def made_up(deleted=(2.5, 3.5, 3.0, 3.4), coded=(2.1, 3.1, 2.2, 3.1), codebook=(
     names = np.empty((2, len(columns) * 4), object)
     names[0], names[1] = ([x[i] for x in columns for _ in range(4)] for i in range(2))
     table = {
-        "group": names[0], "condition": names[1], "k": np.repeat([x[2] for x in columns], 4),
+        "read": np.where(names[0] == "", "", "after").astype(object), "group": names[0], "condition": names[1],
+        "k": np.repeat([x[2] for x in columns], 4),
         "passage": np.tile(np.arange(4), len(columns)), "loss": 10 * np.concatenate([x[3] for x in columns]),
         "tokens": np.full(4 * len(columns), 10),
     }  # fmt: skip
@@ -349,7 +358,7 @@ def made_up(deleted=(2.5, 3.5, 3.0, 3.4), coded=(2.1, 3.1, 2.2, 3.1), codebook=(
     site = {"kind": "bilinear", "F": 64, "k": 8, "K": 32, "V": 64, "target": "write"}
     return RecoveredResult(
         {name: column[order] for name, column in table.items()}, {"5:3": [(5, 3)], "0:1": [(0, 1)]},
-        ("plain", "deleted", "coded", "codebook"), (1,), "write", "after", 11, 0, 1.0, {(5, 3): site, (0, 1): site},
+        ("plain", "deleted", "coded", "codebook"), (1,), "write", ("after",), 11, 0, 1.0, {(5, 3): site, (0, 1): site},
     )  # fmt: skip
 
 
@@ -390,7 +399,7 @@ def test_the_table_and_the_lines():
 def test_it_is_saved(tmp_path):
     summary = made_up().save(tmp_path, model="a model")
     assert json.loads((tmp_path / "summary.json").read_text()) == summary and summary["test"] == "loss recovered"
-    assert (tmp_path / "recovered.csv").read_text().startswith("group,heads,plain,deleted,cost")
+    assert (tmp_path / "recovered.csv").read_text().startswith("read,group,heads,plain,deleted,cost")
     assert (tmp_path / "losses.parquet").is_file()
 
 
@@ -405,12 +414,12 @@ def test_the_page_holds_the_numbers_and_fetches_nothing(tmp_path, capsys):
     rest = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", page)
     assert not re.search(r"https?:|//|<script|<link|@import|url\(", rest) and rest.count("<img") == 1
     for text in ("a &lt;tiny&gt; model", "79.2&#8239;%", "62.5&#8239;%", "layer 5, head 3", "Without meaning",
-                 "read after", "no meaning: this head&#39;s writes cost less than 0.005 nats",
+                 "Read after:", "no meaning: this head&#39;s writes cost less than 0.005 nats",
                  "native writes of other text",
                  "<b>is more than that of the codebook</b> (by +16.7 points"):  # fmt: skip
         assert text in page, text
-    assert {x.name for x in (tmp_path / "plots").glob("*.png")} == {"recovered.png"}
-    assert (tmp_path / "plots" / "dark" / "recovered.png").is_file()
+    assert {x.name for x in (tmp_path / "plots").glob("*.png")} == {"recovered_after.png"}
+    assert (tmp_path / "plots" / "dark" / "recovered_after.png").is_file()
 
 
 def test_a_run_in_which_nothing_means_anything_has_a_page(tmp_path):
@@ -450,18 +459,19 @@ def test_the_command(tmp_path, capsys):
                 tmp_path / "saes" / f"L5H{head}"
             )
     arguments = ["loss-recovered", "--sae", str(tmp_path / "saes"), "--passages", "3", "--context", "24", "--k", "1",
-                 "2", "--max-tokens", "2000", "--train-tokens", "500", "--read", "before"]  # fmt: skip
+                 "2", "--max-tokens", "2000", "--train-tokens", "500", "--read", "both"]  # fmt: skip
     assert cli.main([*arguments, "--out", str(tmp_path / "run")]) == 0
     out = capsys.readouterr().out
     assert "plain" in out and "5:0" in out and "all" in out and "report.html" in out
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["passages"], summary["context"], summary["train"]) == (3, 24, "stdlib:train")
-    assert summary["settings"]["read"] == "before"
+    assert [group["read"] for group in summary["groups"]] == ["after"] * 3 + ["before"] * 3
+    assert "read after:" in out and "read before:" in out
     arms = [(arm["condition"], arm["k"]) for arm in summary["groups"][0]["arms"]]
     assert arms == [("coded", 1), ("codebook", 1), ("coded", 2), ("codebook", 2)]
     assert cli.main([*arguments, "--out", str(tmp_path / "own"), "--k", "own", "--no-codebook", "--by", "all"]) == 0
     summary = json.loads((tmp_path / "own" / "summary.json").read_text())
-    assert [group["group"] for group in summary["groups"]] == ["all"] and summary["train"] is None
+    assert [group["group"] for group in summary["groups"]] == ["all"] * 2 and summary["train"] is None
     assert [(arm["condition"], arm["k"]) for arm in summary["groups"][0]["arms"]] == [("coded", None)]
     capsys.readouterr()
     assert cli.main([*arguments, "--out", str(tmp_path / "x"), "--k", "own", "2"]) == 2

@@ -57,7 +57,7 @@ def run_recovered(
     codebook: Passages | Tensor | None = None,
     ks: Sequence[int] | None = (1, 8),
     by: str | Sequence[str] = ("head", "all"),
-    read: str = "after",
+    read: str | Sequence[str] = "after",
     conditions: Mapping[str, Coder] | None = None,
     batch: int = 48,
     seed: int = 0,
@@ -77,8 +77,8 @@ def run_recovered(
             out.
         ks: atoms a write (of states: a state), each tried; None is each dictionary's own.
         by: what is changed at once, some of "head" (each by itself), "layer" (all heads given of one), "all".
-        read: when a token reads the changed state, "after": its own write still as it was made; "before": coded.
-            Dictionaries of states have no such choice: every read is of the reconstruction.
+        read: when a token reads the changed state, "after": its own write still as it was made; "before": coded; or
+            "both", one by one. Dictionaries of states have no such choice: every read is of the reconstruction.
         conditions: {name: function} of other codes of writes to try. A function takes `left [n, K]`, `right [n, V]` of
             n writes and returns factors `[n, m, K]`, `[n, m, V]`: what is written is the sum over m.
         batch: passages in one forward pass.
@@ -97,7 +97,9 @@ def run_recovered(
         raise ValueError("model: expected evaluation mode (model.eval()), got training mode")
     target = _check_saes(model, saes)
     by = (by,) if isinstance(by, str) else tuple(by)
-    _check_settings(saes, ks, by, read, batch, target, codebook)
+    chosen = READS if read == "both" else (read,) if isinstance(read, str) else tuple(read)
+    _check_settings(saes, ks, by, chosen, batch, target, codebook)
+    reads: tuple[str | None, ...] = chosen if target == "write" else (None,)
     text, training = _passages("passages", passages, model), None
     if codebook is not None:
         training = _passages("codebook", codebook, model)
@@ -109,7 +111,7 @@ def run_recovered(
         "test": "loss recovered", "model": weights_digest(model), "torch": torch.__version__,
         "saes": {f"{layer}:{head}": [weights_digest(sae), _describe(sae)] for (layer, head), sae in saes.items()},
         "passages": tokens_digest(text.ids), "codebook": None if training is None else tokens_digest(training.ids),
-        "read": read if target == "write" else None, "batch": batch, "seed": seed,
+        "batch": batch, "seed": seed,
         "conditions": {name: out and _code(name, function) for name, function in own.items()},  # type: ignore[arg-type]
     }  # fmt: skip
     parts = Parts(None if out is None else Path(out), plan)
@@ -126,38 +128,39 @@ def run_recovered(
             books.update((at, untrained(saes[at], *found[at])) for at in saes)
         return coded(books[site], saes[site].k if k is None else k)
 
-    def rules(group: str, condition: str, k: int | None) -> dict[int, RuleHandler]:
+    def rules(read: str | None, group: str, condition: str, k: int | None) -> dict[int, RuleHandler]:
         found: dict[int, RuleHandler] = {}
         for layer, heads in _by_layer(groups.get(group, [])):
             if condition == "reconstruction":
                 found[layer] = read_rule({head: (saes[layer, head], k) for head in heads})
             else:  # of states the counterpart of deletion is to read nothing
-                when = read if target == "write" else "before"
-                found[layer] = loop_rule({head: coder((layer, head), condition, k) for head in heads}, when)
+                found[layer] = loop_rule({head: coder((layer, head), condition, k) for head in heads}, read or "before")
         return found
 
-    runs: list[tuple[str, str, int | None]] = [("", "plain", None)]
-    for group in groups:
-        runs.append((group, "deleted", None))
-        runs += [(group, name, k) for k in wanted for name in names]
-        runs += [(group, name, None) for name in own]
+    runs: list[tuple[str | None, str, str, int | None]] = [(None, "", "plain", None)]
+    for when, group in ((when, group) for when in reads for group in groups):
+        runs.append((when, group, "deleted", None))
+        runs += [(when, group, name, k) for k in wanted for name in names]
+        runs += [(when, group, name, None) for name in own]
     tables, total = [], len(text) * text.length
     with tqdm(
         desc="closed loop", total=len(runs) * total, unit=" tokens", unit_scale=True, disable=not progress
     ) as bar:  # fmt: skip
-        for group, condition, k in runs:
-            name = "-".join(x for x in (group.replace(":", "h").replace(" ", ""), condition, str(k or "")) if x)
+        for run in runs:
+            when, group, condition, k = run
+            place = group.replace(":", "h").replace(" ", "")
+            name = "-".join(str(x) for x in (when, place, condition, k) if x)
             part = parts.read(name)
             if part is None:
-                loss = passage_losses(model, text, rules(group, condition, k), batch, bar.update)
-                part = _table(group, condition, k, loss, text.length)
+                loss = passage_losses(model, text, rules(*run), batch, bar.update)
+                part = _table(*run, loss, text.length)
                 parts.write(name, part)
             else:
                 bar.update(total)
             tables.append(part)
     return RecoveredResult(
-        concatenate(tables), groups, (*FIXED, *names), wanted, target, read if target == "write" else None,
-        text.length, seed, time.perf_counter() - start, {site: _describe(sae) for site, sae in saes.items()},
+        concatenate(tables), groups, (*FIXED, *names), wanted, target, reads, text.length,
+         seed, time.perf_counter() - start, {site: _describe(sae) for site, sae in saes.items()},
         tuple(own),
     )  # fmt: skip
 
@@ -224,10 +227,12 @@ def _by_layer(sites: Sequence[Site]) -> list[tuple[int, list[int]]]:
     return [(layer, [h for at, h in sites if at == layer]) for layer in sorted({layer for layer, _ in sites})]
 
 
-def _table(group: str, condition: str, k: int | None, loss: np.ndarray, length: int) -> dict[str, np.ndarray]:
+def _table(
+    read: str | None, group: str, condition: str, k: int | None, loss: np.ndarray, length: int
+) -> dict[str, np.ndarray]:
     P = len(loss)
-    text = {"group": np.empty(P, object), "condition": np.empty(P, object)}
-    text["group"][:], text["condition"][:] = group, condition
+    text = {name: np.empty(P, object) for name in ("read", "group", "condition")}
+    text["read"][:], text["group"][:], text["condition"][:] = read or "", group, condition
     return {
         **text, "k": np.full(P, OWN if k is None else k), "passage": np.arange(P), "loss": loss,
         "tokens": np.full(P, length - 1),
@@ -264,9 +269,10 @@ def _positive(x) -> bool:
     return isinstance(x, int) and not isinstance(x, bool) and x >= 1
 
 
-def _check_settings(saes, ks, by, read, batch, target, codebook) -> None:
-    if read not in READS:
-        raise ValueError(f"read: expected after or before, got {read!r}")
+def _check_settings(saes, ks, by, reads, batch, target, codebook) -> None:
+    if not reads or len(set(reads)) < len(reads) or not set(reads) <= set(READS):
+        got = ", ".join(map(str, reads)) or "none"
+        raise ValueError(f"read: expected some of {', '.join(READS)} (or both), each once, got {got}")
     if not by or len(set(by)) < len(by) or not set(by) <= set(BY):
         raise ValueError(f"by: expected some of {', '.join(BY)}, each once, got {', '.join(map(str, by)) or 'none'}")
     if not _positive(batch):

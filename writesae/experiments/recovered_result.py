@@ -28,14 +28,14 @@ class RecoveredResult:
     """Losses of held-out passages, closed loop.
 
     Attributes:
-        table: columns, one entry a passage and condition: `group` ("5:3", "layer 5" or "all"; "" for plain),
-            `condition`, `k` (atoms a write; 0 is each dictionary's own, and where there is none), `passage`, `loss`
-            (sum over its predicted tokens, nats), `tokens` (how many those are).
+        table: columns, one entry a passage and condition: `read` ("" where there is none), `group` ("5:3", "layer 5"
+            or "all"; "" for plain), `condition`, `k` (atoms a write; 0 is each dictionary's own, and where there is
+            none), `passage`, `loss` (sum over its predicted tokens, nats), `tokens` (how many those are).
         groups: {group: its sites}, in the order that they are shown in.
         conditions: of the table, "plain" and "deleted" first, but for `own`.
         ks: atoms a write, as asked for; None is each dictionary's own.
         target: "write" or "state": what the dictionaries reconstruct.
-        read: when a token reads the changed state; None for dictionaries of states.
+        reads: when a token reads the changed state, each tried; (None,) for dictionaries of states.
         sites: {site: what its dictionary is}.
         own: conditions of the caller's, which know no k.
     """
@@ -45,27 +45,27 @@ class RecoveredResult:
     conditions: tuple[str, ...]
     ks: tuple[int | None, ...]
     target: str
-    read: str | None
+    reads: tuple[str | None, ...]
     context: int
     seed: int
     seconds: float
     sites: dict[tuple[int, int], dict] = field(default_factory=dict)
     own: tuple[str, ...] = ()
 
-    def losses(self, group: str, condition: str, k: int | None = None) -> np.ndarray:
-        """`[passages]` loss of each, in nats a token.
+    def losses(self, group: str, condition: str, k: int | None = None, read: str | None = None) -> np.ndarray:
+        """`[passages]` loss of each, in nats a token; `read` is the first of `reads` unless said.
 
         Raises:
-            KeyError: no such group, condition or k in this run.
+            KeyError: no such group, condition, k or read in this run.
         """
         table = self.table
         mine = table["condition"] == condition
         if condition != "plain":
-            mine = mine & (table["group"] == group)
+            mine = mine & (table["group"] == group) & (table["read"] == (read or self.reads[0] or ""))
             if condition != "deleted":
                 mine = mine & (table["k"] == (OWN if k is None else k))
         if not mine.any():
-            raise KeyError(f"{group} {condition} k={k}")
+            raise KeyError(f"{group} {condition} k={k} read={read}")
         order = np.argsort(table["passage"][mine], kind="stable")
         return (table["loss"][mine] / table["tokens"][mine])[order]
 
@@ -75,9 +75,9 @@ class RecoveredResult:
         return {
             "test": TEST, "passages": len(plain), "context": self.context, "tokens": len(plain) * (self.context - 1),
             "seconds": self.seconds, "plain": float(plain.mean()),
-            "groups": [self._group(name, plain, resamples) for name in self.groups],
+            "groups": [self._group(name, read, plain, resamples) for read in self.reads for name in self.groups],
             "settings": {
-                "target": self.target, "read": self.read, "ks": list(self.ks),
+                "target": self.target, "reads": list(self.reads), "ks": list(self.ks),
                 "conditions": [*self.conditions, *self.own], "least_cost": LEAST_COST,
                 "seed": self.seed, "resamples": resamples,
                 "sites": {f"{layer}:{head}": record for (layer, head), record in sorted(self.sites.items())},
@@ -85,16 +85,16 @@ class RecoveredResult:
             "versions": versions(),
         }  # fmt: skip
 
-    def _group(self, name: str, plain: np.ndarray, resamples: int) -> dict:
+    def _group(self, name: str, read: str | None, plain: np.ndarray, resamples: int) -> dict:
         """One head, layer, or all of them: what deleting costs, and what each condition recovers of it."""
-        gone = self.losses(name, "deleted")
+        gone = self.losses(name, "deleted", read=read)
         draws = ClusterBootstrap(np.arange(len(plain)), resamples, self.seed)
         cost = Ratio(gone - plain, draws)
         meaning = cost.value >= LEAST_COST and cost.surely_positive
         arms = []
         coded = [condition for condition in self.conditions if condition not in FIXED]
         for k, condition in [*((k, name) for k in self.ks for name in coded), *((None, name) for name in self.own)]:
-            loss = self.losses(name, condition, k)
+            loss = self.losses(name, condition, k, read)
             share = Ratio(gone - loss, draws, gone - plain) if meaning else None
             arms.append({
                 "condition": condition, "k": k, "loss": float(loss.mean()),
@@ -102,7 +102,8 @@ class RecoveredResult:
             })  # fmt: skip
         gains = []
         for k in self.ks if "codebook" in self.conditions and meaning else ():
-            gain = Ratio(self.losses(name, "codebook", k) - self.losses(name, "coded", k), draws, gone - plain)
+            book, coder = (self.losses(name, condition, k, read) for condition in ("codebook", "coded"))
+            gain = Ratio(book - coder, draws, gone - plain)
             gains.append({"k": k, "share": gain.value, "ci95": gain.interval})
         note = None
         if cost.value < LEAST_COST:
@@ -111,8 +112,8 @@ class RecoveredResult:
         elif not meaning:
             note = "no meaning: what the deletion costs cannot be told from nothing on these passages"
         return {
-            "group": name, "heads": len(self.groups[name]), "deleted": float(gone.mean()), "cost": cost.value,
-            "cost_ci95": cost.interval, "note": note, "arms": arms, "gains": gains,
+            "read": read, "group": name, "heads": len(self.groups[name]), "deleted": float(gone.mean()),
+            "cost": cost.value, "cost_ci95": cost.interval, "note": note, "arms": arms, "gains": gains,
         }  # fmt: skip
 
     def save(self, folder: str | Path, **extra) -> dict:
@@ -155,15 +156,15 @@ class Ratio:
 def flat(summary: dict) -> list[list]:
     """A summary as a table: its header, then a row for each group, condition and k."""
     rows: list[list] = [[
-        "group", "heads", "plain", "deleted", "cost", "cost_low", "cost_high", "condition", "k", "loss", "share",
-        "share_low", "share_high", "note",
+        "read", "group", "heads", "plain", "deleted", "cost", "cost_low", "cost_high", "condition", "k", "loss",
+        "share", "share_low", "share_high", "note",
     ]]  # fmt: skip
     for group in summary["groups"]:
         cost = group["cost_ci95"] or ["", ""]
         for arm in group["arms"]:
             rows.append([
-                group["group"], group["heads"], summary["plain"], group["deleted"], group["cost"], *cost,
-                arm["condition"], "own" if arm["k"] is None else arm["k"], arm["loss"],
+                group["read"] or "", group["group"], group["heads"], summary["plain"], group["deleted"], group["cost"],
+                *cost, arm["condition"], "own" if arm["k"] is None else arm["k"], arm["loss"],
                 "" if arm["share"] is None else arm["share"], *(arm["ci95"] or ["", ""]), group["note"] or "",
             ])  # fmt: skip
     return rows
@@ -187,8 +188,12 @@ def printed(summary: dict) -> str:
     widths = [max(len(row[i]) for row in full) for i in range(len(head))]
     widths[0] = max(len(row[0]) for row in rows)
     lines = [f"plain {summary['plain']:.4f} nats a token; share of what deletion costs that is recovered, 95 %:"]
-    for row in rows:
+    before = None
+    for row, read in zip(rows, [None, *(group["read"] for group in summary["groups"])], strict=True):
+        if read != before:
+            lines.append(f"read {read}:")
         lines.append("  ".join(f"{x:<{w}}" for x, w in zip(row, widths, strict=False)).rstrip())
+        before = read
     return "\n".join(lines)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..files import make_folder, write_text
@@ -21,6 +21,10 @@ CONDITIONS = {
 }  # fmt: skip
 TARGETS = ("write", "state")
 READS = ("after", "before")
+WORDS = {
+    "after": "Read after: a token’s own write is still as it was made", "before": "Read before: a token’s own write is "
+    "coded, too",
+}  # fmt: skip
 _LIMIT = 64 * 2**20
 
 _PAIR = _or_none(_list(NUMBER, 2))
@@ -33,15 +37,15 @@ _SUMMARY = _fields(
     {
         "test": _one_of(TEST), "passages": _SOME, "context": _SOME, "tokens": _SOME, "seconds": NUMBER, "plain": NUMBER,
         "groups": _list(_fields({
-            "group": _GROUP, "heads": _SOME, "deleted": NUMBER, "cost": NUMBER, "cost_ci95": _PAIR,
-            "note": _or_none(TEXT),
+            "read": _or_none(_one_of(*READS)), "group": _GROUP, "heads": _SOME, "deleted": NUMBER,
+            "cost": NUMBER, "cost_ci95": _PAIR, "note": _or_none(TEXT),
             "arms": _list(_fields({
                 "condition": _CONDITION, "k": _or_none(COUNT), "loss": NUMBER, "share": _or_none(NUMBER), "ci95": _PAIR,
             })),
             "gains": _list(_fields({"k": _or_none(COUNT), "share": NUMBER, "ci95": _PAIR})),
         })),
         "settings": _fields({
-            "target": _one_of(*TARGETS), "read": _or_none(_one_of(*READS)), "ks": _list(_or_none(COUNT)),
+            "target": _one_of(*TARGETS), "reads": _list(_or_none(_one_of(*READS))), "ks": _list(_or_none(COUNT)),
             "least_cost": NUMBER, "seed": INTEGER, "resamples": COUNT,
             "sites": _mapping(SITE, _fields({"kind": TEXT, "F": COUNT, "k": COUNT, "K": COUNT, "V": COUNT})),
         }),
@@ -68,6 +72,11 @@ def check(summary: Mapping) -> None:
         raise ValueError("run: summary.json.groups: expected gains of the same k in every group with shares")
 
 
+def _reads(summary: Mapping) -> list[str | None]:
+    """The times of reading that there are groups of."""
+    return list(dict.fromkeys(group["read"] for group in summary["groups"]))
+
+
 def _arms(group: Mapping) -> list[tuple[str, int | None]]:
     return [(arm["condition"], arm["k"]) for arm in group["arms"]]
 
@@ -86,7 +95,7 @@ def build(source: str | Path | Mapping, out: str | Path) -> Path:
 
     Args:
         source: the folder of a finished run, or its summary.
-        out: folder for `report.html` and `plots/recovered.png`, with its twin for dark paper in `plots/dark`.
+        out: folder for `report.html` and `plots/recovered*.png`, with twins for dark paper in `plots/dark`.
     Returns:
         Path of the page.
     Raises:
@@ -102,12 +111,14 @@ def build(source: str | Path | Mapping, out: str | Path) -> Path:
         except ValueError as error:
             raise ValueError(f"run: {source}: {str(error).removeprefix('run: ')}") from error
     out = make_folder(Path(out))
-    with_shares = [group for group in summary["groups"] if group["note"] is None]
-    figure = None
-    if with_shares:
-        figure = plots.recovered([_row(group) for group in with_shares], out / "plots" / "recovered.png")
+    figures = []
+    for read in _reads(summary):
+        rows = [_row(group) for group in summary["groups"] if group["read"] == read and group["note"] is None]
+        if rows:
+            name = "recovered.png" if read is None else f"recovered_{read}.png"
+            figures.append((read, plots.recovered(rows, out / "plots" / name)))
     page = out / "report.html"
-    write_text(page, render(summary, figure))
+    write_text(page, render(summary, figures))
     return page
 
 
@@ -141,17 +152,22 @@ def says(gain: Mapping) -> str:
     return "is more than that of the codebook" if low > 0 else "is less than that of the codebook"
 
 
-def render(summary: Mapping, figure: Path | None) -> str:
+def render(summary: Mapping, figures: Sequence[tuple[str | None, Path]]) -> str:
     """The page as text."""
     from markupsafe import Markup
 
     groups = summary["groups"]
-    headline = next((group for group in reversed(groups) if group["note"] is None), None)
+    parts = []
+    for read in _reads(summary):
+        mine = [group for group in groups if group["read"] == read]
+        whole = [group for group in mine if group["note"] is None]
+        figure = next((path for when, path in figures if when == read), None)
+        parts.append({
+            "read": read, "whole": whole, "apart": [group for group in mine if group["note"] is not None],
+            "headline": whole[-1] if whole else None,
+            "figure": None if figure is None else (inlined(figure), inlined(plots.dark(figure))),
+        })  # fmt: skip
     return template("recovered.html.j2").render(
-        s=summary, headline=headline, named=named, label=label, conditions=_arms(groups[0]),
-        whole=[group for group in groups if group["note"] is None],
-        apart=[group for group in groups if group["note"] is not None],
-        gains=[gain["k"] for gain in headline["gains"]] if headline else [], says=says, known=CONDITIONS,
-        figure=None if figure is None else (inlined(figure), inlined(plots.dark(figure))),
+        s=summary, parts=parts, named=named, label=label, says=says, conditions=_arms(groups[0]), words=WORDS,
         style=Markup(STYLE), style_digest=base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode(),
     )  # fmt: skip
