@@ -132,13 +132,15 @@ def _row(group: Mapping) -> tuple[str, list[tuple[str, str, float, list[float] |
 def named(group: str) -> str:
     """A group as a reader knows it."""
     if ":" not in group:
-        return "all heads" if group == "all" else group
+        return "all at once" if group == "all" else group
     return "layer {}, head {}".format(*group.split(":"))
 
 
-def label(condition: str, k: int | None) -> str:
+def label(condition: str, k: int | None, short: bool = False) -> str:
     """A condition and its k as a reader knows them."""
     name = CONDITIONS.get(condition, condition)
+    if short and condition in ("codebook", "reconstruction"):
+        name = condition
     if k is None:
         return f"{name}, its own k" if condition in CONDITIONS else name
     return f"{name}, k = {k}"
@@ -164,7 +166,7 @@ def render(summary: Mapping, figures: Sequence[tuple[str | None, Path]]) -> str:
         figure = next((path for when, path in figures if when == read), None)
         parts.append({
             "read": read, "whole": whole, "apart": [group for group in mine if group["note"] is not None],
-            "headline": whole[-1] if whole else None,
+            "headline": max(whole, key=lambda group: (group["heads"], group["cost"]), default=None),
             "figure": None if figure is None else (inlined(figure), inlined(plots.dark(figure))),
         })  # fmt: skip
     return template("recovered.html.j2").render(
