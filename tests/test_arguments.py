@@ -45,6 +45,7 @@ def _calls() -> dict[str, tuple]:
     v, w, b = (y.float() for y in dictionary(generator, H, F, K, V))
     at = torch.randint(F, (B, T, H, TOP), generator=generator)
     encoder = {"v_enc": v, "w_enc": w, "b_enc": b}
+    pursued = {"v_enc": v[0], "w_enc": w[0], "v_dec": v[0], "w_dec": w[0]}
     one = {name: y[:1] for name, y in x.items()}
     mixed = {"x": normal(B, T, V), "dt": normal(B, T, V).abs(), "A": -normal(V, K).abs(), "B": normal(B, T, K)}
     channel = gated_delta_rule_inputs(B, T, H, H, K, V)
@@ -72,6 +73,10 @@ def _calls() -> dict[str, tuple]:
         "activations": (
             {"writes": writes, "v": v, "w": w, "b": b, "indices": at, "initial_state": state},
             ("v", "w", "b", "initial_state"), ("indices",), ("b", "initial_state"),
+        ),
+        "pursuit": (
+            {"left": normal(T, 1, K), "right": normal(T, 1, V), **pursued, "k": TOP},
+            ("left", "right", *pursued), (), (),
         ),
         "factored_loss": (
             {"writes": writes, "values": normal(*at.shape), "indices": at, "v_dec": v, "w_dec": w,

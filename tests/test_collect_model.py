@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from test_published import publish
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
@@ -154,7 +155,7 @@ def test_question_on_a_terminal(folder, tmp_path, capsys, monkeypatch):
         (["--device", "tpu"], "device: tpu cannot be used: expected cpu or cuda"),
         (["--dataset", "x"], "expected a path or --dataset, got both"),
         (["--sae", "text"], "sae: expected a dictionary"),
-        (["--sae", "a:b=saes/a"], "sae: expected LAYER:HEAD=FOLDER, got a:b="),
+        (["--sae", "a:b=saes/a"], "sae: expected LAYER:HEAD=PATH, got a:b="),
         (["--sae", "0:1=saes/a"], "sae: expected one dictionary a site, got two for 0:1"),
         (["--sae", "3:0=saes/a"], "layer 3"),
     ],
@@ -175,6 +176,28 @@ def test_refused_corpora(folder, tmp_path, capsys):
         given[1] = str(corpus)
         assert main(given) == 2
         assert named in capsys.readouterr().err
+
+
+def test_published_dictionaries(folder, tmp_path, capsys):
+    """Firings of published files are those of the same dictionaries in our own folders."""
+    publish(tmp_path / "saes" / "L0_H1", K=8, V=16, layer=0, head=1)
+    publish(tmp_path / "saes" / "L1_H3", K=8, V=16, layer="drop", head="drop", use_batchtopk=True)
+    given = arguments(folder, tmp_path / "out", "--batchtopk", "0.05")
+    given[given.index("--sae") + 1] = str(tmp_path / "saes")
+    assert main(given) == 0
+    found = Store(tmp_path / "out")
+    assert found.sites == [(0, 1), (1, 3)]
+    writesae.SAE.from_pretrained(tmp_path / "saes" / "L0_H1").save_pretrained(tmp_path / "ours" / "a")
+    sae = writesae.SAE.from_pretrained(tmp_path / "saes" / "L1_H3", batchtopk=0.05)
+    sae.save_pretrained(tmp_path / "ours" / "b")
+    given = arguments(folder, tmp_path / "again")
+    given[given.index("--sae") + 1] = str(tmp_path / "ours")
+    assert main(given) == 0
+    tables = [[table.to_pylist() for table in store.firings()] for store in (found, Store(tmp_path / "again"))]
+    assert tables[0] == tables[1] and tables[0]
+    assert main([x for x in given if x not in ("--out", str(tmp_path / "again"))] + ["--out", str(tmp_path / "x"),
+                "--sae", f"2:0={tmp_path / 'saes' / 'L1_H3'}"]) == 2  # fmt: skip
+    assert "a BatchTopK dictionary without a threshold" in capsys.readouterr().err
 
 
 def test_no_dictionary(folder, tmp_path, capsys):

@@ -32,7 +32,7 @@ from watch import in_child  # noqa: E402
 
 @pytest.mark.parametrize(
     "module, function, count",
-    [("hostile_dictionaries", "folders", 100), ("hostile_dictionaries", "published", 60),
+    [("hostile_dictionaries", "folders", 100), ("hostile_dictionaries", "published", 64),
      ("hostile_models", "folders", 56), ("hostile_runs", "injected", 60)],
 )  # fmt: skip
 def test_hostile_files(module, function, count):

@@ -89,6 +89,9 @@ def _cases() -> dict[str, Case]:
     def threshold(backend, *tensors):
         return (ops.encode(made(*tensors[:4]), *tensors[4:7], threshold=0.5, backend=backend).values,)
 
+    def pursue(_, left, right, v, w):  # it has no kernel
+        return (ops.pursuit(left, right, v, w, v, w, TOP)[0],)
+
     def activations(backend, *tensors):
         return (ops.activations(made(*tensors[:4]), *tensors[4:6], at, tensors[6], backend=backend),)
 
@@ -130,6 +133,10 @@ def _cases() -> dict[str, Case]:
         "encode, threshold": Case(
             threshold, (*trace, *floats(v, w, b)),
             dict.fromkeys(DERIVATIVES, "encode.*threshold mode") | dict.fromkeys(("meta", "fake"), "encode_threshold"),
+        ),
+        "pursuit": Case(
+            pursue, floats(normal(T, 1, K), normal(T, 1, V), v[0], w[0]),
+            dict.fromkeys((*DERIVATIVES, *TRACING, "meta"), "pursuit: "),
         ),
         "activations": Case(activations, (*trace, *floats(v, w, b)), once),
         "factored_loss": Case(loss, (normal(*at.shape), *floats(v_dec, w_dec, offset)), once),

@@ -270,6 +270,7 @@ def folders(seed: int, count: int, root: Path, marker: Path) -> Iterator[Case]:
 # ---- published files ------------------------------------------------------------------------------------------------
 
 LAYOUTS = ("bilinear", "bilinear_tied", "bilinear_flat", "matrix", "flat", "jumprelu", "gated", "batchtopk")
+TYPES = {"matrix": "rank1", "jumprelu": "bilinear_jumprelu", "gated": "bilinear_gated", "batchtopk": "bilinear"}
 
 
 def a_checkpoint(draw: random.Random) -> dict:
@@ -295,7 +296,10 @@ def a_checkpoint(draw: random.Random) -> dict:
         state |= {n: torch.randn(F) for n in (("b_gate", "b_mag", "r_mag") if kind == "gated" else ("b_enc",))}
     if kind == "jumprelu":
         state["log_threshold"] = torch.randn(F)
-    config = {"k": 3, "layer": 9, "head": 4, "d_k": K, "d_v": V, "sae_type": kind}
+    config = {
+        "k": 3, "layer": 9, "head": 4, "d_k": K, "d_v": V, "sae_type": TYPES.get(kind, kind), "n_features": F,
+        "rank": r, "d_in": K * V, "use_batchtopk": False,
+    }  # fmt: skip
     if kind == "batchtopk":
         config.update(use_batchtopk=True, threshold=0.5)
     return {"model_state_dict": state, "config": config, "epoch": 2, "step": 11, "val_mse": 0.25}
@@ -319,6 +323,8 @@ CONTENT_FAULTS: dict[str, Callable[[dict, random.Random], None]] = {
     "sizes swapped": _swap,
     "no configuration": lambda c, d: c.pop("config"),
     "configuration a list": lambda c, d: c.update(config=[1]),
+    "BatchTopK alone": lambda c, d: c.update(config={**c["config"], "use_batchtopk": True, "threshold": None}),
+    "another type": lambda c, d: c["config"].update(sae_type=d.choice([*LAYOUTS, *TYPES.values(), "x" * 5000, 3])),
     "k above F": lambda c, d: c["config"].update(k=10**6),
     "dtypes": _state(_recast),
     "NaN": _state(lambda s, d: _poke(float("nan"))({n: x for n, x in s.items() if x.is_floating_point()}, d)),
@@ -401,8 +407,27 @@ FILE_FAULTS: dict[str, Callable[[bytes, random.Random, Path], bytes]] = {
     "two pickles": lambda b, d, m: archive([*_records(b), ("other/data.pkl", b"\x80\x02}.")]),
     "big-endian": lambda b, d, m: archive([(n, b"big" if n.endswith("byteorder") else x) for n, x in _records(b)]),
     "many records": lambda b, d, m: archive([*_records(b), *((f"archive/x{i}", b"") for i in range(40_000))]),
+    "a large directory": lambda b, d, m: bytes(6 * 2**20) + struct.pack(
+        "<4s4H2LH", b"PK\5\6", 0, 0, 0xFFFE, 0xFFFE, 6 * 2**20, 0, 0
+    ),
     "a bare pickle": lambda b, d, m: pickle.dumps(Owned(m), 2),
     "the old format": lambda b, d, m: _old(m),
+}
+
+
+BESIDE_FAULTS: dict[str, Callable[[Path, random.Random, Path], None]] = {
+    "beside: a field": lambda p, d, m: p.write_text(json.dumps({d.choice(["k", "layer", "d_k", "rank"]): values(d)})),
+    "beside: another site": lambda p, d, m: p.write_text('{"layer": 8, "head": 4}'),
+    "beside: deep": lambda p, d, m: p.write_bytes(b'{"a":' * DEEP + b"1" + b"}" * DEEP),
+    "beside: large": lambda p, d, m: p.write_bytes(b'{"a": [' + b"[]," * 1_300_000 + b"[]]}"),
+    "beside: no text": lambda p, d, m: p.write_bytes(b"\xff\xfe{}"),
+    "beside: endless": lambda p, d, m: p.symlink_to("/dev/zero"),
+    "beside: a pipe": lambda p, d, m: os.mkfifo(p),
+    "beside: a folder": lambda p, d, m: p.mkdir(),
+    "beside: a loop": lambda p, d, m: p.symlink_to(p.name),
+    "beside: nowhere": lambda p, d, m: p.symlink_to("nowhere"),
+    "beside: elsewhere": lambda p, d, m: p.symlink_to("/etc/passwd"),
+    "beside: of ours": lambda p, d, m: SAE(6, 9, 20, 3).save_pretrained(p.parent),
 }
 
 
@@ -414,14 +439,15 @@ def _old(marker: Path) -> bytes:
 
 def published(seed: int, count: int, root: Path, marker: Path) -> Iterator[Case]:
     """`count` hostile `best.pt` files below `root`; each is removed after it was judged."""
-    named = [*CONTENT_FAULTS, *FILE_FAULTS]
+    named = [*CONTENT_FAULTS, *FILE_FAULTS, *BESIDE_FAULTS]
     for i in range(count):
         draw = random.Random(f"{seed}/published/{i}")
         torch.manual_seed(i)
         if i < len(named):
             chosen = [named[i]]
         else:
-            chosen = [draw.choice(list(draw.choice([CONTENT_FAULTS, FILE_FAULTS]))) for _ in range(draw.choice([1, 2]))]
+            faults = [CONTENT_FAULTS, FILE_FAULTS, BESIDE_FAULTS]
+            chosen = [draw.choice(list(draw.choice(faults))) for _ in range(draw.choice([1, 2]))]
             chosen.sort(key=lambda name: name in FILE_FAULTS)
         content = a_checkpoint(draw)
         for name in chosen:
@@ -442,7 +468,10 @@ def published(seed: int, count: int, root: Path, marker: Path) -> Iterator[Case]
         folder = root / f"published{i}"
         folder.mkdir(parents=True)
         (folder / "best.pt").write_bytes(data)
-        path = folder / "best.pt"
+        path = folder / "best.pt" if draw.random() < 0.5 else folder
+        for name in chosen:
+            if name in BESIDE_FAULTS and not os.path.lexists(folder / "config.json"):
+                BESIDE_FAULTS[name](folder / "config.json", draw, marker)
         yield Case(f"{i}: {' + '.join(chosen)}", folder, lambda path=path: SAE.from_pretrained(path), fault)
         shutil.rmtree(folder)
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from ..files import SEAL
-from ..options import add_model
+from ..options import add_dictionaries, add_model
 from ..text.arguments import NAMED, add_options, named, tell_empty
 from .estimate import Estimate, readable
 from .manifest import MODES
@@ -22,9 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_options(text)
     model = parser.add_argument_group("model")
     add_model(model)
-    model.add_argument("--sae", action="append", default=[], metavar="[LAYER:HEAD=]FOLDER",
-                       help="a dictionary's folder, or a folder of such folders; repeatable (default: the embedded "
-                       "model's own)")  # fmt: skip
+    add_dictionaries(model)
     model.add_argument("--any-model", action="store_true", help="also with dictionaries that name another model")
     model.add_argument("--device", default="cpu", help="device of the model: cpu or cuda")
     model.add_argument(
@@ -88,6 +86,8 @@ def run(args: argparse.Namespace) -> int:
 def _dictionaries(args: argparse.Namespace) -> dict:
     """{(layer, head): SAE} of every --sae."""
     from ..sae import SAE
+    from ..sae.checkpoint import dictionaries
+    from ..sae.published import BEST, is_batchtopk
 
     given = args.sae
     if not given:
@@ -96,28 +96,36 @@ def _dictionaries(args: argparse.Namespace) -> dict:
             raise ValueError("sae: expected at least one dictionary for this model, got none")
         given = [str(own)]
     found: dict = {}
+    chosen = False
     for text in given:
-        site, equals, folder = text.rpartition("=")
-        folders = [Path(folder)]
-        if not equals and not (folders[0] / "cfg.json").exists():
-            folders = sorted(path.parent for path in folders[0].glob("*/cfg.json"))
-            if not folders:
-                raise ValueError(f"sae: expected a dictionary (cfg.json) or a folder of them, got {folder}")
-        for path in folders:
-            sae = SAE.from_pretrained(path)
+        site, equals, name = text.rpartition("=")
+        paths = [Path(name)]
+        if not paths[0].exists():
+            raise FileNotFoundError(f"sae: expected a dictionary or a folder of them, got {name}, which is not there")
+        if not equals and paths[0].is_dir() and not any((paths[0] / x).exists() for x in ("cfg.json", BEST)):
+            paths = dictionaries(paths[0]) or paths  # where there is none, loading says what there is
+        for path in paths:
+            asked = args.batchtopk is not None and is_batchtopk(path)
+            chosen |= asked
+            try:
+                sae = SAE.from_pretrained(path, batchtopk=args.batchtopk if asked else None)
+            except FileNotFoundError as error:
+                raise FileNotFoundError(f"sae: expected a dictionary or a folder of them: {error}") from error
             place = _site(site, text) if equals else (sae.layer, sae.head)
             if None in place:
                 raise ValueError(f"sae: {path} does not say its site; write --sae LAYER:HEAD={path}")
             if place in found:
                 raise ValueError(f"sae: expected one dictionary a site, got two for {place[0]}:{place[1]}")
             found[place] = sae
+    if args.batchtopk is not None and not chosen:
+        raise ValueError("batchtopk: expected a published BatchTopK dictionary among those of --sae, got none")
     return found
 
 
 def _site(text: str, whole: str) -> tuple[int, int]:
     layer, _, head = text.partition(":")
     if not (layer.isdigit() and head.isdigit()):
-        raise ValueError(f"sae: expected LAYER:HEAD=FOLDER, got {whole}")
+        raise ValueError(f"sae: expected LAYER:HEAD=PATH, got {whole}")
     return int(layer), int(head)
 
 

@@ -26,15 +26,15 @@ def codebook(sae: SAE, left: Tensor, right: Tensor) -> SAE:
     for name, x, size in (("left", left, sae.K), ("right", right, sae.V)):
         if tuple(x.shape) != (sae.F, size):
             raise ValueError(f"{name}: expected [F={sae.F}, {size}], got shape {tuple(x.shape)}")
-    pursued = sae.sparsity == "pursuit"
     out = SAE(
-        sae.K, sae.V, sae.F, sae.k, "bilinear", 1, "pursuit" if pursued else "topk", sae.layer, sae.head, sae.model,
-        sae.centred, target=sae.target,
+        sae.K, sae.V, sae.F, sae.k, "bilinear_tied", 1, "topk" if sae.metric is None else "pursuit", sae.layer,
+        sae.head, sae.model, sae.centred, target=sae.target,
     )  # fmt: skip
-    M = sae.metric().double().to(left.device)
     v, w = normalize(left.double(), dim=1), normalize(right.double(), dim=1)
-    v = v / ((v @ M) * v).sum(1, keepdim=True).clamp_min(1e-30).sqrt()
-    for name, value in (("v_dec", v), ("w_dec", w), ("v_enc", v @ M), ("w_enc", w)):
-        getattr(out, name).copy_(value[:, None])
+    if sae.metric is not None:
+        M = sae.metric.double().to(left.device)
+        v = v / ((v @ M) * v).sum(1, keepdim=True).clamp_min(1e-30).sqrt()
+        out.metric.copy_(sae.metric)
+    out.v_dec.copy_(v[:, None]), out.w_dec.copy_(w[:, None])
     out.mean.copy_(sae.mean)
-    return out.to(left.device, sae.b_enc.dtype).eval().requires_grad_(False)
+    return out.to(left.device, torch.promote_types(sae.b_enc.dtype, torch.float32)).eval().requires_grad_(False)

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from ..options import add_model
+from ..options import add_dictionaries, add_model
 from ..text import Corpus
 from ..text.arguments import NAMED, add_options, named, tell_empty, told
 from ..text.tokens import check_vocabulary
@@ -21,9 +21,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 def configure(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what is tested")
     add_model(what)
-    what.add_argument("--sae", action="append", default=[], metavar="[LAYER:HEAD=]FOLDER",
-                      help="a dictionary's folder, or a folder of such folders; repeatable (default: the embedded "
-                      "model's own)")  # fmt: skip
+    add_dictionaries(what)
     what.add_argument("--corpus", help=f"held-out text: {NAMED} (default: {_CORPUS})")
     add_options(what)
     what.add_argument("--max-tokens", type=int, default=2_000_000, help="tokens of it that are read at most, from "

@@ -245,11 +245,10 @@ def _other_atom(edited: Edited):
 
 def _codebook(edited: Edited):
     def best(mine, site, left, right):
-        if site.sae.target == "write":  # as atoms score: of unit length in the metric
-            M = site.sae.metric().to(left)
-            length = ((left @ M) * left).sum(1).clamp_min(1e-30).sqrt()
-            keys, values = (x[mine].to(left) for x in (edited.clean.left, edited.clean.right))
-            return ((keys @ M @ left.T) * (values @ right.T) / length).argmax(1)
+        if site.sae.target == "write":
+            book = codebook(site.sae, left, right)
+            keys, values = (x[mine, None] for x in (edited.clean.left, edited.clean.right))
+            return book.encode_writes(keys, values, k=1).indices[:, 0]
         X = edited.encoded(mine, site.sae) - site.sae.mean
         return _bilinear(X.to(left), left, right).argmax(1)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._arguments import check_floats
+from .._arguments import check_floats, refuse_unreadable
 from .._autocast import without_autocast
 from . import _dispatch, _transforms
 
@@ -47,13 +47,17 @@ def pursuit(
 
     Raises:
         ValueError: a wrong shape, dtype or size, naming the argument.
-        RuntimeError: a gradient or transform asked for. Plain torch on the tensors' device; no kernel.
+        RuntimeError: a gradient or transform asked for, or tensors without numbers (meta, torch.compile).
+
+    Plain torch on the tensors' device; no kernel.
     """
     tensors = {"left": left, "right": right, "v_enc": v_enc, "w_enc": w_enc, "v_dec": v_dec, "w_dec": w_dec}
     check_floats((), **tensors)
     _check(tensors, k)
     _dispatch.refuse_gradient("pursuit", tensors, "which atoms are taken has none; use torch.no_grad()")
     _transforms.refuse_transformed("pursuit", "use encode", *tensors.values())
+    for name, x in tensors.items():
+        refuse_unreadable("pursuit", name, x)
     dtype = torch.float64 if right.dtype == torch.float64 else torch.float32
     lead, F = left.shape[:-2], len(v_enc)
     with torch.no_grad():

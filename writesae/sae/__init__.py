@@ -4,6 +4,7 @@ from .checkpoint import load_published
 from .evaluate import evaluate, fvu
 from .sae import KINDS, SAE, SparseCodes
 from .stream import ModelStream, Passages
+from .threshold import estimate_threshold
 from .train import TrainConfig, Trainer
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "SparseCodes",
     "TrainConfig",
     "Trainer",
+    "estimate_threshold",
     "evaluate",
     "fvu",
     "load_published",

@@ -6,7 +6,11 @@ weights before a tensor is read, and every tensor's values before it becomes par
 
 from __future__ import annotations
 
+import contextlib
+import glob
+import itertools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,13 +21,14 @@ from torch import Tensor
 from .. import __version__
 from ..files import whole_file, write_text
 from ..untrusted import first_line, is_integer, is_number, read_json, safetensors_file, shown
-from .published import assign, load_published
+from .published import BESIDE, BEST, assign, load_published, site_of
 from .sae import SAE
 
-__all__ = ["CONFIG", "FORMAT", "WEIGHTS", "load", "load_published", "save"]
+__all__ = ["CONFIG", "FORMAT", "WEIGHTS", "dictionaries", "load", "load_published", "save"]
 
 FORMAT = 1
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
+_LISTED, _ENTRIES = 8, 10_000  # dictionaries that an error names, entries of folders that are looked at
 _KEYS = {
     "format", "writesae_version", "kind", "d_sae", "k", "K", "V", "r", "sparsity", "layer", "head", "model", "centred",
     "dtype", "training", "metrics", "target",
@@ -50,31 +55,92 @@ def save(sae: SAE, folder: str | Path) -> None:
     write_text(folder / CONFIG, text)
 
 
-def load(path_or_repo: str | Path, subfolder: str | None = None, revision: str | None = None) -> SAE:
+def load(
+    path_or_repo: str | Path,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    batchtopk: str | float | None = None,
+) -> SAE:
     """See `SAE.from_pretrained`."""
     path = Path(path_or_repo).expanduser()
-    if path.is_file():
-        return load_published(path)
-    if not path.is_dir():
+    if subfolder and (Path(subfolder).is_absolute() or ".." in Path(subfolder).parts):
+        raise ValueError(f"subfolder: expected a folder inside {path_or_repo}, got {shown(subfolder)}")
+    if os.path.lexists(path) and not path.is_dir():
+        if subfolder:
+            raise ValueError(f"subfolder: expected none, since {path} is no folder, got {shown(subfolder)}")
+        return load_published(path, batchtopk=batchtopk)
+    local = path.is_dir()
+    if not local:
         path = _download(str(path_or_repo), subfolder, revision)
     folder = path / subfolder if subfolder else path
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).exists():
-            hint = f"; it does hold {', '.join(_sites(folder))}" if _sites(folder) else ""
-            raise FileNotFoundError(f"{folder}: no {name} there, so this is not a saved dictionary{hint}")
+    where = str(folder) if local else f"{path_or_repo} ({folder})"
+    own = [name for name in (CONFIG, WEIGHTS) if os.path.lexists(folder / name)]
+    published = os.path.lexists(folder / BEST)
+    if own and published:
+        raise ValueError(
+            f"{where}: holds {own[0]} of one dictionary and {BEST} of another: name the file {folder / BEST}, or take "
+            "it away"
+        )
+    if published:
+        return load_published(folder / BEST, batchtopk=batchtopk)
+    if not folder.is_dir():
+        hint = _inside(path) if local else "; leave subfolder out to have its dictionaries named"
+        raise FileNotFoundError(f"{where}: no such folder{hint}")
+    if len(own) < 2:
+        missing = f"no {WEIGHTS if CONFIG in own else CONFIG} there" + ("" if own else f" and no {BEST}")
+        raise FileNotFoundError(f"{where}: {missing}, so this is not a saved dictionary{_inside(folder)}")
+    if batchtopk is not None:
+        raise ValueError(f"batchtopk: expected None, {folder} is no published BatchTopK dictionary; got {batchtopk!r}")
     return _load_folder(folder)
 
 
-def _sites(folder: Path) -> list[str]:
-    return sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}"))[:8] if folder.is_dir() else []
+def dictionaries(folder: Path, depth: int = 1, most: int | None = None) -> list[Path]:
+    """Folders of dictionaries, ours and published ones, in a folder, or below it down to a depth; sorted.
+
+    Of folders that cannot be read nothing is found. At `most` so many entries of folders are looked at.
+    """
+    found, level = [], [folder]
+    for _ in range(depth):
+        below = []
+        for at in level:
+            with contextlib.suppress(OSError), os.scandir(at) as inside:
+                entries = list(itertools.islice(inside, most))
+                most = None if most is None else most - len(entries)
+                below += [Path(entry.path) for entry in entries if os.path.isdir(entry.path)]
+        found += [path for path in below if _is_dictionary(path)]
+        level = below
+    return sorted(found)
+
+
+def _is_dictionary(folder: Path) -> bool:
+    """Whether it holds one; of a repository only the configurations may be here."""
+    named = (BESIDE,) if site_of(folder) else ()
+    return any(os.path.lexists(folder / name) for name in (CONFIG, BEST, *named))
+
+
+def _inside(folder: Path) -> str:
+    """What is there, for an error: dictionaries below, else files."""
+    if found := dictionaries(folder, 3, _ENTRIES):
+        names = [shown(str(path.relative_to(folder)))[1:-1] for path in found[:_LISTED]]
+        more = "" if len(found) <= _LISTED else f" and {len(found) - _LISTED:,} more"
+        return f"; it does hold {', '.join(names)}{more}: say which as subfolder"
+    with contextlib.suppress(OSError), os.scandir(folder) as inside:
+        names = [shown(entry.name)[1:-1] for entry in itertools.islice(inside, _LISTED)]
+        return f"; it holds {', '.join(sorted(names)) or 'nothing'}"
+    return ""
 
 
 def _download(name: str, subfolder: str | None, revision: str | None) -> Path:
+    """A repository's snapshot: the dictionary of the subfolder, or of its top and the configurations below."""
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(("/", ".pt")):
         raise FileNotFoundError(f"{name}: no such folder or file (a Hugging Face repository would be owner/name)")
     from huggingface_hub import snapshot_download
 
-    patterns = [f"{subfolder}/*" if subfolder else "*"]
+    files = (CONFIG, WEIGHTS, BEST, BESIDE)
+    if subfolder:
+        patterns = [f"{glob.escape(Path(subfolder).as_posix())}/{file}" for file in files]
+    else:
+        patterns = [*files, f"*/{CONFIG}", f"*/{BESIDE}"]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:  # whatever the hub or the network says, the user asked for a dictionary
@@ -143,6 +209,10 @@ def fill(
             tensors[name] = get(name).clone()  # of the mapped file, which may change under us
         except RuntimeError as error:
             raise ValueError(f"{source}: {name}: cannot be read: {first_line(error)}") from error
+    if sae.metric is not None:
+        M = tensors["metric"].double()
+        if not bool(torch.isfinite(M).all()) or not torch.equal(M, M.T) or float(torch.linalg.eigvalsh(M)[0]) <= 0:
+            raise ValueError(f"{source}: metric: expected a symmetric matrix with eigenvalues > 0, got another")
     of_writes = {"mean", "bias", *(["b_enc"] if sae.sparsity == "pursuit" else [])} if sae.target == "write" else ()
     for name in of_writes:
         if name in tensors and bool(tensors[name].any()):

@@ -58,7 +58,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--quiet", action="store_true", help="no progress bars")
     add("--target", choices=TARGETS, default=_DEFAULTS["target"], help="what is learnt: states, as in the paper, or "
         "the writes themselves")  # fmt: skip
-    add("--kind", choices=KINDS, default=_DEFAULTS["kind"], help="kind of dictionary")
+    add("--kind", choices=KINDS, help="kind of dictionary (default: bilinear, of pursuit bilinear_tied)")
     add("-F", "--features", type=int, default=_DEFAULTS["F"], help="atoms of the dictionary")
     add("-k", type=int, default=_DEFAULTS["k"], help="atoms active at a token")
     add("--rank", type=int, default=_DEFAULTS["r"], help="rank of an atom")
@@ -93,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
     """Trains, evaluates, saves. Returns the exit status."""
     patterns = _patterns(args)
     _check_out(args.out, args.resume)
+    args.kind = args.kind or ("bilinear_tied" if args.sparsity == "pursuit" else _DEFAULTS["kind"])
     given = {n: x for n, x in vars(args).items() if n in _DEFAULTS} | {"steps": _steps(args)}
     config = TrainConfig(**given, F=args.features, r=args.rank, centred=not args.not_centred)
     for name in ("length", "batch", "eval_passages", "checkpoint_every", "evaluate_every"):

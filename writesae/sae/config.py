@@ -105,16 +105,16 @@ class TrainConfig:
             raise ValueError(f"passages: expected at most block={self.block}, got {self.passages}")
         if self.sparsity == "gated" and self.kind == "bilinear_tied":
             raise ValueError("sparsity: gated scales the encoder apart from the atoms, which kind bilinear_tied shares")
-        if self.sparsity == "pursuit" and (self.target != "write" or self.kind != "bilinear"):
+        if self.sparsity == "pursuit" and (self.target != "write" or self.kind != "bilinear_tied"):
             raise ValueError(
-                f"sparsity: pursuit trains dictionaries of writes, expected target write and kind bilinear, got "
-                f"{self.target} and {self.kind}"
+                f"sparsity: pursuit codes writes by their atoms, expected target write and kind bilinear_tied, got "
+                f"target {self.target} and kind {self.kind}"
             )
         if self.also_k and (self.sparsity != "pursuit" or self.also_k >= self.k):
             raise ValueError(f"also_k: expected less than k={self.k}, of sparsity pursuit, got {self.also_k}")
         if self.metric == "readers" and not (self.kind in BILINEAR and self.kind in RANK_ONE):
             raise ValueError(f"metric: readers weighs the key side of factors, which kind {self.kind} has not")
-        if self.metric == "readers" and self.kind == "bilinear_tied":
+        if self.metric == "readers" and self.kind == "bilinear_tied" and self.sparsity != "pursuit":
             raise ValueError("metric: readers makes encoder and atoms differ, which kind bilinear_tied shares")
         if self.path == "factored" and self.target == "write":
             raise ValueError("path: dictionaries of writes train by path dense only")

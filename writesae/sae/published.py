@@ -1,8 +1,16 @@
-"""Published dictionaries: `best.pt` files of the paper's own code (arXiv 2605.12770), checked before they are read."""
+"""Published dictionaries: `best.pt` files of the paper's own code (arXiv 2605.12770), checked before they are read.
+
+They are published as `writesae/<model>/L9_H4/best.pt` with `config.json` beside it; a folder's name may be all that
+says the site. Their codes are the publisher's, but for two kinds: BatchTopK, whose codes depend on the batch, and
+Gated, whose gate is never quite closed (see `load_published`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +21,9 @@ from ..untrusted import is_integer, is_number, read_json, shown
 from .sae import SAE
 from .torch_file import Stored, TorchFile
 
+BEST, BESIDE = "best.pt", "config.json"
+_LEAST = {"d_k": 1, "d_v": 1, "d_in": 1, "n_features": 1, "rank": 1, "k": 1, "layer": 0, "head": 0}
+_SAID = (*_LEAST, "use_batchtopk", "sae_type")  # of a configuration, what is used; integers and their least
 _KEY_SIDE, _VALUE_SIDE = ("V_dec", "V", "V_enc"), ("W_dec", "W", "W_enc")
 _GATE = {"b_gate", "b_mag", "r_mag"}
 _ANYWHERE = {"steps_since_active", "b_enc", "log_threshold", "threshold"} | _GATE
@@ -23,6 +34,13 @@ _LAYOUTS = {
     "matrix": {"encoder.weight", "encoder.bias", "V", "W", "bias"},
     "flat": {"encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias"},
 }
+# A configuration's sae_type -> the layout and the sparsity's own tensor that must be there.
+_TYPES = {
+    "flat": ("flat", None), "rank1": ("matrix", None), "bilinear": ("bilinear", None),
+    "bilinear_tied": ("bilinear_tied", None), "bilinear_flat": ("bilinear_flat", None),
+    "bilinear_gated": ("bilinear", "b_gate"), "bilinear_jumprelu": ("bilinear", "log_threshold"),
+}  # fmt: skip
+_OWN = {"b_gate", "log_threshold"}  # of Gated and JumpReLU
 _PUBLISHED = set().union(*_LAYOUTS.values()) | _ANYWHERE
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _PIECE = 2**22  # values looked at together
@@ -35,53 +53,89 @@ def load_published(
     layer: int | None = None,
     head: int | None = None,
     threshold: float | None = None,
+    batchtopk: str | float | None = None,
 ) -> SAE:
     """Loads a `best.pt` of the paper's own code (arXiv 2605.12770): `model_state_dict`, `config`, and counters.
 
     The atoms keep the norms they were saved with and nothing is centred, so codes are the publisher's. JumpReLU
     becomes a threshold dictionary. So does Gated, with its hard gate (`gate > 0`); the paper's code trains Gated with
-    a sigmoid of width 0.1 in the gate's place, whose codes are never exactly zero. BatchTopK needs the threshold that
-    its training estimated. A `config.json` beside the file, as on the hub, must not contradict it.
+    a sigmoid of width 0.1 in the gate's place, whose codes are never exactly zero. A BatchTopK file holds no threshold,
+    since the publisher's codes are the k P largest of whatever batch of P states they are computed in: how it chooses
+    here must be said, and is kept as `training_record["published"]["batchtopk"]`.
+
+    What the file's configuration does not say is taken from the `config.json` beside it, as on the hub, and layer and
+    head from a folder named such as L9_H4. None of the three may contradict another. The paper's code trains on the
+    state after the last token of each sequence only; this package's dictionaries see those after every token.
 
     Args:
         path: the file.
         K, V: sizes of the head; needed where the file does not say (flat dictionaries), else checked against it. Of a
             flat dictionary only K * V can be checked: its two sizes are believed.
-        layer, head: the site, default from the file's config.
-        threshold: of a BatchTopK dictionary, >= 0, default the file's own.
+        layer, head: the site, in place of what is said there.
+        threshold: the same as a number for `batchtopk`.
+        batchtopk: of a BatchTopK dictionary, "topk" for the k largest of each state, or a threshold >= 0. To estimate
+            one, load with "topk" and call `estimate_threshold`.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: a file that needs unpickling, an unknown layout, tensors that are not floating or not finite, a
-            negative threshold, or sizes that contradict each other.
+            negative threshold, a top-k dictionary without its k, a BatchTopK dictionary without `batchtopk`,
+            `batchtopk` for another, or sizes or sites that contradict each other.
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file")
     for name, value in (("K", K), ("V", V), ("layer", layer), ("head", head)):
         if value is not None and not is_integer(value, 1 if name in "KV" else 0):
             raise ValueError(f"{name}: expected an integer >= {1 if name in 'KV' else 0}, got {shown(value)}")
-    with TorchFile(path) as file:
-        content = file.content
-        if not isinstance(content, dict) or not isinstance(content.get("model_state_dict"), dict):
-            raise ValueError(f"{path}: expected a dict with model_state_dict, got {type(content).__name__}")
-        state, config = content["model_state_dict"], _config(content, path)
-        kind = _layout(state, path)
+    if threshold is not None and batchtopk is not None:
+        raise ValueError("threshold: expected threshold or batchtopk, got both")
+    if batchtopk is not None and batchtopk != "topk" and not (is_number(batchtopk) and batchtopk >= 0):
+        raise ValueError(f"batchtopk: expected 'topk' or a finite threshold >= 0, got {shown(batchtopk)}")
+    if threshold is not None and not (is_number(threshold) and threshold >= 0):
+        raise ValueError(f"threshold: expected a finite number >= 0, got {shown(threshold)}")
+    with _opened(path) as (file, content, state, config):
+        path = file.path
+        kind = _layout(state, config, path)
         F, K, V, r = _sizes(state, kind, K, V, config, path)
-        k = config.get("k")
+        k = config["k"]
         if k is not None and k > F:
             raise ValueError(f"{path}: config: k: expected at most the {F} atoms of the file, got {k}")
-        threshold = _threshold(file, state, config, threshold)
-        sites = (config.get(n) if x is None else x for n, x in (("layer", layer), ("head", head)))
+        if k is None and not _OWN & set(state):
+            raise ValueError(
+                f"{path}: config: k: expected the number of active atoms, which neither the file nor a {BESIDE} says"
+            )
+        threshold, how = _threshold(file, state, config, threshold if batchtopk is None else batchtopk)
         record = {n: content[n] for n in ("epoch", "step", "val_mse") if is_number(content.get(n))}
-        sparsity = "topk" if threshold is None and not {"log_threshold", "b_gate"} & set(state) else "threshold"
+        if how is not None:
+            record["published"] = {"batchtopk": how}
+        sparsity = "topk" if threshold is None and not _OWN & set(state) else "threshold"
+        layer, head = _site(config, path, layer, head)
         try:
             sae = SAE(
-                K, V, F, min(32, F) if k is None else k, kind, r, sparsity, *sites, None, False, record, empty=True
+                K, V, F, min(32, F) if k is None else k, kind, r, sparsity, layer, head, None, False, record, empty=True
             )
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         return assign(sae, _tensors(file, state, sae, threshold), path)
+
+
+def is_batchtopk(path: str | Path) -> bool:
+    """Whether a file, or a folder with a `best.pt`, is a published BatchTopK dictionary. A folder without is none.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_published`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / BEST
+        if not os.path.lexists(path):
+            return False
+    with _opened(path) as (_, _, state, config):
+        return _batchtopk(state, config)
+
+
+def site_of(folder: Path) -> tuple[int, int] | None:
+    """(layer, head) of a folder named such as L9_H4 or L9H4, or None."""
+    found = re.fullmatch("L([0-9]{1,9})_?H([0-9]{1,9})", os.path.basename(os.path.abspath(folder)))
+    return None if found is None else (int(found[1]), int(found[2]))
 
 
 def assign(sae: SAE, tensors: dict[str, Tensor], source: Path) -> SAE:
@@ -105,30 +159,65 @@ def check_finite(x: Tensor, name: str) -> None:
             raise ValueError(f"{name}: expected finite values, got a NaN or infinity")
 
 
+@contextmanager
+def _opened(path: str | Path) -> Iterator[tuple[TorchFile, dict, dict, dict[str, Any]]]:
+    """(file, its content, model_state_dict, configuration)."""
+    path = Path(path)
+    if not os.path.lexists(path):
+        raise FileNotFoundError(f"{path}: no such file")
+    with TorchFile(path) as file:
+        content = file.content
+        if not isinstance(content, dict) or not isinstance(content.get("model_state_dict"), dict):
+            raise ValueError(f"{path}: expected a dict with model_state_dict, got {type(content).__name__}")
+        yield file, content, content["model_state_dict"], _config(content, path)
+
+
 def _config(content: Mapping, path: Path) -> dict[str, Any]:
-    """The file's configuration, its types checked; `config.json` beside the file may add nothing and deny nothing."""
+    """What the file's configuration and the `config.json` beside it say, its types checked."""
     config = content.get("config")
     if config is None:
         config = {}
     if not isinstance(config, dict):
         raise ValueError(f"{path}: config: expected a dict, got {type(config).__name__}")
-    beside = path.with_name("config.json")
-    there = read_json(beside) if beside.exists() else {}
+    beside = path.with_name(BESIDE)
+    there = read_json(beside) if os.path.lexists(beside) else {}
     for source, found in ((path, config), (beside, there)):
-        for name in ("d_k", "d_v", "k", "layer", "head"):
-            least = 0 if name in ("layer", "head") else 1
+        for name, least in _LEAST.items():
             if (value := found.get(name)) is not None and not is_integer(value, least):
                 raise ValueError(f"{source}: config: {name}: expected an integer >= {least}, got {shown(value)}")
         if not isinstance(found.get("use_batchtopk", False), (bool, type(None))):
             raise ValueError(f"{source}: config: use_batchtopk: expected true or false")
-    for name in ("d_k", "d_v", "k", "layer", "head", "use_batchtopk"):
+        if not isinstance(found.get("sae_type", ""), (str, type(None))):
+            raise ValueError(f"{source}: config: sae_type: expected text, got {shown(found['sae_type'])}")
+    out = {name: config.get(name) for name in (*_SAID, "threshold")}
+    for name in _SAID:
         mine, theirs = config.get(name), there.get(name)
         if mine is not None and theirs is not None and mine != theirs:
-            raise ValueError(f"{path}: config: {name}: {mine}, but {theirs} in the config.json beside it")
-    return config
+            raise ValueError(f"{path}: config: {name}: {shown(mine)}, but {shown(theirs)} in the {BESIDE} beside it")
+        out[name] = theirs if mine is None else mine
+    return out
 
 
-def _layout(state: dict, path: Path) -> str:
+def _site(config: dict, path: Path, *given: int | None) -> list[int | None]:
+    """(layer, head): given, or as the configuration or the folder's name says."""
+    named, found = site_of(path.parent) or (None, None), []
+    for name, value, at in zip(("layer", "head"), given, named, strict=True):
+        said = config[name]
+        if value is None and None not in (said, at) and said != at:
+            raise ValueError(
+                f"{path}: config: {name}: {said}, but its folder's name says {at}; load_published(path, layer=, head=) "
+                "says which"
+            )
+        found.append(next((x for x in (value, said, at) if x is not None), None))
+    return found
+
+
+def _batchtopk(state: dict, config: dict) -> bool:
+    """The publisher's JumpReLU and Gated keep the flag too, and do not look at it."""
+    return bool(config["use_batchtopk"]) and not _OWN & set(state)
+
+
+def _layout(state: dict, config: dict, path: Path) -> str:
     if unknown := sorted({str(name) for name in state} - _PUBLISHED):
         raise ValueError(f"{path}: unknown tensors {shown(', '.join(unknown))[1:-1]}")
     for name, x in state.items():
@@ -146,6 +235,10 @@ def _layout(state: dict, path: Path) -> str:
             raise ValueError(f"{path}: expected all of {', '.join(sorted(_GATE))} of a bilinear encoder, or none")
         if len(names & {"b_gate", "log_threshold", "threshold"}) > 1:
             raise ValueError(f"{path}: expected one of b_gate, log_threshold and threshold, got more")
+        found = kind, next(iter(names & _OWN), None)
+        if _TYPES.get(config["sae_type"], found) != found:
+            tensors = f"a {kind} dictionary" + (f" with {found[1]}" if found[1] else "")
+            raise ValueError(f"{path}: config: sae_type: {config['sae_type']}, but its tensors are those of {tensors}")
         return kind
     raise ValueError(f"{path}: no known layout has exactly the tensors {', '.join(sorted(names))}")
 
@@ -154,14 +247,14 @@ def _sizes(state: dict, kind: str, K: int | None, V: int | None, config: dict, p
     """(F, K, V, r), every tensor's shape and every size given checked against them."""
     first = next(state[n] for n in ("b_enc", "b_mag", "encoder.bias") if n in state)
     F = first.shape[0] if first.ndim else 0
-    given = {"K": {"d_k": config.get("d_k"), "K": K}, "V": {"d_v": config.get("d_v"), "V": V}}
-    r, found = 1, {}
+    given = {"K": {"d_k": config["d_k"], "K": K}, "V": {"d_v": config["d_v"], "V": V}}
+    r, factored, found = 1, False, {}
     for size, names in (("K", _KEY_SIDE), ("V", _VALUE_SIDE)):
         factors = [(n, state[n]) for n in names if n in state]
         for name, x in factors:
             if x.ndim not in (2, 3):
                 raise ValueError(f"{path}: {name}: expected shape (F, r, {size}), got {x.shape}")
-            r = x.shape[1] if x.ndim == 3 else 1
+            r, factored = x.shape[1] if x.ndim == 3 else 1, True
         told = {what: x for what, x in given[size].items() if x is not None}
         found[size] = factors[0][1].shape[-1] if factors else next(reversed(told.values()), None)
         if found[size] is None:
@@ -171,6 +264,9 @@ def _sizes(state: dict, kind: str, K: int | None, V: int | None, config: dict, p
                 holder = factors[0][0] if factors else "the other"
                 raise ValueError(f"{path}: {what}: {x}, but {holder} says {size} = {found[size]} (K and V swapped?)")
     K, V = found["K"], found["V"]
+    for name, x in (("n_features", F), ("d_in", K * V), ("rank", r if factored else None)):
+        if None not in (config[name], x) and config[name] != x:
+            raise ValueError(f"{path}: config: {name}: {config[name]}, but its tensors say {x}")
     rows = {"b_enc", "encoder.bias", "log_threshold", *_GATE}
     for name, x in sorted(state.items()):
         if name in _KEY_SIDE or name in _VALUE_SIDE:
@@ -197,25 +293,33 @@ def _sizes(state: dict, kind: str, K: int | None, V: int | None, config: dict, p
     return F, K, V, r
 
 
-def _threshold(file: TorchFile, state: dict, config: dict, given: float | None) -> Tensor | float | None:
-    """Of a BatchTopK dictionary; None for another."""
+def _threshold(
+    file: TorchFile, state: dict, config: dict, given: str | float | None
+) -> tuple[Tensor | float | None, str | None]:
+    """(threshold, how atoms are chosen) of a BatchTopK dictionary, the threshold None for top k; else (None, None)."""
     path = file.path
-    if not config.get("use_batchtopk"):
-        if given is not None or "threshold" in state:
-            what = "threshold" if given is not None else f"{path}: threshold"
-            raise ValueError(f"{what}: only a BatchTopK dictionary has one, and config has no use_batchtopk")
-        return None
-    if {"log_threshold", "b_gate"} & set(state):
-        raise ValueError(f"{path}: config: use_batchtopk contradicts the file's log_threshold or b_gate")
-    if given is None and "threshold" in state:
-        return file.read(state["threshold"])
-    source = "threshold" if given is not None else f"{path}: config: threshold"
-    given = config.get("threshold") if given is None else given
-    if given is None:
-        raise ValueError(f"{path}: a BatchTopK dictionary without its threshold: pass threshold=")
-    if not is_number(given) or given < 0:
-        raise ValueError(f"{source}: expected a finite number >= 0, got {shown(given)}")
-    return float(given)
+    if not _batchtopk(state, config):
+        if given is not None:
+            raise ValueError(f"batchtopk: expected None, {path} is no BatchTopK dictionary; got {shown(given)}")
+        if "threshold" in state:
+            raise ValueError(f"{path}: threshold: only a BatchTopK dictionary has one, and config has no use_batchtopk")
+        return None, None
+    if given == "topk":
+        return None, f"plain top-k, k = {config['k']}"
+    if given is not None:
+        return float(given), "threshold given"
+    if "threshold" in state:
+        return file.read(state["threshold"]), "threshold of the checkpoint"
+    own = config["threshold"]
+    if own is None:
+        raise ValueError(
+            f"{path}: a BatchTopK dictionary without a threshold, so how it chooses atoms must be said (batchtopk=, "
+            f'--batchtopk): "topk" for the k = {config["k"]} largest of each state, or a number for a threshold; '
+            "estimate_threshold finds one, given states and the dictionary loaded as topk"
+        )
+    if not is_number(own) or own < 0:
+        raise ValueError(f"{path}: config: threshold: expected a finite number >= 0, got {shown(own)}")
+    return float(own), "threshold of the checkpoint"
 
 
 def _tensors(file: TorchFile, state: dict, sae: SAE, threshold: Tensor | float | None) -> dict[str, Tensor]:

@@ -116,11 +116,16 @@ def seen_through(sae: SAE, root: Tensor) -> SAE:
     Raises:
         ValueError: a kind without factors on both sides.
     """
-    if not (sae.bilinear_encoder and sae.rank_one_atoms) or sae.kind == "bilinear_tied":
+    if not (sae.bilinear_encoder and sae.rank_one_atoms) or (sae.kind == "bilinear_tied" and sae.metric is None):
         raise ValueError(f"sae: expected encoder and atoms of factors of their own, got kind {sae.kind}")
     out = copy.deepcopy(sae)
     root = root.double().to(sae.mean.device)
-    out.v_enc.copy_(out.v_enc.double() @ torch.linalg.inv(root))
+    inverse = torch.linalg.inv(root)
+    if out.metric is None:
+        out.v_enc.copy_(out.v_enc.double() @ inverse)
+    else:
+        metric = inverse @ out.metric.double() @ inverse
+        out.metric.copy_((metric + metric.T) / 2)
     out.v_dec.copy_(out.v_dec.double() @ root)
     for x in (out.mean, out.bias):
         x.copy_(root @ x.double())

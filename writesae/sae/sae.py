@@ -64,7 +64,8 @@ class SAE(nn.Module):
         k: atoms active at once; for threshold dictionaries the number aimed at in training.
         kind: one of `KINDS`.
         r: rank of an atom and of its encoder.
-        sparsity: "topk", "threshold" or "pursuit"; the last of writes, by kinds bilinear and bilinear_tied, b_enc 0.
+        sparsity: "topk", "threshold" or "pursuit"; the last of writes, by kind bilinear_tied, b_enc 0. Its encoder is
+            `metric` times its atoms, which have unit length in that metric.
         layer, head, model: where the states come from, or None.
         centred: whether `mean` is in use (it is zero otherwise). None: for a dictionary of states.
         training, metrics: plain dictionaries kept in the saved configuration.
@@ -74,6 +75,7 @@ class SAE(nn.Module):
     Attributes (parameters and buffers, float32):
         v_enc `[F, r, K]`, w_enc `[F, r, V]`, or W_enc `[F, K*V]` (row-major: index k V + v); b_enc `[F]`
         v_dec `[F, r, K]`, w_dec `[F, r, V]`, or W_dec `[F, K*V]`; bias `[K, V]`; mean `[K, V]`; threshold `[F]` or None
+        metric `[K, K]` of the key side in which pursuit measures errors, `tr E^T M E`, or None
 
     Raises:
         ValueError: a size or name out of range, naming the argument.
@@ -81,6 +83,7 @@ class SAE(nn.Module):
 
     mean: Tensor
     threshold: Tensor | None
+    metric: Tensor | None
 
     def __init__(
         self,
@@ -111,10 +114,10 @@ class SAE(nn.Module):
             raise ValueError(f"sparsity: expected one of {', '.join(SPARSITIES)}, got {shown(sparsity)}")
         if target not in TARGETS:
             raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {shown(target)}")
-        if sparsity == "pursuit" and (target != "write" or kind not in ("bilinear", "bilinear_tied")):
+        if sparsity == "pursuit" and (target != "write" or kind != "bilinear_tied"):
             raise ValueError(
-                f"sparsity: pursuit codes writes by atoms of rank r, expected target write and kind bilinear or "
-                f"bilinear_tied, got target {target} and kind {kind}"
+                f"sparsity: pursuit codes writes by their atoms, expected target write and kind bilinear_tied, got "
+                f"target {target} and kind {kind}"
             )
         if k > F:
             raise ValueError(f"k: expected k <= F={F}, got {k}")
@@ -161,6 +164,8 @@ class SAE(nn.Module):
         self.bias = nn.Parameter(zeros(K, V))
         self.register_buffer("mean", zeros(K, V))
         self.register_buffer("threshold", zeros(F) if sparsity == "threshold" else None)
+        identity = torch.eye(K, device="meta" if empty else None)
+        self.register_buffer("metric", identity if sparsity == "pursuit" else None)
 
     # ---- what it is -------------------------------------------------------------------------------------------
 
@@ -198,6 +203,8 @@ class SAE(nn.Module):
                 f"encode from writes are {', '.join(BILINEAR)}"
             )
         v, w = (self.v_dec, self.w_dec) if self.kind == "bilinear_tied" else (self.v_enc, self.w_enc)
+        if self.metric is not None:
+            v = v @ self.metric
         return v, w, self.b_enc - torch.einsum("frk,kv,frv->f", v, self.mean, w)
 
     def atoms(self) -> tuple[Tensor, Tensor]:
@@ -212,27 +219,13 @@ class SAE(nn.Module):
             )
         return self.v_dec, self.w_dec
 
-    def metric(self) -> Tensor:
-        """`[K, K]` M of the key side in which a pursuit dictionary measures errors (`tr E^T M E`); identity for others.
-
-        Raises:
-            ValueError: a pursuit dictionary whose encoder is not M times its atoms, for any M.
-        """
-        if self.sparsity != "pursuit" or self.kind == "bilinear_tied":
-            return torch.eye(self.K, dtype=self.b_enc.dtype, device=self.b_enc.device)
-        atoms, encoder = self.v_dec.detach().flatten(0, 1).double(), self.v_enc.detach().flatten(0, 1).double()
-        M = torch.linalg.pinv(atoms) @ encoder
-        if float((atoms @ M - encoder).norm()) > 1e-3 * float(encoder.norm()):
-            raise ValueError("metric: this dictionary's encoder is not one matrix times its atoms, so it has none")
-        return ((M + M.T) / 2).to(self.b_enc.dtype)
-
     # ---- encode, decode ---------------------------------------------------------------------------------------
 
     def encoder_matrix(self) -> Tensor:
         """`[F, K*V]`: the encoder as one dense matrix on row-major states."""
         if not self.bilinear_encoder:
             return self.W_enc
-        v, w = (self.v_dec, self.w_dec) if self.kind == "bilinear_tied" else (self.v_enc, self.w_enc)
+        v, w, _ = self.encoder()
         return torch.einsum("frk,frv->fkv", v, w).flatten(1)
 
     def atom_matrix(self) -> Tensor:
@@ -277,13 +270,14 @@ class SAE(nn.Module):
         if k is not None and (not is_integer(k, 1) or k > self.F or self.threshold is not None):
             raise ValueError(f"k: expected an integer, 1 <= k <= F={self.F}, of one without thresholds, got {shown(k)}")
         k = self.k if k is None else k
-        left, right = left.to(self.b_enc.dtype), right.to(self.b_enc.dtype)
+        dtype = torch.promote_types(self.b_enc.dtype, torch.float32)  # writes may be smaller than a half can be
+        left, right = left.to(dtype), right.to(dtype)
         if self.sparsity == "pursuit":
             v, w, _ = self.encoder()
-            return SparseCodes(*pursuit(left, right, v, w, self.v_dec, self.w_dec, k))
+            return SparseCodes(*pursuit(left, right, *(x.to(dtype) for x in (v, w, *self.atoms())), k))
         if not self.bilinear_encoder:
             return self._chosen(self.preactivations(torch.einsum("...rk,...rv->...kv", left, right)), k)
-        v, w, b = self.encoder()
+        v, w, b = (x.to(dtype) for x in self.encoder())
         lead = left.shape[:-2]
         pre = responses(v, w, left.reshape(-1, *left.shape[-2:]), right.reshape(-1, *right.shape[-2:])) + b
         return self._chosen(pre.view(*lead, self.F), k)
@@ -341,18 +335,31 @@ class SAE(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path_or_repo: str | Path, subfolder: str | None = None, revision: str | None = None
+        cls,
+        path_or_repo: str | Path,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        batchtopk: str | float | None = None,
     ) -> SAE:
-        """Loads a folder written by `save_pretrained`, a published `.pt` checkpoint, or a Hugging Face repository.
+        """Loads a folder written by `save_pretrained`, a checkpoint as the paper's code publishes it, or either from a
+        Hugging Face repository.
+
+            SAE.from_pretrained("JackYoung27/writesae-ckpts", subfolder="writesae/qwen0p8b/L9_H4")
+
+        A published checkpoint is `best.pt` with `config.json` beside it; `load_published` says what becomes of it. A
+        folder with dictionaries in folders below is refused with their names, also where there is only one.
 
         Args:
             path_or_repo: "default" (the embedded model's dictionary), a folder, a `.pt` file, or a repository id such
                 as "someone/dictionaries".
-            subfolder: folder inside it (one folder a site).
+            subfolder: folder inside it (one folder a site). Of a repository nothing else is downloaded.
             revision: branch, tag or commit of a repository.
+            batchtopk: of a published BatchTopK checkpoint, which has no threshold: "topk" for plain top k, with the k
+                of its configuration, or a threshold >= 0. `estimate_threshold` finds one from states.
         Raises:
             FileNotFoundError: nothing there.
-            ValueError: a file of another format, version, kind or size, or one that needs unpickling.
+            ValueError: a file of another format, version, kind or size, or one that needs unpickling; a folder with
+                both kinds of file; a published BatchTopK checkpoint without `batchtopk`, or `batchtopk` for another.
         """
         from .checkpoint import load
 
@@ -360,4 +367,4 @@ class SAE(nn.Module):
             from ..default import dictionaries
 
             path_or_repo = next(iter(dictionaries().values()))
-        return load(path_or_repo, subfolder, revision)
+        return load(path_or_repo, subfolder, revision, batchtopk)

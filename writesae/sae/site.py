@@ -70,10 +70,9 @@ class SiteTrainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator(config.seed, "init", layer, head).initial_seed())
             c = config
-            self.pursued = c.sparsity == "pursuit"
-            kind, centred = "bilinear_tied" if self.pursued else c.kind, c.centred and c.target == "state"
-            self.sae = SAE(K, V, c.F, c.k, kind, c.r, layer=layer, head=head, centred=centred, target=c.target)
-        self.device, self.tied = block.device, c.kind == "bilinear_tied"
+            centred, self.pursued = c.centred and c.target == "state", c.sparsity == "pursuit"
+            self.sae = SAE(K, V, c.F, c.k, c.kind, c.r, layer=layer, head=head, centred=centred, target=c.target)
+        self.device, self.tied = block.device, c.kind == "bilinear_tied" and not self.pursued
         self.sae.to(self.device, block.right.dtype)
         self.scale = 1.0  # s
         self.silent = torch.zeros(config.F, dtype=torch.int64, device=self.device)  # steps since each atom fired
@@ -382,10 +381,7 @@ class SiteTrainer:
             sae.K, sae.V, sae.F, sae.k, c.kind, sae.r, fixed, self.layer, self.head, centred=sae.centred,
             target=c.target,
         )  # fmt: skip
-        trained = sae.state_dict()
-        if self.pursued:
-            trained |= {"v_enc": _unit(sae.v_dec), "w_enc": _unit(sae.w_dec)}
-        out.to(sae.mean.dtype).load_state_dict(trained, strict=self.sparsity is None)
+        out.to(sae.mean.dtype).load_state_dict(sae.state_dict(), strict=fixed == "topk")
         if self.sparsity is not None:
             self.sparsity.fold_into(out)
             out.threshold.div_(self.scale)

@@ -8,6 +8,7 @@ names that a dict of tensors and numbers needs and refuses every other. A tensor
 
 from __future__ import annotations
 
+import io
 import math
 import pickletools
 import zipfile
@@ -22,6 +23,7 @@ from torch import Tensor
 from ..untrusted import first_line, is_integer, regular_size
 
 _PICKLE_LIMIT = 2**20  # bytes: the tensors are elsewhere, so this holds names, shapes and a configuration
+_READ_LIMIT = 4 * 2**20  # bytes of the archive's directory, which takes some ten times that in memory
 _STORAGES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
@@ -66,8 +68,13 @@ class TorchFile:
         self.path = Path(path)
         size = regular_size(self.path)
         try:
-            self._zip = zipfile.ZipFile(self.path)
+            self._file = _File(self.path)
+        except OSError as error:
+            raise ValueError(f"{self.path}: cannot be read: {error.strerror}") from error
+        try:
+            self._zip = zipfile.ZipFile(self._file)
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+            self._file.close()
             raise self._refused(f"not an archive as torch.save writes since 1.6 ({first_line(error)})") from error
         try:
             self._records = self._inspect(size)
@@ -87,6 +94,7 @@ class TorchFile:
 
     def close(self) -> None:
         self._zip.close()
+        self._file.close()
 
     def read(self, stored: Stored) -> Tensor:
         """A tensor of its own memory."""
@@ -140,6 +148,15 @@ class TorchFile:
 
 class _Refused(Exception):
     """Why a file is not plain data."""
+
+
+class _File(io.FileIO):
+    """A file that is read in small pieces only; what an archive asks for at once is its directory."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is not None and size > _READ_LIMIT:
+            raise zipfile.BadZipFile(f"a directory of {size:,} bytes, at most {_READ_LIMIT:,}")
+        return super().read(size)
 
 
 class _Call:
