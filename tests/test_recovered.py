@@ -243,7 +243,7 @@ def test_a_dictionary_with_thresholds_stands_beside_a_codebook_of_its_k(model):
 
 
 @pytest.mark.parametrize("sparsity", ["topk", "pursuit"])
-def test_codes_are_those_of_the_dictionary(model, sparsity):
+def test_codes_are_those_of_the_dictionary(sparsity):
     """More atoms by pursuit leave less of a write, and a write of atoms alone is coded as itself."""
     sae = dictionary(F=40, k=3, sparsity=sparsity, kind="bilinear_tied")
     left, right = torch.randn(5, 8), torch.randn(5, 6)
@@ -256,6 +256,8 @@ def test_codes_are_those_of_the_dictionary(model, sparsity):
     v, w = (x.detach()[:4, 0] for x in sae.atoms())
     p, q = coded(sae, 1)(3 * v, w)
     torch.testing.assert_close(p.transpose(1, 2) @ q, 3 * v[:, :, None] * w[:, None])
+    p, _ = coded(sae.half(), 1)(1e-9 * v, w)  # smaller than a half can be
+    torch.testing.assert_close(p.norm(dim=-1), torch.full((4, 1), 1e-9), rtol=5e-3, atol=0)
 
 
 def test_read_before_is_not_read_after(model):

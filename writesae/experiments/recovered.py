@@ -280,9 +280,6 @@ def _check_settings(saes, ks, by, reads, batch, target, codebook) -> None:
     if codebook is not None and target == "state":
         raise ValueError("codebook: expected None for dictionaries of states, which code no writes")
     thresholds = [site for site, sae in sorted(saes.items()) if sae.threshold is not None]
-    if codebook is not None:
-        for sae in saes.values():
-            sae.metric()  # raises where there is none that the codebook could be coded in
     if ks is None:
         return
     if not len(ks) or len(set(ks)) < len(ks) or not all(map(_positive, ks)):

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..options import add_model
+from ..options import add_dictionaries, add_model
 from ..text import Corpus
 from ..text.arguments import NAMED, add_options, named, tell_empty, told
 from ..text.tokens import check_vocabulary
@@ -18,9 +18,7 @@ _BY, _READS = ("head", "layer", "all"), ("after", "before")
 def configure(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what is run")
     add_model(what)
-    what.add_argument("--sae", action="append", default=[], metavar="[LAYER:HEAD=]FOLDER",
-                      help="a dictionary's folder, or a folder of such folders; repeatable (default: the embedded "
-                      "model's own)")  # fmt: skip
+    add_dictionaries(what)
     what.add_argument("--corpus", help=f"held-out text: {NAMED} (default: {_CORPUS})")
     add_options(what)
     what.add_argument("--passages", type=int, default=48, help="passages of it, drawn by --seed")

@@ -36,11 +36,11 @@ def deleted(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
 def coded(sae: SAE, k: int | None = None) -> Coder:
     """What a dictionary of writes makes of them, at k atoms a write (None: its own k)."""
-    v, w = (x.detach() for x in sae.atoms())
+    v, w = (x.detach().to(_wide(sae)) for x in sae.atoms())
 
     @torch.no_grad()
     def code(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-        values, indices = sae.encode_writes(left[:, None].to(v), right[:, None].to(v), k=k)
+        values, indices = sae.encode_writes(left[:, None].to(v.device), right[:, None].to(v.device), k=k)
         return (v[indices] * values[..., None, None]).flatten(1, 2), w[indices].flatten(1, 2)
 
     return code
@@ -172,22 +172,27 @@ def read_through(
     """
     if not (sae.bilinear_encoder and sae.rank_one_atoms):
         return _read_states(writes, q, sae, head, k)
-    v, w, b = (x.detach() for x in sae.encoder())
-    threshold = None if sae.threshold is None else sae.threshold[None]
+    v, w, b = (x.detach().to(_wide(sae)) for x in sae.encoder())
+    threshold = None if sae.threshold is None else sae.threshold[None].to(b)
     many = sae.k if k is None else k
-    codes = encode(writes.to(b.dtype), v[None], w[None], b[None], k=many, threshold=threshold, heads=[head])
+    codes = encode(writes.to(b), v[None], w[None], b[None], k=many, threshold=threshold, heads=[head])
     B, T, _ = q.shape
     q = q.to(b).flatten(0, 1)  # [n, K]
-    o = q @ (sae.mean + sae.bias).detach()
+    o = q @ (sae.mean + sae.bias).detach().to(b)
     count = codes.values.shape[-1] if codes.offsets is None else codes.offsets.diff()
     of = torch.arange(B * T, device=q.device).repeat_interleave(count)
     values, indices = codes.values.flatten(), codes.indices.flatten()
-    v_dec, w_dec = (x.detach() for x in sae.atoms())
+    v_dec, w_dec = (x.detach().to(b) for x in sae.atoms())
     for part in torch.arange(len(of), device=q.device).split(1 << 16):
         at = indices[part]
         strength = torch.einsum("nrk,nk->nr", v_dec[at], q[of[part]]) * values[part, None]
         o.index_add_(0, of[part], torch.einsum("nr,nrv->nv", strength, w_dec[at]))
     return o.view(B, T, -1)
+
+
+def _wide(sae: SAE) -> torch.dtype:
+    """What a dictionary is computed in: no smaller than float32, whatever it is kept in."""
+    return torch.promote_types(sae.b_enc.dtype, torch.float32)
 
 
 def _read_states(writes: Writes, q: Tensor, sae: SAE, head: int, k: int | None) -> Tensor:
@@ -205,5 +210,5 @@ def _read_states(writes: Writes, q: Tensor, sae: SAE, head: int, k: int | None) 
             codes = sae.encode(states)
         else:
             codes = SparseCodes(*exact_topk(sae.preactivations(states), k))
-        found.append(torch.einsum("btkv,btk->btv", sae.decode(codes), q[:, lo : lo + 16].to(sae.mean)))
+        found.append(torch.einsum("btkv,btk->btv", sae.decode(codes).to(q), q[:, lo : lo + 16]))
     return torch.cat(found, 1)
