@@ -99,6 +99,9 @@ def test_every_condition_and_statistic(model):
     row = rows["before", "matched", "codebook"]
     codebook = result.kl("increment", "codebook", "matched", read="before")
     assert row["beats_delete"]["rate"] == np.mean(codebook < result.kl("increment", "delete", read="before"))
+    deletion = result.kl("increment", "delete", read="before")
+    upper = deletion > np.median(deletion)
+    assert row["upper"]["rate"] == np.mean(codebook[upper] < deletion[upper]) and summary["pooled"] == []
     assert row["atom_beats"]["rate"] == np.mean(result.kl("increment", "atom", "matched", read="before") < codebook)
     assert row["of_zero"] == np.median(codebook) / np.median(result.kl("increment", "zero", read="before"))
 

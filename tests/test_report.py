@@ -136,11 +136,15 @@ def test_a_condition_of_ones_own_and_a_chosen_site_show(tmp_path):
     result = made_up(60, ("native", "atom", "delete", "mine"), reads=("before",))
     result.sites[4, 1]["chosen_of"] = 7
     result.save(tmp_path)
+    summary = result.summary(200)
+    pooled = {(r["condition"], r["scale"]): r for r in summary["pooled"]}
+    assert {r["n"] for r in summary["pooled"]} == {60} == {sum(x["n"] for x in summary["sites"].values())}
+    assert pooled["mine", "coef"]["kl_median"] == np.median(result.kl("increment", "mine"))
     page = build(tmp_path, tmp_path).read_text()
-    assert "<th>mine</th>" in page
+    assert "<th>mine</th>" in page and "all 2 sites pooled" in page
     assert page.count("was chosen by its outcome") == 1 and "Layer 4, head 1 was chosen by its outcome: of 7 " in page
     assert "untrained codebook</div>" not in page  # there was none
-    assert "before the token reads it" in page and page.count("<details") == 2
+    assert "before the token reads it" in page and page.count("<details") == 3  # two sites, and both
 
 
 @pytest.mark.parametrize("rule, says", [("all heads", "all heads of the layers"), ("longest memory", "longest memory")])

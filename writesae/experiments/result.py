@@ -122,7 +122,7 @@ class ReplacementResult:
             "norm_median": {x: float(np.median(table[x])) for x in ("native_norm", "outer_norm", "atom_size")},
             "features": by_feature.clusters, "passages": by_passage.clusters,
             "documents": len(set(table["document"].tolist())),
-            "heads": statistics.across_heads(rates), "sites": self._by_site(native, scale), "table": self._rows(native),
+            "heads": statistics.across_heads(rates), "sites": self._by_site(native, scale), **self._tables(native),
             "paper": PAPER, "tests": tests,
             "settings": {
                 "horizon": self.horizon, "reads": list(self.reads), "natives": list(self.natives),
@@ -148,39 +148,50 @@ class ReplacementResult:
                 }
         return out
 
-    def _rows(self, native: str) -> list[dict]:
-        """Sites x conditions x scales x times of reading: how often each is closer than deletion, and the atom than it.
-
-        `of_zero` is the median KL as a share of that of emptying the head's whole state, where that was tested.
-        """
-        table, rows = self.table, []
+    def _tables(self, native: str) -> dict[str, list[dict]]:
+        """"table": `_rows` of every site by itself, and "pooled": of all of them together, where there are several."""
+        table, rows, tested = self.table, [], np.zeros(len(self), bool)
         for layer, head in sorted(self.sites):
             mine = (table["layer"] == layer) & (table["head"] == head)
-            if not mine.any():
-                continue
-            for read in self.reads:
-                zero = None
-                if "zero" in self.conditions:
-                    zero = float(np.median(self.kl(native, "zero", read=read)[mine]))
-                for condition in self.conditions:
-                    for scale in scales_of(condition, self.scales) if condition != "native" else ():
-                        kl = {
-                            c: self.kl(native, c, s, read=read)[mine]
-                            for c, s in ((condition, scale), ("atom", scale or self.scales[0]), ("delete", None))
-                        }
-                        median = float(np.median(kl[condition]))
-                        beats, loses = (
-                            None if condition == other else
-                            {k: v for k, v in statistics.win_rate(*pair).items() if k in ("rate", "ci95", "ties")}
-                            for other, pair in (
-                                ("delete", (kl[condition], kl["delete"])), ("atom", (kl["atom"], kl[condition])),
-                            )
-                        )  # fmt: skip
-                        rows.append({
-                            "site": f"{layer}:{head}", "read": read, "scale": scale, "condition": condition,
-                            "n": int(mine.sum()), "kl_median": median, "of_zero": median / zero if zero else None,
-                            "beats_delete": beats, "atom_beats": loses,
-                        })  # fmt: skip
+            tested |= mine
+            if mine.any():
+                rows += [{"site": f"{layer}:{head}", **row} for row in self._rows(native, mine)]
+        several = len({row["site"] for row in rows}) > 1
+        return {"table": rows, "pooled": self._rows(native, tested) if several else []}
+
+    def _rows(self, native: str, mine: np.ndarray) -> list[dict]:
+        """Conditions x scales x times of reading: how often each is closer than deletion, and the atom than it.
+
+        `upper` is how often it is closer than deletion where deletion's KL is over its median: elsewhere deleting the
+        write does next to nothing. `of_zero` is the median KL as a share of that of emptying the head's whole state,
+        where that was tested.
+        """
+        rows = []
+        for read in self.reads:
+            zero = None
+            if "zero" in self.conditions:
+                zero = float(np.median(self.kl(native, "zero", read=read)[mine]))
+            for condition in self.conditions:
+                for scale in scales_of(condition, self.scales) if condition != "native" else ():
+                    kl = {
+                        c: self.kl(native, c, s, read=read)[mine]
+                        for c, s in ((condition, scale), ("atom", scale or self.scales[0]), ("delete", None))
+                    }
+                    median = float(np.median(kl[condition]))
+                    upper = kl["delete"] > np.median(kl["delete"])
+                    pairs = {
+                        "beats_delete": (condition, "delete", slice(None)), "upper": (condition, "delete", upper),
+                        "atom_beats": ("atom", condition, slice(None)),
+                    }  # fmt: skip
+                    rates: dict[str, dict | None] = {}
+                    for name, (one, other, which) in pairs.items():
+                        a, b = kl[one][which], kl[other][which]
+                        found = None if one == other or not len(a) else statistics.win_rate(a, b)
+                        rates[name] = found and {k: found[k] for k in ("rate", "ci95", "ties")}
+                    rows.append({
+                        "read": read, "scale": scale, "condition": condition, "n": int(mine.sum()), "kl_median": median,
+                        "of_zero": median / zero if zero else None, **rates,
+                    })  # fmt: skip
         return rows
 
     def save(self, folder: str | Path, **extra) -> dict:

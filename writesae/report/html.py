@@ -200,11 +200,10 @@ def _elsewhere(summary: Mapping) -> list[dict]:
 
 def _sites(summary: Mapping) -> list[dict]:
     """A row for every site and time of reading: the atom against deletion and codebook at either size."""
-    rows: dict[tuple[str, str], dict] = {}
-    for x in summary["table"]:
-        row = rows.setdefault(
-            (x["site"], x["read"]), {"site": x["site"], "read": x["read"], "n": x["n"], "all": [], "rates": {}}
-        )  # fmt: skip
+    rows: dict[tuple[str | None, str], dict] = {}
+    for x in (*summary["table"], *summary["pooled"]):  # the latter without a site
+        site = x.get("site")
+        row = rows.setdefault((site, x["read"]), {"site": site, "read": x["read"], "n": x["n"], "all": [], "rates": {}})
         row["all"].append(x)
         if x["condition"] == "atom":
             row["rates"]["delete", x["scale"]] = x["beats_delete"]

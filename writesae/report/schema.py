@@ -156,6 +156,11 @@ _TEST = _both(_fields(
     },
     {"strict_chain": _fields({"rate": RATE})},
 ), _a_median_each)  # fmt: skip
+_ROW = _fields({
+    "read": _one_of(*READS), "scale": _or_none(_one_of(*SCALES)), "condition": _CONDITION, "n": COUNT,
+    "kl_median": NUMBER, "of_zero": _or_none(NUMBER), "beats_delete": _or_none(_SHARE), "upper": _or_none(_SHARE),
+    "atom_beats": _or_none(_SHARE),
+})  # fmt: skip
 _SUMMARY = _fields(
     {
         "n": _is(lambda x: is_integer(x, 1), "an integer >= 1"),
@@ -169,11 +174,7 @@ _SUMMARY = _fields(
         "strict_chain": _or_none(RATE), "strict_chain_ci95": _or_none(_PAIR),
         "atom_vs_codebook": _or_none(RATE), "atom_vs_codebook_ci95": _or_none(_PAIR),
         "norm_median": _fields({"native_norm": NUMBER, "atom_size": NUMBER}),
-        "table": _list(_fields({
-            "site": SITE, "read": _one_of(*READS), "scale": _or_none(_one_of(*SCALES)), "condition": _CONDITION,
-            "n": COUNT, "kl_median": NUMBER, "of_zero": _or_none(NUMBER), "beats_delete": _or_none(_SHARE),
-            "atom_beats": _or_none(_SHARE),
-        })),
+        "table": _list(_both(_ROW, _fields({"site": SITE}))), "pooled": _list(_ROW),
         "paper": _fields({
             "win_rate": RATE, "n": COUNT, "atoms": COUNT, "strict_chain": RATE, "population": RATE,
             "population_n": COUNT,
@@ -193,7 +194,10 @@ _SUMMARY = _fields(
             "selection": _or_none(_fields({"tokens": COUNT, "min_selected": COUNT})),
             "sites": _mapping(SITE, _fields(
                 {"kind": TEXT, "F": COUNT, "k": COUNT, "K": COUNT, "V": COUNT},
-                {"metrics": _or_none(_fields({}, {"fvu": _or_none(NUMBER)})), "chosen_of": _or_none(COUNT)},
+                {
+                    "metrics": _or_none(_fields({}, {"fvu": _or_none(NUMBER)})), "chosen_of": _or_none(COUNT),
+                    "target": _one_of("state", "write"),
+                },
             )),
         }),
         "versions": _mapping(TEXT, TEXT),

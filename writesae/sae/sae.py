@@ -203,8 +203,9 @@ class SAE(nn.Module):
                 f"encode from writes are {', '.join(BILINEAR)}"
             )
         v, w = (self.v_dec, self.w_dec) if self.kind == "bilinear_tied" else (self.v_enc, self.w_enc)
-        if self.metric is not None:
-            v = v @ self.metric
+        if self.metric is not None:  # and no mean
+            wide = torch.promote_types(v.dtype, torch.float32)
+            return v.to(wide) @ self.metric.to(wide), w.to(wide), self.b_enc.to(wide)
         return v, w, self.b_enc - torch.einsum("frk,kv,frv->f", v, self.mean, w)
 
     def atoms(self) -> tuple[Tensor, Tensor]:
