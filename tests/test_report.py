@@ -139,7 +139,7 @@ def test_a_condition_of_ones_own_and_a_chosen_site_show(tmp_path):
     summary = result.summary(200)
     pooled = {(r["condition"], r["scale"]): r for r in summary["pooled"]}
     assert {r["n"] for r in summary["pooled"]} == {60} == {sum(x["n"] for x in summary["sites"].values())}
-    assert pooled["mine", "coef"]["kl_median"] == np.median(result.kl("increment", "mine"))
+    assert pooled["mine", "coef"]["kl_median"] == np.median(result.kl("increment", "mine", "coef"))
     page = build(tmp_path, tmp_path).read_text()
     assert "<th>mine</th>" in page and "all 2 sites pooled" in page
     assert page.count("was chosen by its outcome") == 1 and "Layer 4, head 1 was chosen by its outcome: of 7 " in page
