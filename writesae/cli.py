@@ -61,6 +61,14 @@ COMMANDS = {
         "the page report.html to --out. Interrupted, the same command goes on.",
         "writesae replace --firings 200 --out runs/replace",
     ),
+    "loss-recovered": Command(
+        "writesae.experiments.recovered_command",
+        "run the model with every write coded, closed loop, and say how much of the loss is recovered",
+        "Cross-entropy on held-out text between the plain model and the one with all these writes deleted, by head and "
+        "all at once, beside an untrained codebook. Writes summary.json, recovered.csv, losses.parquet, plots/ and the "
+        "page report.html to --out. Interrupted, the same command goes on.",
+        "writesae loss-recovered --sae runs/writes --k 1 8 --out runs/recovered",
+    ),
     "bench": Command(
         "writesae.bench.command",
         "measure every figure of speed and accuracy beside its peer",
@@ -70,8 +78,8 @@ COMMANDS = {
     ),
     "report": Command(
         "writesae.report.command",
-        "draw the pictures and the page of a finished replacement run again",
-        "Writes report.html and plots/ from the run's summary.json and firings.parquet; runs no model.",
+        "draw the pictures and the page of a finished run again",
+        "Writes report.html and plots/ from the files of a run of replace or loss-recovered; runs no model.",
         "writesae report runs/replace",
     ),
 }  # fmt: skip

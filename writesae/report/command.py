@@ -6,13 +6,15 @@ import argparse
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="folder of a finished run (with summary.json and firings.parquet)")
+    parser.add_argument("run", metavar="RUN", help="folder of a finished run of replace or loss-recovered")
     parser.add_argument("--out", metavar="DIR", help="folder to write to (default: the run's own)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the page's path. Returns 0."""
+    from . import recovered
     from .html import build
 
-    print(build(args.run, args.out or args.run))
+    make = recovered.build if recovered.is_run(args.run) else build
+    print(make(args.run, args.out or args.run))
     return 0

@@ -257,7 +257,8 @@ def _clean(text: str) -> str:
 
 
 @cache
-def _template():
+def template(name: str = "report.html.j2"):
+    """A page's template, every value escaped."""
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
     except ImportError as error:
@@ -268,7 +269,7 @@ def _template():
     )  # fmt: skip
     made.filters.update(percent=percent, interval=interval, number=number)
     made.filters["count"] = lambda x: f"{x:,}"
-    return made.get_template("report.html.j2")
+    return made.get_template(name)
 
 
 def render(summary: Mapping, table: Mapping[str, np.ndarray], figures: Mapping[str, Path]) -> str:
@@ -283,7 +284,7 @@ def render(summary: Mapping, table: Mapping[str, np.ndarray], figures: Mapping[s
         matched = headline(summary, "matched")
     digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
     sites = {name: tuple(name.split(":")) for name in (*summary["settings"]["sites"], *summary.get("sites", ()))}
-    return _template().render(
+    return template().render(
         s=summary, test=test, table=table, atoms=_atoms(table, summary), readings=_readings(summary), site=sites,
         found=_verdict(test), says=_says(_verdict(test)), elsewhere=_elsewhere(summary), names=CONDITIONS,
         against=against, matched=matched, reads=READS, scales=SCALES, rows=_sites(summary),
@@ -291,10 +292,10 @@ def render(summary: Mapping, table: Mapping[str, np.ndarray], figures: Mapping[s
         codebook=None if against is None else _verdict(test, "codebook"),
         codebook_says=None if against is None else _says(_verdict(test, "codebook"), "an untrained codebook"),
         verdict=verdict,
-        figures=[(name, _inlined(path), _inlined(plots.dark(path))) for name, path in figures.items()],
+        figures=[(name, inlined(path), inlined(plots.dark(path))) for name, path in figures.items()],
         style=Markup(STYLE), style_digest=digest, near=_NEAR_PERCENT,
     )  # fmt: skip
 
 
-def _inlined(path: Path) -> str:
+def inlined(path: Path) -> str:
     return base64.b64encode(Path(path).read_bytes()).decode()

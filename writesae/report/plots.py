@@ -264,3 +264,42 @@ def win_rate_by(value: np.ndarray, won: np.ndarray, label: str, path: Path, bins
         _no_narrower(axes, 0.2)
 
     return _draw(path, (5.0, 2.9), paint)
+
+
+def recovered(rows: Sequence[tuple[str, Sequence[tuple]]], path: Path) -> Path:
+    """Share of the loss recovered by each condition, with 95 % intervals, a row for each head, layer or all.
+
+    Args:
+        rows: (name, [(condition, its label, share, interval)]), top to bottom; the same conditions in all.
+    """
+    shares = [share for _, arms in rows for _, _, share, _ in arms]
+    low, high = max(min(0.0, *shares), -1.0), min(max(1.0, *shares), 2.0)  # beyond it, a mark at the edge
+
+    def paint(axes, colours):
+        first = [condition for condition, *_ in rows[0][1]]
+
+        def look(i: int) -> dict:
+            """Colour by condition, marker by its k."""
+            hue = {"coded": "atom", "reconstruction": "atom", "codebook": "codebook"}.get(first[i], "delete")
+            return {"color": colours[hue], "marker": "o^sDvP*X"[first[:i].count(first[i]) % 8], "markersize": 4.8}
+
+        for i, (_, label, _, _) in enumerate(rows[0][1]):
+            axes.plot([], [], linestyle="none", label=label, **look(i))
+            for y, (_, arms) in enumerate(rows):
+                share, interval = arms[i][2:]
+                at = y + 0.66 * ((i + 0.5) / len(arms) - 0.5)
+                if interval is not None:
+                    axes.plot(np.clip(interval, low - 0.04, high + 0.04), [at, at], color=look(i)["color"], lw=1.2)
+                beyond = {} if low <= share <= high else {"marker": "<" if share < low else ">"}
+                axes.plot([min(max(share, low), high)], [at], linestyle="none", **{**look(i), **beyond})
+        for at in (0, 1):
+            axes.axvline(at, color=colours["line"], linewidth=0.9, linestyle=(0, (4, 3)))
+        axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+        axes.set(xlim=(low - 0.04, high + 0.04), ylim=(len(rows) - 0.5, -0.5))
+        axes.set_xlabel("share of the deletion’s loss recovered (0: all writes deleted, 100 %: the plain model)")
+        axes.grid(False, axis="y")
+        axes.xaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, ncols=2, columnspacing=1.2)
+
+    many = len(rows[0][1])
+    return _draw(path, (6.6, 1.0 + 0.1 * many + len(rows) * (0.1 + 0.085 * many)), paint)

@@ -1,0 +1,214 @@
+"""The gated delta rule with other writes in the native ones' place, closed loop, token by token.
+
+Of a chosen head every write k_t u_t^T is coded, and the state that is carried on holds the code. Closed loop: u_t is
+what the head writes in answer to the state that is there, so an error is met, and may be mended, by later writes.
+
+    S~ = e^g S_{t-1},   u_t = beta_t (v_t - S~^T k_t),   S_t = S~ + code(k_t u_t^T)
+
+Read "after", token t reads S~ + k_t u_t^T, its own write as it was made, and the code is what later tokens meet; read
+"before", it reads S_t. The other heads run by `ops.gated_delta_rule`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..models.hf_gated_delta import RuleHandler
+from ..ops import encode, gated_delta_rule
+from ..ops.reference.gated_delta_rule import l2norm
+from ..sae import SAE
+from ..sae.sae import SparseCodes
+from ..sae.sparse import exact_topk
+from ..writes import Writes
+
+# (left [n, K], right [n, V]) of n native writes -> (p [n, m, K], q [n, m, V]): sum_m p q^T is written instead.
+Coder = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def deleted(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Nothing is written."""
+    return left[:, None][:, :0], right[:, None][:, :0]
+
+
+def coded(sae: SAE, k: int | None = None) -> Coder:
+    """What a dictionary of writes makes of them, at k atoms a write (None: its own k)."""
+    v, w = (x.detach().to(_wide(sae)) for x in sae.atoms())
+
+    @torch.no_grad()
+    def code(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        values, indices = sae.encode_writes(left[:, None].to(v.device), right[:, None].to(v.device), k=k)
+        return (v[indices] * values[..., None, None]).flatten(1, 2), w[indices].flatten(1, 2)
+
+    return code
+
+
+def closed_loop(
+    q: Tensor,  # [B, T, Hk, K]
+    k: Tensor,  # [B, T, Hk, K]
+    v: Tensor,  # [B, T, H, V]
+    g: Tensor,  # [B, T, H]
+    beta: Tensor,  # [B, T, H]
+    coders: Mapping[int, Coder],
+    read: str = "after",
+    initial_state: Tensor | None = None,  # [B, H, K, V]
+    use_qk_l2norm: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Outputs and final states of the coded heads alone: o `[B, T, n, V]`, state `[B, n, K, V]`, in order of `coders`.
+
+    Computed in float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: a read time that is none, or codes of another shape than writes have, naming the head.
+    """
+    if read not in ("after", "before"):
+        raise ValueError(f"read: expected after or before, got {read!r}")
+    wide = torch.float64 if v.dtype == torch.float64 else torch.float32
+    B, T, H, V = v.shape
+    K = k.shape[-1]
+    heads = list(coders)
+    keys = [head // (H // k.shape[2]) for head in heads]
+    # Time and head first, so that what a step reads of a head lies together.
+    q, k = (x[:, :, keys].to(wide).permute(1, 2, 0, 3) for x in (q, k))  # [T, n, B, K]
+    v = v[:, :, heads].to(wide).permute(1, 2, 0, 3)
+    alpha, beta = (x[:, :, heads].to(wide).permute(1, 2, 0)[..., None] for x in (g, beta))  # [T, n, B, 1]
+    alpha = alpha.exp()
+    if use_qk_l2norm:
+        q, k = l2norm(q), l2norm(k)
+    q = q * K**-0.5
+    both = torch.stack([k, q], 3)  # [T, n, B, 2, K]
+    own = (k * q).sum(-1, keepdim=True)  # how a token reads its own write
+    state = v.new_zeros(len(heads), B, K, V)
+    if initial_state is not None:
+        state = initial_state[:, heads].to(wide).transpose(0, 1).clone()
+    o = v.new_empty(T, len(heads), B, V)
+    for t in range(T):
+        state *= alpha[t, ..., None]
+        of_key, of_query = (both[t] @ state).unbind(2)
+        u = beta[t] * (v[t] - of_key)
+        for i, (head, coder) in enumerate(coders.items()):
+            p, r = coder(k[t, i], u[i])
+            if p.shape[:2] != r.shape[:2] or (len(p), p.shape[2:], r.shape[2:]) != (B, (K,), (V,)):
+                raise ValueError(
+                    f"codes of head {head}: expected [{B}, m, K={K}] and [{B}, m, V={V}], got {tuple(p.shape)} and "
+                    f"{tuple(r.shape)}"
+                )
+            if p.shape[1]:
+                state[i].baddbmm_(p.to(state).transpose(1, 2), r.to(state))
+        o[t] = of_query + own[t] * u if read == "after" else (both[t, :, :, 1:] @ state).squeeze(2)
+    return o.permute(2, 0, 1, 3), state.transpose(0, 1)
+
+
+def plain_rule(q, k, v, g, beta, initial_state, output_final_state, use_qk_l2norm, cu_seqlens):
+    """A layer as it is, by our kernel; for `models.hf_gated_delta.intercept`."""
+    out = gated_delta_rule(
+        q, k, v, g, beta, initial_state=initial_state, output_final_state=output_final_state,
+        use_qk_l2norm=use_qk_l2norm, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+    return out.o, out.final_state
+
+
+def loop_rule(coders: Mapping[int, Coder], read: str) -> RuleHandler:
+    """A layer with the writes of some heads coded; for `intercept`, and rows of tokens that are not packed."""
+    heads = list(coders)
+
+    def handler(q, k, v, g, beta, initial_state, output_final_state, use_qk_l2norm, cu_seqlens):
+        if cu_seqlens is not None:
+            raise ValueError("passages: expected a passage a row, got several packed into one")
+        out = gated_delta_rule(
+            q, k, v, g, beta, initial_state=initial_state, output_final_state=output_final_state,
+            use_qk_l2norm=use_qk_l2norm,
+        )  # fmt: skip
+        o, state = closed_loop(q, k, v, g, beta, coders, read, initial_state, use_qk_l2norm)
+        out.o[:, :, heads] = o.to(out.o)
+        if output_final_state:
+            out.final_state[:, heads] = state.to(out.final_state)
+        return out.o, out.final_state
+
+    return handler
+
+
+# ---- dictionaries of states ---------------------------------------------------------------------------------------
+
+
+def read_rule(readers: Mapping[int, tuple[SAE, int | None]]) -> RuleHandler:
+    """A layer whose states evolve natively and are read, in some heads, through their reconstruction.
+
+    Args:
+        readers: {head: (dictionary of states, atoms a state or None for its own k)}.
+    """
+
+    def handler(q, k, v, g, beta, initial_state, output_final_state, use_qk_l2norm, cu_seqlens):
+        if cu_seqlens is not None:
+            raise ValueError("passages: expected a passage a row, got several packed into one")
+        out = gated_delta_rule(
+            q, k, v, g, beta, initial_state=initial_state, output_final_state=output_final_state,
+            use_qk_l2norm=use_qk_l2norm, return_writes=True,
+        )  # fmt: skip
+        query = q.to(out.writes.right.dtype)
+        query = (l2norm(query) if use_qk_l2norm else query) * q.shape[-1] ** -0.5
+        for head, (sae, many) in readers.items():
+            key = head // (v.shape[2] // q.shape[2])
+            out.o[:, :, head] = read_through(out.writes, query[:, :, key], sae, head, many).to(out.o)
+        return out.o, out.final_state
+
+    return handler
+
+
+def read_through(
+    writes: Writes,
+    q: Tensor,  # [B, T, K]
+    sae: SAE,
+    head: int,
+    k: int | None = None,
+) -> Tensor:
+    """`[B, T, V]`: what queries, as they are used, read of the reconstructions of one head's states.
+
+    Without states where encoder and atoms are factored: `sum_a a (v . q) w + (mean + bias)^T q`. Otherwise states are
+    formed a few tokens at a time.
+    """
+    if not (sae.bilinear_encoder and sae.rank_one_atoms):
+        return _read_states(writes, q, sae, head, k)
+    v, w, b = (x.detach().to(_wide(sae)) for x in sae.encoder())
+    threshold = None if sae.threshold is None else sae.threshold[None].to(b)
+    many = sae.k if k is None else k
+    codes = encode(writes.to(b), v[None], w[None], b[None], k=many, threshold=threshold, heads=[head])
+    B, T, _ = q.shape
+    q = q.to(b).flatten(0, 1)  # [n, K]
+    o = q @ (sae.mean + sae.bias).detach().to(b)
+    count = codes.values.shape[-1] if codes.offsets is None else codes.offsets.diff()
+    of = torch.arange(B * T, device=q.device).repeat_interleave(count)
+    values, indices = codes.values.flatten(), codes.indices.flatten()
+    v_dec, w_dec = (x.detach().to(b) for x in sae.atoms())
+    for part in torch.arange(len(of), device=q.device).split(1 << 16):
+        at = indices[part]
+        strength = torch.einsum("nrk,nk->nr", v_dec[at], q[of[part]]) * values[part, None]
+        o.index_add_(0, of[part], torch.einsum("nr,nrv->nv", strength, w_dec[at]))
+    return o.view(B, T, -1)
+
+
+def _wide(sae: SAE) -> torch.dtype:
+    """What a dictionary is computed in: no smaller than float32, whatever it is kept in."""
+    return torch.promote_types(sae.b_enc.dtype, torch.float32)
+
+
+def _read_states(writes: Writes, q: Tensor, sae: SAE, head: int, k: int | None) -> Tensor:
+    H = writes.right.shape[2]
+    key = head // (H // writes.left.shape[2])
+    start = None if writes.initial_state is None else writes.initial_state[:, head : head + 1]
+    one = replace(
+        writes, decay=writes.decay[:, :, head : head + 1], left=writes.left[:, :, key : key + 1],
+        right=writes.right[:, :, head : head + 1], beta=None, initial_state=start,
+    )  # fmt: skip
+    found = []
+    for lo in range(0, q.shape[1], 16):
+        states = one.states(range(lo, min(lo + 16, q.shape[1])))[:, :, 0].to(sae.mean)  # [B, t, K, V]
+        if k is None:
+            codes = sae.encode(states)
+        else:
+            codes = SparseCodes(*exact_topk(sae.preactivations(states), k))
+        found.append(torch.einsum("btkv,btk->btv", sae.decode(codes).to(q), q[:, lo : lo + 16]))
+    return torch.cat(found, 1)
