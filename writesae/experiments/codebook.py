@@ -34,7 +34,7 @@ def codebook(sae: SAE, left: Tensor, right: Tensor) -> SAE:
     if sae.metric is not None:
         M = sae.metric.double().to(left.device)
         v = v / ((v @ M) * v).sum(1, keepdim=True).clamp_min(1e-30).sqrt()
-        out.metric.copy_(sae.metric)
+        out.metric = sae.metric.clone()
     out.v_dec.copy_(v[:, None]), out.w_dec.copy_(w[:, None])
     out.mean.copy_(sae.mean)
     return out.to(left.device, torch.promote_types(sae.b_enc.dtype, torch.float32)).eval().requires_grad_(False)

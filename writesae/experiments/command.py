@@ -92,8 +92,8 @@ def run(args: argparse.Namespace) -> int:
     if conditions is not None and "all" in conditions:
         texts = train is not None or select is not None
         states = any(sae.target == "state" for sae in saes.values())
-        left_out = (() if texts else TRAINING_CONDITIONS) + (OF_WRITES if states else ())
-        conditions = [c for c in CONDITIONS if c not in left_out]
+        without = (() if texts else TRAINING_CONDITIONS) + (OF_WRITES if states else ())
+        conditions = [c for c in CONDITIONS if c not in without]
     result = run_replacement(
         model.to(args.device), tokenizer, saes, passages(test, args.max_tokens), select=chosen,
         train=None if train is None else passages(train, args.train_tokens), read=args.read, longest=args.longest,

@@ -39,10 +39,9 @@ def top_codes(writes: Writes, sae: SAE, head: int) -> tuple[Tensor, Tensor]:
     device = writes.right.device
     if sae.sparsity == "pursuit":
         group = writes.right.shape[2] // writes.left.shape[2]
-        codes = sae.encode_writes(
-            *(x.to(sae.mean.device) for x in (writes.left[:, :, head // group], writes.right[:, :, head])), k=1
-        )
-        return codes.indices[..., 0].to(device), codes.values[..., 0].to(device)
+        left, right = (x.to(sae.mean.device) for x in (writes.left[:, :, head // group], writes.right[:, :, head]))
+        nearest = sae.encode_writes(left, right, k=1)
+        return nearest.indices[..., 0].to(device), nearest.values[..., 0].to(device)
     if sae.target == "write":
         writes = writes.memoryless()
     many = 1 if sae.threshold is None else min(_CANDIDATES, sae.F)

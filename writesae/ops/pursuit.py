@@ -18,6 +18,7 @@ from . import _dispatch, _transforms
 _FLOATS = 2**23  # held at a time: what fits a cache
 _STOP = 1e-5  # share of the first response below which nothing more is taken
 _REFITS = 3
+_FACTORS = ("v_enc", "w_enc", "v_dec", "w_dec")
 
 
 @without_autocast
@@ -51,13 +52,16 @@ def pursuit(
 
     Plain torch on the tensors' device; no kernel.
     """
-    tensors = {"left": left, "right": right, "v_enc": v_enc, "w_enc": w_enc, "v_dec": v_dec, "w_dec": w_dec}
+    tensors: dict[str, Tensor | None] = {
+        "left": left, "right": right, "v_enc": v_enc, "w_enc": w_enc, "v_dec": v_dec, "w_dec": w_dec
+    }  # fmt: skip
     check_floats((), **tensors)
-    _check(tensors, k)
+    _check(left, right, dict(zip(_FACTORS, (v_enc, w_enc, v_dec, w_dec), strict=True)), k)
     _dispatch.refuse_gradient("pursuit", tensors, "which atoms are taken has none; use torch.no_grad()")
     _transforms.refuse_transformed("pursuit", "use encode", *tensors.values())
     for name, x in tensors.items():
-        refuse_unreadable("pursuit", name, x)
+        if x is not None:
+            refuse_unreadable("pursuit", name, x)
     dtype = torch.float64 if right.dtype == torch.float64 else torch.float32
     lead, F = left.shape[:-2], len(v_enc)
     with torch.no_grad():
@@ -68,7 +72,7 @@ def pursuit(
         step = max(1, _FLOATS // (F * (k + 2)))
         for lo in range(0, len(left), step):
             at = slice(lo, lo + step)
-            response = responses(*factors[:2], left[at], right[at])
+            response = responses(factors[0], factors[1], left[at], right[at])
             values[at], indices[at] = _pursue(response, factors, k)
     return values.view(*lead, k), indices.view(*lead, k)
 
@@ -76,11 +80,11 @@ def pursuit(
 def responses(v: Tensor, w: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """`[P, F]`: `sum v_i^T left right^T w_i` over the ranks of atoms `[F, r, *]` and of writes `[P, R, *]`."""
     (F, r, _), (P, R, _) = v.shape, left.shape
-    total = None
+    total = left.new_zeros(())
     for s in range(R):
         on = (left[:, s] @ v.flatten(0, 1).T).mul_(right[:, s] @ w.flatten(0, 1).T).view(P, F, r)
         on = on[:, :, 0] if r == 1 else on.sum(2)
-        total = on if total is None else total.add_(on)
+        total = on if s == 0 else total.add_(on)
     return total
 
 
@@ -129,8 +133,8 @@ def _nonnegative(gram: Tensor, response: Tensor, on: Tensor) -> Tensor:
     return torch.where(bad, 0.0, codes)
 
 
-def _check(tensors: dict[str, Tensor], k: int) -> None:
-    left, right, v_enc = tensors["left"], tensors["right"], tensors["v_enc"]
+def _check(left: Tensor, right: Tensor, factors: dict[str, Tensor], k: int) -> None:
+    v_enc = factors["v_enc"]
     if left.ndim < 2:
         raise ValueError(f"left: expected [..., R, K], got shape {tuple(left.shape)}")
     if right.ndim != left.ndim or right.shape[:-1] != left.shape[:-1]:
@@ -138,9 +142,9 @@ def _check(tensors: dict[str, Tensor], k: int) -> None:
     if v_enc.ndim != 3 or not v_enc.shape[0]:
         raise ValueError(f"v_enc: expected [F, r, K], got shape {tuple(v_enc.shape)}")
     F, r, _ = v_enc.shape
-    for name, size in (("v_enc", left), ("w_enc", right), ("v_dec", left), ("w_dec", right)):
+    for name, size in zip(_FACTORS, (left, right, left, right), strict=True):
         expected = (F, r, size.shape[-1])
-        if tuple(tensors[name].shape) != expected:
-            raise ValueError(f"{name}: expected shape {expected}, got {tuple(tensors[name].shape)}")
+        if tuple(factors[name].shape) != expected:
+            raise ValueError(f"{name}: expected shape {expected}, got {tuple(factors[name].shape)}")
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= F:
         raise ValueError(f"k: expected an integer, 1 <= k <= F={F}, got {k!r}")

@@ -78,7 +78,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         ("lr_end", "learning rate at the end"),
         ("aux", "weight of the auxiliary loss, which revives dead atoms; 0: none"),
         ("k_aux", "dead atoms in the auxiliary loss"),
-        ("balance", "of writes: a squared error counts by the write's norm to the power of minus this"),
+        ("balance", "of writes: how many times a squared error is divided by the write's norm; 0: plain, 2: all alike"),
         ("also_k", "of pursuit: train the codes of so many atoms as well"),
         ("dead_after", "steps without firing after which an atom is dead"),
         ("resample_every", "steps after which dead atoms are replaced, again and again"),

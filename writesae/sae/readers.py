@@ -44,7 +44,8 @@ def reader_moments(model, ids: Tensor, layers: Iterable[int], batch: int = 16) -
 
     if ids.ndim != 2 or not len(ids) or ids.shape[1] <= _FOLLOWED:
         raise ValueError(f"ids: expected [N, T] of more than {_FOLLOWED} tokens, got shape {tuple(ids.shape)}")
-    layers, total = sorted(set(layers)), {}
+    layers = sorted(set(layers))
+    total: dict[int, Tensor] = {}
 
     def rule(layer: int):
         def handler(q, k, v, g, beta, initial_state, output_final_state, l2norm, cu_seqlens):
@@ -54,7 +55,8 @@ def reader_moments(model, ids: Tensor, layers: Iterable[int], batch: int = 16) -
             )  # fmt: skip
             q = q.float()
             q = q * torch.rsqrt((q * q).sum(-1, keepdim=True) + 1e-6) if l2norm else q
-            total[layer] = total.get(layer, 0) + _moments(q * q.shape[-1] ** -0.5, out.writes)
+            found = _moments(q * q.shape[-1] ** -0.5, out.writes)
+            total[layer] = found if layer not in total else total[layer] + found
             return out.o.to(v.dtype), out.final_state
 
         return handler
