@@ -16,12 +16,12 @@ def add_model(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def add_dictionaries(parser: argparse._ActionsContainer) -> None:
+def add_dictionaries(parser: argparse._ActionsContainer, default: str = "default") -> None:
     """Adds --sae and --batchtopk, for `collect.command._dictionaries`."""
     parser.add_argument(
         "--sae", action="append", default=[], metavar="[LAYER:HEAD=]PATH", help="a dictionary's folder (cfg.json, or a "
-        "published best.pt), a published .pt file, or a folder of such folders; repeatable (default: the embedded "
-        "model's own)"
+        "published best.pt), a published .pt file, or a folder of such folders; default for the embedded model's of "
+        f"states, default-writes for those of writes; repeatable (default: {default}, of the embedded model alone)"
     )  # fmt: skip
     parser.add_argument(
         "--batchtopk", type=_batchtopk, metavar="topk|THRESHOLD", help="how published BatchTopK dictionaries, which "

@@ -83,18 +83,19 @@ def run(args: argparse.Namespace) -> int:
     return 0 if summary["complete"] else 130
 
 
-def _dictionaries(args: argparse.Namespace) -> dict:
-    """{(layer, head): SAE} of every --sae."""
+def _dictionaries(args: argparse.Namespace, target: str = "state") -> dict:
+    """{(layer, head): SAE} of every --sae; without one, of the embedded model's own of that target."""
+    from ..default import dictionaries as embedded
     from ..sae import SAE
     from ..sae.checkpoint import dictionaries
     from ..sae.published import BEST, is_batchtopk
 
-    given = args.sae
-    if not given:
-        own = Path(__file__).parent.parent / "default" / "sae"
-        if args.model != "default" or not own.is_dir():
+    names = {"default": "state", "default-writes": "write"}
+    given = [str(path) for text in args.sae for path in (embedded(names[text]).values() if text in names else [text])]
+    if not args.sae:
+        if args.model != "default":
             raise ValueError("sae: expected at least one dictionary for this model, got none")
-        given = [str(own)]
+        given = [str(path) for path in embedded(target).values()]
     found: dict = {}
     chosen = False
     for text in given:

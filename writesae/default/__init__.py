@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from ..sae import SAE
 
 FOLDER = Path(__file__).parent
+_FOLDERS = {"state": "sae", "write": "writes"}
 
 
 class Default(NamedTuple):
@@ -25,22 +26,30 @@ class Default(NamedTuple):
     saes: dict[tuple[int, int], SAE]
 
 
-def load_default() -> Default:
-    """The small language model inside the package, its tokenizer and its dictionary. Nothing is downloaded.
+def load_default(target: str = "state") -> Default:
+    """The small language model inside the package, its tokenizer and its dictionaries. Nothing is downloaded.
 
         model, tokenizer, saes = writesae.load_default()
+
+    Args:
+        target: the dictionary of "state" (one), or those of "write" (of the heads with the longest memory).
+
+    Raises:
+        ValueError: another target.
     """
     from ..models import load
     from ..sae import SAE
 
     model, tokenizer = load("default")
-    return Default(model, tokenizer, {site: SAE.from_pretrained(path) for site, path in dictionaries().items()})
+    return Default(model, tokenizer, {site: SAE.from_pretrained(path) for site, path in dictionaries(target).items()})
 
 
-def dictionaries() -> dict[tuple[int, int], Path]:
-    """{(layer, head): folder} of the embedded dictionaries."""
+def dictionaries(target: str = "state") -> dict[tuple[int, int], Path]:
+    """{(layer, head): folder} of the embedded dictionaries of states, or of writes."""
+    if target not in _FOLDERS:
+        raise ValueError(f"target: expected one of {', '.join(_FOLDERS)}, got {target!r}")
     found = {}
-    for path in sorted((FOLDER / "sae").glob("L*H*")):
+    for path in sorted((FOLDER / _FOLDERS[target]).glob("L*H*")):
         layer, head = path.name[1:].split("H")
         found[int(layer), int(head)] = path
     return found

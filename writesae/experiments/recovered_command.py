@@ -18,7 +18,7 @@ _BY, _READS = ("head", "layer", "all"), ("after", "before")
 def configure(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what is run")
     add_model(what)
-    add_dictionaries(what)
+    add_dictionaries(what, "default-writes")
     what.add_argument("--corpus", help=f"held-out text: {NAMED} (default: {_CORPUS})")
     add_options(what)
     what.add_argument("--passages", type=int, default=48, help="passages of it, drawn by --seed")
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     if None in args.k and len(args.k) > 1:
         raise ValueError("k: expected numbers, or own by itself")
     test = named(args, _CORPUS)
-    saes = {site: sae.to(args.device) for site, sae in _dictionaries(args).items()}
+    saes = {site: sae.to(args.device) for site, sae in _dictionaries(args, "write").items()}
     of_writes = all(sae.target == "write" for sae in saes.values())
     train = None
     if of_writes if args.codebook is None else args.codebook:
