@@ -18,7 +18,6 @@ from pathlib import Path
 from writesae.cli import main as writesae
 from writesae.experiments import passages_of
 from writesae.experiments.sites import longest_memory
-from writesae.files import write_text
 from writesae.models import load
 from writesae.sae import SAE
 from writesae.text import Corpus
@@ -50,10 +49,9 @@ def main() -> None:
         shutil.rmtree(args.out)
     for layer, head in sorted(wanted):
         sae = SAE.from_pretrained(args.work / f"L{layer}H{head}")
-        sae.training_record["script"] = "scripts/train_write_dictionaries.py"
+        sae.training_record |= {"script": "scripts/train_write_dictionaries.py", "sites_by": "longest memory"}
         sae.half().save_pretrained(args.out / f"L{layer}H{head}")
         print(f"L{layer}H{head}: {json.dumps(sae.metrics['readers'])}")
-    write_text(args.out / "rule.json", json.dumps({"rule": "longest memory", "sites": wanted}) + "\n")
 
 
 if __name__ == "__main__":
