@@ -1,7 +1,8 @@
 """`writesae demo`: the embedded model and dictionary, end to end, on text neither has seen.
 
-Collects the firings of the held-out text, shows the strongest atoms, runs the replacement test, and writes
-`summary.json`, pictures and a self-contained `report.html`.
+Collects the firings of the held-out text, shows the strongest atoms, runs the replacement test of the dictionary of
+states and of those of writes, codes every write of the latter's heads in closed loop, and writes `summary.json`,
+pictures and self-contained pages, `report.html` first.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from .files import refuse_link, write_text
 
 _CONTEXTS = 4
 _TRAIN_TOKENS = 60_000  # for a codebook of native writes
+_PASSAGES, _CONTEXT = 16, 256  # of the closed loop
 _SUMMARY = (
     "model site tokens tokens_per_second firings n headline atom_vs_codebook atom_vs_codebook_ci95 win_rate "
     "win_rate_ci95 strict_chain kl_median native_kl_max fvu l0 backend seconds"
@@ -79,11 +81,13 @@ def run(args: argparse.Namespace) -> int:
         natives=("increment",), firings=args.firings, horizon=args.horizon, seed=args.seed, out=args.out / "parts",
     )  # fmt: skip
     quality = _evaluate(model, tokenizer, sae, corpus)
+    writes = _writes(model, tokenizer, corpus, train, args)
+    closed_loop = _closed_loop(model, tokenizer, corpus, args)
     extra = {
         "model": "writesae default", "site": f"{site[0]}:{site[1]}", "firings": collected["firings"],
         "fvu": quality["fvu"], "l0": quality["l0"], "alive": quality["alive"], "dictionary": quality,
         "backend": backend, "corpus": "stdlib:test", "select": "stdlib:validation",
-        "train": "stdlib:train",
+        "train": "stdlib:train", "writes": writes, "closed_loop": closed_loop,
     }  # fmt: skip
     summary = result.save(args.out, **extra)
     # Of the collection, whose tokens and speed these are, not of the test's part of them.
@@ -95,6 +99,80 @@ def run(args: argparse.Namespace) -> int:
     write_text(args.out / "summary.json", json.dumps(ordered, indent=2, allow_nan=False) + "\n")
     _show_result(summary, page)
     return 0
+
+
+def _embedded_writes() -> dict:
+    from .default import dictionaries
+    from .sae import SAE
+
+    return {site: SAE.from_pretrained(path) for site, path in dictionaries("write").items()}
+
+
+def _writes(model, tokenizer, corpus, train, args) -> dict:
+    """The replacement test of the dictionaries of writes, at tokens drawn from all; what the first page says of it."""
+    from . import report
+    from .experiments import passages_of, run_replacement
+
+    saes = _embedded_writes()
+    each = -(-args.firings // (2 * len(saes)))
+    print(f"\n4. the same with dictionaries of writes, at the {len(saes)} heads with the longest memory, {each} each")
+    out = args.out / "writes"
+    conditions = ("native", "atom", "delete", "codebook", "reconstruction", "codebook_reconstruction", "zero")
+    result = run_replacement(
+        model, tokenizer, saes, passages_of(corpus, tokenizer), train=train, natives=("increment",),
+        scales=("matched",), conditions=conditions, firings=each, horizon=args.horizon, seed=args.seed, out=out,
+    )  # fmt: skip
+    summary = result.save(out, model="writesae default", corpus="stdlib:test", train="stdlib:train")
+    report.build(out, out)
+    rows = {row["condition"]: row for row in summary["pooled"]}
+    record = {
+        "n": summary["n"], "heads": len(saes), "atom_vs_codebook": summary["atom_vs_codebook"],
+        "atom_vs_codebook_ci95": summary["atom_vs_codebook_ci95"], "win_rate": summary["win_rate"],
+        "win_rate_ci95": summary["win_rate_ci95"], "k": max(sae.k for sae in saes.values()),
+        "all_atoms": rows["reconstruction"]["upper"]["rate"], "all_atoms_ci95": rows["reconstruction"]["upper"]["ci95"],
+    }  # fmt: skip
+    print(
+        f"   one atom, at the write's norm, after the read, is closer than\n"
+        f"      an untrained codebook   {_rate(record, 'atom_vs_codebook')}\n"
+        f"      deletion                {_rate(record, 'win_rate')}\n"
+        f"   {record['k']} atoms, where deletion costs more than its median, are closer than\n"
+        f"      deletion                {_rate(record, 'all_atoms')}"
+    )
+    return record
+
+
+def _closed_loop(model, tokenizer, corpus, args) -> dict:
+    """Every write of those heads coded; what the first page says of it."""
+    from .experiments import run_recovered
+    from .experiments.recovered_result import printed
+    from .report import recovered as page
+    from .sae import Passages
+    from .text import Corpus
+
+    saes = _embedded_writes()
+    print(f"\n5. every write of them coded, closed loop, on {_PASSAGES} passages of {_CONTEXT} held-out tokens")
+    draw, _ = corpus.shuffled(args.seed)
+    text = Passages.from_corpus(draw, tokenizer, _CONTEXT, max_tokens=2 * _PASSAGES * _CONTEXT)
+    other, _ = Corpus.from_name("stdlib:train").shuffled(args.seed)
+    book = Passages.from_corpus(other, tokenizer, _CONTEXT, max_tokens=_TRAIN_TOKENS)
+    out = args.out / "recovered"
+    result = run_recovered(
+        model, saes, Passages(text.ids[:_PASSAGES]), codebook=book, ks=(1, 8), by=("head", "all"), read="before",
+        batch=_PASSAGES, seed=args.seed, out=out,
+    )  # fmt: skip
+    summary = result.save(out, model="writesae default", corpus="stdlib:test", train="stdlib:train")
+    page.build(summary, out)
+    print("   " + printed(summary).replace("\n", "\n   "))
+    last = summary["groups"][-1]
+    return {
+        "read": last["read"], "heads": last["heads"], "plain": summary["plain"], "deleted": last["deleted"],
+        "arms": [{name: arm[name] for name in ("condition", "k", "share", "ci95")} for arm in last["arms"]],
+    }  # fmt: skip
+
+
+def _rate(record: dict, name: str) -> str:
+    low, high = record[f"{name}_ci95"]
+    return f"{record[name]:.1%} ({low:.1%} to {high:.1%})"
 
 
 def _evaluate(model, tokenizer, sae, corpus) -> dict:
@@ -117,7 +195,7 @@ def _need_extras() -> None:
 
 
 def _refuse_foreign(out: Path) -> None:
-    ours = {"firings", "parts", "plots", "summary.json", "firings.parquet", "report.html"}
+    ours = {"firings", "parts", "plots", "writes", "recovered", "summary.json", "firings.parquet", "report.html"}
     refuse_link(out)
     others = sorted(path.name for path in out.iterdir() if path.name not in ours) if out.is_dir() else [out.name]
     if others:

@@ -156,6 +156,17 @@ _TEST = _both(_fields(
     },
     {"strict_chain": _fields({"rate": RATE})},
 ), _a_median_each)  # fmt: skip
+# What the demo's first page says of its others.
+_WRITES = _fields({
+    "n": COUNT, "heads": COUNT, "k": COUNT, "atom_vs_codebook": RATE, "atom_vs_codebook_ci95": _PAIR, "win_rate": RATE,
+    "win_rate_ci95": _PAIR, "all_atoms": RATE, "all_atoms_ci95": _PAIR,
+})  # fmt: skip
+_CLOSED_LOOP = _fields({
+    "read": _one_of(*READS), "heads": COUNT, "plain": NUMBER, "deleted": NUMBER,
+    "arms": _list(_fields({
+        "condition": _one_of("coded", "codebook"), "k": COUNT, "share": _or_none(NUMBER), "ci95": _or_none(_PAIR),
+    })),
+})  # fmt: skip
 _ROW = _fields({
     "read": _one_of(*READS), "scale": _or_none(_one_of(*SCALES)), "condition": _CONDITION, "n": COUNT,
     "kl_median": NUMBER, "of_zero": _or_none(NUMBER), "beats_delete": _or_none(_SHARE), "upper": _or_none(_SHARE),
@@ -203,7 +214,7 @@ _SUMMARY = _fields(
         "versions": _mapping(TEXT, TEXT),
     },
     {
-        "model": TEXT,
+        "model": TEXT, "writes": _WRITES, "closed_loop": _CLOSED_LOOP,
         "sites": _mapping(SITE, _fields({
             "n": COUNT, "features": COUNT, "rate": RATE, "ci95": _PAIR, "ties": COUNT,
             "kl_median": _both(_mapping(_CONDITION, NUMBER), _fields({"atom": _ANY, "delete": _ANY})),
