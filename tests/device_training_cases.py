@@ -49,7 +49,8 @@ def same(run, saes, expected_run, expected):
     [
         dict(path="dense"), dict(path="factored", passages=3, kind="bilinear_tied", steps=8),
         dict(kind="flat", init="states", steps=9), dict(sparsity="jumprelu", steps=9),
-        dict(sparsity="gated", steps=9),
+        dict(sparsity="gated", steps=9), dict(target="write", steps=9),
+        dict(target="write", kind="bilinear_tied", sparsity="pursuit", also_k=1, steps=9),
     ],
     ids=lambda x: "-".join(map(str, x.values())),
 )  # fmt: skip
