@@ -29,14 +29,14 @@ from writesae.text import Corpus
 from writesae.writes import Writes
 
 BASE = dict(
-    target="write", kind="bilinear_tied", sparsity="pursuit", metric="readers", balance=1.0, also_k=1, k=8, F=2048,
+    target="write", kind="bilinear_tied", sparsity="pursuit", metric="readers", balance=1.0, also_k=1, k=8, F=1024,
     states=512, steps=200, lr=1e-2, lr_end=1e-4, dead_after=30, resample_every=50,
 )  # fmt: skip
 TOPK = dict(kind="bilinear", sparsity="topk", also_k=0, lr=3e-3)
 VARIANTS = {
     "base": {}, "entries instead of readers": dict(metric="frobenius"), "plain squared error": dict(balance=0.0),
     "all writes alike": dict(balance=2.0), "eight atoms only": dict(also_k=0), "one atom only": dict(k=1, also_k=0),
-    "1,024 atoms": dict(F=1024), "4,096 atoms": dict(F=4096), "half as long": dict(steps=100),
+    "2,048 atoms": dict(F=2048), "4,096 atoms": dict(F=4096), "half as long": dict(steps=100),
     "twice as long": dict(steps=400), "a third of the rate": dict(lr=3e-3), "random start": dict(init="random"),
     "no dead atoms replaced": dict(resample_every=10**6), "linear encoder, top k": TOPK,
     "linear encoder, top k, no auxiliary loss": TOPK | dict(aux=0.0),
@@ -125,10 +125,10 @@ def main() -> None:
         if ("untrained codebook", seed) not in done:
             books = {}
             for site in sites:
-                like = SAE(*inside[site].shape[2:], 2048, 8, "bilinear_tied", sparsity="pursuit", target="write")
+                like = SAE(*inside[site].shape[2:], 1024, 8, "bilinear_tied", sparsity="pursuit", target="write")
                 block = Block([w[site[0]] for w in stream.writes(torch.arange(len(stream)))], site[1], "write")
                 every = torch.randperm(len(stream) * stream.length, generator=generator(seed, "codebook", *site))
-                draw = every[:2048]
+                draw = every[:1024]
                 left, right = block.natives(draw // stream.length, draw % stream.length)
                 books[site] = codebook(like, left[:, 0] @ root[site], right[:, 0])
             note("untrained codebook", seed, books, 0.0)

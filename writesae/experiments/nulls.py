@@ -155,13 +155,13 @@ class Edited:
             X = self.states.after[mine]
         else:
             X = self.clean.left[mine, :, None] * self.clean.right[mine, None]
-        return X.to(sae.mean)
+        return X.to(sae.mean.device)
 
     def codes(self, mine: Tensor, sae: SAE) -> SparseCodes:
         """`[m, j]` codes there."""
         if sae.target == "state":
             return sae.encode(self.encoded(mine, sae))
-        return sae.encode_writes(*(x[mine, None].to(sae.mean) for x in (self.clean.left, self.clean.right)))
+        return sae.encode_writes(*(x[mine, None].to(sae.mean.device) for x in (self.clean.left, self.clean.right)))
 
 
 # ---- additions to a state: factors or a matrix --------------------------------------------------------------------

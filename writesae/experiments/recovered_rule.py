@@ -205,7 +205,7 @@ def _read_states(writes: Writes, q: Tensor, sae: SAE, head: int, k: int | None) 
     )  # fmt: skip
     found = []
     for lo in range(0, q.shape[1], 16):
-        states = one.states(range(lo, min(lo + 16, q.shape[1])))[:, :, 0].to(sae.mean)  # [B, t, K, V]
+        states = one.states(range(lo, min(lo + 16, q.shape[1])))[:, :, 0].to(sae.mean.device)  # [B, t, K, V]
         if k is None:
             codes = sae.encode(states)
         else:

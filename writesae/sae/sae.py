@@ -184,6 +184,11 @@ class SAE(nn.Module):
         """Whether atoms are factored, so that one can be written in a write's stead."""
         return self.kind in RANK_ONE
 
+    @property
+    def _wide(self) -> torch.dtype:
+        """What codes are computed in: what is encoded may be smaller than a half can be."""
+        return torch.promote_types(self.b_enc.dtype, torch.float32)
+
     def extra_repr(self) -> str:
         sizes = f"K={self.K}, V={self.V}, F={self.F}, k={self.k}, r={self.r}"
         return f"{self.kind} of {self.target}s, {self.sparsity}, {sizes}, site=({self.layer}, {self.head})"
@@ -204,8 +209,7 @@ class SAE(nn.Module):
             )
         v, w = (self.v_dec, self.w_dec) if self.kind == "bilinear_tied" else (self.v_enc, self.w_enc)
         if self.metric is not None:  # and no mean
-            wide = torch.promote_types(v.dtype, torch.float32)
-            return v.to(wide) @ self.metric.to(wide), w.to(wide), self.b_enc.to(wide)
+            return v.to(self._wide) @ self.metric.to(self._wide), w.to(self._wide), self.b_enc.to(self._wide)
         return v, w, self.b_enc - torch.einsum("frk,kv,frv->f", v, self.mean, w)
 
     def atoms(self) -> tuple[Tensor, Tensor]:
@@ -238,13 +242,13 @@ class SAE(nn.Module):
     def preactivations(self, X: Tensor) -> Tensor:
         """Raw pre-activations, bias included: `[..., K, V]` to `[..., F]`."""
         centred = self._check(X) - self.mean
-        return centred.flatten(-2) @ self.encoder_matrix().T + self.b_enc
+        return centred.flatten(-2) @ self.encoder_matrix().to(centred).T + self.b_enc
 
     def encode(self, X: Tensor) -> SparseCodes:
         """Codes of states, or of writes as matrices.
 
         Args:
-            X: `[..., K, V]` floating (cast to the dictionary's dtype).
+            X: `[..., K, V]` floating (cast to the dictionary's dtype, float32 at least).
         Raises:
             ValueError: a wrong shape or dtype, or a pursuit dictionary, which needs a write's factors.
         """
@@ -271,7 +275,7 @@ class SAE(nn.Module):
         if k is not None and (not is_integer(k, 1) or k > self.F or self.threshold is not None):
             raise ValueError(f"k: expected an integer, 1 <= k <= F={self.F}, of one without thresholds, got {shown(k)}")
         k = self.k if k is None else k
-        dtype = torch.promote_types(self.b_enc.dtype, torch.float32)  # writes may be smaller than a half can be
+        dtype = self._wide
         left, right = left.to(dtype), right.to(dtype)
         if self.sparsity == "pursuit":
             v, w, _ = self.encoder()
@@ -298,11 +302,12 @@ class SAE(nn.Module):
         values, indices = codes.values, codes.indices
         shape = indices.shape[:-1]
         values, indices = values.reshape(-1, values.shape[-1]), indices.reshape(-1, indices.shape[-1])
+        values = values.to(self._wide)
         if self.rank_one_atoms:
-            sum_ = Decode.apply(values, indices, self.v_dec, self.w_dec)
+            sum_ = Decode.apply(values, indices, self.v_dec.to(values), self.w_dec.to(values))
         else:
             dense = values.new_zeros(len(values), self.F).scatter_add(1, indices, values)
-            sum_ = (dense @ self.W_dec).view(-1, self.K, self.V)
+            sum_ = (dense @ self.W_dec.to(values)).view(-1, self.K, self.V)
         return (sum_ + self.bias + self.mean).view(*shape, self.K, self.V)
 
     def forward(self, X: Tensor) -> Tensor:
@@ -314,7 +319,7 @@ class SAE(nn.Module):
             raise ValueError(f"X: expected states [..., K={self.K}, V={self.V}], got shape {tuple(X.shape)}")
         if not X.is_floating_point():
             raise ValueError(f"X: expected a floating dtype, got {X.dtype}")
-        return X.to(self.b_enc.dtype)
+        return X.to(self._wide)
 
     @torch.no_grad()
     def normalize_(self) -> SAE:
