@@ -263,12 +263,12 @@ def test_codes_are_those_of_the_dictionary(sparsity):
 def test_read_before_is_not_read_after(model):
     before, after = (small(model, by="all", read=read, codebook=None) for read in ("before", "after"))
     both = small(model, by="all", read="both", codebook=None)
-    assert (before.reads, after.reads, both.reads) == (("before",), ("after",), ("after", "before"))
-    assert [group["read"] for group in both.summary(10)["groups"]] == ["after", "before"]
+    assert (before.reads, after.reads, both.reads) == (("before",), ("after",), ("before", "after"))
+    assert [group["read"] for group in both.summary(10)["groups"]] == ["before", "after"]
     for name in ("deleted", "coded"):
         k = 3 if name == "coded" else None
-        np.testing.assert_array_equal(both.losses("all", name, k, "before"), before.losses("all", name, k))
-        np.testing.assert_array_equal(both.losses("all", name, k), after.losses("all", name, k))
+        np.testing.assert_array_equal(both.losses("all", name, k, "after"), after.losses("all", name, k))
+        np.testing.assert_array_equal(both.losses("all", name, k), before.losses("all", name, k))
     np.testing.assert_array_equal(before.losses("", "plain"), after.losses("", "plain"))
     assert np.abs(before.losses("all", "deleted") - after.losses("all", "deleted")).max() > 1e-4
 
@@ -321,7 +321,7 @@ def test_bad_input(model, monkeypatch):
     refused("ks: expected None", dictionary(target="state", sparsity="threshold"))
     refused("by: expected some of head, layer, all", by=("head", "site"))
     refused("by: expected some of head, layer, all", by=())
-    refused(r"read: expected some of after, before \(or both\), each once, got now", read="now")
+    refused(r"read: expected some of before, after \(or both\), each once, got now", read="now")
     refused("batch: expected at least 1", batch=0)
     refused("passages: expected Passages or int", passages=[1, 2])
     refused("passages: expected at least 2 tokens", passages=ids[:, :1])
@@ -467,7 +467,7 @@ def test_the_command(tmp_path, capsys):
     assert "plain" in out and "5:0" in out and "all" in out and "report.html" in out
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["passages"], summary["context"], summary["train"]) == (3, 24, "stdlib:train")
-    assert [group["read"] for group in summary["groups"]] == ["after"] * 3 + ["before"] * 3
+    assert [group["read"] for group in summary["groups"]] == ["before"] * 3 + ["after"] * 3
     assert "read after:" in out and "read before:" in out
     arms = [(arm["condition"], arm["k"]) for arm in summary["groups"][0]["arms"]]
     assert arms == [("coded", 1), ("codebook", 1), ("coded", 2), ("codebook", 2)]

@@ -39,7 +39,7 @@ from .recovered_rule import Coder, coded, deleted, loop_rule, plain_rule, read_r
 from .replace import _code, _describe, _sites
 
 BY = ("head", "layer", "all")
-READS = ("after", "before")
+READS = ("before", "after")
 _SLICE = 2**26  # logits that exist at once
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 _TAKEN = (*FIXED, "coded", "codebook", "reconstruction")
@@ -57,7 +57,7 @@ def run_recovered(
     codebook: Passages | Tensor | None = None,
     ks: Sequence[int] | None = (1, 8),
     by: str | Sequence[str] = ("head", "all"),
-    read: str | Sequence[str] = "after",
+    read: str | Sequence[str] = "before",
     conditions: Mapping[str, Coder] | None = None,
     batch: int = 48,
     seed: int = 0,
@@ -77,8 +77,8 @@ def run_recovered(
             out.
         ks: atoms a write (of states: a state), each tried; None is each dictionary's own.
         by: what is changed at once, some of "head" (each by itself), "layer" (all heads given of one), "all".
-        read: when a token reads the changed state, "after": its own write still as it was made; "before": coded; or
-            "both", one by one. Dictionaries of states have no such choice: every read is of the reconstruction.
+        read: when a token reads the changed state, "before": its own write is coded, too, so that a head without writes
+            gives nothing; "after": its own write is still as it was made; or "both", one by one. Dictionaries of states have no such choice: every read is of the reconstruction.
         conditions: {name: function} of other codes of writes to try. A function takes `left [n, K]`, `right [n, V]` of
             n writes and returns factors `[n, m, K]`, `[n, m, V]`: what is written is the sum over m.
         batch: passages in one forward pass.
