@@ -61,13 +61,18 @@ def fault(sae: SAE) -> str | None:
         return "values that are not finite"
     if sae.threshold is not None and bool((sae.threshold < 0).any()):
         return "a negative threshold"
-    own = SAE(sae.K, sae.V, sae.F, sae.k, sae.kind, sae.r, sae.sparsity).state_dict()
+    own = SAE(sae.K, sae.V, sae.F, sae.k, sae.kind, sae.r, sae.sparsity, target=sae.target).state_dict()
     if {n: x.shape for n, x in own.items()} != {n: x.shape for n, x in state.items()}:
         return "other shapes"
     for value in (sae.layer, sae.head):
         if value is not None and (type(value) is not int or value < 0):
             return f"the site {value!r}"
-    codes = sae.encode(torch.randn(3, sae.K, sae.V, dtype=torch.float32))
+    if sae.target == "write":
+        codes = sae.encode_writes(torch.randn(3, 1, sae.K), torch.randn(3, 1, sae.V))
+        if bool(sae.mean.any()) or bool(sae.bias.any()):
+            return "a constant part of writes"
+    else:
+        codes = sae.encode(torch.randn(3, sae.K, sae.V, dtype=torch.float32))
     if bool((codes.values < 0).any()):
         return "negative codes"
     return None
@@ -80,9 +85,14 @@ def a_dictionary(draw: random.Random) -> SAE:
     kind = draw.choice(KINDS)
     K, V, F = draw.choice([(6, 9), (9, 6), (16, 4), (3, 3)]) + (draw.choice([5, 20, 64]),)
     r = draw.choice([1, 2]) if kind != "flat" else 1
-    sparsity = draw.choice(["topk", "threshold"])
+    sparsity, target = draw.choice(["topk", "threshold"]), draw.choice(["state", "state", "write"])
+    if target == "write" and kind == "bilinear_tied":
+        sparsity = "pursuit"
     metrics = {"fvu": 0.5, "l0": 3.0}
-    sae = SAE(K, V, F, min(4, F), kind, r, sparsity, 3, 1, "default", True, {"steps": 3}, metrics)
+    centred = target == "state"
+    sae = SAE(
+        K, V, F, min(4, F), kind, r, sparsity, 3, 1, "default", centred, {"steps": 3}, metrics, target=target
+    )  # fmt: skip
     return sae.requires_grad_(False)
 
 
@@ -241,6 +251,10 @@ FOLDER_FAULTS: dict[str, Callable[[Path, random.Random, Path], None]] = {
     "NaN": _tensors(_poke(float("nan"))),
     "infinity": _tensors(_poke(float("-inf"))),
     "a threshold below 0": _tensors(lambda t, d: t.update(threshold=-torch.ones(len(t["b_enc"])))),
+    "a mean": _tensors(lambda t, d: t.update(mean=torch.ones_like(t["mean"]))),
+    "a metric of another": _tensors(lambda t, d: t.update(metric=d.choice([-1, 0, 1]) * torch.ones(len(t["mean"]), 1))),
+    "a metric that is none": _tensors(lambda t, d: t.update(metric=-torch.eye(len(t["mean"])))),
+    "another target": _text(lambda c, d: c.update(target=d.choice(["write", "state", "query", None, 3]))),
     "1e300": _tensors(_double),
     "shapes": _tensors(_reshape),
     "names": _tensors(_rename),
