@@ -150,14 +150,14 @@ def _closed_loop(model, tokenizer, corpus, args) -> dict:
     from .text import Corpus
 
     saes = _embedded_writes()
-    print(f"\n5. every write of them coded, closed loop, on {_PASSAGES} passages of {_CONTEXT} held-out tokens")
+    print(f"\n5. every write of all {len(saes)} coded, closed loop, on {_PASSAGES * _CONTEXT:,} held-out tokens")
     draw, _ = corpus.shuffled(args.seed)
     text = Passages.from_corpus(draw, tokenizer, _CONTEXT, max_tokens=2 * _PASSAGES * _CONTEXT)
     other, _ = Corpus.from_name("stdlib:train").shuffled(args.seed)
     book = Passages.from_corpus(other, tokenizer, _CONTEXT, max_tokens=_TRAIN_TOKENS)
     out = args.out / "recovered"
     result = run_recovered(
-        model, saes, Passages(text.ids[:_PASSAGES]), codebook=book, ks=(1, 8), by=("head", "all"), read="before",
+        model, saes, Passages(text.ids[:_PASSAGES]), codebook=book, ks=(1, 8), by=("all",), read="before",
         batch=_PASSAGES, seed=args.seed, out=out,
     )  # fmt: skip
     summary = result.save(out, model="writesae default", corpus="stdlib:test", train="stdlib:train")

@@ -78,7 +78,8 @@ def run_recovered(
         ks: atoms a write (of states: a state), each tried; None is each dictionary's own.
         by: what is changed at once, some of "head" (each by itself), "layer" (all heads given of one), "all".
         read: when a token reads the changed state, "before": its own write is coded, too, so that a head without writes
-            gives nothing; "after": its own write is still as it was made; or "both", one by one. Dictionaries of states have no such choice: every read is of the reconstruction.
+            gives nothing; "after": its own write is still as it was made; or "both", one by one. Dictionaries of states
+            have no such choice: every read is of the reconstruction.
         conditions: {name: function} of other codes of writes to try. A function takes `left [n, K]`, `right [n, V]` of
             n writes and returns factors `[n, m, K]`, `[n, m, V]`: what is written is the sum over m.
         batch: passages in one forward pass.

@@ -38,9 +38,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
                      "for each dictionary's own")  # fmt: skip
     how.add_argument("--by", choices=_BY, nargs="+", default=["head", "all"], help="what is changed at once: each head "
                      "by itself, all given of a layer, all of them")  # fmt: skip
-    how.add_argument("--read", choices=(*_READS, "both"), default="before", help="when a token reads the changed state: "
-                     "before, its own write is coded, too; after, its own write is still as it was made; or both, one "
-                     "by one")  # fmt: skip
+    how.add_argument("--read", choices=(*_READS, "both"), default="before", help="when a token reads the changed "
+                     "state: before, its own write is coded, too; after, its own write is still as it was made; or "
+                     "both, one by one")  # fmt: skip
     how.add_argument("--seed", type=int, default=0, help="seed of the passages, the codebook and the bootstrap")
     how.add_argument("--batch", type=int, default=48, help="passages in one forward pass")
     how.add_argument("--device", default="cpu", help="device of the model: cpu or cuda")
