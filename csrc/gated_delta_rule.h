@@ -2,36 +2,11 @@
 // edits. Letters as everywhere: B row, T position, Hk key heads, H value heads, K key size, V value size, N sequences.
 #pragma once
 
-#include "cpu/parallel.h"
+#include "edits.h"
 #include "element.h"
+#include "parallel.h"
 
 namespace writesae {
-
-#if defined(__CUDACC__)
-#define WRITESAE_ANYWHERE __host__ __device__
-#else
-#define WRITESAE_ANYWHERE
-#endif
-
-// What an edit does: 0 add, 1 delete, 2 replace; and 4 more where it acts after its token has read the state, so that the
-// token's output is as without it. A native write that is removed after the read is made, read once, and gone.
-struct EditKind {
-  int64_t code;
-  WRITESAE_ANYWHERE bool adds() const { return (code & 3) != 1; }
-  WRITESAE_ANYWHERE bool after() const { return (code & 4) != 0; }
-  WRITESAE_ANYWHERE bool removes() const { return (code & 3) != 0 && !after(); }
-  WRITESAE_ANYWHERE bool removes_after() const { return (code & 3) != 0 && after(); }
-  bool known() const { return code >= 0 && code < 7 && code != 3; }
-};
-
-// Edits of one call, sorted by (row, head, position), stable.
-struct EditList {
-  int64_t count = 0;
-  const int64_t* index = nullptr;  // [E, 4]  (row, position, head, kind)
-  const float* left = nullptr;     // [E, K]
-  const float* right = nullptr;    // [E, V]
-  WRITESAE_ANYWHERE EditKind kind(int64_t e) const { return {index[4 * e + 3]}; }
-};
 
 struct GatedDeltaRuleParams {
   int64_t B, T, Hk, H, K, V, N;

@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "check.h"
-#include "cpu/parallel.h"
 #include "element.h"
+#include "parallel.h"
 
 #if WRITESAE_SIDE == 1
 #include <dlfcn.h>
@@ -19,7 +19,7 @@
 namespace writesae {
 
 // Kernels run on torch's own thread pool.
-inline cpu::Parallel torch_threads() {
+inline Parallel torch_threads() {
   return {static_cast<int>(torch::stable::get_num_threads()),
           [](int64_t n, void (*body)(int64_t, int64_t, void*), void* context) {
             torch::stable::parallel_for(0, n, 1, [=](int64_t begin, int64_t end) { body(begin, end, context); });

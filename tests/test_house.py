@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import ast
+import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT / "writesae"
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE, CSRC = ROOT / "writesae", ROOT / "csrc"
 OPS = sorted(p.stem for p in (PACKAGE / "ops" / "reference").glob("*.py") if p.stem != "__init__")
+RULES = ("dplr", "gated_delta_rule", "selective_scan", "ssd")  # the ops that make writes
 
 # folder or module -> what of writesae it may import (itself always)
 MAY_IMPORT = {
@@ -95,6 +101,10 @@ def test_one_stem_an_op(stem):
         assert (PACKAGE / "bench" / f"bench_{stem}.py").is_file()
 
 
+def test_write_rules_are_ops():
+    assert set(RULES) <= set(OPS)
+
+
 def test_every_kernel_has_its_stem():
     for path in (ROOT / "csrc" / "cpu").glob("*.cpp"):
         assert path.stem.removesuffix("_backward") in OPS, f"csrc/cpu/{path.name} belongs to no op"
@@ -115,10 +125,82 @@ def test_import_is_light():
     assert out.stdout.strip() == "[]"
 
 
-def test_cuda_and_cpu_sources_do_not_meet():
-    for side, other in (("cpu", "cuda"), ("cuda", "cpu")):
-        for path in (ROOT / "csrc" / side).glob("*"):
-            assert f"{other}/" not in "".join(x for x in path.read_text().splitlines() if "#include" in x)
+def included(*sources: Path, flags: tuple[str, ...] = ()) -> dict[str, set[str]]:
+    """Files of csrc that each source includes, directly or through another, as the compiler says; `{source: names}`."""
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    if shutil.which(compiler[0]) is None:
+        pytest.skip(f"no C++ compiler ({compiler[0]})")
+    command = [*compiler, "-std=c++17", "-x", "c++", f"-I{CSRC}", "-MM", *flags, *map(str, sources)]
+    out = subprocess.run(command, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    found = {}
+    for rule in out.stdout.replace("\\\n", " ").splitlines():
+        names = [Path(x).resolve() for x in rule.partition(":")[2].split()]
+        inside = [str(x.relative_to(CSRC)) for x in names if CSRC in x.parents]
+        found[inside[0]] = set(inside[1:])
+    assert len(found) == len(sources)
+    return found
+
+
+# A kernel of CUDA as nvcc compiles it, without CUDA's own headers, and as the host twin's compiler does.
+DEVICE_FLAGS = {"device": ("-D__CUDACC__", "-MG", "-DWRITESAE_SIDE=1"), "twin": ("-DWRITESAE_SIDE=2",)}
+
+
+def test_kernels_of_cpu_and_cuda_do_not_meet():
+    """Not even through a third file."""
+    for name, files in included(*CSRC.glob("cpu/*.cpp")).items():
+        assert not [x for x in files if x.startswith("cuda/")], name
+    for flags in DEVICE_FLAGS.values():
+        for name, files in included(*CSRC.glob("cuda/*.cu"), flags=flags).items():
+            assert not [x for x in files if x.startswith("cpu/")], name
+            assert "edits.h" in files  # or nothing was looked at
+
+
+@pytest.mark.parametrize("side", [0, 1, 2])
+def test_operators_on_tensors_meet_one_side_only(side):
+    """csrc/*.cpp, which includes torch: no kernels of the other side, and the encoder's no write rule."""
+    from torch.utils.cpp_extension import include_paths
+
+    sys.path.insert(0, str(CSRC))
+    from sources import both_sides
+
+    flags = [f"-isystem{path}" for path in include_paths()]
+    flags += [f"-DWRITESAE_SIDE={side}", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    sources = CSRC.glob("*.cpp") if side == 0 else [CSRC / name for name in both_sides()]
+    found = included(*sources, flags=tuple(flags))
+    for name, files in found.items():
+        assert not [x for x in files if x.startswith("cuda/" if side == 0 else "cpu/")], name
+    assert not [x for x in found["encode.cpp"] if Path(x).name.startswith(RULES)]
+
+
+def test_the_encoder_knows_no_write_rule():
+    for flags in DEVICE_FLAGS.values():
+        found = included(*CSRC.glob("cuda/encode*.cu"), CSRC / "cpu" / "encode.cpp", flags=flags)
+        for name, files in found.items():
+            assert not [x for x in files if Path(x).name.startswith(RULES)], name
+
+
+def test_kinds_of_edits_are_numbered_alike():
+    from writesae import edits
+    from writesae.ops.gated_delta_rule import pack_edits
+
+    text = (CSRC / "edits.h").read_text()
+    enums = {
+        name: {x: int(n) for x, n in re.findall(r"(\w+) = (\d+)", body)}
+        for name, body in re.findall(r"enum (\w+) : int64_t \{(.*?)\}", text)
+    }
+    assert list(enums) == ["Kind", "When"]
+    assert [x.lower() for x in enums["Kind"]] == list(edits.KINDS)
+    assert [x.lower() for x in enums["When"]] == list(edits.WHENS)
+    for numbers in enums.values():
+        for name, number in numbers.items():
+            assert getattr(edits, name) == number
+    afterwards = int(re.search(r"AFTERWARDS = (\d+)", text).group(1))
+    one = torch.zeros(1, 1)
+    for kind, kind_number in enums["Kind"].items():
+        for when, when_number in enums["When"].items():
+            index, _, _ = pack_edits(edits.Edits([0], [0], [0], one, one, kind.lower(), when.lower()))
+            assert int(index[0, 3]) == kind_number + afterwards * when_number
 
 
 def test_public_names_load():

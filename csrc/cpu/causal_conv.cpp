@@ -7,8 +7,8 @@
 #include <cstring>
 
 #include "cpu/isa.h"
-#include "cpu/parallel.h"
 #include "cpu/scratch.h"
+#include "parallel.h"
 
 namespace writesae::cpu {
 namespace {

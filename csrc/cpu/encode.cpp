@@ -11,9 +11,9 @@
 
 #include "cpu/bf16.h"
 #include "cpu/isa.h"
-#include "cpu/parallel.h"
 #include "cpu/rows.h"
 #include "cpu/scratch.h"
+#include "parallel.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>

@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "cpu/isa.h"
-#include "cpu/parallel.h"
 #include "cpu/scratch.h"
+#include "parallel.h"
 
 namespace writesae::cpu {
 
@@ -103,18 +103,6 @@ struct Sequence {
   int64_t b, origin, length;
 };
 
-// First edit at or after (row, head, position).
-int64_t find_edit(const EditList& edits, int64_t row, int64_t head, int64_t position) {
-  int64_t low = 0, high = edits.count;
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    const int64_t* e = edits.index + middle * 4;
-    const bool before = e[0] != row ? e[0] < row : e[2] != head ? e[2] < head : e[1] < position;
-    (before ? low : high) = before ? middle + 1 : middle;
-  }
-  return low;
-}
-
 // A page of new memory comes with the first write to it. Threads that write different columns of the same rows would meet
 // at every page, each waiting for it: a tenth of the time of one long head. So one of them goes ahead, with a byte a page.
 void touch(void* rows, int64_t row_size, int64_t first, int64_t last) {
@@ -131,15 +119,9 @@ void one_token(const GatedDeltaRuleStepParams& p, const Parallel& parallel, cons
   const Buffer memory(worker_size * parallel.threads);
   for_each(parallel, p.B * p.H, [&](int64_t i, int64_t worker) {
     const int64_t b = i / p.H, h = i % p.H;
-    int64_t first = 0, last = 0;
-    if (p.edits.count > 0) {
-      // Positions play no part here: all edits of (row, head) act.
-      while (first < p.edits.count && (p.edits.index[first * 4] != b || p.edits.index[first * 4 + 2] != h)) first++;
-      last = first;
-      while (last < p.edits.count && p.edits.index[last * 4] == b && p.edits.index[last * 4 + 2] == h) last++;
-    }
+    const EditRange edits = edits_of(p.edits, b, h);  // positions play no part here
     fill(i, p.state + i * p.K * p.V);
-    kernel.step_head(p, b, h, first, last, memory + worker * worker_size);
+    kernel.step_head(p, b, h, edits.begin, edits.end, memory + worker * worker_size);
   });
 }
 
@@ -252,7 +234,7 @@ void gated_delta_rule(const GatedDeltaRuleParams& p, const Parallel& parallel) {
         item.dots = dots + (m * p.Hk + hk) * dots_size;
         item.gate = gate + (m * p.H + h) * tile;
         item.beta = beta + (m * p.H + h) * tile;
-        item.edit = find_edit(p.edits, n, h, first), item.edit_end = find_edit(p.edits, n, h, s.length);
+        item.edit = first_edit(p.edits, n, h, first), item.edit_end = first_edit(p.edits, n, h, s.length);
         item.shots = shots.data() + find_shot(n, first), item.shots_end = shots.data() + find_shot(n, s.length);
         kernel.run_columns(p, item, i % blocks * width, vectors, memory + worker * worker_size);
       });

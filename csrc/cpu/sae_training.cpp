@@ -8,9 +8,9 @@
 #include <vector>
 
 #include "cpu/isa.h"
-#include "cpu/parallel.h"
 #include "cpu/rows.h"
 #include "cpu/scratch.h"
+#include "parallel.h"
 
 namespace writesae::cpu {
 namespace {

@@ -151,22 +151,6 @@ __device__ __forceinline__ Chunk chunk_at(const Problem& p, int64_t slot) {
   return {n, s, first, s.length - first < C ? static_cast<int>(s.length - first) : C};
 }
 
-// The first edit at or after (row, head, position).
-__device__ __forceinline__ int64_t first_edit(const EditList& edits, int64_t row, int64_t head, int64_t position) {
-  int64_t low = 0, high = edits.count;
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    const int64_t* x = edits.index + 4 * middle;
-    const bool before = x[0] < row || (x[0] == row && (x[2] < head || (x[2] == head && x[1] < position)));
-    if (before) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
-}
-
 __device__ __forceinline__ float read(const View& x, int64_t a, int64_t b, int64_t c, int64_t d = 0) {
   const int64_t i = a * x.stride[0] + b * x.stride[1] + c * x.stride[2] + d * x.stride[3];
   if (x.type == Element::bf16) return tile::load_float(static_cast<const bf16*>(x.data) + i);

@@ -78,16 +78,6 @@ __device__ __forceinline__ int64_t slot_ending(const Backward& b, int64_t n, int
   return low;
 }
 
-// Edits [begin, end) of (sequence n, head h) at `position`.
-struct EditRange {
-  int64_t begin, end;
-};
-
-__device__ __forceinline__ EditRange edits_at(const EditList& edits, int64_t n, int64_t h, int64_t position) {
-  if (edits.count == 0) return {0, 0};
-  return {first_edit(edits, n, h, position), first_edit(edits, n, h, position + 1)};
-}
-
 // Two neighbours at once.
 __device__ __forceinline__ void store_pair(float* to, float low, float high) { to[0] = low, to[1] = high; }
 __device__ __forceinline__ void store_pair(bf16* to, float low, float high) {
