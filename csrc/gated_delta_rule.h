@@ -5,6 +5,7 @@
 #include "edits.h"
 #include "element.h"
 #include "parallel.h"
+#include "scan.h"
 
 namespace writesae {
 
@@ -60,29 +61,23 @@ struct GatedDeltaRuleStepParams {
   float* right;  // [B, H, V] or null
 };
 
-namespace cpu {
+namespace cpu::gated_delta_rule {
 
-void gated_delta_rule(const GatedDeltaRuleParams& p, const Parallel& parallel);
-void gated_delta_rule_backward(const GatedDeltaRuleBackwardParams& p, const Parallel& parallel);
-void gated_delta_rule_step(const GatedDeltaRuleStepParams& p, const Parallel& parallel);
+void forward(const GatedDeltaRuleParams& p, const Parallel& parallel);
+void backward(const GatedDeltaRuleBackwardParams& p, const Parallel& parallel);
+void step(const GatedDeltaRuleStepParams& p, const Parallel& parallel);
 
-}  // namespace cpu
+}  // namespace cpu::gated_delta_rule
 
-namespace cuda {
-
-// How a call is laid out; zeros are chosen by its sizes. segments: of each sequence, walked at once; warps: 4 or 8, so
-// 64 or 128 value columns a block; stages: chunks in shared memory at once, 1 or 2.
-struct Plan {
-  int segments = 0, warps = 0, stages = 0;
-};
+namespace cuda::gated_delta_rule {
 
 // All pointers are the device's, and nothing is read back: launches on `stream` (a cudaStream_t) and returns. `workspace`
-// has gated_delta_rule_workspace bytes, 256-byte aligned. K <= 256.
-int64_t gated_delta_rule_workspace(const GatedDeltaRuleParams& p, Plan plan = {});
-void gated_delta_rule(const GatedDeltaRuleParams& p, void* workspace, void* stream, Plan plan = {});
-int64_t gated_delta_rule_backward_workspace(const GatedDeltaRuleBackwardParams& p);
-void gated_delta_rule_backward(const GatedDeltaRuleBackwardParams& p, void* workspace, void* stream);
-void gated_delta_rule_step(const GatedDeltaRuleStepParams& p, void* stream);
+// has so many bytes, 256-byte aligned. K <= 256.
+int64_t forward_workspace(const GatedDeltaRuleParams& p, Plan plan = {});
+void forward(const GatedDeltaRuleParams& p, void* workspace, void* stream, Plan plan = {});
+int64_t backward_workspace(const GatedDeltaRuleBackwardParams& p);
+void backward(const GatedDeltaRuleBackwardParams& p, void* workspace, void* stream);
+void step(const GatedDeltaRuleStepParams& p, void* stream);
 
-}  // namespace cuda
+}  // namespace cuda::gated_delta_rule
 }  // namespace writesae

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE, CSRC = ROOT / "writesae", ROOT / "csrc"
 OPS = sorted(p.stem for p in (PACKAGE / "ops" / "reference").glob("*.py") if p.stem != "__init__")
 RULES = ("dplr", "gated_delta_rule", "selective_scan", "ssd")  # the ops that make writes
+MACHINERY = ("scan", "tile", "operand", "host_twin", "library")  # files of csrc/cuda that serve every op
 
 # folder or module -> what of writesae it may import (itself always)
 MAY_IMPORT = {
@@ -108,6 +109,91 @@ def test_write_rules_are_ops():
 def test_every_kernel_has_its_stem():
     for path in (ROOT / "csrc" / "cpu").glob("*.cpp"):
         assert path.stem.removesuffix("_backward") in OPS, f"csrc/cpu/{path.name} belongs to no op"
+    for path in (*CSRC.glob("cuda/*.cu"), *CSRC.glob("cuda/*.cuh"), *CSRC.glob("cuda/*.cpp"), *CSRC.glob("cuda/*.h")):
+        stem = next((x for x in (*OPS, *MACHINERY) if f"{path.stem}_".startswith(f"{x}_")), None)
+        assert stem is not None, f"csrc/cuda/{path.name} belongs to no op"
+        assert stem in MACHINERY or (CSRC / f"{stem}.h").is_file()
+
+
+def rule_of(path: Path) -> str | None:
+    """The write rule whose name a file bears."""
+    return next((rule for rule in RULES if f"{path.stem}_".startswith(f"{rule}_")), None)
+
+
+def code(path: Path) -> str:
+    """A C++ file without comments."""
+    return re.sub(r"//.*|/\*.*?\*/", "", path.read_text())
+
+
+SOURCES = sorted(x for x in CSRC.rglob("*") if x.suffix in (".cpp", ".h", ".cu", ".cuh"))
+TABLES = {"library.cpp", "operators.h", "schemas.h"}  # of all operators, in csrc and csrc/cuda
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(CSRC)))
+def test_a_write_rule_is_named_in_its_own_files_only(path):
+    if path.name in TABLES or path.parent.name == "test":
+        return
+    text, mine = path.read_text(), rule_of(path)
+    for rule in RULES:
+        if rule == mine:
+            continue
+        camel = "".join(x.capitalize() for x in rule.split("_"))
+        for word in re.findall(rf"\b{rule}(?:_\w+)?\b|\b{camel}\w*", text):
+            raise AssertionError(f"csrc/{path.relative_to(CSRC)} names {word}")
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_one_namespace_a_write_rule(rule):
+    """Or two rules' kernels of one name would be taken for one by the linker, without a word."""
+    for side in ("cpu", "cuda"):
+        for path in (x for x in (CSRC / side).glob("*") if rule_of(x) == rule):
+            names = set(re.findall(r"^namespace (writesae[\w:]*)", code(path), re.MULTILINE))
+            kernel = path.suffix == ".h"  # included inside a namespace
+            assert names == {f"writesae::{side}::{rule}"} or (kernel and not names), f"csrc/{side}/{path.name}: {names}"
+
+
+def symbols(path: Path) -> set[str]:
+    """What an object defines, readable, without arguments, types, and what stands inside functions."""
+    out = subprocess.run(["nm", "-C", "--defined-only", str(path)], capture_output=True, text=True, check=True).stdout
+    found = set()
+    for line in out.splitlines():
+        name = line[19:].replace("(anonymous namespace)", "anonymous").split(" [clone")[0].split("::{")[0]
+        depth, kept = 0, ""
+        for c in name:
+            depth -= c in ">)"
+            kept += c if depth == 0 and c not in ">)" else ""
+            depth += c in "<("
+        found.add(re.sub(r"[<(]|\[abi:\w+\]", "", kept).removesuffix(" const").split(" ")[-1])
+    return {x for x in found if x.startswith("writesae::")}
+
+
+def own_symbols(path: Path, rule: str) -> set[str]:
+    """Symbols of a rule's object that bear neither its name, nor one that a file of no op at all knows."""
+    side = "cuda" if "twin" in path.parent.name else "cpu"
+    shared = [x for x in SOURCES if x.parent in (CSRC, CSRC / side) and x.suffix != ".cpp" and x.name not in TABLES]
+    shared = " ".join(code(x) for x in shared if not f"{x.stem}_".startswith(tuple(f"{op}_" for op in OPS)))
+    known = set(re.findall(r"\w+", shared))
+    found = set()
+    for symbol in symbols(path):
+        inner = re.sub(r"^writesae::(?:(?:cpu|cuda|tile|twin|anonymous|avx512|avx2|portable)::)*", "", symbol)
+        own = symbol.startswith((f"writesae::cpu::{rule}::", f"writesae::cuda::{rule}::")) or inner.startswith(rule)
+        if not own and inner.split("::")[0] not in known:
+            found.add(symbol)
+    return found
+
+
+def test_every_symbol_of_a_write_rule_bears_its_name(request):
+    """In the objects of the host twin that was given, and of the CPU library where it was built here."""
+    given = request.config.getoption("--twin")
+    folders = [Path(given).parent] if given else []
+    folders += [ROOT / "build" / "temp" / "_C_cpu" / "csrc" / "cpu", ROOT / "build" / "temp" / "_C_cpu" / "csrc"]
+    objects = [x for folder in folders for x in folder.glob("*.o") if rule_of(Path(x.name.split(".")[0]))]
+    if not objects or shutil.which("nm") is None:
+        pytest.skip("no objects of kernels here (--twin PATH), or no nm")
+    for path in objects:
+        rule = rule_of(Path(path.name.split(".")[0]))
+        assert any(rule in x for x in symbols(path)), f"{path.name}: nothing was looked at"
+        assert not own_symbols(path, rule), f"{path.name} defines {sorted(own_symbols(path, rule))}"
 
 
 def test_files_stay_readable():

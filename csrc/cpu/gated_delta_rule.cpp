@@ -11,7 +11,7 @@
 #include "cpu/scratch.h"
 #include "parallel.h"
 
-namespace writesae::cpu {
+namespace writesae::cpu::gated_delta_rule {
 
 #if defined(__x86_64__)
 WRITESAE_TARGET_BEGIN_AVX512
@@ -150,7 +150,7 @@ void scan_one_token(const GatedDeltaRuleParams& p, const Parallel& parallel) {
 
 }  // namespace
 
-void gated_delta_rule(const GatedDeltaRuleParams& p, const Parallel& parallel) {
+void forward(const GatedDeltaRuleParams& p, const Parallel& parallel) {
   if (p.T == 1 && p.cu_seqlens == nullptr) return scan_one_token(p, parallel);
   const Kernels kernel = kernels();
   const int64_t K = p.K, V = p.V, group = p.H / p.Hk;
@@ -242,8 +242,8 @@ void gated_delta_rule(const GatedDeltaRuleParams& p, const Parallel& parallel) {
   }
 }
 
-void gated_delta_rule_step(const GatedDeltaRuleStepParams& p, const Parallel& parallel) {
+void step(const GatedDeltaRuleStepParams& p, const Parallel& parallel) {
   one_token(p, parallel, [](int64_t, float*) {});
 }
 
-}  // namespace writesae::cpu
+}  // namespace writesae::cpu::gated_delta_rule

@@ -16,7 +16,7 @@
 #include "gated_delta_rule.h"
 #include "parallel.h"
 
-namespace writesae::cpu {
+namespace writesae::cpu::gated_delta_rule {
 namespace {
 
 using Params = GatedDeltaRuleBackwardParams;
@@ -202,7 +202,7 @@ void run_group(const Plan& plan, const Params& p, const Kernels& kernel, int64_t
 
 }  // namespace
 
-void gated_delta_rule_backward(const GatedDeltaRuleBackwardParams& given, const Parallel& parallel) {
+void backward(const GatedDeltaRuleBackwardParams& given, const Parallel& parallel) {
   Params p = given;
   const Plan plan(p);
   const Kernels kernel = kernels();
@@ -225,4 +225,4 @@ void gated_delta_rule_backward(const GatedDeltaRuleBackwardParams& given, const 
     }
 }
 
-}  // namespace writesae::cpu
+}  // namespace writesae::cpu::gated_delta_rule

@@ -1,27 +1,12 @@
-// gated_delta_rule on CUDA, the host's part: how a call is laid out, its workspace, and the small kernels before the chunks.
+// gated_delta_rule on CUDA, the host's part: how a call is laid out, and its workspace.
 #include <algorithm>
 #include <stdexcept>
 
-#include "gated_delta_rule_layout.cuh"
+#include "gated_delta_rule.cuh"
+#include "scan_layout.cuh"
 
-namespace writesae::cuda {
+namespace writesae::cuda::gated_delta_rule {
 namespace {
-
-// Which native writes are not made or do not stay, and which snapshots a chunk has.
-__global__ void __launch_bounds__(128) mark(const __grid_constant__ Problem p, int chunk) {
-  const int64_t i = static_cast<int64_t>(tile::block_x()) * 128 + tile::thread();
-  if (i < p.edits.count) {
-    const int64_t* x = p.edits.index + 4 * i;
-    const int64_t t = p.cu_seqlens == nullptr ? x[0] * p.T + x[1] : p.cu_seqlens[x[0]] + x[1];
-    if (p.edits.kind(i).removes()) p.removed[t * p.H + x[2]] = 1;
-    if (p.edits.kind(i).removes_after()) p.gone[t * p.H + x[2]] = 1;
-  }
-  if (i < p.P) {
-    const int64_t n = p.places[2 * i], t = p.places[2 * i + 1];
-    const int64_t slot = (chunk == 64 ? sequence<64>(p, n).first_slot : sequence<32>(p, n).first_slot) + t / chunk;
-    p.next_place[i] = tile::atomic_exchange(p.first_place + slot, static_cast<int>(i) + 1);
-  }
-}
 
 struct Call {
   Problem p;
@@ -98,19 +83,16 @@ Call lay_out(const GatedDeltaRuleParams& from, void* workspace, Plan plan) {
 
 }  // namespace
 
-int64_t gated_delta_rule_workspace(const GatedDeltaRuleParams& p, Plan plan) { return lay_out(p, nullptr, plan).workspace; }
+int64_t forward_workspace(const GatedDeltaRuleParams& p, Plan plan) { return lay_out(p, nullptr, plan).workspace; }
 
-void gated_delta_rule(const GatedDeltaRuleParams& from, void* workspace, void* stream_of_torch, Plan plan) {
+void forward(const GatedDeltaRuleParams& from, void* workspace, void* stream_of_torch, Plan plan) {
   const auto stream = static_cast<tile::Stream>(stream_of_torch);
   Call call = lay_out(from, workspace, plan);
   Problem& p = call.p;
   const Rows* const targets[3] = {&p.q, &p.k, &p.v};
   for (int i = 0; i < 3; i++) run_packing(call.packing[i], call.type, p.B, p.T, *targets[i], stream);
-  if (p.removed != nullptr) tile::zero(p.removed, 2 * p.B * p.T * p.H, stream);
-  if (p.first_place != nullptr) tile::zero(p.first_place, p.slots * sizeof(int), stream);
-  const int64_t marks = std::max(p.edits.count, p.P);
-  if (marks > 0) tile::launch("gated_delta_rule mark", mark, {static_cast<unsigned>(parts(marks, 128)), 1, 1}, 128, 0, stream, p, call.chunk);
+  run_marks(p, call.chunk, stream);
   with_type(call.type, [&](auto x) { run_chunks<decltype(x)>(p, call.warps, stream); });
 }
 
-}  // namespace writesae::cuda
+}  // namespace writesae::cuda::gated_delta_rule

@@ -1,8 +1,8 @@
-// gated_delta_rule on CUDA, the host's tools for laying a call out: workspace, and inputs brought into a form that the chunks'
+// A scan on CUDA, the host's tools for laying a call out: workspace, and inputs brought into a form that the chunks'
 // kernels can load.
 #pragma once
 
-#include "gated_delta_rule.cuh"
+#include "scan.cuh"
 
 namespace writesae::cuda {
 
@@ -82,7 +82,7 @@ inline void run_packing(const Packing& one, Element type, int64_t B, int64_t T, 
   const int64_t count = B * T * one.heads;
   with_type(type, [&](auto x) {
     using E = decltype(x);
-    tile::launch("gated_delta_rule pack", pack<E>, {static_cast<unsigned>(parts(count, 4)), 1, 1}, 128, 0, stream, one.from,
+    tile::launch("scan pack", pack<E>, {static_cast<unsigned>(parts(count, 4)), 1, 1}, 128, 0, stream, one.from,
                  static_cast<E*>(const_cast<void*>(to.data)), count, T, one.heads, one.size, to.width, one.normalise);
   });
 }
