@@ -32,26 +32,8 @@ Call lay_out(const GatedDeltaRuleParams& from, void* workspace, Plan plan) {
   const int C = call.chunk = call.type == Element::f32 ? Operand<float>::CHUNK : Operand<bf16>::CHUNK;
   p.slots = p.cu_seqlens == nullptr ? p.B * parts(p.T, C) : p.T / C + p.N;
 
-  // Enough blocks for the device first; then fewer, wider blocks, which load k and q less often.
-  const int64_t heads = static_cast<int64_t>(p.N) * p.H, cores = tile::multiprocessors();
-  const bool wide = call.type != Element::f32 && (padded_keys(p.K) == 64 || padded_keys(p.K) == 128);
-  call.warps = plan.warps != 0 ? plan.warps : p.V > 64 && heads * parts(p.V, 128) >= cores ? 8 : 4;
-  if (!wide) call.warps = 4;
-  const int64_t chunks = parts(p.T, C), blocks = heads * parts(p.V, 16 * call.warps);
-  // The first walk costs about 1.3 of the second where K = V, so that two segments would gain nothing.
-  p.segments = plan.segments;
-  if (p.segments == 0) p.segments = static_cast<int>(std::min(cores / std::max<int64_t>(blocks, 1), chunks / 8));
-  if (p.segments < (plan.segments == 0 ? 3 : 2)) p.segments = 1;
-  p.segment_chunks = static_cast<int>(parts(std::max<int64_t>(chunks, 1), p.segments));
-  const auto shared = [&](int stages) {
-    return with_type(call.type, [&](auto x) { return walk_shared<decltype(x)>(p.K, call.warps, stages); });
-  };
-  const size_t limit = tile::shared_limit();
-  if (call.warps == 8 && shared(2) > limit && plan.warps == 0) call.warps = 4;
-  p.stages = plan.stages != 0 ? plan.stages : shared(2) <= limit ? 2 : 1;
-  if (shared(p.stages) > limit)
-    throw std::runtime_error("gated_delta_rule: K = " + std::to_string(p.K) + " needs " + std::to_string(shared(p.stages)) +
-                             " bytes of shared memory a block, and this device has " + std::to_string(limit));
+  call.warps = choose_plan("gated_delta_rule", p, call.type, C, plan);
+  const int64_t heads = static_cast<int64_t>(p.N) * p.H;
 
   Workspace space = {static_cast<char*>(workspace)};
   // f16 cannot hold r_j u_j for every r_j, so there keys and queries are normalised before the chunks.
