@@ -2,8 +2,8 @@
 // gated-delta layers make q, k and v. Letters: B row, T position, D channel, W width, N sequences.
 #pragma once
 
-#include "cpu/parallel.h"
 #include "element.h"
+#include "parallel.h"
 
 namespace writesae {
 

@@ -1,7 +1,7 @@
 // The edits of a call, from tensors, checked.
 #pragma once
 
-#include "gated_delta_rule.h"
+#include "edits.h"
 #include "tensors.h"
 
 namespace writesae {

@@ -7,9 +7,9 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/parallel.h"
+#include "edits.h"
 #include "element.h"
-#include "gated_delta_rule.h"
+#include "parallel.h"
 
 namespace writesae {
 

@@ -66,7 +66,7 @@ inline EncodeParams encode_arguments(const char* op, const Tensor& decay, const 
   p.carry_in = static_cast<const float*>(data_as(op, "carry", carry, ScalarType::Float, keep));
   p.edits = edit_list(op, edit_index, edit_left, edit_right, p.N, lengths, p.H, p.K, p.V, keep);
   for (int64_t e = 0; READABLE && e < p.edits.count; e++)
-    STD_TORCH_CHECK(p.edits.kind(e).code == 0, op, ": edit ", e, " is no addition before its token's read");
+    STD_TORCH_CHECK(p.edits.kind(e).code == EditKind::ADD, op, ": edit ", e, " is no addition before its token's read");
   return p;
 }
 

@@ -30,10 +30,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_delta_rule(
   p.right = return_writes ? floats(right) : nullptr;
   p.snapshots = floats(shots);
 #if WRITESAE_SIDE == 0
-  cpu::gated_delta_rule(p, torch_threads());
+  cpu::gated_delta_rule::forward(p, torch_threads());
 #else
-  const Workspace workspace(cuda::gated_delta_rule_workspace(p));
-  cuda::gated_delta_rule(p, workspace.data(), stream());
+  const Workspace workspace(cuda::gated_delta_rule::forward_workspace(p));
+  cuda::gated_delta_rule::forward(p, workspace.data(), stream());
 #endif
   return {o, final_state, left, right, shots};
 }
@@ -75,10 +75,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated
   p.d_initial_state = floats(d_initial_state);
   p.d_edit_left = floats(d_edit_left), p.d_edit_right = floats(d_edit_right);
 #if WRITESAE_SIDE == 0
-  cpu::gated_delta_rule_backward(p, torch_threads());
+  cpu::gated_delta_rule::backward(p, torch_threads());
 #else
-  const Workspace workspace(cuda::gated_delta_rule_backward_workspace(p));
-  cuda::gated_delta_rule_backward(p, workspace.data(), stream());
+  const Workspace workspace(cuda::gated_delta_rule::backward_workspace(p));
+  cuda::gated_delta_rule::backward(p, workspace.data(), stream());
 #endif
   return {d_q, d_k, d_v, d_g, d_beta, d_initial_state, d_edit_left, d_edit_right};
 }
@@ -111,9 +111,9 @@ std::tuple<Tensor, Tensor, Tensor> gated_delta_rule_step(
   p.left = return_writes ? floats(left) : nullptr;
   p.right = return_writes ? floats(right) : nullptr;
 #if WRITESAE_SIDE == 0
-  cpu::gated_delta_rule_step(p, torch_threads());
+  cpu::gated_delta_rule::step(p, torch_threads());
 #else
-  cuda::gated_delta_rule_step(p, stream());
+  cuda::gated_delta_rule::step(p, stream());
 #endif
   return {o, left, right};
 }

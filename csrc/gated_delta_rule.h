@@ -2,36 +2,12 @@
 // edits. Letters as everywhere: B row, T position, Hk key heads, H value heads, K key size, V value size, N sequences.
 #pragma once
 
-#include "cpu/parallel.h"
+#include "edits.h"
 #include "element.h"
+#include "parallel.h"
+#include "scan.h"
 
 namespace writesae {
-
-#if defined(__CUDACC__)
-#define WRITESAE_ANYWHERE __host__ __device__
-#else
-#define WRITESAE_ANYWHERE
-#endif
-
-// What an edit does: 0 add, 1 delete, 2 replace; and 4 more where it acts after its token has read the state, so that the
-// token's output is as without it. A native write that is removed after the read is made, read once, and gone.
-struct EditKind {
-  int64_t code;
-  WRITESAE_ANYWHERE bool adds() const { return (code & 3) != 1; }
-  WRITESAE_ANYWHERE bool after() const { return (code & 4) != 0; }
-  WRITESAE_ANYWHERE bool removes() const { return (code & 3) != 0 && !after(); }
-  WRITESAE_ANYWHERE bool removes_after() const { return (code & 3) != 0 && after(); }
-  bool known() const { return code >= 0 && code < 7 && code != 3; }
-};
-
-// Edits of one call, sorted by (row, head, position), stable.
-struct EditList {
-  int64_t count = 0;
-  const int64_t* index = nullptr;  // [E, 4]  (row, position, head, kind)
-  const float* left = nullptr;     // [E, K]
-  const float* right = nullptr;    // [E, V]
-  WRITESAE_ANYWHERE EditKind kind(int64_t e) const { return {index[4 * e + 3]}; }
-};
 
 struct GatedDeltaRuleParams {
   int64_t B, T, Hk, H, K, V, N;
@@ -85,29 +61,23 @@ struct GatedDeltaRuleStepParams {
   float* right;  // [B, H, V] or null
 };
 
-namespace cpu {
+namespace cpu::gated_delta_rule {
 
-void gated_delta_rule(const GatedDeltaRuleParams& p, const Parallel& parallel);
-void gated_delta_rule_backward(const GatedDeltaRuleBackwardParams& p, const Parallel& parallel);
-void gated_delta_rule_step(const GatedDeltaRuleStepParams& p, const Parallel& parallel);
+void forward(const GatedDeltaRuleParams& p, const Parallel& parallel);
+void backward(const GatedDeltaRuleBackwardParams& p, const Parallel& parallel);
+void step(const GatedDeltaRuleStepParams& p, const Parallel& parallel);
 
-}  // namespace cpu
+}  // namespace cpu::gated_delta_rule
 
-namespace cuda {
-
-// How a call is laid out; zeros are chosen by its sizes. segments: of each sequence, walked at once; warps: 4 or 8, so
-// 64 or 128 value columns a block; stages: chunks in shared memory at once, 1 or 2.
-struct Plan {
-  int segments = 0, warps = 0, stages = 0;
-};
+namespace cuda::gated_delta_rule {
 
 // All pointers are the device's, and nothing is read back: launches on `stream` (a cudaStream_t) and returns. `workspace`
-// has gated_delta_rule_workspace bytes, 256-byte aligned. K <= 256.
-int64_t gated_delta_rule_workspace(const GatedDeltaRuleParams& p, Plan plan = {});
-void gated_delta_rule(const GatedDeltaRuleParams& p, void* workspace, void* stream, Plan plan = {});
-int64_t gated_delta_rule_backward_workspace(const GatedDeltaRuleBackwardParams& p);
-void gated_delta_rule_backward(const GatedDeltaRuleBackwardParams& p, void* workspace, void* stream);
-void gated_delta_rule_step(const GatedDeltaRuleStepParams& p, void* stream);
+// has so many bytes, 256-byte aligned. K <= 256.
+int64_t forward_workspace(const GatedDeltaRuleParams& p, Plan plan = {});
+void forward(const GatedDeltaRuleParams& p, void* workspace, void* stream, Plan plan = {});
+int64_t backward_workspace(const GatedDeltaRuleBackwardParams& p);
+void backward(const GatedDeltaRuleBackwardParams& p, void* workspace, void* stream);
+void step(const GatedDeltaRuleStepParams& p, void* stream);
 
-}  // namespace cuda
+}  // namespace cuda::gated_delta_rule
 }  // namespace writesae

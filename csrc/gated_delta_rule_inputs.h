@@ -7,11 +7,6 @@
 
 namespace writesae {
 
-inline void check_heads(const char* op, int64_t Hk, int64_t H, int64_t K, int64_t V) {
-  STD_TORCH_CHECK(Hk > 0 && H % Hk == 0, op, ": the key heads (", Hk, ") must divide the value heads (", H, ")");
-  STD_TORCH_CHECK(K > 0 && V > 0, op, ": K and V must be positive");
-}
-
 // What the scan and the step take alike. The caller has checked the axes of k and v, and checks all sizes after.
 template <class Params>
 Params gated_delta_rule_common(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,

@@ -2,8 +2,8 @@
 // take it before their projections and after the recurrence. Letters: N row, D size of a row.
 #pragma once
 
-#include "cpu/parallel.h"
 #include "element.h"
+#include "parallel.h"
 
 namespace writesae {
 

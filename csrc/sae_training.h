@@ -5,9 +5,9 @@
 
 #include <cstdint>
 
-#include "cpu/parallel.h"
 #include "element.h"
 #include "encode.h"
+#include "parallel.h"
 
 namespace writesae {
 

@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "check.h"
-#include "cpu/parallel.h"
 #include "element.h"
+#include "parallel.h"
 
 #if WRITESAE_SIDE == 1
 #include <dlfcn.h>
@@ -19,7 +19,7 @@
 namespace writesae {
 
 // Kernels run on torch's own thread pool.
-inline cpu::Parallel torch_threads() {
+inline Parallel torch_threads() {
   return {static_cast<int>(torch::stable::get_num_threads()),
           [](int64_t n, void (*body)(int64_t, int64_t, void*), void* context) {
             torch::stable::parallel_for(0, n, 1, [=](int64_t begin, int64_t end) { body(begin, end, context); });
@@ -135,5 +135,10 @@ class Workspace {
 };
 
 inline float* floats(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
+
+inline void check_heads(const char* op, int64_t Hk, int64_t H, int64_t K, int64_t V) {
+  STD_TORCH_CHECK(Hk > 0 && H % Hk == 0, op, ": the key heads (", Hk, ") must divide the value heads (", H, ")");
+  STD_TORCH_CHECK(K > 0 && V > 0, op, ": K and V must be positive");
+}
 
 }  // namespace writesae

@@ -56,7 +56,7 @@ def parse(report: str) -> dict[tuple[str, str], Usage]:
 
 
 def readable(names: list[str]) -> list[str]:
-    """Kernel names without namespaces of ours, argument lists and casts of template arguments."""
+    """Kernel names without argument lists, casts of template arguments and namespaces, but a write rule's own."""
     filt = shutil.which("c++filt") or shutil.which("cu++filt")
     if filt is None:
         raise FileNotFoundError("neither c++filt nor cu++filt on PATH")

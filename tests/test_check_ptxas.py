@@ -45,6 +45,13 @@ def test_a_sound_build_passes():
     assert check_ptxas.check(found, table(found), "13.0.88") == ([], [])
 
 
+def test_a_write_rule_stays_in_the_name():
+    """Or kernels of one name would be one row of the table."""
+    names = [f"_ZN8writesae4cuda{x}7prepareIfLi64EEEvNS0_7ProblemE" for x in ("", "16gated_delta_rule", "3ssd")]
+    shown = check_ptxas.readable(names)
+    assert shown == [f"{x}prepare<float, 64>" for x in ("", "gated_delta_rule::", "ssd::")]
+
+
 @pytest.mark.parametrize(
     "change, message",
     [({"spill_loads": 4}, "spills"), ({"shared": 164 * 1024}, "shared memory"), ({"registers": 65}, "table")],

@@ -7,8 +7,8 @@
 #include <cstring>
 
 #include "cpu/isa.h"
-#include "cpu/parallel.h"
 #include "cpu/scratch.h"
+#include "parallel.h"
 
 namespace writesae::cpu {
 namespace {
@@ -22,11 +22,8 @@ constexpr int64_t PART = 128;   // tokens of an item, which reads W - 1 more
 #include "cpu/each_isa.h"
 
 void causal_conv(const CausalConvParams& p, const Parallel& parallel) {
-  auto convolve = portable::convolve;
-#if defined(__x86_64__)
-  if (isa() == Isa::avx512) convolve = avx512::convolve;
-  if (isa() == Isa::avx2) convolve = avx2::convolve;
-#endif
+#define WRITESAE_KERNELS(set) set::convolve
+  const auto convolve = WRITESAE_OF_ISA(WRITESAE_KERNELS);
   // Parts are cut on a grid over the whole row, then at the sequences inside it.
   const int64_t blocks = (p.D + BLOCK - 1) / BLOCK, parts = (p.T + PART - 1) / PART;
   const int64_t worker_size = (2 * p.W + 2) * BLOCK;

@@ -11,9 +11,9 @@
 
 #include "cpu/bf16.h"
 #include "cpu/isa.h"
-#include "cpu/parallel.h"
 #include "cpu/rows.h"
 #include "cpu/scratch.h"
+#include "parallel.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -142,24 +142,10 @@ struct Kernels {
 };
 
 #define WRITESAE_KERNELS(name)                                                                        \
-  {name::MT, name::steps, name::pack_panel, name::pack_rows, name::run_panel, name::run_panel_unpacked, \
+  Kernels{name::MT, name::steps, name::pack_panel, name::pack_rows, name::run_panel, name::run_panel_unpacked, \
    name::select_largest, name::select_above, name::pick, name::to_key_scalar}
 
-Kernels kernels() {
-#if defined(__x86_64__)
-  switch (isa()) {
-    case Isa::avx512:
-      return WRITESAE_KERNELS(avx512);
-    case Isa::avx2:
-      return WRITESAE_KERNELS(avx2);
-    case Isa::portable:
-      break;
-  }
-#else
-  isa();
-#endif
-  return WRITESAE_KERNELS(portable);
-}
+Kernels kernels() { return WRITESAE_OF_ISA(WRITESAE_KERNELS); }
 
 // The same with products of bfloat16. Where these round alone, the packing does it, as EncodeParams::bf16 says.
 Kernels bf16_kernels() {

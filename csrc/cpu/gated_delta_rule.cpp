@@ -8,50 +8,30 @@
 #include <vector>
 
 #include "cpu/isa.h"
-#include "cpu/parallel.h"
 #include "cpu/scratch.h"
+#include "parallel.h"
 
-namespace writesae::cpu {
+namespace writesae::cpu::gated_delta_rule {
 
-#if defined(__x86_64__)
-WRITESAE_TARGET_BEGIN_AVX512
-namespace avx512 {
-#define WRITESAE_LANES 16
-#define WRITESAE_VECTORS 2
-#include "cpu/simd.h"
+namespace {
 
-#include "cpu/gated_delta_rule_kernel.h"
-#undef WRITESAE_LANES
-#undef WRITESAE_VECTORS
-}  // namespace avx512
-WRITESAE_TARGET_END
+// The work common to the column blocks of one (sequence, value head) in one tile.
+struct Item {
+  int64_t n, h, b, origin;      // sequence, value head, its batch row and first token
+  int64_t first, last, length;  // positions of the tile inside the sequence, and its whole length
+  const float* pair;            // [chunk][K / 16][2C][16]
+  const float* dots;            // [chunk][2][C][C]
+  const float* gate;            // [tile]  e^g
+  const float* beta;            // [tile]
+  int64_t edit, edit_end;       // edits of (sequence, head) from this tile on
+  const int64_t* shots;         // places of this sequence from this tile on, rising position
+  const int64_t* shots_end;
+};
 
-WRITESAE_TARGET_BEGIN_AVX2
-namespace avx2 {
-#define WRITESAE_LANES 8
-#define WRITESAE_VECTORS 1
-#include "cpu/simd.h"
+}  // namespace
 
-#include "cpu/gated_delta_rule_kernel.h"
-#undef WRITESAE_LANES
-#undef WRITESAE_VECTORS
-}  // namespace avx2
-WRITESAE_TARGET_END
-#endif
-
-namespace portable {
-#define WRITESAE_LANES 4
-#if defined(__aarch64__)
-#define WRITESAE_VECTORS 2
-#else
-#define WRITESAE_VECTORS 1
-#endif
-#include "cpu/simd.h"
-
-#include "cpu/gated_delta_rule_kernel.h"
-#undef WRITESAE_LANES
-#undef WRITESAE_VECTORS
-}  // namespace portable
+#define WRITESAE_KERNEL "cpu/gated_delta_rule_kernel.h"
+#include "cpu/each_isa.h"
 
 namespace {
 
@@ -64,56 +44,17 @@ struct Kernels {
   int lanes, vectors;
   decltype(&portable::prepare) prepare;
   decltype(&portable::read) read;
-  void (*run_columns)(const GatedDeltaRuleParams&, const portable::Item&, int64_t, int, float*);
+  decltype(&portable::run_columns) run_columns;
   decltype(&portable::step_head) step_head;
 };
 
-template <class Item>
-Item cast_item(const portable::Item& x) {
-  return {x.n, x.h, x.b, x.origin, x.first, x.last, x.length, x.pair, x.dots, x.gate, x.beta, x.edit, x.edit_end,
-          x.shots, x.shots_end};
-}
-
-Kernels kernels() {
-#if defined(__x86_64__)
-  switch (isa()) {
-    case Isa::avx512:
-      return {16, avx512::VECTORS, avx512::prepare, avx512::read,
-              [](const GatedDeltaRuleParams& p, const portable::Item& item, int64_t column, int vectors, float* memory) {
-                avx512::run_columns(p, cast_item<avx512::Item>(item), column, vectors, memory);
-              },
-              avx512::step_head};
-    case Isa::avx2:
-      return {8, avx2::VECTORS, avx2::prepare, avx2::read,
-              [](const GatedDeltaRuleParams& p, const portable::Item& item, int64_t column, int vectors, float* memory) {
-                avx2::run_columns(p, cast_item<avx2::Item>(item), column, vectors, memory);
-              },
-              avx2::step_head};
-    case Isa::portable:
-      break;
-  }
-#else
-  isa();
-#endif
-  return {portable::LANES, portable::VECTORS, portable::prepare, portable::read, portable::run_columns,
-          portable::step_head};
-}
+#define WRITESAE_KERNELS(set) \
+  Kernels{set::LANES, set::VECTORS, set::prepare, set::read, set::run_columns, set::step_head}
+Kernels kernels() { return WRITESAE_OF_ISA(WRITESAE_KERNELS); }
 
 struct Sequence {
   int64_t b, origin, length;
 };
-
-// First edit at or after (row, head, position).
-int64_t find_edit(const EditList& edits, int64_t row, int64_t head, int64_t position) {
-  int64_t low = 0, high = edits.count;
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    const int64_t* e = edits.index + middle * 4;
-    const bool before = e[0] != row ? e[0] < row : e[2] != head ? e[2] < head : e[1] < position;
-    (before ? low : high) = before ? middle + 1 : middle;
-  }
-  return low;
-}
 
 // A page of new memory comes with the first write to it. Threads that write different columns of the same rows would meet
 // at every page, each waiting for it: a tenth of the time of one long head. So one of them goes ahead, with a byte a page.
@@ -131,15 +72,9 @@ void one_token(const GatedDeltaRuleStepParams& p, const Parallel& parallel, cons
   const Buffer memory(worker_size * parallel.threads);
   for_each(parallel, p.B * p.H, [&](int64_t i, int64_t worker) {
     const int64_t b = i / p.H, h = i % p.H;
-    int64_t first = 0, last = 0;
-    if (p.edits.count > 0) {
-      // Positions play no part here: all edits of (row, head) act.
-      while (first < p.edits.count && (p.edits.index[first * 4] != b || p.edits.index[first * 4 + 2] != h)) first++;
-      last = first;
-      while (last < p.edits.count && p.edits.index[last * 4] == b && p.edits.index[last * 4 + 2] == h) last++;
-    }
+    const EditRange edits = edits_of(p.edits, b, h);  // positions play no part here
     fill(i, p.state + i * p.K * p.V);
-    kernel.step_head(p, b, h, first, last, memory + worker * worker_size);
+    kernel.step_head(p, b, h, edits.begin, edits.end, memory + worker * worker_size);
   });
 }
 
@@ -168,7 +103,7 @@ void scan_one_token(const GatedDeltaRuleParams& p, const Parallel& parallel) {
 
 }  // namespace
 
-void gated_delta_rule(const GatedDeltaRuleParams& p, const Parallel& parallel) {
+void forward(const GatedDeltaRuleParams& p, const Parallel& parallel) {
   if (p.T == 1 && p.cu_seqlens == nullptr) return scan_one_token(p, parallel);
   const Kernels kernel = kernels();
   const int64_t K = p.K, V = p.V, group = p.H / p.Hk;
@@ -245,14 +180,14 @@ void gated_delta_rule(const GatedDeltaRuleParams& p, const Parallel& parallel) {
         const int64_t m = i / (p.H * blocks), h = i / blocks % p.H, n = n0 + m, hk = h / group;
         const Sequence& s = sequences[n];
         if (first > 0 && first >= s.length) return;
-        portable::Item item;
+        Item item;
         item.n = n, item.h = h, item.b = s.b, item.origin = s.origin, item.length = s.length;
         item.first = first, item.last = std::min(first + tile, s.length);
         item.pair = pair + (m * p.Hk + hk) * pair_size;
         item.dots = dots + (m * p.Hk + hk) * dots_size;
         item.gate = gate + (m * p.H + h) * tile;
         item.beta = beta + (m * p.H + h) * tile;
-        item.edit = find_edit(p.edits, n, h, first), item.edit_end = find_edit(p.edits, n, h, s.length);
+        item.edit = first_edit(p.edits, n, h, first), item.edit_end = first_edit(p.edits, n, h, s.length);
         item.shots = shots.data() + find_shot(n, first), item.shots_end = shots.data() + find_shot(n, s.length);
         kernel.run_columns(p, item, i % blocks * width, vectors, memory + worker * worker_size);
       });
@@ -260,8 +195,8 @@ void gated_delta_rule(const GatedDeltaRuleParams& p, const Parallel& parallel) {
   }
 }
 
-void gated_delta_rule_step(const GatedDeltaRuleStepParams& p, const Parallel& parallel) {
+void step(const GatedDeltaRuleStepParams& p, const Parallel& parallel) {
   one_token(p, parallel, [](int64_t, float*) {});
 }
 
-}  // namespace writesae::cpu
+}  // namespace writesae::cpu::gated_delta_rule

@@ -12,11 +12,11 @@
 #include <vector>
 
 #include "cpu/isa.h"
-#include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "gated_delta_rule.h"
+#include "parallel.h"
 
-namespace writesae::cpu {
+namespace writesae::cpu::gated_delta_rule {
 namespace {
 
 using Params = GatedDeltaRuleBackwardParams;
@@ -100,7 +100,7 @@ class Plan {
 
   std::vector<Piece> pieces(int64_t n, int64_t h, int64_t segment) const {
     std::vector<Piece> out;
-    int64_t at = segment * SEGMENT, edit = find_edit(n, h, at), shot = find_shot(n, at);
+    int64_t at = segment * SEGMENT, edit = first_edit(p.in.edits, n, h, at), shot = find_shot(n, at);
     const int64_t end = std::min(at + SEGMENT, sequences[n].length);
     while (at < end) {
       Piece piece = {at, std::min<int64_t>(C, end - at), edit, edit, shot, shot};
@@ -108,7 +108,7 @@ class Plan {
       if (edit < p.in.edits.count && e[0] == n && e[2] == h) piece.length = std::min(piece.length, e[1] + 1 - at);
       if (shot < p.in.P && place(shot)[0] == n) piece.length = std::min(piece.length, place(shot)[1] + 1 - at);
       at += piece.length;
-      piece.edit_end = edit = find_edit(n, h, at);
+      piece.edit_end = edit = first_edit(p.in.edits, n, h, at);
       piece.shot_end = shot = find_shot(n, at);
       out.push_back(piece);
     }
@@ -122,18 +122,6 @@ class Plan {
 
  private:
   const int64_t* place(int64_t i) const { return p.in.places + shots[i] * 2; }
-
-  // First edit at or after (sequence, head, position); they are sorted.
-  int64_t find_edit(int64_t n, int64_t h, int64_t position) const {
-    int64_t low = 0, high = p.in.edits.count;
-    while (low < high) {
-      const int64_t middle = (low + high) / 2;
-      const int64_t* e = p.in.edits.index + middle * 4;
-      const bool before = e[0] != n ? e[0] < n : e[2] != h ? e[2] < h : e[1] < position;
-      (before ? low : high) = before ? middle + 1 : middle;
-    }
-    return low;
-  }
 
   int64_t find_shot(int64_t n, int64_t position) const {
     int64_t low = 0, high = p.in.P;
@@ -214,7 +202,7 @@ void run_group(const Plan& plan, const Params& p, const Kernels& kernel, int64_t
 
 }  // namespace
 
-void gated_delta_rule_backward(const GatedDeltaRuleBackwardParams& given, const Parallel& parallel) {
+void backward(const GatedDeltaRuleBackwardParams& given, const Parallel& parallel) {
   Params p = given;
   const Plan plan(p);
   const Kernels kernel = kernels();
@@ -237,4 +225,4 @@ void gated_delta_rule_backward(const GatedDeltaRuleBackwardParams& given, const 
     }
 }
 
-}  // namespace writesae::cpu
+}  // namespace writesae::cpu::gated_delta_rule

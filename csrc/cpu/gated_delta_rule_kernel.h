@@ -23,7 +23,11 @@
 
 constexpr int C = 4;
 // r, o and u of four tokens take 12 registers a vector of columns: two vectors fit 32 registers, one fits 16.
-constexpr int VECTORS = WRITESAE_VECTORS;
+#if defined(__aarch64__)
+constexpr int VECTORS = 2;
+#else
+constexpr int VECTORS = LANES == 16 ? 2 : 1;
+#endif
 
 // ---- once per key head and tile ------------------------------------------------------------------------------------
 
@@ -171,19 +175,6 @@ inline void token(float* state, int64_t row, int64_t K, int64_t V, const float* 
     for (int n = 0; n < NV && !edits.kind(e).after(); n++) o[n] += pq * load(side + n * LANES);
   }
 }
-
-// The work common to the column blocks of one (sequence, value head) in one tile.
-struct Item {
-  int64_t n, h, b, origin;      // sequence, value head, its batch row and first token
-  int64_t first, last, length;  // positions of the tile inside the sequence, and its whole length
-  const float* pair;            // [chunk][K / 16][2C][16]
-  const float* dots;            // [chunk][2][C][C]
-  const float* gate;            // [tile]  e^g
-  const float* beta;            // [tile]
-  int64_t edit, edit_end;       // edits of (sequence, head) from this tile on
-  const int64_t* shots;         // places of this sequence from this tile on, rising position
-  const int64_t* shots_end;
-};
 
 template <int NV>
 inline void copy_block(float* block, float* state, int64_t K, int64_t V, int64_t width, bool out) {

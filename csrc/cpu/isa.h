@@ -65,6 +65,14 @@ inline Isa isa() {
 
 }  // namespace writesae::cpu
 
+// make(set) for the instruction set in use, one of the namespaces that each_isa.h makes; `make` is a macro.
+#if defined(__x86_64__)
+#define WRITESAE_OF_ISA(make) \
+  (isa() == Isa::avx512 ? make(avx512) : isa() == Isa::avx2 ? make(avx2) : make(portable))
+#else
+#define WRITESAE_OF_ISA(make) (isa(), make(portable))
+#endif
+
 // Code between a BEGIN and WRITESAE_TARGET_END is compiled for that instruction set; both must stand at namespace scope,
 // after every standard header, which must not be compiled for it.
 #if defined(__clang__)

@@ -7,8 +7,8 @@
 #include <cstring>
 
 #include "cpu/isa.h"
-#include "cpu/parallel.h"
 #include "cpu/scratch.h"
+#include "parallel.h"
 
 namespace writesae::cpu {
 namespace {
@@ -22,11 +22,8 @@ constexpr int64_t ALONE = 1 << 15;  // elements that one thread is done with bef
 #include "cpu/each_isa.h"
 
 void rms_norm(const RmsNormParams& p, const Parallel& parallel) {
-  auto normalise = portable::normalise;
-#if defined(__x86_64__)
-  if (isa() == Isa::avx512) normalise = avx512::normalise;
-  if (isa() == Isa::avx2) normalise = avx2::normalise;
-#endif
+#define WRITESAE_KERNELS(set) set::normalise
+  const auto normalise = WRITESAE_OF_ISA(WRITESAE_KERNELS);
   const Parallel used = p.N * p.D <= ALONE ? Parallel{1, nullptr} : parallel;
   const int64_t rows = std::max<int64_t>(1, PART / p.D), padded = round_up(p.D, 16);
   const Buffer memory(3 * padded * used.threads);

@@ -40,7 +40,7 @@ class Stream {
         n_++;
         continue;
       }
-      if (t_ == 0 && sub_ == 0) edit_ = first_edit();
+      if (t_ == 0 && sub_ == 0) edit_ = first_edit(p_.edits, n_, head_, 0);
       const int64_t b = p_.cu_seqlens != nullptr ? 0 : n_, t = origin + t_, edit = edit_ + sub_ - p_.R;
       Row row;
       if (sub_ < p_.R) {
@@ -70,18 +70,6 @@ class Stream {
   bool edit_here(int64_t e) const {
     const int64_t* x = p_.edits.index + 4 * e;
     return e < p_.edits.count && x[0] == n_ && x[1] == t_ && x[2] == head_;
-  }
-
-  // The first edit of (sequence, head) or after; they are sorted by (row, head, position).
-  int64_t first_edit() const {
-    int64_t low = 0, high = p_.edits.count;
-    while (low < high) {
-      const int64_t middle = (low + high) / 2;
-      const int64_t* x = p_.edits.index + 4 * middle;
-      const bool before = x[0] != n_ ? x[0] < n_ : x[2] < head_;
-      (before ? low : high) = before ? middle + 1 : middle;
-    }
-    return low;
   }
 
   const EncodeParams& p_;

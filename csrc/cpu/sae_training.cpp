@@ -8,9 +8,9 @@
 #include <vector>
 
 #include "cpu/isa.h"
-#include "cpu/parallel.h"
 #include "cpu/rows.h"
 #include "cpu/scratch.h"
+#include "parallel.h"
 
 namespace writesae::cpu {
 namespace {
@@ -106,21 +106,8 @@ struct Kernels {
   decltype(&portable::skip_chunk) skip;
 };
 
-Kernels kernels() {
-#if defined(__x86_64__)
-  switch (isa()) {
-    case Isa::avx512:
-      return {avx512::run_chunk, avx512::skip_chunk};
-    case Isa::avx2:
-      return {avx2::run_chunk, avx2::skip_chunk};
-    case Isa::portable:
-      break;
-  }
-#else
-  isa();
-#endif
-  return {portable::run_chunk, portable::skip_chunk};
-}
+#define WRITESAE_KERNELS(set) Kernels{set::run_chunk, set::skip_chunk}
+Kernels kernels() { return WRITESAE_OF_ISA(WRITESAE_KERNELS); }
 
 // Chunks [first, last) of one sequence, worked through in order from the state before them.
 struct Segment {

@@ -43,8 +43,8 @@ class Stream {
   // state [K, V] that the segment starts from, or null.
   __device__ Stream(const EncodeParams& p, const Segment& segment, int head, const float* state, const float* unit)
       : p_(p), segment_(segment), head_(head), state_(state), unit_(unit), state_rows_(state != nullptr ? static_cast<int>(p.K) : 0) {
-    edit_ = first_edit(segment.first);
-    edits_ = first_edit(segment.last) - edit_;
+    edit_ = first_edit<int>(p.edits, segment.n, head, segment.first);
+    edits_ = first_edit<int>(p.edits, segment.n, head, segment.last) - edit_;
     rows_ = state_rows_ + (segment.last - segment.first) * static_cast<int>(p.R) + edits_;
   }
 
@@ -100,22 +100,6 @@ class Stream {
   __device__ int position(int e) const { return static_cast<int>(p_.edits.index[4 * (edit_ + e) + 1]); }
   // Rows of writes and edits before edit e: a token's edits come after its writes.
   __device__ int place(int e) const { return (position(e) - segment_.first + 1) * static_cast<int>(p_.R) + e; }
-
-  // The first edit at `from` or after in this sequence and head; they are sorted by (row, head, position).
-  __device__ int first_edit(int from) const {
-    int low = 0, high = static_cast<int>(p_.edits.count);
-    while (low < high) {
-      const int middle = (low + high) / 2;
-      const int64_t* x = p_.edits.index + 4 * int64_t{middle};
-      const bool before = x[0] != segment_.n ? x[0] < segment_.n : x[2] != head_ ? x[2] < head_ : x[1] < from;
-      if (before) {
-        low = middle + 1;
-      } else {
-        high = middle;
-      }
-    }
-    return low;
-  }
 
   const EncodeParams& p_;
   const Segment& segment_;

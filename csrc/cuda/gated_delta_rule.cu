@@ -1,27 +1,12 @@
-// gated_delta_rule on CUDA, the host's part: how a call is laid out, its workspace, and the small kernels before the chunks.
+// gated_delta_rule on CUDA, the host's part: how a call is laid out, and its workspace.
 #include <algorithm>
 #include <stdexcept>
 
-#include "gated_delta_rule_layout.cuh"
+#include "gated_delta_rule.cuh"
+#include "scan_layout.cuh"
 
-namespace writesae::cuda {
+namespace writesae::cuda::gated_delta_rule {
 namespace {
-
-// Which native writes are not made or do not stay, and which snapshots a chunk has.
-__global__ void __launch_bounds__(128) mark(const __grid_constant__ Problem p, int chunk) {
-  const int64_t i = static_cast<int64_t>(tile::block_x()) * 128 + tile::thread();
-  if (i < p.edits.count) {
-    const int64_t* x = p.edits.index + 4 * i;
-    const int64_t t = p.cu_seqlens == nullptr ? x[0] * p.T + x[1] : p.cu_seqlens[x[0]] + x[1];
-    if (p.edits.kind(i).removes()) p.removed[t * p.H + x[2]] = 1;
-    if (p.edits.kind(i).removes_after()) p.gone[t * p.H + x[2]] = 1;
-  }
-  if (i < p.P) {
-    const int64_t n = p.places[2 * i], t = p.places[2 * i + 1];
-    const int64_t slot = (chunk == 64 ? sequence<64>(p, n).first_slot : sequence<32>(p, n).first_slot) + t / chunk;
-    p.next_place[i] = tile::atomic_exchange(p.first_place + slot, static_cast<int>(i) + 1);
-  }
-}
 
 struct Call {
   Problem p;
@@ -47,26 +32,8 @@ Call lay_out(const GatedDeltaRuleParams& from, void* workspace, Plan plan) {
   const int C = call.chunk = call.type == Element::f32 ? Operand<float>::CHUNK : Operand<bf16>::CHUNK;
   p.slots = p.cu_seqlens == nullptr ? p.B * parts(p.T, C) : p.T / C + p.N;
 
-  // Enough blocks for the device first; then fewer, wider blocks, which load k and q less often.
-  const int64_t heads = static_cast<int64_t>(p.N) * p.H, cores = tile::multiprocessors();
-  const bool wide = call.type != Element::f32 && (padded_keys(p.K) == 64 || padded_keys(p.K) == 128);
-  call.warps = plan.warps != 0 ? plan.warps : p.V > 64 && heads * parts(p.V, 128) >= cores ? 8 : 4;
-  if (!wide) call.warps = 4;
-  const int64_t chunks = parts(p.T, C), blocks = heads * parts(p.V, 16 * call.warps);
-  // The first walk costs about 1.3 of the second where K = V, so that two segments would gain nothing.
-  p.segments = plan.segments;
-  if (p.segments == 0) p.segments = static_cast<int>(std::min(cores / std::max<int64_t>(blocks, 1), chunks / 8));
-  if (p.segments < (plan.segments == 0 ? 3 : 2)) p.segments = 1;
-  p.segment_chunks = static_cast<int>(parts(std::max<int64_t>(chunks, 1), p.segments));
-  const auto shared = [&](int stages) {
-    return with_type(call.type, [&](auto x) { return walk_shared<decltype(x)>(p.K, call.warps, stages); });
-  };
-  const size_t limit = tile::shared_limit();
-  if (call.warps == 8 && shared(2) > limit && plan.warps == 0) call.warps = 4;
-  p.stages = plan.stages != 0 ? plan.stages : shared(2) <= limit ? 2 : 1;
-  if (shared(p.stages) > limit)
-    throw std::runtime_error("gated_delta_rule: K = " + std::to_string(p.K) + " needs " + std::to_string(shared(p.stages)) +
-                             " bytes of shared memory a block, and this device has " + std::to_string(limit));
+  call.warps = choose_plan("gated_delta_rule", p, call.type, C, plan);
+  const int64_t heads = static_cast<int64_t>(p.N) * p.H;
 
   Workspace space = {static_cast<char*>(workspace)};
   // f16 cannot hold r_j u_j for every r_j, so there keys and queries are normalised before the chunks.
@@ -98,19 +65,16 @@ Call lay_out(const GatedDeltaRuleParams& from, void* workspace, Plan plan) {
 
 }  // namespace
 
-int64_t gated_delta_rule_workspace(const GatedDeltaRuleParams& p, Plan plan) { return lay_out(p, nullptr, plan).workspace; }
+int64_t forward_workspace(const GatedDeltaRuleParams& p, Plan plan) { return lay_out(p, nullptr, plan).workspace; }
 
-void gated_delta_rule(const GatedDeltaRuleParams& from, void* workspace, void* stream_of_torch, Plan plan) {
+void forward(const GatedDeltaRuleParams& from, void* workspace, void* stream_of_torch, Plan plan) {
   const auto stream = static_cast<tile::Stream>(stream_of_torch);
   Call call = lay_out(from, workspace, plan);
   Problem& p = call.p;
   const Rows* const targets[3] = {&p.q, &p.k, &p.v};
   for (int i = 0; i < 3; i++) run_packing(call.packing[i], call.type, p.B, p.T, *targets[i], stream);
-  if (p.removed != nullptr) tile::zero(p.removed, 2 * p.B * p.T * p.H, stream);
-  if (p.first_place != nullptr) tile::zero(p.first_place, p.slots * sizeof(int), stream);
-  const int64_t marks = std::max(p.edits.count, p.P);
-  if (marks > 0) tile::launch("gated_delta_rule mark", mark, {static_cast<unsigned>(parts(marks, 128)), 1, 1}, 128, 0, stream, p, call.chunk);
+  run_marks(p, call.chunk, stream);
   with_type(call.type, [&](auto x) { run_chunks<decltype(x)>(p, call.warps, stream); });
 }
 
-}  // namespace writesae::cuda
+}  // namespace writesae::cuda::gated_delta_rule

@@ -1,74 +1,13 @@
-// The backward of gated_delta_rule on CUDA, the host's part: workspace, where chunks are cut, and the sums at the end.
+// The backward of gated_delta_rule on CUDA, the host's part: workspace, and the sums at the end.
 #include "gated_delta_rule_backward.cuh"
 
 #include <algorithm>
 #include <stdexcept>
 
-#include "gated_delta_rule_layout.cuh"
+#include "scan_layout.cuh"
 
-namespace writesae::cuda {
+namespace writesae::cuda::gated_delta_rule {
 namespace {
-
-// ---- where chunks end -------------------------------------------------------------------------------------------------
-
-// Marks tokens after which an edit or a snapshot stands, and native writes that are not made.
-__global__ void __launch_bounds__(128) mark_ends(const __grid_constant__ Backward b, uint8_t* ends) {
-  const Problem& p = b.p;
-  const int64_t i = static_cast<int64_t>(tile::block_x()) * 128 + tile::thread();
-  const auto token = [&](int64_t n, int64_t t) { return p.cu_seqlens == nullptr ? n * p.T + t : p.cu_seqlens[n] + t; };
-  if (i < p.edits.count) {
-    const int64_t *x = p.edits.index + 4 * i, t = token(x[0], x[1]);
-    ends[t] = 1;
-    if (p.edits.kind(i).removes()) p.removed[t * p.H + x[2]] = 1;
-    if (p.edits.kind(i).removes_after()) p.gone[t * p.H + x[2]] = 1;
-  }
-  if (i < p.P) ends[token(p.places[2 * i], p.places[2 * i + 1])] = 1;
-}
-
-// Chunks of at most C tokens that end at marked tokens: a warp per sequence. A sequence has at most one chunk more than
-// without marks for every edit and snapshot in it, and its slots are as many further on as those before it have.
-template <int C>
-__global__ void __launch_bounds__(tile::WARP) cut(const __grid_constant__ Backward b, const uint8_t* ends, Cut* cuts, int64_t* spans) {
-  const Problem& p = b.p;
-  const int n = tile::block_x(), lane = tile::lane();
-  const Sequence s = sequence<C>(p, n);
-  int shots = 0;
-  for (int64_t i = lane; i < p.P; i += tile::WARP) shots += p.places[2 * i] < n;
-#pragma unroll
-  for (int step = 1; step < tile::WARP; step *= 2) shots += tile::shuffle_xor(shots, step);
-  const int64_t first_slot = s.first_slot + first_edit(p.edits, n, 0, 0) + shots;
-  int64_t slot = first_slot;
-  int begin = 0;
-  const int length = static_cast<int>(s.length);
-  for (int at = 0; at < length; at += tile::WARP) {
-    const int t = at + lane;
-    uint32_t marked = tile::ballot(t < length && (t == length - 1 || ends[s.row * p.T + s.origin + t] != 0));
-    for (; marked != 0; marked &= marked - 1) {
-      const int end = at + tile::lowest_bit(marked) + 1;
-      while (begin < end) {
-        const int count = end - begin < C ? end - begin : C;
-        if (lane == 0) cuts[slot] = {n, begin, count};
-        slot++, begin += count;
-      }
-    }
-  }
-  if (lane == 0) spans[2 * n] = first_slot, spans[2 * n + 1] = slot - first_slot;
-}
-
-// The snapshots of a place as a list, in order of their numbers.
-template <int C>
-__global__ void __launch_bounds__(128) list_shots(const __grid_constant__ Backward b) {
-  const Problem& p = b.p;
-  const int64_t i = static_cast<int64_t>(tile::block_x()) * 128 + tile::thread();
-  if (i >= p.P) return;
-  const int64_t n = p.places[2 * i], t = p.places[2 * i + 1];
-  const auto same = [&](int64_t j) { return p.places[2 * j] == n && p.places[2 * j + 1] == t; };
-  int64_t before = 0, after = i + 1;
-  while (before < i && !same(before)) before++;
-  while (after < p.P && !same(after)) after++;
-  b.next_shot[i] = after < p.P ? static_cast<int>(after) + 1 : 0;
-  if (before == i) b.first_shot[slot_ending<C>(b, n, t)] = static_cast<int>(i) + 1;
-}
 
 // ---- from parts to gradients --------------------------------------------------------------------------------------------
 
@@ -121,9 +60,7 @@ struct Call {
   Element type;  // of computation
   int chunk;
   Packing packing[4];
-  uint8_t* ends;  // [B, T] marked tokens, or null
-  Cut* cuts;
-  int64_t* spans;
+  Cutting cutting;
   int64_t workspace;
 };
 
@@ -165,9 +102,9 @@ Call lay_out(const GatedDeltaRuleBackwardParams& from, void* workspace) {
   p.factors = space.take<float>(p.slots * p.H * (narrow ? Factors<64>::SIZE : Factors<32>::SIZE));
   if (E > 0) p.removed = space.take<uint8_t>(2 * tokens * p.H), p.gone = p.removed + tokens * p.H;
   if (cut) {
-    call.ends = space.take<uint8_t>(tokens);
-    p.cuts = call.cuts = space.take<Cut>(p.slots);
-    b.spans = call.spans = space.take<int64_t>(2 * p.N);
+    call.cutting.ends = space.take<uint8_t>(tokens);
+    p.cuts = call.cutting.cuts = space.take<Cut>(p.slots);
+    b.spans = call.cutting.spans = space.take<int64_t>(2 * p.N);
   }
   if (p.P > 0) b.first_shot = space.take<int>(p.slots), b.next_shot = space.take<int>(p.P);
   b.key_width = static_cast<int>(up(p.K, each)), b.value_width = static_cast<int>(up(p.V, each));
@@ -180,39 +117,21 @@ Call lay_out(const GatedDeltaRuleBackwardParams& from, void* workspace) {
   return call;
 }
 
-template <int C>
-void cut_chunks(const Call& call, tile::Stream stream) {
-  const Backward& b = call.b;
-  const Problem& p = b.p;
-  if (call.ends == nullptr) return;
-  tile::zero(call.ends, p.B * p.T, stream);
-  tile::zero(call.cuts, p.slots * sizeof(Cut), stream);
-  if (p.removed != nullptr) tile::zero(p.removed, 2 * p.B * p.T * p.H, stream);
-  const auto blocks = static_cast<unsigned>(parts(std::max(p.edits.count, p.P), 128));
-  tile::launch("gated_delta_rule_backward mark_ends", mark_ends, {blocks, 1, 1}, 128, 0, stream, b, call.ends);
-  tile::launch("gated_delta_rule_backward cut", cut<C>, {static_cast<unsigned>(p.N), 1, 1}, tile::WARP, 0, stream, b, call.ends,
-               call.cuts, call.spans);
-  if (p.P == 0) return;
-  tile::zero(b.first_shot, p.slots * sizeof(int), stream);
-  tile::launch("gated_delta_rule_backward list_shots", list_shots<C>, {static_cast<unsigned>(parts(p.P, 128)), 1, 1}, 128, 0, stream, b);
-}
-
 }  // namespace
 
-int64_t gated_delta_rule_backward_workspace(const GatedDeltaRuleBackwardParams& p) { return lay_out(p, nullptr).workspace; }
+int64_t backward_workspace(const GatedDeltaRuleBackwardParams& p) { return lay_out(p, nullptr).workspace; }
 
-void gated_delta_rule_backward(const GatedDeltaRuleBackwardParams& from, void* workspace, void* stream_of_torch) {
+void backward(const GatedDeltaRuleBackwardParams& from, void* workspace, void* stream_of_torch) {
   const auto stream = static_cast<tile::Stream>(stream_of_torch);
   const Call call = lay_out(from, workspace);
   const Backward& b = call.b;
   const Problem& p = b.p;
   const Rows* const targets[4] = {&p.q, &p.k, &p.v, &b.d_o};
   for (int i = 0; i < 4; i++) run_packing(call.packing[i], call.type, p.B, p.T, *targets[i], stream);
+  run_cuts(b, call.cutting, call.chunk, stream);
   if (call.type == Element::bf16) {
-    cut_chunks<Operand<bf16>::CHUNK>(call, stream);
     run_backward<bf16>(b, stream);
   } else {
-    cut_chunks<Operand<float>::CHUNK>(call, stream);
     run_backward<float>(b, stream);
   }
   const int64_t rows = p.B * p.T * p.Hk;
@@ -220,4 +139,4 @@ void gated_delta_rule_backward(const GatedDeltaRuleBackwardParams& from, void* w
                rows, static_cast<int>(key_tiles(p.K)));
 }
 
-}  // namespace writesae::cuda
+}  // namespace writesae::cuda::gated_delta_rule

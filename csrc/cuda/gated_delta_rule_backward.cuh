@@ -1,5 +1,5 @@
-// The backward of gated_delta_rule on CUDA: what its kernels are given. Letters as in gated_delta_rule.cuh; S0 the state
-// before a chunk, D the adjoint of the state after it, N = (I + A)^-1, U the increments (from the forward), B = diag(beta).
+// The backward of gated_delta_rule on CUDA. Letters as in scan.cuh; S0 the state before a chunk,
+// D the adjoint of the state after it, N = (I + A)^-1, U the increments (from the forward), B = diag(beta).
 //     R  = dR + e^{G_C - G} K D + reach^T dO          adjoint of the increments, from everything after them
 //     dY = N^T R,   dV = B dY                         of beta (V - what was read)
 //     D <- e^{G_C} D + Q^T (e^G dO) - K^T (e^G B dY)
@@ -9,96 +9,17 @@
 //     dg_l = all that decays through token l, a sum of such terms only, so that a strong gate keeps its own precision
 // (K and Q normalised and scaled as the forward uses them.)
 //
-// In the order of launches: `cut`s, where edits or snapshots stand (below); prepare (the forward's) makes N, reach and the
-// factors of tokens; `starts` runs forward and leaves S0 of every chunk, `reverse` runs backward and leaves D and dY, both
-// with the state on chip and a value column owned by a warp, so that they share nothing; `gradients` does the rest, all
-// chunks at once and the value heads of a group in their order; `finish` goes back through normalisation and scale. No
-// atomics on floats.
-//
-// An edit adds to the state, and a snapshot to its adjoint, after some token. Chunks are cut to end at such tokens: then both
-// happen between chunks, and no kernel has terms of its own for every pair of a token and an edit.
+// After scan_backward.cuh's walks `gradients` does the rest, all chunks at once and the value heads of a group in their order;
+// `finish` goes back through normalisation and scale.
 #pragma once
 
 #include "gated_delta_rule.cuh"
+#include "scan_backward.cuh"
 
-namespace writesae::cuda {
-
-struct Backward {
-  Problem p;  // its outputs are not looked at; `solve` is N
-  View right, d_right;  // [B, T, H, V]; d_right without data: none
-  Rows d_o;
-  const float *d_left, *d_final_state, *d_snapshots;
-  View q, k;  // as they were given
-  Element v_type, g_type, beta_type;
-  void *d_q, *d_k, *d_v, *d_g, *d_beta;
-  float *d_initial_state, *d_edit_left, *d_edit_right;
-  // Workspace. Widths are of whole 16-byte units.
-  int key_width, value_width;
-  const int64_t* spans;  // [N, 2]  first slot and chunks of a sequence that is cut, or null
-  void *starts, *ends;   // [slots, H, V, key_width] of the type of computation: S0^T and D^T
-  void* d_y;             // [B, T, H, value_width] of the type of computation
-  float* parts;          // [B, T, Hk, 2, K]  dQ and dK as above, of a group's value heads in their order
-  float* scalars;        // [B, T, H, 2, key tiles]  dg and dbeta
-  int *first_shot, *next_shot;  // [slots], [P]: the snapshots after a chunk as lists of 1 + place, 0 at the end; or null
-};
-
-// A sequence's chunks.
-struct Span {
-  Sequence s;
-  int64_t first_slot;
-  int chunks;
-};
-
-template <int C>
-__device__ __forceinline__ Span span_of(const Backward& b, int64_t n) {
-  const Sequence s = sequence<C>(b.p, n);
-  if (b.spans != nullptr) return {s, b.spans[2 * n], static_cast<int>(b.spans[2 * n + 1])};
-  return {s, s.first_slot, static_cast<int>((s.length + C - 1) / C)};
-}
-
-template <int C>
-__device__ __forceinline__ Cut cut_of(const Backward& b, const Span& span, int chunk) {
-  if (b.p.cuts != nullptr) return b.p.cuts[span.first_slot + chunk];
-  const int64_t left = span.s.length - static_cast<int64_t>(chunk) * C;
-  return {0, chunk * C, left < C ? static_cast<int>(left) : C};
-}
-
-// The slot of a chunk that ends at `position` of sequence n, where a cut was made.
-template <int C>
-__device__ __forceinline__ int64_t slot_ending(const Backward& b, int64_t n, int64_t position) {
-  int64_t low = b.spans[2 * n], high = low + b.spans[2 * n + 1] - 1;
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (b.p.cuts[middle].first + b.p.cuts[middle].count <= position) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
-}
-
-// Edits [begin, end) of (sequence n, head h) at `position`.
-struct EditRange {
-  int64_t begin, end;
-};
-
-__device__ __forceinline__ EditRange edits_at(const EditList& edits, int64_t n, int64_t h, int64_t position) {
-  if (edits.count == 0) return {0, 0};
-  return {first_edit(edits, n, h, position), first_edit(edits, n, h, position + 1)};
-}
-
-// Two neighbours at once.
-__device__ __forceinline__ void store_pair(float* to, float low, float high) { to[0] = low, to[1] = high; }
-__device__ __forceinline__ void store_pair(bf16* to, float low, float high) {
-  *reinterpret_cast<uint32_t*>(to) = tile::pack_bf16(low, high);
-}
-
-constexpr int key_tile(int64_t K) { return K <= 32 ? 32 : 64; }
-constexpr int64_t key_tiles(int64_t K) { return (K + key_tile(K) - 1) / key_tile(K); }
+namespace writesae::cuda::gated_delta_rule {
 
 // Host: the chunks' kernels in one type of computation (gated_delta_rule_backward_<type>.cu).
 template <class T>
 void run_backward(const Backward& b, tile::Stream stream);
 
-}  // namespace writesae::cuda
+}  // namespace writesae::cuda::gated_delta_rule

@@ -16,7 +16,7 @@
 #include "gated_delta_rule_backward.cuh"
 #include "gated_delta_rule_prepare.cuh"
 
-namespace writesae::cuda {
+namespace writesae::cuda::gated_delta_rule {
 
 template <class T, int KT>
 struct GradientsShared {
@@ -342,4 +342,4 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK) gradients(const __grid_
   }
 }
 
-}  // namespace writesae::cuda
+}  // namespace writesae::cuda::gated_delta_rule

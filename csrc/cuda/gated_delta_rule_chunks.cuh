@@ -1,55 +1,10 @@
 // gated_delta_rule: the launches of one type of computation, for its translation unit.
 #pragma once
 
-#include "gated_delta_rule_join.cuh"
 #include "gated_delta_rule_prepare.cuh"
-#include "gated_delta_rule_walk.cuh"
+#include "scan_chunks.cuh"
 
-namespace writesae::cuda {
-
-// The factors of one added edit, a block each. After `prepare`.
-template <class T>
-__global__ void __launch_bounds__(128) edit_factors(const __grid_constant__ Problem p) {
-  constexpr int C = Operand<T>::CHUNK;
-  using F = Factors<C>;
-  using E = EditFactors<C>;
-  const int64_t e = tile::block_x(), *index = p.edits.index + 4 * e;
-  const int64_t n = index[0], t = index[1], h = index[2];
-  if (!p.edits.kind(e).adds()) return;
-  const Sequence s = sequence<C>(p, n);
-  const int64_t first = t / C * C, slot = s.first_slot + t / C, hk = h / (p.H / p.Hk);
-  const int at = static_cast<int>(t - first), count = s.length - first < C ? static_cast<int>(s.length - first) : C;
-  const float* factors = p.factors + (slot * p.H + h) * F::SIZE;
-  const float* left = p.edits.left + e * p.K;
-  float* to = p.edit_factors + e * E::SIZE;
-  const auto since = [&](int j) {
-    return tile::exponential((factors[F::WHOLE + j] - factors[F::WHOLE + at]) + (factors[F::REST + j] - factors[F::REST + at]));
-  };
-  for (int j = tile::warp(); j < C; j += 4) {
-    float right = 0, out = 0;
-    if (j >= at && j < count) {
-      const T* k = p.k.template at<T>(s.row, s.origin + first + j, hk);
-      const T* q = p.q.template at<T>(s.row, s.origin + first + j, hk);
-      for (int i = tile::lane(); i < p.K; i += tile::WARP)
-        right += left[i] * tile::load_float(k + i), out += left[i] * tile::load_float(q + i);
-    }
-    right = tile::warp_sum(right), out = tile::warp_sum(out);
-    if (tile::lane() != 0) continue;
-    const float d = j >= at ? since(j) : 0.0f;
-    to[E::RIGHT + j] = j > at ? d * factors[F::KEY + j] * right : 0.0f;
-    to[E::OUT + j] = j == at && p.edits.kind(e).after() ? 0.0f : d * factors[F::QUERY + j] * out;
-    if (j == C - 1) to[E::END] = d;
-  }
-}
-
-template <class T, int KP, int WARPS, bool FULL>
-void launch_walk(const Problem& p, tile::Stream stream) {
-  constexpr int COLUMNS = 16 * WARPS;
-  const int64_t tiles = (p.V + COLUMNS - 1) / COLUMNS + (FULL ? 0 : (p.K + COLUMNS - 1) / COLUMNS);
-  const auto blocks = static_cast<unsigned>(tiles * p.H * p.segments * p.N);
-  tile::launch(FULL ? "gated_delta_rule walk" : "gated_delta_rule walk of segments", walk<T, KP, WARPS, FULL>, {blocks, 1, 1},
-               32 * WARPS, p.stages * WalkShared<T, KP, WARPS, FULL>::STAGE, stream, p);
-}
+namespace writesae::cuda::gated_delta_rule {
 
 template <class T, int KP>
 void launch_prepare(const Problem& p, tile::Stream stream) {
@@ -64,19 +19,8 @@ void run_prepare(const Problem& p, tile::Stream stream) {
 
 template <class T, int KP>
 void run_keys(const Problem& p, int warps, tile::Stream stream) {
-  constexpr int C = Operand<T>::CHUNK;
   launch_prepare<T, KP>(p, stream);
-  if (p.edits.count > 0)
-    tile::launch("gated_delta_rule edit_factors", edit_factors<T>, {static_cast<unsigned>(p.edits.count), 1, 1}, 128, 0, stream, p);
-  if (p.segments > 1) {
-    launch_walk<T, KP, 4, false>(p, stream);
-    const auto blocks = static_cast<unsigned>(p.N * p.H * ((p.V + 16 * JOIN_WARPS - 1) / (16 * JOIN_WARPS)));
-    tile::launch("gated_delta_rule join", join<KP>, {blocks, 1, 1}, 32 * JOIN_WARPS, 32 * KP * sizeof(float), stream, p, C);
-  }
-  if constexpr (sizeof(T) == 2 && (KP == 64 || KP == 128)) {
-    if (warps == 8) return launch_walk<T, KP, 8, true>(p, stream);
-  }
-  launch_walk<T, KP, 4, true>(p, stream);
+  run_walks<T, KP>(p, warps, stream);
 }
 
 template <class T>
@@ -84,15 +28,4 @@ void run_chunks(const Problem& p, int warps, tile::Stream stream) {
   with_padded_keys(p.K, [&](auto keys) { run_keys<T, decltype(keys)::value>(p, warps, stream); });
 }
 
-template <class T>
-size_t walk_shared(int64_t K, int warps, int stages) {
-  return with_padded_keys(K, [&](auto keys) -> size_t {
-    constexpr int KP = decltype(keys)::value;
-    if constexpr (KP == 64 || KP == 128) {
-      if (warps == 8) return stages * WalkShared<T, KP, 8, true>::STAGE;
-    }
-    return stages * WalkShared<T, KP, 4, true>::STAGE;
-  });
-}
-
-}  // namespace writesae::cuda
+}  // namespace writesae::cuda::gated_delta_rule

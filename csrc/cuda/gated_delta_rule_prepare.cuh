@@ -1,4 +1,4 @@
-// gated_delta_rule, first kernel: everything of a chunk that does not need the state. See gated_delta_rule.cuh.
+// gated_delta_rule, first kernel: everything of a chunk that does not need the state. See gated_delta_rule.cuh, scan.cuh.
 //
 // One block per (chunk, key head), a warp per 16 tokens, then one round per value head of the group. K K^T and Q K^T (lower
 // blocks) stay in registers for all value heads. The triangular inverse goes by blocks of 16: forward substitution on the
@@ -13,7 +13,7 @@
 
 #include "gated_delta_rule.cuh"
 
-namespace writesae::cuda {
+namespace writesae::cuda::gated_delta_rule {
 
 template <class T, int KP>
 struct PrepareShared {
@@ -299,4 +299,4 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK, KP <= 128 ? 3 : 2) prep
   }
 }
 
-}  // namespace writesae::cuda
+}  // namespace writesae::cuda::gated_delta_rule

@@ -11,7 +11,7 @@
 
 #include "gated_delta_rule.cuh"
 
-namespace writesae::cuda {
+namespace writesae::cuda::gated_delta_rule {
 namespace {
 
 constexpr int KEYS = 16;  // of a warp
@@ -151,7 +151,7 @@ void launch_step(const GatedDeltaRuleStepParams& p, tile::Stream stream) {
 
 }  // namespace
 
-void gated_delta_rule_step(const GatedDeltaRuleStepParams& p, void* stream_of_torch) {
+void step(const GatedDeltaRuleStepParams& p, void* stream_of_torch) {
   if (p.K > 256)
     throw std::invalid_argument("gated_delta_rule_step: the CUDA kernel takes K up to 256, got K = " + std::to_string(p.K));
   const auto stream = static_cast<tile::Stream>(stream_of_torch);
@@ -161,4 +161,4 @@ void gated_delta_rule_step(const GatedDeltaRuleStepParams& p, void* stream_of_to
   launch_step<1>(p, stream);
 }
 
-}  // namespace writesae::cuda
+}  // namespace writesae::cuda::gated_delta_rule

@@ -100,11 +100,11 @@ void check(const Case& c) {
   p.final_state = final_state.data(), p.snapshots = snapshots.data();
   p.left = c.writes ? left.data() : nullptr, p.right = c.writes ? right.data() : nullptr;
   // Exactly as many bytes as asked for, full of NaN.
-  const int64_t bytes = cuda::gated_delta_rule_workspace(p, c.plan);
+  const int64_t bytes = cuda::gated_delta_rule::forward_workspace(p, c.plan);
   auto* workspace = static_cast<char*>(std::aligned_alloc(256, bytes));
   std::memset(workspace, 0xff, bytes);
   tile::twin::statistics = {};
-  cuda::gated_delta_rule(p, workspace, nullptr, c.plan);
+  cuda::gated_delta_rule::forward(p, workspace, nullptr, c.plan);
   std::free(workspace);
   if (tile::twin::statistics.conflicts != 0) {
     std::fprintf(stderr, "matrix loads: %ld bank conflicts\n", static_cast<long>(tile::twin::statistics.conflicts));
@@ -148,7 +148,7 @@ void check(const Case& c) {
   auto state = initial, step_o = poison(c.B * c.H * c.V), step_right = step_o, step_left = poison(c.B * c.Hk * c.K);
   s.state = state.data(), s.o = step_o.data(), s.o_type = Element::f32;
   s.left = step_left.data(), s.right = step_right.data();
-  cuda::gated_delta_rule_step(s, nullptr);
+  cuda::gated_delta_rule::step(s, nullptr);
   expect_close("step o", step_o, first_tokens(once.o));
   expect_close("step right", step_right, first_tokens(once.right));
   expect_close("step state", state, once.final_state);

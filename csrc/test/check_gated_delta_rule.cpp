@@ -58,7 +58,7 @@ void check(const Case& c, int thread_count) {
   auto left = poison(c.B * p.T * c.Hk * c.K), snapshots = poison(p.P * c.H * c.K * c.V);
   p.o = o.data(), p.o_type = Element::f32, p.final_state = final_state.data(), p.snapshots = snapshots.data();
   p.left = c.writes ? left.data() : nullptr, p.right = c.writes ? right.data() : nullptr;
-  cpu::gated_delta_rule(p, threads(thread_count));
+  cpu::gated_delta_rule::forward(p, threads(thread_count));
   const Expected expected = plain(p, sequences);
   expect_close("o", o, expected.o);
   expect_close("final_state", final_state, expected.final_state);
@@ -95,7 +95,7 @@ void check(const Case& c, int thread_count) {
   auto state = initial, step_o = poison(want_o.size()), step_right = step_o, step_left = poison(c.B * c.Hk * c.K);
   s.state = state.data(), s.o = step_o.data(), s.o_type = Element::f32;
   s.left = step_left.data(), s.right = step_right.data();
-  cpu::gated_delta_rule_step(s, threads(thread_count));
+  cpu::gated_delta_rule::step(s, threads(thread_count));
   expect_close("step o", step_o, want_o);
   expect_close("step right", step_right, want_right);
   expect_close("step state", state, once.final_state);
@@ -118,7 +118,7 @@ void check_halves() {
       if ((bits & exponent) == exponent) bits = 0;
     std::vector<float> final_state(1);
     p.final_state = final_state.data();
-    cpu::gated_delta_rule(p, threads(1));
+    cpu::gated_delta_rule::forward(p, threads(1));
     for (int64_t i = 0; i < T; i++)
       if (o[i] != v[i] && (v[i] & 0x7fff) != 0) {
         std::fprintf(stderr, "half conversion: %04x became %04x\n", v[i], o[i]);

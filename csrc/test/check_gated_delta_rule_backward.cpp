@@ -208,13 +208,13 @@ void check(const Case& c, int thread_count) {
   p.d_q = q.data(), p.d_k = k.data(), p.d_v = v.data(), p.d_g = dg.data(), p.d_beta = db.data();
   p.d_initial_state = start.data(), p.d_edit_left = left.data(), p.d_edit_right = added.data();
   if (thread_count > 0) {
-    cpu::gated_delta_rule_backward(p, threads(thread_count));
+    cpu::gated_delta_rule::backward(p, threads(thread_count));
   } else {
     // Exactly as many bytes as asked for, full of NaN.
-    const int64_t bytes = cuda::gated_delta_rule_backward_workspace(p);
+    const int64_t bytes = cuda::gated_delta_rule::backward_workspace(p);
     auto* workspace = static_cast<char*>(std::aligned_alloc(256, bytes));
     std::memset(workspace, 0xff, bytes);
-    cuda::gated_delta_rule_backward(p, workspace, nullptr);
+    cuda::gated_delta_rule::backward(p, workspace, nullptr);
     std::free(workspace);
   }
   expect_close("d_q", q, expected.q);

@@ -13,12 +13,12 @@
 #include <vector>
 
 #include "cpu/isa.h"
-#include "cpu/parallel.h"
 #include "element.h"
+#include "parallel.h"
 
 namespace writesae::test {
 
-inline cpu::Parallel threads(int count) {
+inline Parallel threads(int count) {
   return {count, [](int64_t n, void (*body)(int64_t, int64_t, void*), void* context) {
             std::vector<std::thread> pool;
             for (int64_t i = 0; i < n; i++) pool.emplace_back([=] { body(i, i + 1, context); });

@@ -1,8 +1,13 @@
-// gated_delta_rule on CUDA, the host's tools for laying a call out: workspace, and inputs brought into a form that the chunks'
+// A scan on CUDA, the host's tools for laying a call out: workspace, and inputs brought into a form that the chunks'
 // kernels can load.
 #pragma once
 
-#include "gated_delta_rule.cuh"
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "../scan.h"
+#include "scan.cuh"
 
 namespace writesae::cuda {
 
@@ -82,9 +87,35 @@ inline void run_packing(const Packing& one, Element type, int64_t B, int64_t T, 
   const int64_t count = B * T * one.heads;
   with_type(type, [&](auto x) {
     using E = decltype(x);
-    tile::launch("gated_delta_rule pack", pack<E>, {static_cast<unsigned>(parts(count, 4)), 1, 1}, 128, 0, stream, one.from,
+    tile::launch("scan pack", pack<E>, {static_cast<unsigned>(parts(count, 4)), 1, 1}, 128, 0, stream, one.from,
                  static_cast<E*>(const_cast<void*>(to.data)), count, T, one.heads, one.size, to.width, one.normalise);
   });
+}
+
+// Chooses segments and stages, and returns the warps of a block: by the problem's sizes and the device, where the plan does
+// not say. Throws where a block would need more shared memory than the device has.
+inline int choose_plan(const char* op, Problem& p, Element type, int C, Plan plan) {
+  // Enough blocks for the device first; then fewer, wider blocks, which load k and q less often.
+  const int64_t heads = static_cast<int64_t>(p.N) * p.H, cores = tile::multiprocessors();
+  const bool wide = type != Element::f32 && (padded_keys(p.K) == 64 || padded_keys(p.K) == 128);
+  int warps = plan.warps != 0 ? plan.warps : p.V > 64 && heads * parts(p.V, 128) >= cores ? 8 : 4;
+  if (!wide) warps = 4;
+  const int64_t chunks = parts(p.T, C), blocks = heads * parts(p.V, 16 * warps);
+  // The first walk costs about 1.3 of the second where K = V, so that two segments would gain nothing.
+  p.segments = plan.segments;
+  if (p.segments == 0) p.segments = static_cast<int>(std::min(cores / std::max<int64_t>(blocks, 1), chunks / 8));
+  if (p.segments < (plan.segments == 0 ? 3 : 2)) p.segments = 1;
+  p.segment_chunks = static_cast<int>(parts(std::max<int64_t>(chunks, 1), p.segments));
+  const auto shared = [&](int stages) {
+    return with_type(type, [&](auto x) { return walk_shared<decltype(x)>(p.K, warps, stages); });
+  };
+  const size_t limit = tile::shared_limit();
+  if (warps == 8 && shared(2) > limit && plan.warps == 0) warps = 4;
+  p.stages = plan.stages != 0 ? plan.stages : shared(2) <= limit ? 2 : 1;
+  if (shared(p.stages) > limit)
+    throw std::runtime_error(std::string(op) + ": K = " + std::to_string(p.K) + " needs " + std::to_string(shared(p.stages)) +
+                             " bytes of shared memory a block, and this device has " + std::to_string(limit));
+  return warps;
 }
 
 }  // namespace writesae::cuda

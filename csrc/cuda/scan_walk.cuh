@@ -1,4 +1,4 @@
-// gated_delta_rule, second kernel: along the chunks of a sequence with the state on chip. See gated_delta_rule.cuh.
+// A scan's walk along the chunks of a sequence with the state on chip. See scan.cuh.
 //
 // A block takes WARPS x 16 value columns of one (sequence, value head), or of one segment of it. Columns of the state do not
 // meet, so a warp owns 16 of them and keeps everything transposed: S^T [16, K] in its registers as results of 16 x 8 tiles.
@@ -18,16 +18,9 @@
 //   1 x 8192, 16 / 16 heads: 32 blocks of 4 warps; 4 segments: 0.10 ms + 0.03 + 0.02 (join).
 #pragma once
 
-#include "gated_delta_rule.cuh"
+#include "scan.cuh"
 
 namespace writesae::cuda {
-
-template <class T, int KP, int WARPS, bool FULL>
-struct WalkShared {
-  static constexpr int C = Operand<T>::CHUNK, IMAGE = Triangle<T, C>::SIZE;
-  static constexpr size_t STAGE = (FULL ? 2 : 1) * (KP * C + IMAGE) * sizeof(T) + WARPS * C * 16 * sizeof(T) +
-                                  tile::shared_piece(Factors<C>::HOT * 4);
-};
 
 // What a warp's lanes own of states [K, width] in memory, 16 columns from `column`: f(n, e, offset) for their element
 // (k, v) = (8 n + c + e % 2, column + g + 8 (e / 2)).

@@ -1,6 +1,6 @@
-// The backward of gated_delta_rule, the two walks along the chunks of a sequence: `starts` forward, which leaves the state
+// The backward of a scan, the two walks along the chunks of a sequence: `starts` forward, which leaves the state
 // before every chunk, and `reverse` backward, which leaves the adjoint of the state after every chunk and dY. See
-// gated_delta_rule_backward.cuh.
+// scan_backward.cuh.
 //
 // As in the forward's walk a warp owns 16 value columns and keeps everything transposed: S^T and D^T [16, K] in its
 // registers as results of 16 x 8 tiles, and results of one product are the left operand of the next. Increments are known,
@@ -10,8 +10,8 @@
 // the forward's. Shared memory of a block: 102 KB with the states' ways out (K = 128, bf16), so two fit an SM of sm_90.
 #pragma once
 
-#include "gated_delta_rule_backward.cuh"
-#include "gated_delta_rule_walk.cuh"
+#include "scan_backward.cuh"
+#include "scan_walk.cuh"
 
 namespace writesae::cuda {
 

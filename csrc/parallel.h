@@ -5,7 +5,7 @@
 #include <atomic>
 #include <cstdint>
 
-namespace writesae::cpu {
+namespace writesae {
 
 struct Parallel {
   int threads;
@@ -39,4 +39,4 @@ void for_each(const Parallel& parallel, int64_t n, const F& f) {
       &context);
 }
 
-}  // namespace writesae::cpu
+}  // namespace writesae

@@ -1,11 +1,11 @@
-// gated_delta_rule, between the two walks of a split sequence: the states at the ends of the segments, one after the other,
+// A scan, between the two walks of a split sequence: the states at the ends of the segments, one after the other,
 //     S_end = moves S_start + adds,
-// in three-fold tf32. A warp owns 16 value columns, S^T [16, K] in registers as in walk.cuh; rows of `moves` come through
+// in three-fold tf32. A warp owns 16 value columns, S^T [16, K] in registers as in scan_walk.cuh; rows of `moves` come through
 // shared memory 32 at a time. Per (sequence, head, segment) K^2 V multiply-adds and K (K + 2 V) floats: 4 MFLOP and 196 KB at
 // K = V = 128, some 10 us a segment for a lone block: 16 heads, 4 segments: 30 us.
 #pragma once
 
-#include "gated_delta_rule_walk.cuh"
+#include "scan_walk.cuh"
 
 namespace writesae::cuda {
 

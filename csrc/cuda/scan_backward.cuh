@@ -1,0 +1,90 @@
+// The backward of a write rule's scan on CUDA: what its kernels are given. Letters as in scan.cuh.
+//
+// In the order of launches: cuts, where edits or snapshots stand (below); the forward's factors of tokens, with `solve` left
+// plain; `starts` runs forward and leaves S0 of every chunk, `reverse` runs backward and leaves D, the adjoint of the state
+// after every chunk, and dY, both with the state on chip and a value column owned by a warp, so that they share nothing; what
+// follows is the rule's. No atomics on floats.
+//
+// An edit adds to the state, and a snapshot to its adjoint, after some token. Chunks are cut to end at such tokens: then both
+// happen between chunks, and no kernel has terms of its own for every pair of a token and an edit.
+#pragma once
+
+#include "scan.cuh"
+
+namespace writesae::cuda {
+
+struct Backward {
+  Problem p;  // its outputs are not looked at; `solve` is N
+  View right, d_right;  // [B, T, H, V]; d_right without data: none
+  Rows d_o;
+  const float *d_left, *d_final_state, *d_snapshots;
+  View q, k;  // as they were given
+  Element v_type, g_type, beta_type;
+  void *d_q, *d_k, *d_v, *d_g, *d_beta;
+  float *d_initial_state, *d_edit_left, *d_edit_right;
+  // Workspace. Widths are of whole 16-byte units.
+  int key_width, value_width;
+  const int64_t* spans;  // [N, 2]  first slot and chunks of a sequence that is cut, or null
+  void *starts, *ends;   // [slots, H, V, key_width] of the type of computation: S0^T and D^T
+  void* d_y;             // [B, T, H, value_width] of the type of computation
+  float* parts;          // [B, T, Hk, 2, K]  dQ and dK as above, of a group's value heads in their order
+  float* scalars;        // [B, T, H, 2, key tiles]  dg and dbeta
+  int *first_shot, *next_shot;  // [slots], [P]: the snapshots after a chunk as lists of 1 + place, 0 at the end; or null
+};
+
+// A sequence's chunks.
+struct Span {
+  Sequence s;
+  int64_t first_slot;
+  int chunks;
+};
+
+template <int C>
+__device__ __forceinline__ Span span_of(const Backward& b, int64_t n) {
+  const Sequence s = sequence<C>(b.p, n);
+  if (b.spans != nullptr) return {s, b.spans[2 * n], static_cast<int>(b.spans[2 * n + 1])};
+  return {s, s.first_slot, static_cast<int>((s.length + C - 1) / C)};
+}
+
+template <int C>
+__device__ __forceinline__ Cut cut_of(const Backward& b, const Span& span, int chunk) {
+  if (b.p.cuts != nullptr) return b.p.cuts[span.first_slot + chunk];
+  const int64_t left = span.s.length - static_cast<int64_t>(chunk) * C;
+  return {0, chunk * C, left < C ? static_cast<int>(left) : C};
+}
+
+// The slot of a chunk that ends at `position` of sequence n, where a cut was made.
+template <int C>
+__device__ __forceinline__ int64_t slot_ending(const Backward& b, int64_t n, int64_t position) {
+  int64_t low = b.spans[2 * n], high = low + b.spans[2 * n + 1] - 1;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (b.p.cuts[middle].first + b.p.cuts[middle].count <= position) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// Two neighbours at once.
+__device__ __forceinline__ void store_pair(float* to, float low, float high) { to[0] = low, to[1] = high; }
+__device__ __forceinline__ void store_pair(bf16* to, float low, float high) {
+  *reinterpret_cast<uint32_t*>(to) = tile::pack_bf16(low, high);
+}
+
+constexpr int key_tile(int64_t K) { return K <= 32 ? 32 : 64; }
+constexpr int64_t key_tiles(int64_t K) { return (K + key_tile(K) - 1) / key_tile(K); }
+
+// Where chunks end, as it is made.
+struct Cutting {
+  uint8_t* ends;   // [B, T] not 0 where a chunk must end; null: no chunk is cut
+  Cut* cuts;       // [slots]
+  int64_t* spans;  // [N, 2]
+};
+
+// Host, before the chunks (scan_marks.cu): what edits remove, and chunks of at most so many tokens.
+void run_cuts(const Backward& b, const Cutting& to, int chunk, tile::Stream stream);
+
+}  // namespace writesae::cuda
