@@ -17,7 +17,7 @@ from .files import refuse_link, write_text
 
 _CONTEXTS = 4
 _TRAIN_TOKENS = 60_000  # for a codebook of native writes
-_PASSAGES, _CONTEXT = 16, 256  # of the closed loop
+_PASSAGES, _CONTEXT = 32, 128  # of the closed loop, whose time goes with the latter
 _SUMMARY = (
     "model site tokens tokens_per_second firings n headline atom_vs_codebook atom_vs_codebook_ci95 win_rate "
     "win_rate_ci95 strict_chain kl_median native_kl_max fvu l0 backend seconds"
@@ -81,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
         natives=("increment",), firings=args.firings, horizon=args.horizon, seed=args.seed, out=args.out / "parts",
     )  # fmt: skip
     quality = _evaluate(model, tokenizer, sae, corpus)
+    train = passages_of(Corpus.from_name("stdlib:train"), tokenizer, max_tokens=_TRAIN_TOKENS // 3, seed=args.seed)
     writes = _writes(model, tokenizer, corpus, train, args)
     closed_loop = _closed_loop(model, tokenizer, corpus, args)
     extra = {
@@ -114,10 +115,10 @@ def _writes(model, tokenizer, corpus, train, args) -> dict:
     from .experiments import passages_of, run_replacement
 
     saes = _embedded_writes()
-    each = -(-args.firings // (2 * len(saes)))
+    each = -(-args.firings // (4 * len(saes)))
     print(f"\n4. the same with dictionaries of writes, at the {len(saes)} heads with the longest memory, {each} each")
     out = args.out / "writes"
-    conditions = ("native", "atom", "delete", "codebook", "reconstruction", "codebook_reconstruction", "zero")
+    conditions = ("native", "atom", "delete", "codebook", "reconstruction", "codebook_reconstruction")
     result = run_replacement(
         model, tokenizer, saes, passages_of(corpus, tokenizer), train=train, natives=("increment",),
         scales=("matched",), conditions=conditions, firings=each, horizon=args.horizon, seed=args.seed, out=out,
@@ -154,7 +155,7 @@ def _closed_loop(model, tokenizer, corpus, args) -> dict:
     draw, _ = corpus.shuffled(args.seed)
     text = Passages.from_corpus(draw, tokenizer, _CONTEXT, max_tokens=2 * _PASSAGES * _CONTEXT)
     other, _ = Corpus.from_name("stdlib:train").shuffled(args.seed)
-    book = Passages.from_corpus(other, tokenizer, _CONTEXT, max_tokens=_TRAIN_TOKENS)
+    book = Passages.from_corpus(other, tokenizer, _CONTEXT, max_tokens=_TRAIN_TOKENS // 3)
     out = args.out / "recovered"
     result = run_recovered(
         model, saes, Passages(text.ids[:_PASSAGES]), codebook=book, ks=(1, 8), by=("all",), read="before",

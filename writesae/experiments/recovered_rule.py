@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..models.hf_gated_delta import RuleHandler
-from ..ops import encode, gated_delta_rule
+from ..ops import encode, gated_delta_rule, pursuit
 from ..ops.reference.gated_delta_rule import l2norm
 from ..sae import SAE
 from ..sae.sae import SparseCodes
@@ -37,10 +37,18 @@ def deleted(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 def coded(sae: SAE, k: int | None = None) -> Coder:
     """What a dictionary of writes makes of them, at k atoms a write (None: its own k)."""
     v, w = (x.detach().to(_wide(sae)) for x in sae.atoms())
+    encoder = None
+    if sae.sparsity == "pursuit":
+        v_enc, w_enc, _ = sae.encoder()
+        encoder = v_enc.detach().to(v.dtype), w_enc.detach().to(v.dtype)
 
     @torch.no_grad()
     def code(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-        values, indices = sae.encode_writes(left[:, None].to(v.device), right[:, None].to(v.device), k=k)
+        left, right = left[:, None].to(v.device), right[:, None].to(v.device)
+        if encoder is None:
+            values, indices = sae.encode_writes(left, right, k=k)
+        else:  # as encode_writes does, but the encoder is made once and not at every token
+            values, indices = pursuit(left, right, encoder[0], encoder[1], v, w, sae.k if k is None else k)
         return (v[indices] * values[..., None, None]).flatten(1, 2), w[indices].flatten(1, 2)
 
     return code
