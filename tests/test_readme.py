@@ -52,7 +52,7 @@ def test_the_example_is_short():
 
 
 def test_every_command_named_exists():
-    for name in re.findall(r"`writesae (\w+)", README):
+    for name in re.findall(r"`writesae ([\w-]+)", README):
         assert name in cli.COMMANDS
 
 
