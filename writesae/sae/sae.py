@@ -191,7 +191,7 @@ class SAE(nn.Module):
 
     def extra_repr(self) -> str:
         sizes = f"K={self.K}, V={self.V}, F={self.F}, k={self.k}, r={self.r}"
-        return f"{self.kind} of {self.target}s, {self.sparsity}, {sizes}, site=({self.layer}, {self.head})"
+        return f"{self.kind}, {sizes}, {self.sparsity} of {self.target}s, site=({self.layer}, {self.head})"
 
     def encoder(self) -> tuple[Tensor, Tensor, Tensor]:
         """`(v_enc [F, r, K], w_enc [F, r, V], b [F])` acting on raw states or writes: b has the centring folded in.
