@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     _need_extras()
     from . import report
     from .collect import ModelSource, Store, collect
-    from .default import load_default
+    from .default import load_default, load_dictionaries
     from .experiments import passages_of, run_replacement
     from .experiments.replace import select_tokens
     from .ops import _dispatch
@@ -82,8 +82,9 @@ def run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     quality = _evaluate(model, tokenizer, sae, corpus)
     train = passages_of(Corpus.from_name("stdlib:train"), tokenizer, max_tokens=_TRAIN_TOKENS // 3, seed=args.seed)
-    writes = _writes(model, tokenizer, corpus, train, args)
-    closed_loop = _closed_loop(model, tokenizer, corpus, args)
+    of_writes = load_dictionaries("write")
+    writes = _writes(model, tokenizer, of_writes, corpus, train, args)
+    closed_loop = _closed_loop(model, tokenizer, of_writes, corpus, args)
     extra = {
         "model": "writesae default", "site": f"{site[0]}:{site[1]}", "firings": collected["firings"],
         "fvu": quality["fvu"], "l0": quality["l0"], "alive": quality["alive"], "dictionary": quality,
@@ -102,19 +103,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _embedded_writes() -> dict:
-    from .default import dictionaries
-    from .sae import SAE
-
-    return {site: SAE.from_pretrained(path) for site, path in dictionaries("write").items()}
-
-
-def _writes(model, tokenizer, corpus, train, args) -> dict:
+def _writes(model, tokenizer, saes, corpus, train, args) -> dict:
     """The replacement test of the dictionaries of writes, at tokens drawn from all; what the first page says of it."""
     from . import report
     from .experiments import passages_of, run_replacement
 
-    saes = _embedded_writes()
     each = -(-args.firings // (4 * len(saes)))
     print(f"\n4. the same with dictionaries of writes, at the {len(saes)} heads with the longest memory, {each} each")
     out = args.out / "writes"
@@ -142,7 +135,7 @@ def _writes(model, tokenizer, corpus, train, args) -> dict:
     return record
 
 
-def _closed_loop(model, tokenizer, corpus, args) -> dict:
+def _closed_loop(model, tokenizer, saes, corpus, args) -> dict:
     """Every write of those heads coded; what the first page says of it."""
     from .experiments import run_recovered
     from .experiments.recovered_result import printed
@@ -150,7 +143,6 @@ def _closed_loop(model, tokenizer, corpus, args) -> dict:
     from .sae import Passages
     from .text import Corpus
 
-    saes = _embedded_writes()
     print(f"\n5. every write of all {len(saes)} coded, closed loop, on {_PASSAGES * _CONTEXT:,} held-out tokens")
     draw, _ = corpus.shuffled(args.seed)
     text = Passages.from_corpus(draw, tokenizer, _CONTEXT, max_tokens=2 * _PASSAGES * _CONTEXT)

@@ -38,10 +38,16 @@ def load_default(target: str = "state") -> Default:
         ValueError: another target.
     """
     from ..models import load
-    from ..sae import SAE
 
     model, tokenizer = load("default")
-    return Default(model, tokenizer, {site: SAE.from_pretrained(path) for site, path in dictionaries(target).items()})
+    return Default(model, tokenizer, load_dictionaries(target))
+
+
+def load_dictionaries(target: str = "state") -> dict[tuple[int, int], SAE]:
+    """{(layer, head): dictionary} of the embedded ones, see `dictionaries`."""
+    from ..sae import SAE
+
+    return {site: SAE.from_pretrained(path) for site, path in dictionaries(target).items()}
 
 
 def dictionaries(target: str = "state") -> dict[tuple[int, int], Path]:

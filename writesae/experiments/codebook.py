@@ -37,4 +37,4 @@ def codebook(sae: SAE, left: Tensor, right: Tensor) -> SAE:
         out.metric = sae.metric.clone()
     out.v_dec.copy_(v[:, None]), out.w_dec.copy_(w[:, None])
     out.mean.copy_(sae.mean)
-    return out.to(left.device, torch.promote_types(sae.b_enc.dtype, torch.float32)).eval().requires_grad_(False)
+    return out.to(left.device, sae.compute_dtype).eval().requires_grad_(False)

@@ -21,6 +21,11 @@ _CANDIDATES = 32
 def check_sae(sae: SAE, site, layer: int, head: int) -> None:
     """Raises ValueError unless a dictionary has outer-product atoms of the size of the site's state."""
     sae.atoms()  # says which kinds have none
+    check_size(sae, site, layer, head)
+
+
+def check_size(sae: SAE, site, layer: int, head: int) -> None:
+    """Raises ValueError unless the site has that head, and a state of the dictionary's size."""
     if not 0 <= head < site.num_v_heads:
         raise ValueError(f"head: expected 0 <= head < {site.num_v_heads} at layer {layer}, got {head}")
     if (sae.K, sae.V) != (site.K, site.V):
@@ -59,15 +64,19 @@ def top_codes(writes: Writes, sae: SAE, head: int) -> tuple[Tensor, Tensor]:
     return indices[..., 0], values[..., 0]
 
 
-def _top_of_states(writes: Writes, sae: SAE, head: int, many: int) -> tuple[Tensor, Tensor]:
-    """Largest pre-activations of a dense encoder, from one head's states, a few tokens at a time."""
-    B, T, H, _, _ = writes.shape
-    key_head = head // (H // writes.left.shape[2])
+def of_head(writes: Writes, head: int) -> Writes:
+    """The writes of one value head."""
+    key = head // (writes.shape[2] // writes.left.shape[2])
     start = None if writes.initial_state is None else writes.initial_state[:, head : head + 1]
-    one = replace(
-        writes, decay=writes.decay[:, :, head : head + 1], left=writes.left[:, :, key_head : key_head + 1],
+    return replace(
+        writes, decay=writes.decay[:, :, head : head + 1], left=writes.left[:, :, key : key + 1],
         right=writes.right[:, :, head : head + 1], beta=None, initial_state=start,
     )  # fmt: skip
+
+
+def _top_of_states(writes: Writes, sae: SAE, head: int, many: int) -> tuple[Tensor, Tensor]:
+    """Largest pre-activations of a dense encoder, from one head's states, a few tokens at a time."""
+    one, T = of_head(writes, head), writes.shape[1]
     found = []
     for lo in range(0, T, 64):
         states = one.states(range(lo, min(lo + 64, T)))[:, :, 0]  # [B, t, K, V]

@@ -32,7 +32,7 @@ from ..sae.stream import Passages
 from ..text.tokens import check_ids
 from .codebook import codebook as untrained
 from .engine import ForkEngine
-from .firing import check_sae, native_writes
+from .firing import check_sae, check_size, native_writes
 from .parts import Parts, concatenate
 from .recovered_result import FIXED, OWN, RecoveredResult
 from .recovered_rule import Coder, coded, deleted, loop_rule, plain_rule, read_rule
@@ -253,16 +253,7 @@ def _check_saes(model, saes: Mapping[Site, SAE]) -> str:
     for (layer, head), sae in saes.items():
         if layer not in known:
             ForkEngine(model, layer)  # says what that layer is instead
-        at = known[layer]
-        if target == "write":
-            check_sae(sae, at, layer, head)
-        if not 0 <= head < at.num_v_heads:
-            raise ValueError(f"head: expected 0 <= head < {at.num_v_heads} at layer {layer}, got {head}")
-        if (sae.K, sae.V) != (at.K, at.V):
-            raise ValueError(
-                f"sae: expected a dictionary of K={at.K}, V={at.V} for layer {layer} head {head}, got K={sae.K}, "
-                f"V={sae.V}"
-            )
+        (check_sae if target == "write" else check_size)(sae, known[layer], layer, head)
     return target
 
 

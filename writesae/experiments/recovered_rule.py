@@ -12,7 +12,6 @@ Read "after", token t reads S~ + k_t u_t^T, its own write as it was made, and th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from ..sae import SAE
 from ..sae.sae import SparseCodes
 from ..sae.sparse import exact_topk
 from ..writes import Writes
+from .firing import of_head
 
 # (left [n, K], right [n, V]) of n native writes -> (p [n, m, K], q [n, m, V]): sum_m p q^T is written instead.
 Coder = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -36,7 +36,7 @@ def deleted(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
 def coded(sae: SAE, k: int | None = None) -> Coder:
     """What a dictionary of writes makes of them, at k atoms a write (None: its own k)."""
-    v, w = (x.detach().to(_wide(sae)) for x in sae.atoms())
+    v, w = (x.detach().to(sae.compute_dtype) for x in sae.atoms())
     encoder = None
     if sae.sparsity == "pursuit":
         v_enc, w_enc, _ = sae.encoder()
@@ -180,7 +180,7 @@ def read_through(
     """
     if not (sae.bilinear_encoder and sae.rank_one_atoms):
         return _read_states(writes, q, sae, head, k)
-    v, w, b = (x.detach().to(_wide(sae)) for x in sae.encoder())
+    v, w, b = (x.detach().to(sae.compute_dtype) for x in sae.encoder())
     threshold = None if sae.threshold is None else sae.threshold[None].to(b)
     many = sae.k if k is None else k
     codes = encode(writes.to(b), v[None], w[None], b[None], k=many, threshold=threshold, heads=[head])
@@ -198,20 +198,8 @@ def read_through(
     return o.view(B, T, -1)
 
 
-def _wide(sae: SAE) -> torch.dtype:
-    """What a dictionary is computed in: no smaller than float32, whatever it is kept in."""
-    return torch.promote_types(sae.b_enc.dtype, torch.float32)
-
-
 def _read_states(writes: Writes, q: Tensor, sae: SAE, head: int, k: int | None) -> Tensor:
-    H = writes.right.shape[2]
-    key = head // (H // writes.left.shape[2])
-    start = None if writes.initial_state is None else writes.initial_state[:, head : head + 1]
-    one = replace(
-        writes, decay=writes.decay[:, :, head : head + 1], left=writes.left[:, :, key : key + 1],
-        right=writes.right[:, :, head : head + 1], beta=None, initial_state=start,
-    )  # fmt: skip
-    found = []
+    one, found = of_head(writes, head), []
     for lo in range(0, q.shape[1], 16):
         states = one.states(range(lo, min(lo + 16, q.shape[1])))[:, :, 0].to(sae.mean.device)  # [B, t, K, V]
         if k is None:

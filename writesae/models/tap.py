@@ -278,15 +278,16 @@ class Tap:
             columns = Columns.of(writes, frame.start, frame.mask, frame.first_row)
             for i, group in enumerate(self._groups.get(layer, ())):
                 if group.atoms is not None:
-                    found = TopK(*_pursued(group, writes), group.heads, columns, layer)
-                    parts.append(found if found.values.device.type == "cpu" else Coming.of(found))
-                    continue
-                codes = self._encode(group, (layer, i), frame.cache, writes, initial_state, final_state)
-                if codes.offsets is None:
-                    found = TopK(codes.values.detach(), codes.indices, group.heads, columns, layer)
-                    parts.append(found if found.values.device.type == "cpu" else Coming.of(found))
-                else:  # above a threshold: as many as there are, so a device has been waited for already
-                    parts.append(_above(codes, group.heads, columns, layer))
+                    values, indices = _pursued(group, writes)
+                else:
+                    codes = self._encode(group, (layer, i), frame.cache, writes, initial_state, final_state)
+                    if codes.offsets is not None:
+                        # Above a threshold there are as many as there are, so a device has been waited for already.
+                        parts.append(_above(codes, group.heads, columns, layer))
+                        continue
+                    values, indices = codes.values.detach(), codes.indices
+                found = TopK(values, indices, group.heads, columns, layer)
+                parts.append(found if found.values.device.type == "cpu" else Coming.of(found))
             for head, sae in self._dense.get(layer, {}).items():
                 parts.extend(_dense_firings(sae, writes, head, columns, layer))
         return parts
@@ -431,8 +432,7 @@ def _pursued(group: _Group, writes: Writes) -> tuple[Tensor, Tensor]:
 def _dense_firings(sae, writes: Writes, head: int, columns: Columns, layer: int) -> Iterator[Firings]:
     """Firings of a dictionary with a dense encoder, from states rebuilt a block at a time."""
     group = writes.right.shape[2] // writes.left.shape[2]
-    of_writes = getattr(sae, "target", "state") == "write"
-    if of_writes:
+    if getattr(sae, "target", "state") == "write":
         writes = writes.memoryless()
     planned = writes.edits
     for n, b, start, stop in writes.sequences():

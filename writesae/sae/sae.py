@@ -185,8 +185,8 @@ class SAE(nn.Module):
         return self.kind in RANK_ONE
 
     @property
-    def _wide(self) -> torch.dtype:
-        """What codes are computed in: what is encoded may be smaller than a half can be."""
+    def compute_dtype(self) -> torch.dtype:
+        """What codes are computed in, float32 at least: what is encoded may be smaller than a half can be."""
         return torch.promote_types(self.b_enc.dtype, torch.float32)
 
     def extra_repr(self) -> str:
@@ -209,7 +209,8 @@ class SAE(nn.Module):
             )
         v, w = (self.v_dec, self.w_dec) if self.kind == "bilinear_tied" else (self.v_enc, self.w_enc)
         if self.metric is not None:  # and no mean
-            return v.to(self._wide) @ self.metric.to(self._wide), w.to(self._wide), self.b_enc.to(self._wide)
+            v, w, b, metric = (x.to(self.compute_dtype) for x in (v, w, self.b_enc, self.metric))
+            return v @ metric, w, b
         return v, w, self.b_enc - torch.einsum("frk,kv,frv->f", v, self.mean, w)
 
     def atoms(self) -> tuple[Tensor, Tensor]:
@@ -275,7 +276,7 @@ class SAE(nn.Module):
         if k is not None and (not is_integer(k, 1) or k > self.F or self.threshold is not None):
             raise ValueError(f"k: expected an integer, 1 <= k <= F={self.F}, of one without thresholds, got {shown(k)}")
         k = self.k if k is None else k
-        dtype = self._wide
+        dtype = self.compute_dtype
         left, right = left.to(dtype), right.to(dtype)
         if self.sparsity == "pursuit":
             v, w, _ = self.encoder()
@@ -302,7 +303,7 @@ class SAE(nn.Module):
         values, indices = codes.values, codes.indices
         shape = indices.shape[:-1]
         values, indices = values.reshape(-1, values.shape[-1]), indices.reshape(-1, indices.shape[-1])
-        values = values.to(self._wide)
+        values = values.to(self.compute_dtype)
         if self.rank_one_atoms:
             sum_ = Decode.apply(values, indices, self.v_dec.to(values), self.w_dec.to(values))
         else:
@@ -319,7 +320,7 @@ class SAE(nn.Module):
             raise ValueError(f"X: expected states [..., K={self.K}, V={self.V}], got shape {tuple(X.shape)}")
         if not X.is_floating_point():
             raise ValueError(f"X: expected a floating dtype, got {X.dtype}")
-        return X.to(self._wide)
+        return X.to(self.compute_dtype)
 
     @torch.no_grad()
     def normalize_(self) -> SAE:
