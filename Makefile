@@ -7,7 +7,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/
 # The CUDA kernels take minutes to compile: here they are built only for a torch that can run them (cuda-check builds all).
 HAS_CUDA = $(shell $(BIN)/python -c 'import torch; print(int(torch.version.cuda is not None))')
 
-.PHONY: demo test test-transformers fuzz bench sanitize cuda-check lint info clean
+.PHONY: demo test test-transformers fuzz bench sanitize cuda-check lint format info clean
 
 demo: $(VENV)/.built
 	$(BIN)/writesae demo
@@ -42,7 +42,13 @@ cuda-check: $(VENV)/.built
 	$(BIN)/python scripts/cuda_check.py
 
 lint: $(VENV)/.built
-	$(BIN)/ruff check . && $(BIN)/mypy
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	git ls-files csrc | grep -E '\.(h|cpp|cu|cuh)$$' | xargs $(BIN)/clang-format --dry-run --Werror
+
+# Lays the sources out as `make lint` wants them.
+format: $(VENV)/.built
+	$(BIN)/ruff format .
+	git ls-files csrc | grep -E '\.(h|cpp|cu|cuh)$$' | xargs $(BIN)/clang-format -i
 
 info: $(VENV)/.built
 	$(BIN)/writesae info

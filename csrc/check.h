@@ -41,8 +41,8 @@ inline void check_side(const char* op, const char* name, const Tensor& x) {
 }
 
 inline void check_dtype(const char* op, const char* name, const Tensor& x, ScalarType expected) {
-  STD_TORCH_CHECK(x.scalar_type() == expected, op, ": ", name, " must be ", torch::headeronly::toString(expected),
-                  ", got ", torch::headeronly::toString(x.scalar_type()));
+  STD_TORCH_CHECK(x.scalar_type() == expected, op, ": ", name, " must be ", torch::headeronly::toString(expected), ", got ",
+                  torch::headeronly::toString(x.scalar_type()));
 }
 
 inline void check_contiguous(const char* op, const char* name, const Tensor& x) {

@@ -12,8 +12,8 @@ namespace writesae {
 namespace {
 
 Precision precision_of(const char* op, const std::string& name) {
-  STD_TORCH_CHECK(name == "fp32" || name == "bf16" || (name == "tf32" && WRITESAE_SIDE != 0), op,
-                  ": precision must be ", WRITESAE_SIDE == 0 ? "fp32 or bf16" : "fp32, tf32 or bf16", ", got ", name);
+  STD_TORCH_CHECK(name == "fp32" || name == "bf16" || (name == "tf32" && WRITESAE_SIDE != 0), op, ": precision must be ",
+                  WRITESAE_SIDE == 0 ? "fp32 or bf16" : "fp32, tf32 or bf16", ", got ", name);
   return name == "fp32" ? Precision::fp32 : name == "tf32" ? Precision::tf32 : Precision::bf16;
 }
 
@@ -38,10 +38,11 @@ void run(const char* op, const EncodeParams& p, Precision precision, cuda::Encod
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> encode_topk(
-    Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc, Tensor w_enc, std::optional<Tensor> b_enc,
-    int64_t k, std::optional<Tensor> carry, std::optional<Tensor> cu_seqlens, std::optional<Tensor> edit_index,
-    std::optional<Tensor> edit_left, std::optional<Tensor> edit_right, std::string precision) {
+std::tuple<Tensor, Tensor, Tensor> encode_topk(Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc,
+                                               Tensor w_enc, std::optional<Tensor> b_enc, int64_t k,
+                                               std::optional<Tensor> carry, std::optional<Tensor> cu_seqlens,
+                                               std::optional<Tensor> edit_index, std::optional<Tensor> edit_left,
+                                               std::optional<Tensor> edit_right, std::string precision) {
   const char* op = "encode_topk";
   const OnDeviceOf device(right);
   std::vector<Tensor> keep;
@@ -121,15 +122,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> encode_threshold(
   return {values, indices, counts, carry_out};
 }
 
-std::tuple<Tensor, Tensor> encode_at(
-    Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc, Tensor w_enc, Tensor indices,
-    std::optional<Tensor> carry, std::optional<Tensor> cu_seqlens, std::optional<Tensor> edit_index,
-    std::optional<Tensor> edit_left, std::optional<Tensor> edit_right) {
+std::tuple<Tensor, Tensor> encode_at(Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc, Tensor w_enc,
+                                     Tensor indices, std::optional<Tensor> carry, std::optional<Tensor> cu_seqlens,
+                                     std::optional<Tensor> edit_index, std::optional<Tensor> edit_left,
+                                     std::optional<Tensor> edit_right) {
   const char* op = "encode_at";
   const OnDeviceOf device(right);
   std::vector<Tensor> keep;
-  EncodeParams p = encode_arguments(op, decay, left, right, heads, v_enc, w_enc, std::nullopt, carry, cu_seqlens,
-                                    edit_index, edit_left, edit_right, keep);
+  EncodeParams p = encode_arguments(op, decay, left, right, heads, v_enc, w_enc, std::nullopt, carry, cu_seqlens, edit_index,
+                                    edit_left, edit_right, keep);
   take_indices(op, indices, p, keep);
   Tensor values = empty({p.B, p.T, p.Hs, p.m}, ScalarType::Float);
   Tensor carry_out = empty({p.N, p.Hs, p.F}, ScalarType::Float);
@@ -143,10 +144,10 @@ std::tuple<Tensor, Tensor> encode_at(
   return {values, carry_out};
 }
 
-std::tuple<Tensor, Tensor, Tensor> encode_backward(
-    Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc, Tensor w_enc, Tensor indices, Tensor grad,
-    std::optional<Tensor> cu_seqlens, std::optional<Tensor> edit_index, std::optional<Tensor> edit_left,
-    std::optional<Tensor> edit_right) {
+std::tuple<Tensor, Tensor, Tensor> encode_backward(Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc,
+                                                   Tensor w_enc, Tensor indices, Tensor grad,
+                                                   std::optional<Tensor> cu_seqlens, std::optional<Tensor> edit_index,
+                                                   std::optional<Tensor> edit_left, std::optional<Tensor> edit_right) {
   const char* op = "encode_backward";
   const OnDeviceOf device(right);
   std::vector<Tensor> keep;
@@ -175,9 +176,9 @@ std::tuple<Tensor, Tensor, Tensor> encode_backward(
 
 #if WRITESAE_SIDE != 0
 
-std::tuple<Tensor, Tensor> encode_writes_backward(
-    Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc, Tensor w_enc, Tensor indices, Tensor grad,
-    std::optional<Tensor> cu_seqlens) {
+std::tuple<Tensor, Tensor> encode_writes_backward(Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc,
+                                                  Tensor w_enc, Tensor indices, Tensor grad,
+                                                  std::optional<Tensor> cu_seqlens) {
   const char* op = "encode_writes_backward";
   const OnDeviceOf device(right);
   std::vector<Tensor> keep;

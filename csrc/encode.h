@@ -30,10 +30,10 @@ struct EncodeParams {
 
   // Exactly one of the three: k > 0, threshold, or at.
   int64_t k;
-  float* values;             // [B, T, Hs, k], or [B, T, Hs, m] with `at`
-  int64_t* indices;          // [B, T, Hs, k]
-  const float* threshold;    // [Hs, F]
-  const int64_t* at;         // [B, T, Hs, m]
+  float* values;           // [B, T, Hs, k], or [B, T, Hs, m] with `at`
+  int64_t* indices;        // [B, T, Hs, k]
+  const float* threshold;  // [Hs, F]
+  const int64_t* at;       // [B, T, Hs, m]
   int64_t m;
 };
 
@@ -47,13 +47,13 @@ struct EncodeFound {
 // Gradients of a function of activations at chosen features, on a device: those of the factors (dv, dw, d_carry) or those of
 // the writes (d_left, d_right); the pointers of the others are null. No edits.
 struct EncodeBackwardParams {
-  EncodeParams rows;   // with `at`, m
-  const float* grad;   // [B, T, Hs, m] gradient of the activations at `at`
-  float* dv;           // [Hs, F, r, K]
-  float* dw;           // [Hs, F, r, V]
-  float* d_carry;      // [N, Hs, F] of the activations before each sequence's first token
-  float* d_left;       // [B, T, Hs, R, K] each encoded head's share
-  float* d_right;      // [B, T, Hs, R, V]
+  EncodeParams rows;  // with `at`, m
+  const float* grad;  // [B, T, Hs, m] gradient of the activations at `at`
+  float* dv;          // [Hs, F, r, K]
+  float* dw;          // [Hs, F, r, V]
+  float* d_carry;     // [N, Hs, F] of the activations before each sequence's first token
+  float* d_left;      // [B, T, Hs, R, K] each encoded head's share
+  float* d_right;     // [B, T, Hs, R, V]
 };
 
 // How the two products are taken. Sums are float32 in all of them.

@@ -36,8 +36,7 @@ inline EncodeParams encode_arguments(const char* op, const Tensor& decay, const 
   p.B = right.size(0), p.T = right.size(1), p.H = right.size(2), p.R = right.size(3), p.V = right.size(4);
   p.Hl = left.size(2), p.K = left.size(4), p.N = p.B;
   p.Hs = v_enc.size(0), p.F = v_enc.size(1), p.rank = v_enc.size(2);
-  STD_TORCH_CHECK(p.Hl > 0 && p.H % p.Hl == 0, op, ": the left heads (", p.Hl, ") must divide the value heads (", p.H,
-                  ")");
+  STD_TORCH_CHECK(p.Hl > 0 && p.H % p.Hl == 0, op, ": the left heads (", p.Hl, ") must divide the value heads (", p.H, ")");
   STD_TORCH_CHECK(p.K > 0 && p.V > 0 && p.R > 0 && p.T > 0 && p.F > 0 && p.rank > 0, op, ": sizes must be positive");
   STD_TORCH_CHECK(p.F < (int64_t{1} << 30), op, ": F must be below 2^30");
   check_shape(op, "left", left, {p.B, p.T, p.Hl, p.R, p.K});
@@ -82,7 +81,7 @@ inline void take_indices(const char* op, const Tensor& indices, EncodeParams& p,
 }
 
 inline const float* take_floats(const char* op, const char* name, const std::optional<Tensor>& x,
-                         std::initializer_list<int64_t> shape, std::vector<Tensor>& keep) {
+                                std::initializer_list<int64_t> shape, std::vector<Tensor>& keep) {
   if (x.has_value()) check_shape(op, name, *x, shape);
   return static_cast<const float*>(data_as(op, name, x, ScalarType::Float, keep));
 }

@@ -9,9 +9,8 @@ namespace writesae {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_delta_rule(
     Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, double scale, std::optional<Tensor> initial_state,
-    bool use_qk_l2norm, std::optional<Tensor> cu_seqlens, std::optional<Tensor> edit_index,
-    std::optional<Tensor> edit_left, std::optional<Tensor> edit_right, std::optional<Tensor> snapshots,
-    bool return_writes) {
+    bool use_qk_l2norm, std::optional<Tensor> cu_seqlens, std::optional<Tensor> edit_index, std::optional<Tensor> edit_left,
+    std::optional<Tensor> edit_right, std::optional<Tensor> snapshots, bool return_writes) {
   const char* op = "gated_delta_rule";
   const OnDeviceOf device(v);
   std::vector<Tensor> keep;
@@ -40,10 +39,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_delta_rule(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_delta_rule_backward(
     Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, double scale, std::optional<Tensor> initial_state,
-    bool use_qk_l2norm, std::optional<Tensor> cu_seqlens, std::optional<Tensor> edit_index,
-    std::optional<Tensor> edit_left, std::optional<Tensor> edit_right, std::optional<Tensor> snapshots, Tensor right,
-    std::optional<Tensor> d_o, std::optional<Tensor> d_final_state, std::optional<Tensor> d_left,
-    std::optional<Tensor> d_right, std::optional<Tensor> d_snapshots) {
+    bool use_qk_l2norm, std::optional<Tensor> cu_seqlens, std::optional<Tensor> edit_index, std::optional<Tensor> edit_left,
+    std::optional<Tensor> edit_right, std::optional<Tensor> snapshots, Tensor right, std::optional<Tensor> d_o,
+    std::optional<Tensor> d_final_state, std::optional<Tensor> d_left, std::optional<Tensor> d_right,
+    std::optional<Tensor> d_snapshots) {
   const char* op = "gated_delta_rule_backward";
   const OnDeviceOf device(v);
   std::vector<Tensor> keep;
@@ -83,10 +82,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated
   return {d_q, d_k, d_v, d_g, d_beta, d_initial_state, d_edit_left, d_edit_right};
 }
 
-std::tuple<Tensor, Tensor, Tensor> gated_delta_rule_step(
-    Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor state, double scale, bool use_qk_l2norm,
-    std::optional<Tensor> edit_index, std::optional<Tensor> edit_left, std::optional<Tensor> edit_right,
-    bool return_writes) {
+std::tuple<Tensor, Tensor, Tensor> gated_delta_rule_step(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor state,
+                                                         double scale, bool use_qk_l2norm, std::optional<Tensor> edit_index,
+                                                         std::optional<Tensor> edit_left, std::optional<Tensor> edit_right,
+                                                         bool return_writes) {
   const char* op = "gated_delta_rule_step";
   const OnDeviceOf device(v);
   STD_TORCH_CHECK(v.dim() == 3 && k.dim() == 3, op, ": k and v must be [B, heads, size]");

@@ -32,13 +32,13 @@ struct GatedDeltaRuleParams {
 // Gradients of everything gated_delta_rule returns with respect to everything it takes. Recomputes the states from the
 // increments of the forward; a write that was removed before its read is none to differentiate.
 struct GatedDeltaRuleBackwardParams {
-  GatedDeltaRuleParams in;  // as the forward had it; its outputs are not looked at
-  View right;               // [B, T, H, V]  float32, contiguous: the forward's increments
-  View d_o;                 // [B, T, H, V]  last stride 1; data null where there is no gradient, as below
-  View d_right;             // [B, T, H, V]  last stride 1
-  const float* d_left;         // [B, T, Hk, K]
-  const float* d_final_state;  // [N, H, K, V]
-  const float* d_snapshots;    // [P, H, K, V]
+  GatedDeltaRuleParams in;               // as the forward had it; its outputs are not looked at
+  View right;                            // [B, T, H, V]  float32, contiguous: the forward's increments
+  View d_o;                              // [B, T, H, V]  last stride 1; data null where there is no gradient, as below
+  View d_right;                          // [B, T, H, V]  last stride 1
+  const float* d_left;                   // [B, T, Hk, K]
+  const float* d_final_state;            // [N, H, K, V]
+  const float* d_snapshots;              // [P, H, K, V]
   void *d_q, *d_k, *d_v, *d_g, *d_beta;  // contiguous, each of its input's type
   float* d_initial_state;                // [N, H, K, V]
   float* d_edit_left;                    // [E, K]
@@ -53,9 +53,9 @@ struct GatedDeltaRuleStepParams {
   View g, beta;  // [B, H]
   float scale;
   bool use_qk_l2norm;
-  float* state;     // [B, H, K, V]  read and written
-  EditList edits;   // position ignored
-  void* o;          // [B, H, V] of o_type
+  float* state;    // [B, H, K, V]  read and written
+  EditList edits;  // position ignored
+  void* o;         // [B, H, V] of o_type
   Element o_type;
   float* left;   // [B, Hk, K] or null
   float* right;  // [B, H, V] or null

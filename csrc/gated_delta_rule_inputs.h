@@ -31,8 +31,8 @@ Params gated_delta_rule_common(const char* op, const Tensor& q, const Tensor& k,
 inline GatedDeltaRuleParams gated_delta_rule_inputs(
     const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta, double scale,
     const std::optional<Tensor>& initial_state, bool use_qk_l2norm, const std::optional<Tensor>& cu_seqlens,
-    const std::optional<Tensor>& edit_index, const std::optional<Tensor>& edit_left,
-    const std::optional<Tensor>& edit_right, const std::optional<Tensor>& snapshots, std::vector<Tensor>& keep) {
+    const std::optional<Tensor>& edit_index, const std::optional<Tensor>& edit_left, const std::optional<Tensor>& edit_right,
+    const std::optional<Tensor>& snapshots, std::vector<Tensor>& keep) {
   STD_TORCH_CHECK(v.dim() == 4 && k.dim() == 4, op, ": k and v must be [B, T, heads, size]");
   auto p = gated_delta_rule_common<GatedDeltaRuleParams>(op, q, k, v, g, beta, scale, use_qk_l2norm, keep);
   const int64_t B = p.B, T = v.size(1), Hk = p.Hk, H = p.H, K = p.K, V = p.V;
@@ -49,8 +49,7 @@ inline GatedDeltaRuleParams gated_delta_rule_inputs(
     for (int64_t n = 0; READABLE && n < p.N; n++) lengths.push_back(p.cu_seqlens[n + 1] - p.cu_seqlens[n]);
   }
   if (initial_state.has_value()) check_shape(op, "initial_state", *initial_state, {p.N, H, K, V});
-  p.initial_state =
-      static_cast<const float*>(data_as(op, "initial_state", initial_state, ScalarType::Float, keep));
+  p.initial_state = static_cast<const float*>(data_as(op, "initial_state", initial_state, ScalarType::Float, keep));
   p.edits = edit_list(op, edit_index, edit_left, edit_right, p.N, lengths, H, K, V, keep);
   if (snapshots.has_value()) {
     STD_TORCH_CHECK(snapshots->dim() == 2 && snapshots->size(1) == 2, op, ": snapshots must be [P, 2]");

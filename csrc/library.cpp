@@ -37,8 +37,7 @@ STABLE_TORCH_LIBRARY(writesae, m) {
   m.def("cpu_bf16(str force) -> str");
   m.def("cpu_bf16_list() -> str");
   m.def("causal_conv(Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? cu_seqlens) -> Tensor");
-  m.def(
-      "rms_norm(Tensor x, Tensor weight, Tensor? gate, float eps, bool zero_centred, bool round_once) -> Tensor");
+  m.def("rms_norm(Tensor x, Tensor weight, Tensor? gate, float eps, bool zero_centred, bool round_once) -> Tensor");
   m.def(
       "factored_loss(Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor values, Tensor indices, "
       "Tensor v_dec, Tensor w_dec, Tensor? offset, Tensor? on_offset, Tensor? weight, Tensor? initial_state, "

@@ -15,45 +15,45 @@ Tensor causal_conv(Tensor x, Tensor weight, std::optional<Tensor> bias, bool sil
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_delta_rule(
     Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, double scale, std::optional<Tensor> initial_state,
-    bool use_qk_l2norm, std::optional<Tensor> cu_seqlens, std::optional<Tensor> edit_index,
-    std::optional<Tensor> edit_left, std::optional<Tensor> edit_right, std::optional<Tensor> snapshots,
-    bool return_writes);
+    bool use_qk_l2norm, std::optional<Tensor> cu_seqlens, std::optional<Tensor> edit_index, std::optional<Tensor> edit_left,
+    std::optional<Tensor> edit_right, std::optional<Tensor> snapshots, bool return_writes);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_delta_rule_backward(
     Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, double scale, std::optional<Tensor> initial_state,
-    bool use_qk_l2norm, std::optional<Tensor> cu_seqlens, std::optional<Tensor> edit_index,
-    std::optional<Tensor> edit_left, std::optional<Tensor> edit_right, std::optional<Tensor> snapshots, Tensor right,
-    std::optional<Tensor> d_o, std::optional<Tensor> d_final_state, std::optional<Tensor> d_left,
-    std::optional<Tensor> d_right, std::optional<Tensor> d_snapshots);
+    bool use_qk_l2norm, std::optional<Tensor> cu_seqlens, std::optional<Tensor> edit_index, std::optional<Tensor> edit_left,
+    std::optional<Tensor> edit_right, std::optional<Tensor> snapshots, Tensor right, std::optional<Tensor> d_o,
+    std::optional<Tensor> d_final_state, std::optional<Tensor> d_left, std::optional<Tensor> d_right,
+    std::optional<Tensor> d_snapshots);
 
-std::tuple<Tensor, Tensor, Tensor> gated_delta_rule_step(
-    Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor state, double scale, bool use_qk_l2norm,
-    std::optional<Tensor> edit_index, std::optional<Tensor> edit_left, std::optional<Tensor> edit_right,
-    bool return_writes);
+std::tuple<Tensor, Tensor, Tensor> gated_delta_rule_step(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor state,
+                                                         double scale, bool use_qk_l2norm, std::optional<Tensor> edit_index,
+                                                         std::optional<Tensor> edit_left, std::optional<Tensor> edit_right,
+                                                         bool return_writes);
 
-std::tuple<Tensor, Tensor, Tensor> encode_topk(
-    Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc, Tensor w_enc, std::optional<Tensor> b_enc,
-    int64_t k, std::optional<Tensor> carry, std::optional<Tensor> cu_seqlens, std::optional<Tensor> edit_index,
-    std::optional<Tensor> edit_left, std::optional<Tensor> edit_right, std::string precision);
+std::tuple<Tensor, Tensor, Tensor> encode_topk(Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc,
+                                               Tensor w_enc, std::optional<Tensor> b_enc, int64_t k,
+                                               std::optional<Tensor> carry, std::optional<Tensor> cu_seqlens,
+                                               std::optional<Tensor> edit_index, std::optional<Tensor> edit_left,
+                                               std::optional<Tensor> edit_right, std::string precision);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> encode_threshold(
     Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc, Tensor w_enc, std::optional<Tensor> b_enc,
     Tensor threshold, std::optional<Tensor> carry, std::optional<Tensor> cu_seqlens, std::optional<Tensor> edit_index,
     std::optional<Tensor> edit_left, std::optional<Tensor> edit_right, std::string precision);
 
-std::tuple<Tensor, Tensor> encode_at(
-    Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc, Tensor w_enc, Tensor indices,
-    std::optional<Tensor> carry, std::optional<Tensor> cu_seqlens, std::optional<Tensor> edit_index,
-    std::optional<Tensor> edit_left, std::optional<Tensor> edit_right);
+std::tuple<Tensor, Tensor> encode_at(Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc, Tensor w_enc,
+                                     Tensor indices, std::optional<Tensor> carry, std::optional<Tensor> cu_seqlens,
+                                     std::optional<Tensor> edit_index, std::optional<Tensor> edit_left,
+                                     std::optional<Tensor> edit_right);
 
-std::tuple<Tensor, Tensor, Tensor> encode_backward(
-    Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc, Tensor w_enc, Tensor indices, Tensor grad,
-    std::optional<Tensor> cu_seqlens, std::optional<Tensor> edit_index, std::optional<Tensor> edit_left,
-    std::optional<Tensor> edit_right);
+std::tuple<Tensor, Tensor, Tensor> encode_backward(Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc,
+                                                   Tensor w_enc, Tensor indices, Tensor grad,
+                                                   std::optional<Tensor> cu_seqlens, std::optional<Tensor> edit_index,
+                                                   std::optional<Tensor> edit_left, std::optional<Tensor> edit_right);
 
-std::tuple<Tensor, Tensor> encode_writes_backward(
-    Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc, Tensor w_enc, Tensor indices, Tensor grad,
-    std::optional<Tensor> cu_seqlens);
+std::tuple<Tensor, Tensor> encode_writes_backward(Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc,
+                                                  Tensor w_enc, Tensor indices, Tensor grad,
+                                                  std::optional<Tensor> cu_seqlens);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> factored_loss(
     Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor values, Tensor indices, Tensor v_dec, Tensor w_dec,

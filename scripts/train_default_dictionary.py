@@ -81,8 +81,11 @@ def survey(model, tokenizer, args) -> list[dict]:
             "strict_chain": summary["strict_chain"], "kl_median": summary["kl_median"],
             "native_norm_median": norm, **scores[place],
         })  # fmt: skip
-        print(f"L{place[0]}H{place[1]}: win rate {summary['win_rate']:.3f}, KL {summary['kl_median']}, "
-              f"FVU {scores[place]['fvu']:.3f}, cosine {scores[place]['winner_cosine_median']:.3f}", flush=True)
+        print(
+            f"L{place[0]}H{place[1]}: win rate {summary['win_rate']:.3f}, KL {summary['kl_median']}, "
+            f"FVU {scores[place]['fvu']:.3f}, cosine {scores[place]['winner_cosine_median']:.3f}",
+            flush=True,
+        )
     records.sort(key=lambda r: -r["win_rate"])
     path.write_text(json.dumps(records, indent=2) + "\n")
     return records

@@ -252,9 +252,7 @@ GENERATE = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(
-    "how, accelerate", [("greedy", False), ("greedy", True), ("sampling", True), ("beams", False)]
-)
+@pytest.mark.parametrize("how, accelerate", [("greedy", False), ("greedy", True), ("sampling", True), ("beams", False)])
 def test_generate_gives_the_plain_models_tokens(models, family, how, accelerate):
     model = models(family)
     prompt, mask = tokens(2, 6), torch.ones(2, 6, dtype=torch.long)

@@ -18,6 +18,7 @@ from writesae.models import attach, hf_gated_delta
 
 # ruff: noqa: F811  (a fixture's name as an argument)
 
+
 @pytest.mark.parametrize(
     "sites, kwargs, message",
     [

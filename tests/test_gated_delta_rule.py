@@ -243,6 +243,7 @@ def test_strided_inputs():
         "beta": torch.stack([x["beta"], x["beta"]], -1)[..., 1],
     }  # fmt: skip
     assert not any(value.is_contiguous() for value in strided.values())
+
     def equal(outs, others):
         return all(torch.equal(a.o, b.o) for a, b in zip(outs, others, strict=True))
 

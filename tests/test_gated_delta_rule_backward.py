@@ -149,9 +149,7 @@ def test_packed(record_property):
     x = gated_delta_rule_inputs(1, 200, 2, 4, 24, 40)
     places = torch.tensor([[5, 126], [0, 0], [3, 65], [3, 3], [6, 0], [3, 3]])
     edits = edits_for(8, lengths, 4, 24, 40, count=20)
-    compare(
-        x, record_property, ALL, torch.randn(8, 4, 24, 40), edits, cu_seqlens=offsets, snapshots=places
-    )
+    compare(x, record_property, ALL, torch.randn(8, 4, 24, 40), edits, cu_seqlens=offsets, snapshots=places)
     compare(x, record_property, cu_seqlens=offsets.int())
 
 
@@ -287,7 +285,7 @@ def test_no_second_derivative():
     x = gated_delta_rule_inputs(1, 5, 1, 2, 3, 4)
     v = x["v"].requires_grad_()
     out = ops.gated_delta_rule(**x)
-    with pytest.raises(RuntimeError, match="gated_delta_rule_backward: no backward.*backend=\"reference\""):
+    with pytest.raises(RuntimeError, match='gated_delta_rule_backward: no backward.*backend="reference"'):
         torch.autograd.grad(out.o.square().sum(), v, create_graph=True)
 
 

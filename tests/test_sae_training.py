@@ -24,7 +24,6 @@ K, V, SITE = 6, 9, (2, 3)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-
 def planted(n=12, seed=3):
     """Unit atoms v `[n, K]`, w `[n, V]`."""
     g = torch.Generator().manual_seed(seed)
@@ -81,6 +80,7 @@ def trainer(stream=None, **more) -> Trainer:
 @pytest.mark.parametrize("R", [1, 2])
 def test_block_states_are_the_states_of_the_writes(T, R):
     g = torch.Generator().manual_seed(0)
+
     def rand(*shape):
         return torch.randn(*shape, generator=g, dtype=torch.float64)
 
@@ -251,6 +251,7 @@ def test_learning_rate():
 
 def same(a: Trainer, b: Trainer) -> bool:
     """Bitwise equality of parameters, moments and counters."""
+
     def leaves(x):
         if isinstance(x, dict):
             return [leaf for key in sorted(x, key=str) for leaf in leaves(x[key])]
@@ -363,9 +364,7 @@ def test_evaluation_by_hand():
     left, right = (x[:, 0] for x in block.natives(order // 48, order % 48))
     native = left[:, :, None] * right[:, None]
     atoms = torch.einsum("frk,frv->fkv", sae.v_dec, sae.w_dec)
-    cosine = torch.einsum("pkv,fkv->pf", native, atoms) / (
-        native.norm(dim=(1, 2))[:, None] * atoms.norm(dim=(1, 2))
-    )
+    cosine = torch.einsum("pkv,fkv->pf", native, atoms) / (native.norm(dim=(1, 2))[:, None] * atoms.norm(dim=(1, 2)))
     winner = codes.values.argmax(1)
     i = codes.indices.gather(1, winner[:, None])
     wins = codes.values.max(1).values > 0

@@ -186,9 +186,7 @@ def test_factored_loss_equals_dense(name, isa, poisoned):
     scale = torch.randn(shape[:3], generator=gen).double()
     mask = weight != 0
     mine, exact = (inputs_of([values, *params[3:]], d) for d in (torch.float32, torch.float64))
-    got = factored_loss(
-        writes.to(torch.float32), mine[0], indices, *mine[1:], heads=heads, mask=mask, backend="cpu"
-    )
+    got = factored_loss(writes.to(torch.float32), mine[0], indices, *mine[1:], heads=heads, mask=mask, backend="cpu")
     want = dense_errors(states_of(writes, heads), exact[0], indices, *exact[1:]) * mask[:, :, None]
     near("errors", got, want)
     for label, a, b in zip(
@@ -221,9 +219,7 @@ def test_reference_backend_is_the_same():
     results = []
     for backend, dtype in (("cpu", torch.float32), ("reference", torch.float64)):
         mine = inputs_of(params, dtype)
-        step = training_loss(
-            writes.to(dtype), *mine, k=k, weight=weight.to(dtype), heads=heads, backend=backend
-        )
+        step = training_loss(writes.to(dtype), *mine, k=k, weight=weight.to(dtype), heads=heads, backend=backend)
         assert not step.errors.requires_grad and not step.codes.values.requires_grad
         results.append((step.errors, *gradients(step.loss, mine)))
     for a, b in zip(*results, strict=True):

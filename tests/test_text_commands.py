@@ -93,6 +93,7 @@ def read_by(name: str, folder, out, monkeypatch, capsys, *more) -> tuple[list[li
         monkeypatch.setattr("writesae.sae.train.Trainer", lambda stream, *a, **k: seen.append(stream.passages.ids))
         given = ["train", "--corpus", corpus, "--validation", corpus, "--site", "0:1", "--length", "1", "--quiet"]
     else:
+
         def caught(model, tokenizer, saes, passages, **options):
             seen.append(passages)
             raise Enough("read")

@@ -69,4 +69,4 @@ def load_twin(path: str | Path) -> None:
 
 def twin_error() -> str | None:
     """None when backend="twin" is usable, else why not."""
-    return None if _twin is not None else 'a test-only backend; scripts/build_twin.py builds it and load_twin loads it'
+    return None if _twin is not None else "a test-only backend; scripts/build_twin.py builds it and load_twin loads it"

@@ -80,8 +80,7 @@ inline Bf16 parse_bf16(const std::string& name, const char* source) {
 
 // "best" goes back to the processor's own.
 inline void force_bf16(const std::string& name) {
-  bf16_slot() = static_cast<int>(
-      parse_bf16(name == "best" ? bf16_list().substr(0, bf16_list().find(',')) : name, "bf16"));
+  bf16_slot() = static_cast<int>(parse_bf16(name == "best" ? bf16_list().substr(0, bf16_list().find(',')) : name, "bf16"));
 }
 
 inline Bf16 bf16() {
@@ -104,14 +103,16 @@ inline Bf16 bf16() {
 
 #if defined(__clang__)
 #define WRITESAE_TARGET_BEGIN_AVX512_BF16 \
-  WRITESAE_PRAGMA(clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c"))), apply_to = function))
-#define WRITESAE_TARGET_BEGIN_AMX \
-  WRITESAE_PRAGMA(clang attribute push(__attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function))
+  WRITESAE_PRAGMA(clang attribute push(   \
+      __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c"))), apply_to = function))
+#define WRITESAE_TARGET_BEGIN_AMX       \
+  WRITESAE_PRAGMA(clang attribute push( \
+      __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function))
 #else
 #define WRITESAE_TARGET_BEGIN_AVX512_BF16 \
-  _Pragma("GCC push_options") \
-  _Pragma("GCC target(\"avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,prefer-vector-width=512\")")
+  _Pragma("GCC push_options")             \
+      _Pragma("GCC target(\"avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,prefer-vector-width=512\")")
 #define WRITESAE_TARGET_BEGIN_AMX \
-  _Pragma("GCC push_options") \
-  _Pragma("GCC target(\"amx-tile,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512\")")
+  _Pragma("GCC push_options")     \
+      _Pragma("GCC target(\"amx-tile,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512\")")
 #endif

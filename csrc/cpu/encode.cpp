@@ -22,15 +22,15 @@
 namespace writesae::cpu {
 namespace {
 
-constexpr int PANEL = 16;  // atoms
-constexpr int64_t SMALL = 8;        // rows a call may have and still leave the dictionary unpacked
+constexpr int PANEL = 16;             // atoms
+constexpr int64_t SMALL = 8;          // rows a call may have and still leave the dictionary unpacked
 constexpr int64_t OWN_ROWS = 96;      // rows a head goes on by at once with a thread to itself: keys stay in its cache
 constexpr int64_t SHARED_ROWS = 384;  // with all threads: fewer barriers, keys in the shared cache
 constexpr int64_t EVERY_MT = 48;      // what both are multiples of: rows of a register tile of every kernel
-constexpr int64_t KEY_BYTES = int64_t{8} << 20;  // of keys kept then, whatever F
-constexpr int64_t SCRATCH_ROWS = PANEL + 1;  // of packing
-constexpr int64_t PART = 4;         // tokens an item of selection takes
-constexpr int64_t ALONE_FLOATS = 1 << 20;  // of dictionary that one thread reads alone when the call is small
+constexpr int64_t KEY_BYTES = int64_t{8} << 20;   // of keys kept then, whatever F
+constexpr int64_t SCRATCH_ROWS = PANEL + 1;       // of packing
+constexpr int64_t PART = 4;                       // tokens an item of selection takes
+constexpr int64_t ALONE_FLOATS = 1 << 20;         // of dictionary that one thread reads alone when the call is small
 constexpr int64_t OWN_BYTES = int64_t{48} << 20;  // scratch up to which every thread takes a head of its own
 
 // Steps of a row of `size` bfloat16 in pairs: whole tiles of AMX.
@@ -141,9 +141,11 @@ struct Kernels {
   decltype(&portable::to_key_scalar) to_key;
 };
 
-#define WRITESAE_KERNELS(name)                                                                        \
-  Kernels{name::MT, name::steps, name::pack_panel, name::pack_rows, name::run_panel, name::run_panel_unpacked, \
-   name::select_largest, name::select_above, name::pick, name::to_key_scalar}
+#define WRITESAE_KERNELS(name)                                                                           \
+  Kernels {                                                                                              \
+    name::MT, name::steps, name::pack_panel, name::pack_rows, name::run_panel, name::run_panel_unpacked, \
+        name::select_largest, name::select_above, name::pick, name::to_key_scalar                        \
+  }
 
 Kernels kernels() { return WRITESAE_OF_ISA(WRITESAE_KERNELS); }
 
@@ -197,11 +199,13 @@ struct Plan {
   int64_t tile_size() const { return left_size() + right_size(); }
   // Bytes run_head needs beyond selection, which needs select_bytes a thread.
   int64_t head_bytes(int64_t rows) const {
-    const int64_t floats = panels * (v_size() + w_size() + 16) + 2 * (rows / kernel.tile) * tile_size() +
-                           (rows + 2) * stride;
+    const int64_t floats =
+        panels * (v_size() + w_size() + 16) + 2 * (rows / kernel.tile) * tile_size() + (rows + 2) * stride;
     return floats * 4 + 64 * 16;
   }
-  int64_t worker_bytes() const { return round_up(std::max(select_bytes, SCRATCH_ROWS * round_up(std::max(p.K, p.V), 32) * 4), 64); }
+  int64_t worker_bytes() const {
+    return round_up(std::max(select_bytes, SCRATCH_ROWS * round_up(std::max(p.K, p.V), 32) * 4), 64);
+  }
 
   void fill_limits(int64_t h, float* bias, int32_t* limits) const {
     for (int64_t f = 0; f < stride; f++) {
@@ -235,8 +239,7 @@ struct Plan {
 // One head from its first row to its last. Two parallel regions a block: panels; then selection, beside the packing of
 // the next block's rows. A barrier between them, and never a split along time, keeps the running sum the same whatever
 // the number of threads.
-void run_head(const Plan& plan, int64_t h, int64_t block_rows, const Parallel& parallel, Arena& arena,
-              char* worker_memory) {
+void run_head(const Plan& plan, int64_t h, int64_t block_rows, const Parallel& parallel, Arena& arena, char* worker_memory) {
   const EncodeParams& p = plan.p;
   const Kernels& kernel = plan.kernel;
   const int64_t v_size = plan.v_size(), w_size = plan.w_size(), tile_size = plan.tile_size();

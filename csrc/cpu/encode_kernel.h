@@ -100,12 +100,11 @@ inline void store_panel(const Vec (&a)[NV], float* to) {
 
 // The running sum of one row: `a` is carried, in registers, because a store and a load between rows would be what they
 // wait for; `product` is the row's increment. `width` <= 16 atoms exist.
-inline void accumulate(const EncodeParams& p, const Row& row, int64_t h, int64_t first, int64_t width,
-                       const float* product, const float* bias, Vec (&a)[NV], int32_t* keys, int64_t stride) {
+inline void accumulate(const EncodeParams& p, const Row& row, int64_t h, int64_t first, int64_t width, const float* product,
+                       const float* bias, Vec (&a)[NV], int32_t* keys, int64_t stride) {
   if (row.begin >= 0) {
     alignas(64) float start[PANEL] = {};
-    if (p.carry_in != nullptr)
-      std::memcpy(start, p.carry_in + (row.begin * p.Hs + h) * p.F + first, width * sizeof(float));
+    if (p.carry_in != nullptr) std::memcpy(start, p.carry_in + (row.begin * p.Hs + h) * p.F + first, width * sizeof(float));
     load_panel(start, a);
   }
   for (int n = 0; n < NV; n++) {
@@ -121,9 +120,9 @@ inline void accumulate(const EncodeParams& p, const Row& row, int64_t h, int64_t
 
 // A block through one panel. v [r][steps(K)][16], w [r][steps(V)][16]; left, right as pack_rows leaves them; carry
 // [16] between blocks; bias [16]; keys [slots][stride].
-inline void run_panel(const EncodeParams& p, const Block& block, int64_t h, int64_t panel, const float* v,
-                      const float* w, const float* left, const float* right, const float* bias, float* carry,
-                      int32_t* keys, int64_t stride) {
+inline void run_panel(const EncodeParams& p, const Block& block, int64_t h, int64_t panel, const float* v, const float* w,
+                      const float* left, const float* right, const float* bias, float* carry, int32_t* keys,
+                      int64_t stride) {
   const int64_t count = block.rows.size(), first = panel * PANEL;
   const int64_t width = p.F - first < PANEL ? p.F - first : PANEL;
   const int64_t k_steps = steps(p.K), v_steps = steps(p.V);
@@ -198,8 +197,7 @@ inline void run_panel_unpacked(const EncodeParams& p, const Block& block, int64_
         product[i][f] = r == 0 ? x : product[i][f] + x;
       }
   }
-  for (int64_t i = 0; i < count; i++)
-    accumulate(p, block.rows[i], h, first, width, product[i], bias, a, keys, stride);
+  for (int64_t i = 0; i < count; i++) accumulate(p, block.rows[i], h, first, width, product[i], bias, a, keys, stride);
 }
 
 // ---- selection -------------------------------------------------------------------------------------------------------

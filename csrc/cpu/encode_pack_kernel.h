@@ -69,4 +69,3 @@ inline void pack_panel(const View& x, int64_t h, int64_t panel, int64_t F, int64
       for (int f = 0; f < PANEL; f++) to[i * PANEL + f] = rows[f * depth + i];
   }
 }
-

@@ -31,9 +31,9 @@ inline void multiply(const float* atoms, const float* rows, int64_t steps, Tiles
   tiles.store(out[0]);
 }
 
-inline void run_panel(const EncodeParams& p, const Block& block, int64_t h, int64_t panel, const float* v,
-                      const float* w, const float* left, const float* right, const float* bias, float* carry,
-                      int32_t* keys, int64_t stride) {
+inline void run_panel(const EncodeParams& p, const Block& block, int64_t h, int64_t panel, const float* v, const float* w,
+                      const float* left, const float* right, const float* bias, float* carry, int32_t* keys,
+                      int64_t stride) {
   const int64_t count = block.rows.size(), first = panel * PANEL;
   const int64_t width = p.F - first < PANEL ? p.F - first : PANEL;
   const int64_t k_steps = pair_steps(p.K), v_steps = pair_steps(p.V);

@@ -35,8 +35,8 @@ struct Item {
 
 namespace {
 
-constexpr int64_t CHUNK = portable::C;  // the same for every instruction set: the scratch layout depends on it
-constexpr int64_t PART = 64;            // tokens an item of preparation takes
+constexpr int64_t CHUNK = portable::C;       // the same for every instruction set: the scratch layout depends on it
+constexpr int64_t PART = 64;                 // tokens an item of preparation takes
 constexpr int64_t SCRATCH_FLOATS = 1 << 20;  // prepared keys and queries kept at once: about the second-level cache
 
 // The kernels of one instruction set.
@@ -49,7 +49,7 @@ struct Kernels {
 };
 
 #define WRITESAE_KERNELS(set) \
-  Kernels{set::LANES, set::VECTORS, set::prepare, set::read, set::run_columns, set::step_head}
+  Kernels { set::LANES, set::VECTORS, set::prepare, set::read, set::run_columns, set::step_head }
 Kernels kernels() { return WRITESAE_OF_ISA(WRITESAE_KERNELS); }
 
 struct Sequence {
@@ -125,10 +125,11 @@ void forward(const GatedDeltaRuleParams& p, const Parallel& parallel) {
     return a[0] != b[0] ? a[0] < b[0] : a[1] < b[1];
   });
   const auto find_shot = [&](int64_t n, int64_t position) {
-    return std::partition_point(shots.begin(), shots.end(), [&](int64_t i) {
-             const int64_t* place = p.places + i * 2;
-             return place[0] != n ? place[0] < n : place[1] < position;
-           }) -
+    return std::partition_point(shots.begin(), shots.end(),
+                                [&](int64_t i) {
+                                  const int64_t* place = p.places + i * 2;
+                                  return place[0] != n ? place[0] < n : place[1] < position;
+                                }) -
            shots.begin();
   };
 

@@ -21,16 +21,16 @@ namespace {
 
 using Params = GatedDeltaRuleBackwardParams;
 
-constexpr int C = 64;              // tokens of a piece, at most
-constexpr int64_t SEGMENT = 512;   // tokens between states that are kept
+constexpr int C = 64;                  // tokens of a piece, at most
+constexpr int64_t SEGMENT = 512;       // tokens between states that are kept
 constexpr int64_t TOGETHER = 1 << 22;  // floats of unsummed parts kept at once, unless one sequence takes more
-constexpr int64_t FEW = 8;         // with fewer heads than this in all, a head is split into blocks of 64 columns
+constexpr int64_t FEW = 8;             // with fewer heads than this in all, a head is split into blocks of 64 columns
 
 struct Item {
-  int64_t n, h, b, origin;       // sequence, value head, its batch row and first token
-  int64_t block, blocks;         // of the value columns
-  int64_t column, width;         // first column and number of columns of the block
-  const int64_t* shots;          // places, sorted by (sequence, position)
+  int64_t n, h, b, origin;  // sequence, value head, its batch row and first token
+  int64_t block, blocks;    // of the value columns
+  int64_t column, width;    // first column and number of columns of the block
+  const int64_t* shots;     // places, sorted by (sequence, position)
 };
 
 // Positions [start, start + length) of a sequence; its edits and snapshots stand at its last token.
@@ -146,8 +146,7 @@ void run_group(const Plan& plan, const Params& p, const Kernels& kernel, int64_t
     slot[n - n0] = tokens;
     tokens += std::min(s.length, SEGMENT);
     for (int64_t h = 0; h < H; h++)
-      for (int64_t i = 0; i < s.segments; i++)
-        pieces = std::max(pieces, static_cast<int64_t>(plan.pieces(n, h, i).size()));
+      for (int64_t i = 0; i < s.segments; i++) pieces = std::max(pieces, static_cast<int64_t>(plan.pieces(n, h, i).size()));
     if (s.length > 0) continue;
     for (int64_t i = n * H * size; i < (n + 1) * H * size; i++)
       p.d_initial_state[i] = p.d_final_state != nullptr ? p.d_final_state[i] : 0.0f;
@@ -169,8 +168,8 @@ void run_group(const Plan& plan, const Params& p, const Kernels& kernel, int64_t
     const Item item = item_of(i);
     for (int64_t segment = 0; segment + 1 < plan.sequences[item.n].segments; segment++) {
       const std::vector<Piece> cut = plan.pieces(item.n, item.h, segment);
-      kernel.sweep(p, item, cut.data(), cut.size(), start_of(item, segment),
-                   const_cast<float*>(start_of(item, segment + 1)), memory + worker * worker_size);
+      kernel.sweep(p, item, cut.data(), cut.size(), start_of(item, segment), const_cast<float*>(start_of(item, segment + 1)),
+                   memory + worker * worker_size);
     }
   });
   for (int64_t segment = segments - 1; segment >= 0; segment--) {

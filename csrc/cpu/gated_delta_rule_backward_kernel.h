@@ -112,16 +112,16 @@ inline void add_scaled(float* x, const float* y, float by, int64_t n) {
 
 // Scratch of a thread, and the sizes it was laid out for. Rows of K are `ld_k` floats apart, rows of V `ld_v`.
 struct Work {
-  int64_t K, V, pk, pv, ld_k, ld_v;  // V: width of the column block; pk, pv: sizes padded to 16
-  float *k, *q, *x, *y, *z;          // [C][ld_k]
-  float *u, *o, *du, *dw;            // [C][ld_v]: U, dO, dU, -beta dU
-  float *kt, *qt;                    // [pk][PC]
-  float *ut, *ot, *dut;              // [pv][PC]
-  float *st, *dt;                    // [pv][ld_k]: S^T, D^T
-  float *reach, *kk, *qk, *e, *f, *et;  // [C][PC]
-  float *d;                          // [pk][ld_v]: D
-  float *line;                       // a row of an input, converted
-  float *states;                     // [pieces][pk][ld_v]: S before each piece
+  int64_t K, V, pk, pv, ld_k, ld_v;            // V: width of the column block; pk, pv: sizes padded to 16
+  float *k, *q, *x, *y, *z;                    // [C][ld_k]
+  float *u, *o, *du, *dw;                      // [C][ld_v]: U, dO, dU, -beta dU
+  float *kt, *qt;                              // [pk][PC]
+  float *ut, *ot, *dut;                        // [pv][PC]
+  float *st, *dt;                              // [pv][ld_k]: S^T, D^T
+  float *reach, *kk, *qk, *e, *f, *et;         // [C][PC]
+  float* d;                                    // [pk][ld_v]: D
+  float* line;                                 // a row of an input, converted
+  float* states;                               // [pieces][pk][ld_v]: S before each piece
   float gate[C], beta[C], since[C], until[C];  // a_j, beta_j, G_j, E_j
 
   // With memory == nullptr, only counts. Returns the floats taken.
@@ -199,8 +199,7 @@ inline int64_t load_piece(Work& w, const Params& p, const Item& item, const Piec
 inline void advance(Work& w, const Params& p, const Item& item, const Piece& piece, int64_t padded, const float* from,
                     float* to) {
   for (int64_t i = 0; i < w.pk; i++)
-    for (int64_t c = 0; c < w.pv; c += LANES)
-      store(to + i * w.ld_v + c, load(from + i * w.ld_v + c) * w.since[padded - 1]);
+    for (int64_t c = 0; c < w.pv; c += LANES) store(to + i * w.ld_v + c, load(from + i * w.ld_v + c) * w.since[padded - 1]);
   for (int64_t j = 0; j < padded; j++) scale_row(w.u + j * w.ld_v, w.until[j], w.pv);
   multiply(w.k, w.ld_k, w.u, w.ld_v, padded, to, w.ld_v, w.pk, w.pv, true);
   for (int64_t e = piece.edit; e < piece.edit_end; e++) {
@@ -414,7 +413,8 @@ inline void reverse(const Params& p, const Item& item, const Piece* pieces, int6
   }
   load_state(w, d_end, p.in.V, w.d);
   for (int64_t i = count - 1; i >= 0; i--)
-    reverse_piece(w, p, item, pieces[i], w.states + i * size, partial + (pieces[i].start - pieces[0].start) * stride, stride);
+    reverse_piece(w, p, item, pieces[i], w.states + i * size, partial + (pieces[i].start - pieces[0].start) * stride,
+                  stride);
   store_state(w, w.d, p.in.V, d_start);
 }
 

@@ -133,8 +133,8 @@ inline void flush(float* state, int64_t K, Pending<NV>& pending, const float* ze
 // One token on a block of the state: rows `row` floats apart, keys and queries laid out as `element` says. Edits
 // [first, last) act on it. Returns the increment in u and the reading in o. `side` holds NV * LANES floats.
 template <int NV>
-inline void token(float* state, int64_t row, int64_t K, int64_t V, const float* k, const float* q, int64_t step,
-                  float gate, float beta, const Vec* v, const EditList& edits, int64_t first, int64_t last, int64_t column,
+inline void token(float* state, int64_t row, int64_t K, int64_t V, const float* k, const float* q, int64_t step, float gate,
+                  float beta, const Vec* v, const EditList& edits, int64_t first, int64_t last, int64_t column,
                   int64_t width, float* side, Vec* u, Vec* o) {
   Vec rk[NV] = {}, oq[NV] = {};
   float kq = 0;
@@ -262,8 +262,8 @@ inline void run_block(const GatedDeltaRuleParams& p, Item item, int64_t column, 
       for (int j = 0; j < count; j++) {
         int64_t edit = item.edit;
         while (edit < item.edit_end && p.edits.index[edit * 4 + 1] == start + j) edit++;
-        token<NV>(state, W, K, V, pair + j * 16, pair + (C + j) * 16, 2 * C, gate[j], beta[j], v[j], p.edits, item.edit, edit, column,
-                  width, side, u[j], o[j]);
+        token<NV>(state, W, K, V, pair + j * 16, pair + (C + j) * 16, 2 * C, gate[j], beta[j], v[j], p.edits, item.edit,
+                  edit, column, width, side, u[j], o[j]);
         item.edit = edit;
         for (; item.shots < item.shots_end && p.places[*item.shots * 2 + 1] == start + j; item.shots++)
           copy_block<NV>(state, p.snapshots + (*item.shots * p.H + item.h) * K * V + column, K, V, width, true);

@@ -40,16 +40,16 @@ inline void gemm_rest(int64_t m, int64_t k, const float* a, int64_t lda, const f
 }
 
 template <int N>
-inline void gemm_columns(int64_t m, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb,
-                         float* const* c, int64_t at, float beta) {
+inline void gemm_columns(int64_t m, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* const* c,
+                         int64_t at, float beta) {
   int64_t i = 0;
   for (; i + ROWS <= m; i += ROWS) gemm_tile<ROWS, N>(k, a + i * lda, lda, b, ldb, c + i, at, beta);
   gemm_rest<N>(m - i, k, a + i * lda, lda, b, ldb, c + i, at, beta);
 }
 
 // a [m][lda], b [k][ldb], c: pointers to m rows of n floats.
-inline void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb,
-                 float* const* c, float beta) {
+inline void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* const* c,
+                 float beta) {
   int64_t at = 0;
   for (; at + 2 * LANES <= n; at += 2 * LANES) gemm_columns<2>(m, k, a, lda, b + at, ldb, c, at, beta);
   if (at < n) gemm_columns<1>(m, k, a, lda, b + at, ldb, c, at, beta);

@@ -10,9 +10,7 @@ namespace writesae::cpu {
 
 enum class Isa : int { portable, avx2, avx512 };
 
-inline const char* isa_name(Isa isa) {
-  return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "portable";
-}
+inline const char* isa_name(Isa isa) { return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "portable"; }
 
 inline bool isa_supported(Isa isa) {
 #if defined(__x86_64__)
@@ -57,7 +55,7 @@ inline Isa isa() {
     const char* forced = std::getenv("WRITESAE_CPU_ISA");
     const std::string best = isa_list();
     chosen = static_cast<int>(forced != nullptr && *forced != 0 ? parse_isa(forced, "WRITESAE_CPU_ISA")
-                                                                 : parse_isa(best.substr(0, best.find(',')), "isa"));
+                                                                : parse_isa(best.substr(0, best.find(',')), "isa"));
     isa_slot() = chosen;
   }
   return static_cast<Isa>(chosen);
@@ -67,8 +65,7 @@ inline Isa isa() {
 
 // make(set) for the instruction set in use, one of the namespaces that each_isa.h makes; `make` is a macro.
 #if defined(__x86_64__)
-#define WRITESAE_OF_ISA(make) \
-  (isa() == Isa::avx512 ? make(avx512) : isa() == Isa::avx2 ? make(avx2) : make(portable))
+#define WRITESAE_OF_ISA(make) (isa() == Isa::avx512 ? make(avx512) : isa() == Isa::avx2 ? make(avx2) : make(portable))
 #else
 #define WRITESAE_OF_ISA(make) (isa(), make(portable))
 #endif
@@ -77,15 +74,16 @@ inline Isa isa() {
 // after every standard header, which must not be compiled for it.
 #if defined(__clang__)
 #define WRITESAE_PRAGMA(x) _Pragma(#x)
-#define WRITESAE_TARGET_BEGIN_AVX512 \
-  WRITESAE_PRAGMA(clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function))
+#define WRITESAE_TARGET_BEGIN_AVX512                                                                                \
+  WRITESAE_PRAGMA(clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+                                       apply_to = function))
 #define WRITESAE_TARGET_BEGIN_AVX2 \
   WRITESAE_PRAGMA(clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function))
 #define WRITESAE_TARGET_END _Pragma("clang attribute pop")
 #else
 #define WRITESAE_TARGET_BEGIN_AVX512 \
-  _Pragma("GCC push_options") \
-  _Pragma("GCC target(\"avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512\")")
+  _Pragma("GCC push_options")        \
+      _Pragma("GCC target(\"avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512\")")
 #define WRITESAE_TARGET_BEGIN_AVX2 _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma,f16c\")")
 #define WRITESAE_TARGET_END _Pragma("GCC pop_options")
 #endif

@@ -15,8 +15,8 @@
 namespace writesae::cpu {
 namespace {
 
-constexpr int64_t CHUNK = 32;      // rows; a multiple of every LANES
-constexpr int64_t GROUP = 16;      // most tokens whose Gram matrices are made together
+constexpr int64_t CHUNK = 32;         // rows; a multiple of every LANES
+constexpr int64_t GROUP = 16;         // most tokens whose Gram matrices are made together
 constexpr int64_t GROUP_ATOMS = 192;  // and most atoms, unless one token has more: three such matrices stay in cache
 
 // Consecutive rows of one sequence of the head's block.
@@ -39,7 +39,7 @@ struct Work {
   Arena memory;
   float *state_t, *state;  // [Vp + CHUNK][ldk]: S^T, then left; [Kp + CHUNK][ldv]: S, then right
   float *left_t, *right_t, *scaled, *decay, *decay_t, *gamma;
-  float *v, *w;                               // [atoms][lav], [atoms][law]
+  float *v, *w;                                                                  // [atoms][lav], [atoms][law]
   float *on_left, *on_right, *spread, *codes, *grad, *on_state, *made, *anchor;  // [atoms][CHUNK], anchor [atoms]
   float *image, *dv, *dw;
   float *group_v, *group_w, *group_t, *gram_v, *gram_w, *mixed, *code_columns, *code_rows, *made_columns;
@@ -48,10 +48,10 @@ struct Work {
   int32_t *slot, *local, *seen, *member;
   float** rows;
   std::vector<int32_t> features;
-  float reach = 1;             // product of the gates from the sequence's start to the chunk
-  bool fresh = true;           // the state before the chunk is zero
-  bool restart = true;         // norm and product are to be taken from the state
-  double norm = 0, product = 0;  // ||S||^2 and <M, S>
+  float reach = 1;                // product of the gates from the sequence's start to the chunk
+  bool fresh = true;              // the state before the chunk is zero
+  bool restart = true;            // norm and product are to be taken from the state
+  double norm = 0, product = 0;   // ||S||^2 and <M, S>
   const float* offset = nullptr;  // [Kp][ldv]
   const float* later = nullptr;   // of every row of the head: the weight it has in sum_t weight_t S_t
   double offset_norm = 0;
@@ -63,8 +63,14 @@ struct Work {
 
  private:
   Work(const SaeTrainingParams& p, int64_t atoms)
-      : Kp(round_up(p.rows.K, 16)), Vp(round_up(p.rows.V, 16)), ldk(Kp + 16), ldv(Vp + 16), lav(Kp + CHUNK),
-        law(Vp + CHUNK), group_limit(std::min(atoms, std::max(GROUP_ATOMS, p.rows.m * p.rows.rank))), memory(0) {
+      : Kp(round_up(p.rows.K, 16)),
+        Vp(round_up(p.rows.V, 16)),
+        ldk(Kp + 16),
+        ldv(Vp + 16),
+        lav(Kp + CHUNK),
+        law(Vp + CHUNK),
+        group_limit(std::min(atoms, std::max(GROUP_ATOMS, p.rows.m * p.rows.rank))),
+        memory(0) {
     ldg = round_up(group_limit, 16) + 16;
     // Twice over the same list: first to count, then to hand out.
     for (const bool counting : {true, false}) {
@@ -106,7 +112,8 @@ struct Kernels {
   decltype(&portable::skip_chunk) skip;
 };
 
-#define WRITESAE_KERNELS(set) Kernels{set::run_chunk, set::skip_chunk}
+#define WRITESAE_KERNELS(set) \
+  Kernels { set::run_chunk, set::skip_chunk }
 Kernels kernels() { return WRITESAE_OF_ISA(WRITESAE_KERNELS); }
 
 // Chunks [first, last) of one sequence, worked through in order from the state before them.
@@ -184,7 +191,9 @@ class AllSums {
       if (p_.encoder) s.dv_enc = p_.dv_enc + at * p_.rows.K, s.dw_enc = p_.dw_enc + at * p_.rows.V;
       if (p_.decoder && p_.gradients) s.dv_dec = p_.dv_dec + at * p_.rows.K, s.dw_dec = p_.dw_dec + at * p_.rows.V;
     }
-    const auto zero = [](float* x, int64_t n) { if (x != nullptr) std::memset(x, 0, n * sizeof(float)); };
+    const auto zero = [](float* x, int64_t n) {
+      if (x != nullptr) std::memset(x, 0, n * sizeof(float));
+    };
     zero(s.dv_enc, atoms * Kp_), zero(s.dw_enc, atoms * Vp_), zero(s.dv_dec, atoms * Kp_), zero(s.dw_dec, atoms * Vp_);
     zero(s.db_enc, p_.rows.F), zero(s.usage, p_.rows.F), zero(s.state_sum, Kp_ * ldv_);
   }
@@ -213,7 +222,7 @@ class AllSums {
     return memory_.back() + 0;
   }
 
-  void add(const Parallel& parallel, float* to, int64_t width, float* Sums::*from, int64_t ld, int64_t rows) const {
+  void add(const Parallel& parallel, float* to, int64_t width, float* Sums::* from, int64_t ld, int64_t rows) const {
     constexpr int64_t SLICE = 64;
     for_each(parallel, (rows + SLICE - 1) / SLICE, [&](int64_t slice, int64_t) {
       for (int64_t i = slice * SLICE; i < std::min(rows, (slice + 1) * SLICE); i++)

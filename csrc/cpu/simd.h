@@ -51,7 +51,7 @@ inline uint16_t to_half(float x) {
   uint32_t bits = float_to_bits(x);
   const uint32_t sign = bits & 0x80000000u;
   bits ^= sign;
-  const uint32_t large = bits > 0x7f800000u ? 0x7e00u : 0x7c00u;  // 65536 and above, infinity, NaN
+  const uint32_t large = bits > 0x7f800000u ? 0x7e00u : 0x7c00u;                   // 65536 and above, infinity, NaN
   const uint32_t small = float_to_bits(bits_to_float(bits) + 0.5f) - 0x3f000000u;  // subnormal: the addition rounds
   const uint32_t usual = (bits + 0xc8000fffu + ((bits >> 13) & 1u)) >> 13;
   const uint32_t half = bits >= 0x47800000u ? large : bits < 0x38800000u ? small : usual;
@@ -100,8 +100,8 @@ inline float read(const View& x, int64_t a, int64_t b, int64_t c) {
 }
 
 // Reads one key or query row into `row` (padded with zeros to `padded`), normalised when asked, times `scale`.
-inline void read_row(const View& x, int64_t a, int64_t b, int64_t c, int64_t K, int64_t padded, bool normalise,
-                     float scale, float* row) {
+inline void read_row(const View& x, int64_t a, int64_t b, int64_t c, int64_t K, int64_t padded, bool normalise, float scale,
+                     float* row) {
   convert_in(x.type, x.at(a, b, c), row, K);
   for (int64_t i = K; i < padded; i++) row[i] = 0;
   if (normalise) scale *= 1.0f / std::sqrt(dot(row, row, padded) + 1e-6f);

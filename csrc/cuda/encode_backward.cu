@@ -16,7 +16,7 @@
 namespace writesae::cuda {
 namespace {
 
-constexpr int LEAST_SEGMENTS = 4;           // of a part
+constexpr int LEAST_SEGMENTS = 4;          // of a part
 constexpr int64_t PARTS_BYTES = 64 << 20;  // of the sums of all parts
 
 struct Layout {

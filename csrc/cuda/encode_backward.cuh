@@ -21,8 +21,8 @@
 
 namespace writesae::cuda {
 
-constexpr int OTHERS = 32;              // rows of a tile that goes past
-constexpr int BACKWARD_WARPS = 8;       // four for the keys, four for the values
+constexpr int OTHERS = 32;         // rows of a tile that goes past
+constexpr int BACKWARD_WARPS = 8;  // four for the keys, four for the values
 constexpr int BACKWARD_THREADS = BACKWARD_WARPS * tile::WARP;
 constexpr int TAIL_FEATURES = 64;
 constexpr int TAIL_SEQUENCES = 1024;  // side by side, at most
@@ -40,7 +40,9 @@ struct Lambda {
   float* carry;  // [FEATURES] e^g lambda of the token after the segment; afterwards of its own first token
 
   __device__ explicit Lambda(tile::Shared& shared)
-      : at(shared.take<float>(SIZE)), gates(shared.take<float>(TOKENS)), carry(shared.take<float>(FEATURES)) {}
+      : at(shared.take<float>(SIZE)),
+        gates(shared.take<float>(TOKENS)),
+        carry(shared.take<float>(FEATURES)) {}
 
   // Of the features from `first` on. Called by all threads of the block, after a barrier behind what wrote `carry`.
   __device__ void fill(const EncodeBackwardParams& p, const Segment& segment, int h, int head, int first) const {
@@ -264,8 +266,8 @@ __global__ void add_parts_kernel(const float* from, int parts, int64_t size, flo
 // For the last of every `each` segments: e^g lambda of the token after it, zero at the end of a sequence. A block has 64
 // features of a head.
 template <int TOKENS>
-__global__ void __launch_bounds__(BACKWARD_THREADS, 4) tails_kernel(EncodeBackwardParams p, const Segment* segments, int count,
-                                                                    int each, float* tails) {
+__global__ void __launch_bounds__(BACKWARD_THREADS, 4)
+    tails_kernel(EncodeBackwardParams p, const Segment* segments, int count, int each, float* tails) {
   const EncodeParams& e = p.rows;
   const int h = tile::block_y(), head = static_cast<int>(e.heads[h]), first = tile::block_x() * TAIL_FEATURES;
   if (head < 0 || head >= e.H) return;

@@ -30,7 +30,8 @@ __global__ void __launch_bounds__(THREADS, 2) sums_kernel(EncodeParams p) {
     float a[FEATURES];
     for (int i = 0; i < stream.rows(); i++) {
       const Row row = stream.row(i);
-      const Source on_left = stream.left(row.kind, row.token, row.sub), on_right = stream.right(row.kind, row.token, row.sub);
+      const Source on_left = stream.left(row.kind, row.token, row.sub),
+                   on_right = stream.right(row.kind, row.token, row.sub);
       float left[PER], right[PER];
 #pragma unroll
       for (int j = 0; j < PER; j++) {
@@ -170,15 +171,18 @@ __global__ void __launch_bounds__(THREADS) select_kernel(EncodeParams p, EncodeW
 }  // namespace
 
 void decode(const EncodeParams& p, const EncodeWork& work, tile::Stream stream) {
-  const unsigned parts = static_cast<unsigned>((p.F + THREADS / tile::WARP * FEATURES - 1) / (THREADS / tile::WARP * FEATURES));
+  const unsigned parts =
+      static_cast<unsigned>((p.F + THREADS / tile::WARP * FEATURES - 1) / (THREADS / tile::WARP * FEATURES));
   const unsigned heads = static_cast<unsigned>(p.Hs), groups = static_cast<unsigned>((p.N + SEQUENCES - 1) / SEQUENCES);
   const int depth = padded_size(p.K, p.V);
-  const auto kernel = depth == 32 ? sums_kernel<1> : depth == 64 ? sums_kernel<2> : depth == 128 ? sums_kernel<4> : sums_kernel<8>;
+  const auto kernel = depth == 32    ? sums_kernel<1>
+                      : depth == 64  ? sums_kernel<2>
+                      : depth == 128 ? sums_kernel<4>
+                                     : sums_kernel<8>;
   tile::launch("encode: sums", kernel, {parts, heads, groups}, THREADS, 0, stream, p);
   const auto piece = [](int64_t words) { return tile::shared_piece(4 * words); };
   const size_t shared = work.mode == Mode::topk ? piece(8) + piece(256) + piece(2) + 2 * piece(p.k) : piece(8);
-  tile::launch("encode: select", select_kernel, {heads, static_cast<unsigned>(p.N), 1}, THREADS,
-               shared, stream, p, work);
+  tile::launch("encode: select", select_kernel, {heads, static_cast<unsigned>(p.N), 1}, THREADS, shared, stream, p, work);
 }
 
 }  // namespace writesae::cuda

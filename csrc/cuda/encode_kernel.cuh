@@ -30,9 +30,9 @@ struct EncodeWork {
   int head0, heads;     // of the Hs encoded heads, those of this launch
   int tiles, capacity;
   Mode mode;
-  int m0, m;                // which of the `at` indices of a token
-  int64_t* counts;          // [B * T * Hs], mode count
-  const int64_t* offsets;   // [B * T * Hs], mode fill
+  int m0, m;               // which of the `at` indices of a token
+  int64_t* counts;         // [B * T * Hs], mode count
+  const int64_t* offsets;  // [B * T * Hs], mode fill
   float* found_values;
   int64_t* found_indices;
 };
@@ -88,8 +88,10 @@ __device__ __forceinline__ void load_operand(Operands<P, D>& operands, const voi
   const E* from = static_cast<const E*>(data) + width * c;
   const auto number = [&](int at) {
     if (width * c + at >= size) return 0.0f;
-    if constexpr (sizeof(E) == 4) return from[at];
-    else return bf16 ? tile::to_float(tile::bf16{from[at]}) : tile::to_float(tile::f16{from[at]});
+    if constexpr (sizeof(E) == 4)
+      return from[at];
+    else
+      return bf16 ? tile::to_float(tile::bf16{from[at]}) : tile::to_float(tile::f16{from[at]});
   };
 #pragma unroll
   for (int s = 0; s < N::STEPS; s++) {
@@ -151,10 +153,10 @@ __global__ void __launch_bounds__(WARPS* tile::WARP, 2) encode_kernel(EncodePara
   tile::Shared shared;
   tile::Vec16* stages = shared.take<tile::Vec16>(STAGES * N::PACKED);
   uint32_t* x = shared.take<uint32_t>(warps * TILE * X_STRIDE) + warp * TILE * X_STRIDE;
-  float* ends = shared.take<float>(2 * WARPS * TILE);  // by parity of the tile: each warp's running sums, from zero
+  float* ends = shared.take<float>(2 * WARPS * TILE);     // by parity of the tile: each warp's running sums, from zero
   uint32_t* passages = shared.take<uint32_t>(2 * WARPS);  // by parity of the chunk: product of each warp's gates
   uint32_t* gates = shared.take<uint32_t>(warps * ROWS) + warp * ROWS;
-  int* full = shared.take<int>(2);                     // by parity of the time: when a buffer was last nearly full
+  int* full = shared.take<int>(2);  // by parity of the time: when a buffer was last nearly full
   Candidates<ROWS> buffer;
   buffer.capacity = work.capacity;
   buffer.keys = shared.take<int>(warps * work.capacity * buffer.STRIDE) + warp * work.capacity * buffer.STRIDE;
@@ -169,7 +171,8 @@ __global__ void __launch_bounds__(WARPS* tile::WARP, 2) encode_kernel(EncodePara
   const bool begins = segment.first == 0;
   const float reach = begins ? 1.0f : work.reach[block_slot];
   const Stream stream(p, segment, head, begins ? nullptr : work.states + block_slot * p.K * p.V, work.unit);
-  for (int f = tile::thread(); f < F; f += tile::block_threads()) carry[f] = carry_in != nullptr ? carry_in[f] * reach : 0.0f;
+  for (int f = tile::thread(); f < F; f += tile::block_threads())
+    carry[f] = carry_in != nullptr ? carry_in[f] * reach : 0.0f;
   if (stream.rows() == 0) return;  // an empty sequence
 
   const int rank = static_cast<int>(p.rank), steps = work.tiles * rank;
@@ -289,8 +292,7 @@ __global__ void __launch_bounds__(WARPS* tile::WARP, 2) encode_kernel(EncodePara
         const uint32_t* column = x + (lane < ROWS ? lane : 0);
         if (work.mode == Mode::topk) {
           // All warps empty their buffers at once, when one asks for it: one at a time they would wait for each other.
-          if (full[(time + 1) % 2] == time - 1 &&
-              tile::ballot(bar.count > k + (work.capacity - k) / 2) != 0)
+          if (full[(time + 1) % 2] == time - 1 && tile::ballot(bar.count > k + (work.capacity - k) / 2) != 0)
             bar = keep_largest(buffer, k, SLACK, active, bar);
           take_tile(buffer, column, X_STRIDE, first, width, k, active, bar);
           const bool nearly = tile::ballot(bar.count > work.capacity - TILE / 2) != 0;

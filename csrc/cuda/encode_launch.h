@@ -27,8 +27,10 @@ Kernel encode_kernel_fp32(int depth);
 
 template <Precision P>
 Kernel encode_kernel_of(int depth) {
-#define WRITESAE_KERNEL(D) \
-  {encode_kernel<P, D>, {Numbers<P, D>::ROWS, Numbers<P, D>::PACKED * 16, Instance<P, D>::fixed_shared}}
+#define WRITESAE_KERNEL(D)                                                                                 \
+  {                                                                                                        \
+    encode_kernel<P, D>, { Numbers<P, D>::ROWS, Numbers<P, D>::PACKED * 16, Instance<P, D>::fixed_shared } \
+  }
   switch (depth) {
     case 32:
       return WRITESAE_KERNEL(32);

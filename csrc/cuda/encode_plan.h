@@ -16,11 +16,11 @@ struct Machine {
 
 struct EncodePlan {
   Precision precision;
-  int depth;     // K and V padded to it
-  int warps;     // of a block
-  int capacity;  // candidates a token
-  int shared;    // bytes a block
-  int tiles;     // of 16 features
+  int depth;              // K and V padded to it
+  int warps;              // of a block
+  int capacity;           // candidates a token
+  int shared;             // bytes a block
+  int tiles;              // of 16 features
   int segment, segments;  // tokens of a segment; how many, at most
   bool split;             // whether any sequence may have more than one
   int heads;              // at a time
@@ -28,7 +28,7 @@ struct EncodePlan {
   int64_t table_at, unit_at, states_at, reach_at, carries_at, bytes;
 };
 
-constexpr int MAX_SIZE = 256;            // of K and V
+constexpr int MAX_SIZE = 256;          // of K and V
 constexpr int64_t SCRATCH = 17 << 20;  // bytes that each of dictionary and states may take of any call; or, of the
 constexpr double DICTIONARY_SHARE = 0.004, STATES_SHARE = 0.005;  // pre-activations (float32) not stored, these shares
 
@@ -56,9 +56,7 @@ inline EncodePlan plan_encode(const EncodeParams& p, Precision precision, const 
   // Shared memory: as many warps a processor as fit with the candidates they need, in two blocks rather than in one.
   const int most = std::max(16, std::min(plan.tiles * 16, 4 * candidates));
   const int least = std::min(candidates, most), stride = traits.rows + 1;
-  const auto room = [&](int limit, int warps) {
-    return (limit - traits.fixed_shared(warps) - 256) / (warps * stride * 8);
-  };
+  const auto room = [&](int limit, int warps) { return (limit - traits.fixed_shared(warps) - 256) / (warps * stride * 8); };
   const int half = machine.processor_shared / 2 - 1024, whole = machine.block_shared;
   const struct {
     int limit, warps, spare;  // spare: where few more candidates fit than are needed, the bar is raised too often

@@ -40,8 +40,8 @@ __global__ void cut_kernel(EncodeParams p, int length, int segments, Segment* ou
 constexpr int STATE_WARPS = 4, STATE_TILE = 32;
 
 template <Precision P>
-__global__ void __launch_bounds__(STATE_WARPS* tile::WARP, 3) states_kernel(EncodeParams p, EncodeWork work, float* states,
-                                                                         float* reach) {
+__global__ void __launch_bounds__(STATE_WARPS* tile::WARP, 3)
+    states_kernel(EncodeParams p, EncodeWork work, float* states, float* reach) {
   constexpr int PLANES = P == Precision::fp32 ? 3 : 1;
   const Segment segment = work.segments[tile::block_x()];
   if (segment.n < 0 || segment.final) return;
@@ -195,8 +195,7 @@ __global__ void pack_kernel(EncodeParams p, EncodeWork work, int depth, tile::Ve
 }  // namespace
 
 void cut_sequences(const EncodeParams& p, const EncodePlan& plan, Segment* segments, float* unit, tile::Stream stream) {
-  tile::launch("encode: cut", cut_kernel, {1, 1, 1}, tile::WARP, 0, stream, p, plan.segment, plan.segments, segments,
-               unit);
+  tile::launch("encode: cut", cut_kernel, {1, 1, 1}, tile::WARP, 0, stream, p, plan.segment, plan.segments, segments, unit);
 }
 
 void pack_dictionary(const EncodeParams& p, const EncodeWork& work, const EncodePlan& plan, tile::Vec16* out,
@@ -217,8 +216,8 @@ void segment_states(const EncodeParams& p, const EncodeWork& work, const EncodeP
   tile::launch("encode: states", kernel, grid, STATE_WARPS * tile::WARP, 0, stream, p, work, states, reach);
   const unsigned blocks = static_cast<unsigned>((p.K * p.V + 255) / 256);
   tile::launch("encode: combine", combine_kernel, {blocks, heads, 1}, 256, 0, stream, p, work, plan.segments, states, reach);
-  tile::launch("encode: combine gates", combine_gates_kernel, {(heads + 31) / 32, 1, 1}, 32, 0, stream, work,
-               plan.segments, reach);
+  tile::launch("encode: combine gates", combine_gates_kernel, {(heads + 31) / 32, 1, 1}, 32, 0, stream, work, plan.segments,
+               reach);
 }
 
 }  // namespace writesae::cuda

@@ -42,7 +42,12 @@ class Stream {
  public:
   // state [K, V] that the segment starts from, or null.
   __device__ Stream(const EncodeParams& p, const Segment& segment, int head, const float* state, const float* unit)
-      : p_(p), segment_(segment), head_(head), state_(state), unit_(unit), state_rows_(state != nullptr ? static_cast<int>(p.K) : 0) {
+      : p_(p),
+        segment_(segment),
+        head_(head),
+        state_(state),
+        unit_(unit),
+        state_rows_(state != nullptr ? static_cast<int>(p.K) : 0) {
     edit_ = first_edit<int>(p.edits, segment.n, head, segment.first);
     edits_ = first_edit<int>(p.edits, segment.n, head, segment.last) - edit_;
     rows_ = state_rows_ + (segment.last - segment.first) * static_cast<int>(p.R) + edits_;

@@ -13,7 +13,7 @@ namespace writesae::cuda {
 enum class Mode : int { topk, count, fill, at };
 
 constexpr int TILE = 16;
-constexpr int SLACK = 4;       // how many more than k may stay when the bar is raised: a few steps fewer
+constexpr int SLACK = 4;  // how many more than k may stay when the bar is raised: a few steps fewer
 constexpr int NAN_KEY = 0x7fffffff;
 
 // Integers in the order of floats, every NaN the largest, all alike; no -0 comes in.
@@ -126,8 +126,7 @@ __device__ __forceinline__ void take_tile(const Candidates<ROWS>& buffer, const 
 // Writes the k entries of each token of the warp, descending, ties to the lowest index (they lie in the order of features).
 // `place` is of each lane's token, negative for none.
 template <int ROWS>
-__device__ WRITESAE_NOINLINE void put_largest(Candidates<ROWS> buffer, int k, int place, float* values,
-                                         int64_t* indices) {
+__device__ WRITESAE_NOINLINE void put_largest(Candidates<ROWS> buffer, int k, int place, float* values, int64_t* indices) {
   constexpr int STRIDE = Candidates<ROWS>::STRIDE;
   for (int token = 0; token < ROWS; token++) {
     const int64_t to = tile::shuffle(place, token);

@@ -67,7 +67,8 @@ struct Call {
 Call lay_out(const GatedDeltaRuleBackwardParams& from, void* workspace) {
   const GatedDeltaRuleParams& in = from.in;
   if (in.K > 256)
-    throw std::invalid_argument("gated_delta_rule_backward: the CUDA kernel takes K up to 256, got K = " + std::to_string(in.K));
+    throw std::invalid_argument("gated_delta_rule_backward: the CUDA kernel takes K up to 256, got K = " +
+                                std::to_string(in.K));
   Call call = {};
   Backward& b = call.b;
   Problem& p = b.p;

@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK) gradients(const __grid_
     float x[NK][4] = {}, y[NK][4] = {}, z[NK][4] = {}, e[NC][4] = {}, f[NC][4] = {}, overlap = 0;
 #pragma unroll 1
     for (int v = 0; v < p.V; v += VT) {
-      tile::sync();  // the last round's tiles have been read
+      tile::sync();                                    // the last round's tiles have been read
       const int thread = tile::fresh(tile::thread());  // as above: the products below need every register
       const int64_t first_row = tile::fresh(row) * p.T + token;
       const int64_t state_at = (slot * p.H + tile::fresh(h)) * p.V;
@@ -117,7 +117,8 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK) gradients(const __grid_
         const int j = i / VALUE_UNITS, unit = i % VALUE_UNITS * EACH;
         const T* from = static_cast<const T*>(b.d_y) + ((first_row + j) * p.H + h) * b.value_width + v + unit;
         tile::copy_16(d_y.at(j, unit), from, j < count && v + unit < b.value_width);
-        tile::copy_16(d_o.at(j, unit), b.d_o.template at<T>(row, token + j, h) + v + unit, j < count && v + unit < b.d_o.width);
+        tile::copy_16(d_o.at(j, unit), b.d_o.template at<T>(row, token + j, h) + v + unit,
+                      j < count && v + unit < b.d_o.width);
       }
       tile::commit_copies();
 #pragma unroll 4

@@ -132,8 +132,10 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK, KP <= 128 ? 3 : 2) prep
 #pragma unroll 4
   for (int i = thread; i < C * (KP / EACH); i += THREADS) {
     const int row = i / (KP / EACH), unit = i % (KP / EACH);
-    tile::copy_16(k.at(row, unit * EACH), from_k + row * p.k.stride[1] + unit * EACH, row < count && unit * EACH < p.k.width);
-    tile::copy_16(q.at(row, unit * EACH), from_q + row * p.q.stride[1] + unit * EACH, row < count && unit * EACH < p.q.width);
+    tile::copy_16(k.at(row, unit * EACH), from_k + row * p.k.stride[1] + unit * EACH,
+                  row < count && unit * EACH < p.k.width);
+    tile::copy_16(q.at(row, unit * EACH), from_q + row * p.q.stride[1] + unit * EACH,
+                  row < count && unit * EACH < p.q.width);
   }
   tile::commit_copies();
   Gates<C> mine;
@@ -202,7 +204,8 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK, KP <= 128 ? 3 : 2) prep
         to[F::WHOLE + j] = whole[i], to[F::REST + j] = rest[i], to[F::KEY + j] = key[j], to[F::QUERY + j] = query[j];
         to[F::BETA + j] = mine.beta[i];
       }
-      if (batch + warp < group && lane < 4) to[F::DECAY + lane] = lane == 0 ? decay_between(whole_end, rest_end, 0, 0) : 0.0f;
+      if (batch + warp < group && lane < 4)
+        to[F::DECAY + lane] = lane == 0 ? decay_between(whole_end, rest_end, 0, 0) : 0.0f;
     }
     for (int member = 0; member < WARPS && batch + member < group; member++) {
       const int h = hk * group + batch + member;
@@ -220,7 +223,8 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK, KP <= 128 ? 3 : 2) prep
 #pragma unroll
           for (int i = 0; i < 2; i++) {
             const int column = 8 * j + c + i;
-            const float d = column <= row ? key[column] * decay_between(whole_row, rest_row, whole[column], rest[column]) : 0.0f;
+            const float d =
+                column <= row ? key[column] * decay_between(whole_row, rest_row, whole[column], rest[column]) : 0.0f;
             *a.at(row, column) = column < row ? in * d * kk[j][e + i] : 0.0f;
             *reach.at(row, column) = Op::narrow(column <= row ? out * d * qk[j][e + i] : 0.0f);
           }

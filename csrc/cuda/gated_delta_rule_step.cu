@@ -64,7 +64,8 @@ __global__ void __launch_bounds__(512) step(const __grid_constant__ GatedDeltaRu
   }
   qi *= p.scale;
   if (i < warps * KEYS) k[i] = ki, q[i] = qi;
-  if (p.left != nullptr && i < K && column - lane * VECTOR == 0 && h % (p.H / p.Hk) == 0) p.left[(b * p.Hk + hk) * K + i] = ki;
+  if (p.left != nullptr && i < K && column - lane * VECTOR == 0 && h % (p.H / p.Hk) == 0)
+    p.left[(b * p.Hk + hk) * K + i] = ki;
   const float kq = block_sum(ki * qi, box, warps);  // and k, q are there
 
   float r[VECTOR] = {}, o[VECTOR] = {};
@@ -143,8 +144,8 @@ __global__ void __launch_bounds__(512) step(const __grid_constant__ GatedDeltaRu
 template <int VECTOR>
 void launch_step(const GatedDeltaRuleStepParams& p, tile::Stream stream) {
   const int warps = static_cast<int>((p.K + KEYS - 1) / KEYS), width = tile::WARP * VECTOR;
-  const size_t shared = 2 * tile::shared_piece(warps * KEYS * 4) + tile::shared_piece(warps * 4) +
-                        tile::shared_piece(warps * 2 * width * 4);
+  const size_t shared =
+      2 * tile::shared_piece(warps * KEYS * 4) + tile::shared_piece(warps * 4) + tile::shared_piece(warps * 2 * width * 4);
   const auto blocks = static_cast<unsigned>(p.B * p.H * ((p.V + width - 1) / width));
   tile::launch("gated_delta_rule_step", step<VECTOR>, {blocks, 1, 1}, warps * tile::WARP, shared, stream, p);
 }

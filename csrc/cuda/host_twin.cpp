@@ -115,10 +115,10 @@ struct Thread {
   Context context;
   State state = State::ready;
   void* args = nullptr;
-  size_t pieces = 0;                       // of shared memory taken so far
-  std::vector<std::vector<Copy>> groups;   // closed groups of copies under way
+  size_t pieces = 0;                      // of shared memory taken so far
+  std::vector<std::vector<Copy>> groups;  // closed groups of copies under way
   std::vector<Copy> open;
-  void* fake_stack = nullptr;              // of the address sanitizer
+  void* fake_stack = nullptr;  // of the address sanitizer
   const char* what = "";
   Place place = {"", 0};
 };
@@ -168,8 +168,8 @@ struct Block {
   std::string error;
 };
 
-Block* now = nullptr;                             // the block being run
-std::vector<std::unique_ptr<Stack>> stacks;       // reused from block to block
+Block* now = nullptr;                        // the block being run
+std::vector<std::unique_ptr<Stack>> stacks;  // reused from block to block
 
 std::string at(Place place) {
   const std::string file = place.file;
@@ -233,8 +233,7 @@ std::string stuck(const Block& block) {
   std::string waiting, done;
   for (size_t i = 0; i < block.threads.size(); i++) {
     const Thread& it = block.threads[i];
-    if (it.state == State::waiting && waiting.empty())
-      waiting = who(i) + " waits at " + it.what + " (" + at(it.place) + ")";
+    if (it.state == State::waiting && waiting.empty()) waiting = who(i) + " waits at " + it.what + " (" + at(it.place) + ")";
     if (it.state == State::done && done.empty()) done = who(i) + " has ended";
   }
   for (size_t i = block.threads.size(); i-- > 0;) {
@@ -299,7 +298,8 @@ void* take(size_t bytes) {
     now->shared_used += shared_piece(bytes);
     if (now->shared_used > now->shared_limit)
       fail("shared memory: " + std::to_string(now->shared_used) + " bytes taken, " + std::to_string(now->shared_limit) +
-               " asked for at launch", {"Shared::take", static_cast<int>(place)});
+               " asked for at launch",
+           {"Shared::take", static_cast<int>(place)});
     void* p = nullptr;
     if (posix_memalign(&p, 128, bytes) != 0) throw std::bad_alloc();
     poison(p, bytes);
@@ -346,7 +346,8 @@ void meet(bool all, const char* what, Place place, void* args, Act act) {
   const auto differ = [](const char* x, const char* y) { return x != y && std::strcmp(x, y) != 0; };
   if (meeting.place.line != place.line || differ(meeting.what, what) || differ(meeting.place.file, place.file))
     fail(std::string("divergence: others of the ") + (all ? "block" : "warp") + " are at " + meeting.what + " (" +
-             at(meeting.place) + "), this one at " + what, place);
+             at(meeting.place) + "), this one at " + what,
+         place);
   if (++meeting.arrived < meeting.count) {
     wait();
     return;
@@ -385,7 +386,8 @@ void run(const char* name, Grid grid, int threads, size_t shared, void (*body)(v
   if (grid.y > 65535 || grid.z > 65535)
     throw std::runtime_error(std::string(name) + ": the grid's y and z reach at most 65535");
   if (shared > 227 * 1024)
-    throw std::runtime_error(std::string(name) + ": " + std::to_string(shared) + " bytes of shared memory; a block has at most 227 KB");
+    throw std::runtime_error(std::string(name) + ": " + std::to_string(shared) +
+                             " bytes of shared memory; a block has at most 227 KB");
   while (static_cast<int>(stacks.size()) < threads) stacks.push_back(std::make_unique<Stack>());
   statistics.launches++;
   const int64_t blocks = static_cast<int64_t>(grid.x) * grid.y * grid.z;
@@ -524,7 +526,8 @@ f16 to_f16(float x) {
   int exponent = magnitude < 6.103515625e-05 ? -14 : std::ilogb(magnitude);
   const double units = std::nearbyint(std::ldexp(magnitude, 10 - exponent));
   // For normal numbers units is 1024..2048, and 2048 carries into the exponent by itself.
-  const int bits = magnitude < 6.103515625e-05 ? static_cast<int>(units) : ((exponent + 15 - 1) << 10) + static_cast<int>(units);
+  const int bits =
+      magnitude < 6.103515625e-05 ? static_cast<int>(units) : ((exponent + 15 - 1) << 10) + static_cast<int>(units);
   return {static_cast<uint16_t>(sign | bits)};
 }
 

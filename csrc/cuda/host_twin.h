@@ -193,9 +193,7 @@ f16 to_f16(float x);
 inline uint32_t pack_bf16(float low, float high) {
   return to_bf16(low).bits | static_cast<uint32_t>(to_bf16(high).bits) << 16;
 }
-inline uint32_t pack_f16(float low, float high) {
-  return to_f16(low).bits | static_cast<uint32_t>(to_f16(high).bits) << 16;
-}
+inline uint32_t pack_f16(float low, float high) { return to_f16(low).bits | static_cast<uint32_t>(to_f16(high).bits) << 16; }
 inline uint32_t to_tf32(float x) {
   const uint32_t bits = float_to_bits(x);
   if ((bits & 0x7f800000u) == 0x7f800000u) return bits;

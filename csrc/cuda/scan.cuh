@@ -63,12 +63,13 @@ struct Problem {
   float *final_state, *left, *right, *snapshots;
   // Workspace. A chunk's slot: see Sequence.
   int64_t slots;
-  void *solve, *reach;      // [slots, H, Triangle::SIZE] of the type of computation
-  bool plain;               // `solve` is to lack its diag(beta)
-  const Cut* cuts;          // [slots] where chunks are not all of C tokens (the backward's), or null
-  float* factors;           // [slots, H, Factors::SIZE]
-  uint8_t *removed, *gone;  // [B, T, H] not 0 where the native write is not made, or removed after its read; null without edits
-  float* edit_factors;      // [E, EditFactors::SIZE]
+  void *solve, *reach;  // [slots, H, Triangle::SIZE] of the type of computation
+  bool plain;           // `solve` is to lack its diag(beta)
+  const Cut* cuts;      // [slots] where chunks are not all of C tokens (the backward's), or null
+  float* factors;       // [slots, H, Factors::SIZE]
+  uint8_t *removed,
+      *gone;            // [B, T, H] not 0 where the native write is not made, or removed after its read; null without edits
+  float* edit_factors;  // [E, EditFactors::SIZE]
   int *first_place, *next_place;  // [slots], [P]: the snapshots of a chunk as lists of 1 + place, 0 at the end; or null
   // Several blocks along one sequence: segments of so many chunks (all of them in one when segments == 1).
   int segments, segment_chunks;
@@ -80,17 +81,17 @@ struct Problem {
 // One chunk's factors by token. The first HOT floats are what every chunk needs.
 template <int C>
 struct Factors {
-  static constexpr int READ = 0;               // e^{G_j} r_j
-  static constexpr int ASK = C;                // e^{G_j} scale / |q_j|
-  static constexpr int WRITE = 2 * C;          // e^{G_C - G_j} r_j, 0 where the native write is removed after its read
-  static constexpr int DECAY = 3 * C;          // e^{G_C}, and three zeros
+  static constexpr int READ = 0;       // e^{G_j} r_j
+  static constexpr int ASK = C;        // e^{G_j} scale / |q_j|
+  static constexpr int WRITE = 2 * C;  // e^{G_C - G_j} r_j, 0 where the native write is removed after its read
+  static constexpr int DECAY = 3 * C;  // e^{G_C}, and three zeros
   static constexpr int HOT = 3 * C + 4;
-  static constexpr int WHOLE = HOT;            // G_j, its whole part
-  static constexpr int REST = HOT + C;         // and what is left
-  static constexpr int KEY = HOT + 2 * C;      // r_j
-  static constexpr int QUERY = HOT + 3 * C;    // scale / |q_j|
-  static constexpr int BETA = HOT + 4 * C;     // 0 where the native write is not made
-  static constexpr int KEPT = HOT + 5 * C;     // r_j, 0 where the native write is removed after its read
+  static constexpr int WHOLE = HOT;          // G_j, its whole part
+  static constexpr int REST = HOT + C;       // and what is left
+  static constexpr int KEY = HOT + 2 * C;    // r_j
+  static constexpr int QUERY = HOT + 3 * C;  // scale / |q_j|
+  static constexpr int BETA = HOT + 4 * C;   // 0 where the native write is not made
+  static constexpr int KEPT = HOT + 5 * C;   // r_j, 0 where the native write is removed after its read
   static constexpr int SIZE = HOT + 6 * C;
 };
 
@@ -187,8 +188,8 @@ auto with_padded_keys(int64_t K, const F& f) {
 template <class T, int KP, int WARPS, bool FULL>
 struct WalkShared {
   static constexpr int C = Operand<T>::CHUNK, IMAGE = Triangle<T, C>::SIZE;
-  static constexpr size_t STAGE = (FULL ? 2 : 1) * (KP * C + IMAGE) * sizeof(T) + WARPS * C * 16 * sizeof(T) +
-                                  tile::shared_piece(Factors<C>::HOT * 4);
+  static constexpr size_t STAGE =
+      (FULL ? 2 : 1) * (KP * C + IMAGE) * sizeof(T) + WARPS * C * 16 * sizeof(T) + tile::shared_piece(Factors<C>::HOT * 4);
 };
 
 // Shared memory of a walk, in bytes.

@@ -14,7 +14,7 @@
 namespace writesae::cuda {
 
 struct Backward {
-  Problem p;  // its outputs are not looked at; `solve` is N
+  Problem p;            // its outputs are not looked at; `solve` is N
   View right, d_right;  // [B, T, H, V]; d_right without data: none
   Rows d_o;
   const float *d_left, *d_final_state, *d_snapshots;
@@ -24,11 +24,11 @@ struct Backward {
   float *d_initial_state, *d_edit_left, *d_edit_right;
   // Workspace. Widths are of whole 16-byte units.
   int key_width, value_width;
-  const int64_t* spans;  // [N, 2]  first slot and chunks of a sequence that is cut, or null
-  void *starts, *ends;   // [slots, H, V, key_width] of the type of computation: S0^T and D^T
-  void* d_y;             // [B, T, H, value_width] of the type of computation
-  float* parts;          // [B, T, Hk, 2, K]  dQ and dK as above, of a group's value heads in their order
-  float* scalars;        // [B, T, H, 2, key tiles]  dg and dbeta
+  const int64_t* spans;         // [N, 2]  first slot and chunks of a sequence that is cut, or null
+  void *starts, *ends;          // [slots, H, V, key_width] of the type of computation: S0^T and D^T
+  void* d_y;                    // [B, T, H, value_width] of the type of computation
+  float* parts;                 // [B, T, Hk, 2, K]  dQ and dK as above, of a group's value heads in their order
+  float* scalars;               // [B, T, H, 2, key tiles]  dg and dbeta
   int *first_shot, *next_shot;  // [slots], [P]: the snapshots after a chunk as lists of 1 + place, 0 at the end; or null
 };
 

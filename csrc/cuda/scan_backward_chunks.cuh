@@ -30,7 +30,8 @@ __global__ void __launch_bounds__(128) edit_gradients(const __grid_constant__ Ba
   along_left = query * tile::warp_sum(along_left), along_right = query * tile::warp_sum(along_right);
   for (int k = tile::thread(); k < p.K; k += 128) {
     float sum = unread ? 0.0f : along_right * tile::load_float(q + k);
-    for (int v = 0; v < p.V && !none; v++) sum += right[v] * tile::load_float(end + static_cast<int64_t>(v) * b.key_width + k);
+    for (int v = 0; v < p.V && !none; v++)
+      sum += right[v] * tile::load_float(end + static_cast<int64_t>(v) * b.key_width + k);
     d_left[k] = sum;
   }
   for (int v = tile::warp(); v < p.V; v += 4) {
@@ -46,10 +47,10 @@ template <class T, int KP>
 void launch_walks(const Backward& b, tile::Stream stream) {
   const int64_t tiles = (b.p.V + 16 * BACK_WARPS - 1) / (16 * BACK_WARPS);
   const auto blocks = static_cast<unsigned>(tiles * b.p.H * b.p.N);
-  tile::launch("scan_backward starts", starts<T, KP>, {blocks, 1, 1}, 32 * BACK_WARPS,
-               StartsShared<T, KP>::BYTES, stream, b);
-  tile::launch("scan_backward reverse", reverse<T, KP>, {blocks, 1, 1}, 32 * BACK_WARPS,
-               ReverseShared<T, KP>::BYTES, stream, b);
+  tile::launch("scan_backward starts", starts<T, KP>, {blocks, 1, 1}, 32 * BACK_WARPS, StartsShared<T, KP>::BYTES, stream,
+               b);
+  tile::launch("scan_backward reverse", reverse<T, KP>, {blocks, 1, 1}, 32 * BACK_WARPS, ReverseShared<T, KP>::BYTES, stream,
+               b);
 }
 
 template <class T>
@@ -60,8 +61,8 @@ void run_backward_walks(const Backward& b, tile::Stream stream) {
 template <class T>
 void run_edit_gradients(const Backward& b, tile::Stream stream) {
   if (b.p.edits.count > 0)
-    tile::launch("scan_backward edit_gradients", edit_gradients<T>,
-                 {static_cast<unsigned>(b.p.edits.count), 1, 1}, 128, 0, stream, b);
+    tile::launch("scan_backward edit_gradients", edit_gradients<T>, {static_cast<unsigned>(b.p.edits.count), 1, 1}, 128, 0,
+                 stream, b);
 }
 
 }  // namespace writesae::cuda

@@ -25,8 +25,8 @@ struct StartsShared {
 template <class T, int KP>
 struct ReverseShared {
   static constexpr int C = Operand<T>::CHUNK;
-  static constexpr size_t BYTES = StartsShared<T, KP>::BYTES +
-                                  (KP * C + 2 * Triangle<T, C>::SIZE + BACK_WARPS * C * 16) * sizeof(T);
+  static constexpr size_t BYTES =
+      StartsShared<T, KP>::BYTES + (KP * C + 2 * Triangle<T, C>::SIZE + BACK_WARPS * C * 16) * sizeof(T);
 };
 
 // Where a walk's block and warp are.

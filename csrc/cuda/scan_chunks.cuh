@@ -22,7 +22,8 @@ __global__ void __launch_bounds__(128) edit_factors(const __grid_constant__ Prob
   const float* left = p.edits.left + e * p.K;
   float* to = p.edit_factors + e * E::SIZE;
   const auto since = [&](int j) {
-    return tile::exponential((factors[F::WHOLE + j] - factors[F::WHOLE + at]) + (factors[F::REST + j] - factors[F::REST + at]));
+    return tile::exponential((factors[F::WHOLE + j] - factors[F::WHOLE + at]) +
+                             (factors[F::REST + j] - factors[F::REST + at]));
   };
   for (int j = tile::warp(); j < C; j += 4) {
     float right = 0, out = 0;
@@ -46,8 +47,8 @@ void launch_walk(const Problem& p, tile::Stream stream) {
   constexpr int COLUMNS = 16 * WARPS;
   const int64_t tiles = (p.V + COLUMNS - 1) / COLUMNS + (FULL ? 0 : (p.K + COLUMNS - 1) / COLUMNS);
   const auto blocks = static_cast<unsigned>(tiles * p.H * p.segments * p.N);
-  tile::launch(FULL ? "scan walk" : "scan walk of segments", walk<T, KP, WARPS, FULL>, {blocks, 1, 1},
-               32 * WARPS, p.stages * WalkShared<T, KP, WARPS, FULL>::STAGE, stream, p);
+  tile::launch(FULL ? "scan walk" : "scan walk of segments", walk<T, KP, WARPS, FULL>, {blocks, 1, 1}, 32 * WARPS,
+               p.stages * WalkShared<T, KP, WARPS, FULL>::STAGE, stream, p);
 }
 
 template <class T, int KP>

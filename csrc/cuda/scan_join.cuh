@@ -28,8 +28,7 @@ __global__ void __launch_bounds__(32 * JOIN_WARPS) join(const __grid_constant__ 
     float* adds = p.adds + (head * p.segments + segment) * size;
     const int along = tile::fresh(Op::lane_place_along(rows));
     float state[KP / 8][4] = {};
-    if (from != nullptr)
-      each_owned<KP>(p.K, p.V, column, [&](int i, int e, int64_t at) { state[i][e] = from[at]; });
+    if (from != nullptr) each_owned<KP>(p.K, p.V, column, [&](int i, int e, int64_t at) { state[i][e] = from[at]; });
     for (int top = 0; top < p.K; top += 32) {
       tile::sync();
       for (int i = tile::thread(); i < 32 * KP; i += 32 * JOIN_WARPS) {

@@ -14,7 +14,8 @@ namespace writesae::cuda {
 // Copies rows that the chunks' kernels cannot load as they lie (another type, odd sizes or strides) into dense ones of whole
 // 16-byte units, filled up with zeros. Normalises on request. A warp per (row, token, head).
 template <class T>
-__global__ void __launch_bounds__(128) pack(View from, T* to, int64_t rows, int64_t T_, int heads, int size, int width, bool normalise) {
+__global__ void __launch_bounds__(128)
+    pack(View from, T* to, int64_t rows, int64_t T_, int heads, int size, int width, bool normalise) {
   const int64_t i = static_cast<int64_t>(tile::block_x()) * 4 + tile::warp();
   if (i >= rows) return;
   const int64_t head = i % heads, token = i / heads % T_, row = i / heads / T_;
@@ -113,8 +114,9 @@ inline int choose_plan(const char* op, Problem& p, Element type, int C, Plan pla
   if (warps == 8 && shared(2) > limit && plan.warps == 0) warps = 4;
   p.stages = plan.stages != 0 ? plan.stages : shared(2) <= limit ? 2 : 1;
   if (shared(p.stages) > limit)
-    throw std::runtime_error(std::string(op) + ": K = " + std::to_string(p.K) + " needs " + std::to_string(shared(p.stages)) +
-                             " bytes of shared memory a block, and this device has " + std::to_string(limit));
+    throw std::runtime_error(std::string(op) + ": K = " + std::to_string(p.K) + " needs " +
+                             std::to_string(shared(p.stages)) + " bytes of shared memory a block, and this device has " +
+                             std::to_string(limit));
   return warps;
 }
 

@@ -43,7 +43,8 @@ __global__ void __launch_bounds__(128) mark_ends(const __grid_constant__ Backwar
 // Chunks of at most C tokens that end at marked tokens: a warp per sequence. A sequence has at most one chunk more than
 // without marks for every edit and snapshot in it, and its slots are as many further on as those before it have.
 template <int C>
-__global__ void __launch_bounds__(tile::WARP) cut(const __grid_constant__ Backward b, const uint8_t* ends, Cut* cuts, int64_t* spans) {
+__global__ void __launch_bounds__(tile::WARP)
+    cut(const __grid_constant__ Backward b, const uint8_t* ends, Cut* cuts, int64_t* spans) {
   const Problem& p = b.p;
   const int n = tile::block_x(), lane = tile::lane();
   const Sequence s = sequence<C>(p, n);
@@ -94,8 +95,8 @@ void cut_chunks(const Backward& b, const Cutting& to, tile::Stream stream) {
   if (p.removed != nullptr) tile::zero(p.removed, 2 * p.B * p.T * p.H, stream);
   const auto blocks = static_cast<unsigned>(parts(std::max(p.edits.count, p.P), 128));
   tile::launch("scan_backward mark_ends", mark_ends, {blocks, 1, 1}, 128, 0, stream, b, to.ends);
-  tile::launch("scan_backward cut", cut<C>, {static_cast<unsigned>(p.N), 1, 1}, tile::WARP, 0, stream, b, to.ends,
-               to.cuts, to.spans);
+  tile::launch("scan_backward cut", cut<C>, {static_cast<unsigned>(p.N), 1, 1}, tile::WARP, 0, stream, b, to.ends, to.cuts,
+               to.spans);
   if (p.P == 0) return;
   tile::zero(b.first_shot, p.slots * sizeof(int), stream);
   tile::launch("scan_backward list_shots", list_shots<C>, {static_cast<unsigned>(parts(p.P, 128)), 1, 1}, 128, 0, stream, b);

@@ -105,8 +105,12 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
   T* const shared_reach = FULL ? shared.template take<T>(p.stages * IMAGE) : nullptr;
   const auto stage = [&](int i) -> Stage {
     const int at = i * KP * C, image = i * IMAGE;
-    return {{shared_k, at}, {shared_q, at}, {shared_solve, image}, {shared_reach, image},
-            {shared_v, (i * WARPS + tile::warp()) * C * 16}, shared_factors + i * FACTORS};
+    return {{shared_k, at},
+            {shared_q, at},
+            {shared_solve, image},
+            {shared_reach, image},
+            {shared_v, (i * WARPS + tile::warp()) * C * 16},
+            shared_factors + i * FACTORS};
   };
 
   // ---- where -------------------------------------------------------------------------------------------------------
@@ -127,7 +131,7 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
   if (!FULL && end == chunks) return;  // nobody starts where the last segment ends
   const bool moves = !FULL && column_tile >= value_tiles;
   const int column = (column_tile - (moves ? value_tiles : 0)) * 16 * WARPS + 16 * warp;  // of the warp
-  const int columns = (moves ? p.K : p.V) - column;                                      // may be <= 0
+  const int columns = (moves ? p.K : p.V) - column;                                       // may be <= 0
 
   // Beside a large state there are no registers for places that all chunks share: they are made anew.
   const auto again = [](auto x) {
@@ -182,9 +186,11 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
   // ---- the state before the first chunk ------------------------------------------------------------------------------
   float state[NK][4] = {};
   if (moves) {
-    each_owned<KP>(p.K, p.K, column, [&](int i, int e, int64_t at) { state[i][e] = static_cast<int>(at) % (p.K + 1) == 0 ? 1.0f : 0.0f; });
+    each_owned<KP>(p.K, p.K, column,
+                   [&](int i, int e, int64_t at) { state[i][e] = static_cast<int>(at) % (p.K + 1) == 0 ? 1.0f : 0.0f; });
   } else if (FULL && (segment > 0 || p.initial_state != nullptr)) {
-    const float* from = segment > 0 ? p.adds + (head() * p.segments + segment - 1) * p.K * p.V : p.initial_state + head() * p.K * p.V;
+    const float* from =
+        segment > 0 ? p.adds + (head() * p.segments + segment - 1) * p.K * p.V : p.initial_state + head() * p.K * p.V;
 #if WRITESAE_PLANT == 1  // a wrong carry: segments start from the state one further back
     if (segment > 1) from -= p.K * p.V;
 #endif
@@ -213,7 +219,8 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
 
     // ---- X^T = S^T K^T and Y^T = S^T Q^T ---------------------------------------------------------------------------
     float x[NC][4] = {}, y[PART][4] = {};
-    const auto read_state = [&](const Tile<T, KP>& rows, float (*to)[4], int token, int tokens, int step, const typename Op::A& a) {
+    const auto read_state = [&](const Tile<T, KP>& rows, float (*to)[4], int token, int tokens, int step,
+                                const typename Op::A& a) {
 #pragma unroll
       for (int j = 0; j < tokens / 8; j += 2) {
         typename Op::B b[2];
@@ -237,8 +244,7 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
 #pragma unroll
       for (int i = 0; i < 2; i++)
 #pragma unroll
-        for (int e = 0; e < 4; e++)
-          x[j + i][e] = v[i][e] - now.factors[F::READ + 8 * (j + i) + c + e % 2] * x[j + i][e];
+        for (int e = 0; e < 4; e++) x[j + i][e] = v[i][e] - now.factors[F::READ + 8 * (j + i) + c + e % 2] * x[j + i][e];
     }
     // Adds factor (token) times the value side of every added edit of this chunk: rows of the edit list at `kind`.
     const auto add_edits = [&](float (*to)[4], int token, int tokens, int kind, float sign) {
@@ -294,7 +300,8 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
             for (int e = 0; e < 4; e++) y[j][e] = 0;
 #pragma unroll
           for (int step = 0; step < KP; step += STEP) {
-            float anew[STEP / 8][4];  // or the state's operands stay in registers from part to part, and the state is spilled
+            float anew[STEP / 8]
+                      [4];  // or the state's operands stay in registers from part to part, and the state is spilled
 #pragma unroll
             for (int i = 0; i < STEP / 8; i++)
 #pragma unroll
@@ -428,7 +435,8 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
   // ---- the state at the end -------------------------------------------------------------------------------------------
   if (FULL && end < chunks) return;
   const int width = moves ? p.K : p.V;
-  float* to = FULL ? p.final_state + head() * p.K * p.V : (moves ? p.moves : p.adds) + (head() * p.segments + segment) * p.K * width;
+  float* to =
+      FULL ? p.final_state + head() * p.K * p.V : (moves ? p.moves : p.adds) + (head() * p.segments + segment) * p.K * width;
   each_owned<KP>(p.K, width, column, [&](int i, int e, int64_t at) {
     to[at + (WRITESAE_PLANT == 3 ? width : 0)] = state[i][e];  // PLANT 3: out of bounds by a row
   });

@@ -307,7 +307,8 @@ int main(int count, char** arguments) {
   Case half = {"half", 1, 40, 2, 1, 1, 21, 18, 40, 1, 4};
   for (Element type : {Element::bf16, Element::f16}) half.type = type, cases.push_back(half);
   // Every case with one precision, each in turn; those of the other two differ in the products alone.
-  const std::pair<Precision, double> precisions[] = {{Precision::fp32, 2e-6}, {Precision::tf32, 2e-3}, {Precision::bf16, 2e-2}};
+  const std::pair<Precision, double> precisions[] = {
+      {Precision::fp32, 2e-6}, {Precision::tf32, 2e-3}, {Precision::bf16, 2e-2}};
   for (size_t i = 0; i < cases.size(); i++) {
     const auto& [precision, tolerance] = precisions[(i + turn) % 3];
     check(cases[i], precision, tolerance);

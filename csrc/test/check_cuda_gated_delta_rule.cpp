@@ -37,7 +37,8 @@ View narrow(const std::vector<float>& x, Element type, std::vector<uint16_t>& he
 
 std::vector<float> widen(const std::vector<uint16_t>& x, Element type) {
   std::vector<float> out;
-  for (uint16_t bits : x) out.push_back(type == Element::bf16 ? tile::to_float(tile::bf16{bits}) : tile::to_float(tile::f16{bits}));
+  for (uint16_t bits : x)
+    out.push_back(type == Element::bf16 ? tile::to_float(tile::bf16{bits}) : tile::to_float(tile::f16{bits}));
   return out;
 }
 
@@ -67,7 +68,8 @@ void check(const Case& c) {
   p.q = part(0, c.K), p.k = part(c.Hk * c.K, c.K), p.v = part(2 * c.Hk * c.K, c.V);
   auto g = normal(c.B * p.T * c.H), beta = g;
   for (size_t i = 0; i < g.size(); i++) beta[i] = 1 / (1 + std::exp(-g[i])), g[i] = -c.decay * std::abs(g[i]);
-  if (c.decay > 100) for (size_t i = 0; i < g.size(); i += 3) g[i] = -std::numeric_limits<float>::infinity();
+  if (c.decay > 100)
+    for (size_t i = 0; i < g.size(); i += 3) g[i] = -std::numeric_limits<float>::infinity();
   p.g = view(g, p.T * c.H, c.H, 1, 0), p.beta = narrow(beta, c.type, held_beta);
   p.beta.stride[0] = p.T * c.H, p.beta.stride[1] = c.H, p.beta.stride[2] = 1;
   p.scale = 0.3f, p.use_qk_l2norm = c.l2norm;

@@ -131,14 +131,10 @@ void check_halves() {
 
 int main() {
   const std::vector<Case> cases = {
-      {1, 1, 1, 1, 1, {1}, 2, true, true, true},
-      {1, 1, 2, 7, 5, {9}, 6, true, true, true},
-      {2, 2, 4, 20, 12, {63}, 12, false, true, true},
-      {2, 1, 3, 33, 40, {64}, 0, true, true, false},
-      {1, 1, 1, 64, 33, {65}, 5, true, false, true},
-      {1, 2, 2, 16, 24, {5, 0, 1, 70, 0, 127, 1, 0}, 20, true, true, true},
-      {1, 1, 1, 128, 256, {131}, 3, false, true, true},
-      {3, 1, 1, 256, 17, {6}, 9, true, true, true},
+      {1, 1, 1, 1, 1, {1}, 2, true, true, true},        {1, 1, 2, 7, 5, {9}, 6, true, true, true},
+      {2, 2, 4, 20, 12, {63}, 12, false, true, true},   {2, 1, 3, 33, 40, {64}, 0, true, true, false},
+      {1, 1, 1, 64, 33, {65}, 5, true, false, true},    {1, 2, 2, 16, 24, {5, 0, 1, 70, 0, 127, 1, 0}, 20, true, true, true},
+      {1, 1, 1, 128, 256, {131}, 3, false, true, true}, {3, 1, 1, 256, 17, {6}, 9, true, true, true},
       {1, 1, 1, 8, 8, {2500}, 15, true, true, true},
   };
   each_isa([&](const std::string& name) {

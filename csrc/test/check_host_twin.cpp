@@ -96,7 +96,8 @@ void check_product(double tolerance) {
     for (int i = 0; i < M; i++)
       for (int j = 0; j < N; j++) {
         double sum = 0, size = 0;
-        for (int k = 0; k < K; k++) sum += static_cast<double>(a[i * K + k]) * b[k * N + j], size += std::fabs(a[i * K + k] * b[k * N + j]);
+        for (int k = 0; k < K; k++)
+          sum += static_cast<double>(a[i * K + k]) * b[k * N + j], size += std::fabs(a[i * K + k] * b[k * N + j]);
         expect(std::fabs(d[i * N + j] - sum) <= tolerance * size, "a matrix product is wrong");
       }
     expect(tile::twin::statistics.conflicts == 0, "matrix loads with an odd stride have bank conflicts");
@@ -213,10 +214,12 @@ int main() {
   expect(!copies_arrive<true, false>(Schedule::forward) || !copies_arrive<true, false>(Schedule::reverse),
          "a missing barrier goes unseen");
   const auto x = normal(64);
-  expect_fault("barrier divergence: thread 0 waits at sync", [] { tile::launch("diverges", diverges, {2, 1, 1}, 64, 0, nullptr); });
+  expect_fault("barrier divergence: thread 0 waits at sync",
+               [] { tile::launch("diverges", diverges, {2, 1, 1}, 64, 0, nullptr); });
   expect_fault("divergence: others of the warp", [] { tile::launch("two_places", two_places, {1, 1, 1}, 32, 0, nullptr); });
   expect_fault("256 bytes taken, 128 asked for", [] { tile::launch("greedy", greedy, {1, 1, 1}, 32, 128, nullptr); });
-  expect_fault("source: address not aligned to 16", [&] { tile::launch("crooked", crooked, {1, 1, 1}, 32, 1024, nullptr, x.data()); });
+  expect_fault("source: address not aligned to 16",
+               [&] { tile::launch("crooked", crooked, {1, 1, 1}, 32, 1024, nullptr, x.data()); });
   expect_fault("never waited for", [&] { tile::launch("forgotten", forgotten, {1, 1, 1}, 32, 512, nullptr, x.data()); });
   std::printf("check_host_twin: all hold\n");
   return 0;

@@ -56,7 +56,8 @@ Expected plain(const SaeTrainingParams& p, const std::vector<int64_t>& heads) {
             for (int64_t c = 0; c < V; c++)
               S[i * V + c] += number(e.left, 0, t, head / (e.H / e.Hl), r, i) * number(e.right, 0, t, head, r, c);
         for (int64_t x = 0; x < e.edits.count; x++)
-          if (e.edits.index[4 * x] == n && e.edits.index[4 * x + 1] == t - e.cu_seqlens[n] && e.edits.index[4 * x + 2] == head)
+          if (e.edits.index[4 * x] == n && e.edits.index[4 * x + 1] == t - e.cu_seqlens[n] &&
+              e.edits.index[4 * x + 2] == head)
             for (int64_t i = 0; i < K; i++)
               for (int64_t c = 0; c < V; c++)
                 S[i * V + c] += static_cast<double>(e.edits.left[x * K + i]) * e.edits.right[x * V + c];

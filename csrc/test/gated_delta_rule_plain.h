@@ -40,8 +40,7 @@ inline Expected plain(const GatedDeltaRuleParams& p, const std::vector<std::arra
     for (int64_t h = 0; h < p.H; h++) {
       const int64_t b = sequences[n][0], origin = sequences[n][1], hk = h / (p.H / p.Hk);
       std::vector<double> S(K * V, 0.0), k(K), q(K), u(V);
-      if (p.initial_state != nullptr)
-        std::copy_n(p.initial_state + (n * p.H + h) * K * V, K * V, S.begin());
+      if (p.initial_state != nullptr) std::copy_n(p.initial_state + (n * p.H + h) * K * V, K * V, S.begin());
       for (int64_t t = 0; t < sequences[n][2]; t++) {
         const int64_t at = origin + t;
         double kk = 1e-6, qq = 1e-6;

@@ -421,8 +421,8 @@ FILE_FAULTS: dict[str, Callable[[bytes, random.Random, Path], bytes]] = {
     "two pickles": lambda b, d, m: archive([*_records(b), ("other/data.pkl", b"\x80\x02}.")]),
     "big-endian": lambda b, d, m: archive([(n, b"big" if n.endswith("byteorder") else x) for n, x in _records(b)]),
     "many records": lambda b, d, m: archive([*_records(b), *((f"archive/x{i}", b"") for i in range(40_000))]),
-    "a large directory": lambda b, d, m: bytes(6 * 2**20) + struct.pack(
-        "<4s4H2LH", b"PK\5\6", 0, 0, 0xFFFE, 0xFFFE, 6 * 2**20, 0, 0
+    "a large directory": lambda b, d, m: (
+        bytes(6 * 2**20) + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0xFFFE, 0xFFFE, 6 * 2**20, 0, 0)
     ),
     "a bare pickle": lambda b, d, m: pickle.dumps(Owned(m), 2),
     "the old format": lambda b, d, m: _old(m),

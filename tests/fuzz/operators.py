@@ -110,9 +110,7 @@ def _scan(draw: random.Random) -> None:
             backend="cpu",
         )  # fmt: skip
     wide, options = _wide(x, options)
-    expected = ops.gated_delta_rule(
-        **wide, **options, output_final_state=True, return_writes=True, backend="reference"
-    )
+    expected = ops.gated_delta_rule(**wide, **options, output_final_state=True, return_writes=True, backend="reference")
     if _blown_up(expected.final_state) or _blown_up(expected.o):
         return
     for name in ("o", "final_state"):

@@ -64,8 +64,13 @@ class Passage:
 
 
 def passages_of(
-    texts: Corpus | Iterable[tuple[str, str]], tokenizer, context: int = 256, *, bos: bool = True,
-    max_tokens: int | None = None, seed: int = 0,
+    texts: Corpus | Iterable[tuple[str, str]],
+    tokenizer,
+    context: int = 256,
+    *,
+    bos: bool = True,
+    max_tokens: int | None = None,
+    seed: int = 0,
 ) -> list[Passage]:
     """A corpus, or (document name, text) pairs, cut into passages of `context` tokens, a document's last one shorter.
 

@@ -54,7 +54,12 @@ class ReplacementResult:
         return len(self.table["feature"])
 
     def kl(
-        self, native: str, condition: str, scale: str | None = None, metric: str = "mean", direction: str = "forward",
+        self,
+        native: str,
+        condition: str,
+        scale: str | None = None,
+        metric: str = "mean",
+        direction: str = "forward",
         read: str | None = None,
     ) -> np.ndarray:
         """`[n]` KL of every firing in one condition: at the token (h0), the next (h1), or the mean from h1 on.
@@ -149,7 +154,7 @@ class ReplacementResult:
         return out
 
     def _tables(self, native: str) -> dict[str, list[dict]]:
-        """"table": `_rows` of every site by itself, and "pooled": of all of them together, where there are several."""
+        """ "table": `_rows` of every site by itself, and "pooled": of all of them together, where there are several."""
         table, rows, tested = self.table, [], np.zeros(len(self), bool)
         for layer, head in sorted(self.sites):
             mine = (table["layer"] == layer) & (table["head"] == head)

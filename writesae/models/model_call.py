@@ -141,8 +141,10 @@ class ModelCall:
                 f"packed batch: {type(self.root).__name__} reads n-grams across sequences in its per-layer embeddings, "
                 "which nothing here can keep apart; feed the sequences as rows of a padded batch"
             )
-        if stated is not None and self._mixes_in_attention() and not (
-            positions is not None and torch.equal(positions.cpu(), stated.cpu())
+        if (
+            stated is not None
+            and self._mixes_in_attention()
+            and not (positions is not None and torch.equal(positions.cpu(), stated.cpu()))
         ):
             raise ValueError(
                 "packed batch: expected position_ids that restart at every sequence and attention_mask=None, without "

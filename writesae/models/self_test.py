@@ -208,5 +208,3 @@ def _functions(module: nn.Module) -> tuple:
     space, names = hf_gated_delta.targets(module)
     standing = ((patch.patches.get((id(space), name)), space.get(name)) for name in names)
     return tuple(now if here is None else here.original for here, now in standing)
-
-

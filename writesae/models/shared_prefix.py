@@ -155,8 +155,7 @@ class Stack:
 
     @contextlib.contextmanager
     def watching(self, wanted: Sequence[int], seen: dict[int, dict]) -> Iterator[None]:
-        """Within, `seen[layer]` gets the input and keyword arguments of the wanted blocks' latest call on this thread.
-        """
+        """Within, `seen[layer]` gets inputs and keyword arguments of the wanted blocks' latest call on this thread."""
 
         def watch(entry, call, args, kwargs):
             for i in entry.serving()[:1]:

@@ -63,9 +63,7 @@ def carried_on(carry: Tensor, unseen: Edits | None, v: Tensor, w: Tensor, heads:
         if not len(which):
             continue
         p, q = unseen.left[which].detach().to(carry), unseen.right[which].detach().to(carry)
-        on_left, on_right = (
-            torch.einsum("fxk,ek->efx", side[i].detach().to(carry), x) for side, x in ((v, p), (w, q))
-        )
+        on_left, on_right = (torch.einsum("fxk,ek->efx", side[i].detach().to(carry), x) for side, x in ((v, p), (w, q)))
         place = unseen.row[which], torch.full_like(which, i)
         carry = carry.index_put(place, (on_left * on_right).sum(-1), accumulate=True)
     return carry

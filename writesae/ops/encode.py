@@ -456,9 +456,7 @@ class _Gradient(torch.autograd.Function):
         return dv, dw, db, d_carry if ctx.needs_input_grad[3] else None, None, None, None, None, None, None
 
 
-def _attach_gradient(
-    values, indices, writes, v_enc, w_enc, b_enc, carry, heads, relu: bool, backend: str
-) -> Tensor:
+def _attach_gradient(values, indices, writes, v_enc, w_enc, b_enc, carry, heads, relu: bool, backend: str) -> Tensor:
     asked = (x is not None and x.requires_grad for x in (v_enc, w_enc, b_enc, carry))
     if not torch.is_grad_enabled() or not any(asked):
         return values

@@ -139,9 +139,7 @@ def gated_delta_rule(
         )  # fmt: skip
     if places is not None and as_list:
         shots = shots.reshape(len(lengths), -1, H, K, V)
-    return GatedDeltaRuleOutput(
-        o, final if output_final_state else None, writes, None if places is None else shots
-    )
+    return GatedDeltaRuleOutput(o, final if output_final_state else None, writes, None if places is None else shots)
 
 
 @dataclass(frozen=True, repr=False)

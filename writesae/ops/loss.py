@@ -141,9 +141,7 @@ class _Loss(torch.autograd.Function):
         ctx.rest = writes, heads, mask
         weight = None if mask is None else mask[:, :, None].expand(values.shape[:3])
         matrix = Offset(_float(bias), v.float(), w.float())
-        return loss_kernel(
-            writes, heads, values, indices, v, w, matrix.matrix, matrix.on_atoms, weight, grad=False
-        )[0]
+        return loss_kernel(writes, heads, values, indices, v, w, matrix.matrix, matrix.on_atoms, weight, grad=False)[0]
 
     @staticmethod
     @_transforms.once_differentiable("factored_loss", _ADVICE)

@@ -122,7 +122,7 @@ _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def verdict(low: float, high: float, atom: float, delete: float) -> str:
-    """"win", "loss" or "tie" of the atom against deletion.
+    """ "win", "loss" or "tie" of the atom against deletion.
 
     A win needs both: closer more often than chance (the 95 % interval `low`-`high` of the win rate above one half), and
     closer in size (a median KL smaller by more than `NEAR`). A loss likewise; whatever is neither is a tie.

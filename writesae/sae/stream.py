@@ -41,7 +41,13 @@ class Passages:
 
     @classmethod
     def from_corpus(
-        cls, corpus: Corpus, tokenizer, length: int = 256, *, bos: bool = True, max_tokens: int | None = None,
+        cls,
+        corpus: Corpus,
+        tokenizer,
+        length: int = 256,
+        *,
+        bos: bool = True,
+        max_tokens: int | None = None,
         progress: bool = False,
     ) -> Passages:
         """Tokenizes a corpus. What stands before a document is said at `text.tokens.first_token`.
@@ -60,8 +66,15 @@ class Passages:
 
     @classmethod
     def split(
-        cls, corpus: Corpus, tokenizer, length: int = 256, *, one_in: int = 20, bos: bool = True,
-        max_tokens: int | None = None, progress: bool = False,
+        cls,
+        corpus: Corpus,
+        tokenizer,
+        length: int = 256,
+        *,
+        one_in: int = 20,
+        bos: bool = True,
+        max_tokens: int | None = None,
+        progress: bool = False,
     ) -> tuple[Passages, Passages]:
         """(training, held-out) passages of a corpus; one in `one_in` of its documents with text is held out.
 

@@ -130,9 +130,7 @@ def check_parquet(path: Path, name: str, field: str) -> int:
         schema, rows = file.schema_arrow, file.metadata.num_rows
     at = schema.get_field_index(field)
     if at < 0:
-        raise ValueError(
-            f"field: expected a column of {name}, got {field!r} (its columns: {', '.join(schema.names)})"
-        )
+        raise ValueError(f"field: expected a column of {name}, got {field!r} (its columns: {', '.join(schema.names)})")
     kind = schema.field(at).type
     held = kind.value_type if pa.types.is_dictionary(kind) else kind
     types = pa.types

@@ -105,9 +105,7 @@ def _mark(head: bytes) -> tuple[bytes, str]:
 
 
 @contextlib.contextmanager
-def _unpacking(
-    path: Path, name: str, packed: str | None, raw: io.BufferedReader | None = None
-) -> Iterator:
+def _unpacking(path: Path, name: str, packed: str | None, raw: io.BufferedReader | None = None) -> Iterator:
     """Something with `read(n)`; what goes wrong in it, or in the block within, is told with the file's name."""
     try:
         with raw or open(path, "rb") as raw:
