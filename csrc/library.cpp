@@ -5,6 +5,7 @@
 
 #include "cpu/bf16.h"
 #include "cpu/isa.h"
+#include "gated_delta_rule.h"
 #include "operators.h"
 #include "schemas.h"
 
@@ -55,9 +56,7 @@ STABLE_TORCH_LIBRARY_IMPL(writesae, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(writesae, CPU, m) {
   m.impl("causal_conv", TORCH_BOX(&writesae::causal_conv));
-  m.impl("gated_delta_rule", TORCH_BOX(&writesae::gated_delta_rule));
-  m.impl("gated_delta_rule_backward", TORCH_BOX(&writesae::gated_delta_rule_backward));
-  m.impl("gated_delta_rule_step", TORCH_BOX(&writesae::gated_delta_rule_step));
+  writesae::implement_scan<writesae::GatedDeltaRule>(m);
   m.impl("encode_topk", TORCH_BOX(&writesae::encode_topk));
   m.impl("encode_threshold", TORCH_BOX(&writesae::encode_threshold));
   m.impl("encode_at", TORCH_BOX(&writesae::encode_at));

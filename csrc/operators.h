@@ -1,4 +1,4 @@
-// The operators on tensors, as library.cpp registers them. Each is defined in csrc/<op>.cpp.
+// The operators on tensors that are no scan (scan_operators.h), as library.cpp registers them. Each is defined in csrc/<op>.cpp.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -12,23 +12,6 @@ namespace writesae {
 using torch::stable::Tensor;
 
 Tensor causal_conv(Tensor x, Tensor weight, std::optional<Tensor> bias, bool silu, std::optional<Tensor> cu_seqlens);
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_delta_rule(
-    Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, double scale, std::optional<Tensor> initial_state,
-    bool use_qk_l2norm, std::optional<Tensor> cu_seqlens, std::optional<Tensor> edit_index, std::optional<Tensor> edit_left,
-    std::optional<Tensor> edit_right, std::optional<Tensor> snapshots, bool return_writes);
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_delta_rule_backward(
-    Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, double scale, std::optional<Tensor> initial_state,
-    bool use_qk_l2norm, std::optional<Tensor> cu_seqlens, std::optional<Tensor> edit_index, std::optional<Tensor> edit_left,
-    std::optional<Tensor> edit_right, std::optional<Tensor> snapshots, Tensor right, std::optional<Tensor> d_o,
-    std::optional<Tensor> d_final_state, std::optional<Tensor> d_left, std::optional<Tensor> d_right,
-    std::optional<Tensor> d_snapshots);
-
-std::tuple<Tensor, Tensor, Tensor> gated_delta_rule_step(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor state,
-                                                         double scale, bool use_qk_l2norm, std::optional<Tensor> edit_index,
-                                                         std::optional<Tensor> edit_left, std::optional<Tensor> edit_right,
-                                                         bool return_writes);
 
 std::tuple<Tensor, Tensor, Tensor> encode_topk(Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc,
                                                Tensor w_enc, std::optional<Tensor> b_enc, int64_t k,

@@ -66,7 +66,7 @@ void touch(void* rows, int64_t row_size, int64_t first, int64_t last) {
 
 // One token of every row and head. fill(row and head, its state) runs first, near the arithmetic.
 template <class Fill>
-void one_token(const GatedDeltaRuleStepParams& p, const Parallel& parallel, const Fill& fill) {
+void one_token(const ScanStepParams& p, const Parallel& parallel, const Fill& fill) {
   const Kernels kernel = kernels();
   const int64_t worker_size = 2 * round_up(p.K, 16) + (p.K + 1) * kernel.lanes * kernel.vectors;
   const Buffer memory(worker_size * parallel.threads);
@@ -79,9 +79,9 @@ void one_token(const GatedDeltaRuleStepParams& p, const Parallel& parallel, cons
 }
 
 // A scan of one token, as a model decoding with a cache asks for: nothing is prepared, so nothing is set up for it.
-void scan_one_token(const GatedDeltaRuleParams& p, const Parallel& parallel) {
+void scan_one_token(const ScanParams& p, const Parallel& parallel) {
   const auto row = [](const View& x) { return View{x.data, x.type, {x.stride[0], x.stride[2], x.stride[3]}}; };
-  GatedDeltaRuleStepParams step;
+  ScanStepParams step;
   step.B = p.B, step.Hk = p.Hk, step.H = p.H, step.K = p.K, step.V = p.V;
   step.q = row(p.q), step.k = row(p.k), step.v = row(p.v), step.g = row(p.g), step.beta = row(p.beta);
   step.scale = p.scale, step.use_qk_l2norm = p.use_qk_l2norm;
@@ -103,7 +103,7 @@ void scan_one_token(const GatedDeltaRuleParams& p, const Parallel& parallel) {
 
 }  // namespace
 
-void forward(const GatedDeltaRuleParams& p, const Parallel& parallel) {
+void forward(const ScanParams& p, const Parallel& parallel) {
   if (p.T == 1 && p.cu_seqlens == nullptr) return scan_one_token(p, parallel);
   const Kernels kernel = kernels();
   const int64_t K = p.K, V = p.V, group = p.H / p.Hk;
@@ -196,7 +196,7 @@ void forward(const GatedDeltaRuleParams& p, const Parallel& parallel) {
   }
 }
 
-void step(const GatedDeltaRuleStepParams& p, const Parallel& parallel) {
+void step(const ScanStepParams& p, const Parallel& parallel) {
   one_token(p, parallel, [](int64_t, float*) {});
 }
 

@@ -19,7 +19,7 @@
 namespace writesae::cpu::gated_delta_rule {
 namespace {
 
-using Params = GatedDeltaRuleBackwardParams;
+using Params = ScanBackwardParams;
 
 constexpr int C = 64;                  // tokens of a piece, at most
 constexpr int64_t SEGMENT = 512;       // tokens between states that are kept
@@ -75,7 +75,7 @@ struct Sequence {
 class Plan {
  public:
   explicit Plan(const Params& params) : p(params), shots(params.in.P) {
-    const GatedDeltaRuleParams& in = p.in;
+    const ScanParams& in = p.in;
     for (int64_t n = 0; n < in.N; n++) {
       const int64_t origin = in.cu_seqlens != nullptr ? in.cu_seqlens[n] : 0;
       const int64_t length = in.cu_seqlens != nullptr ? in.cu_seqlens[n + 1] - origin : in.T;
@@ -136,7 +136,7 @@ class Plan {
 
 // Sequences [n0, n1) at once.
 void run_group(const Plan& plan, const Params& p, const Kernels& kernel, int64_t n0, int64_t n1, const Parallel& parallel) {
-  const GatedDeltaRuleParams& in = p.in;
+  const ScanParams& in = p.in;
   const int64_t members = n1 - n0, H = in.H, size = in.K * in.V, items = members * H * plan.blocks;
   int64_t segments = 0, tokens = 0, pieces = 2;
   std::vector<int64_t> slot(members);  // first row of parts of each sequence
@@ -201,7 +201,7 @@ void run_group(const Plan& plan, const Params& p, const Kernels& kernel, int64_t
 
 }  // namespace
 
-void backward(const GatedDeltaRuleBackwardParams& given, const Parallel& parallel) {
+void backward(const ScanBackwardParams& given, const Parallel& parallel) {
   Params p = given;
   const Plan plan(p);
   const Kernels kernel = kernels();

@@ -44,8 +44,8 @@ inline void prefetch_row(const View& x, int64_t a, int64_t b, int64_t c, int64_t
 // Tokens [first, last) of key head hk; first is a multiple of C within the sequence that starts at row b, token `origin`.
 //   pair [chunk][K / 16][2C][16]: k_0..k_3, q_0..q_3 in pieces of 16 (zero past the end), so that one pointer and constant
 //        offsets reach all of them;  dots [chunk][2][C][C]: k_i.k_j and k_i.q_j
-inline void prepare(const GatedDeltaRuleParams& p, int64_t b, int64_t origin, int64_t first, int64_t last, int64_t hk,
-                    float* rows, float* pair, float* dots) {
+inline void prepare(const ScanParams& p, int64_t b, int64_t origin, int64_t first, int64_t last, int64_t hk, float* rows,
+                    float* pair, float* dots) {
   const int64_t K = p.K, padded = round_up_16(K);
   for (int64_t start = first; start < last; start += C, pair += padded * 2 * C, dots += 2 * C * C) {
     for (int j = 0; j < C; j++) {
@@ -201,7 +201,7 @@ inline void write(const Vec* x, Element type, void* to, int64_t width, float* li
 
 // The lines that the next chunk's values come from and its results go to: a token's columns lie far from the next token's,
 // where no hardware prefetcher looks.
-inline void prefetch(const GatedDeltaRuleParams& p, const Item& item, int64_t start, int64_t column, int64_t width) {
+inline void prefetch(const ScanParams& p, const Item& item, int64_t start, int64_t column, int64_t width) {
   const int64_t last = start + C < item.last ? start + C : item.last;
   for (int64_t t = start; t < last; t++) {
     const int64_t at = ((item.b * p.T + item.origin + t) * p.H + item.h) * p.V + column;
@@ -216,7 +216,7 @@ inline void prefetch(const GatedDeltaRuleParams& p, const Item& item, int64_t st
 
 // memory: [K * W state | padded K * 2C zeros | 2 * C * W values and results | W edit side], 64-byte aligned
 template <int NV>
-inline void run_block(const GatedDeltaRuleParams& p, Item item, int64_t column, float* memory) {
+inline void run_block(const ScanParams& p, Item item, int64_t column, float* memory) {
   constexpr int W = NV * LANES;
   const int64_t K = p.K, V = p.V, padded = round_up_16(K), width = V - column < W ? V - column : W;
   float* state = memory;
@@ -305,7 +305,7 @@ inline void run_block(const GatedDeltaRuleParams& p, Item item, int64_t column, 
   copy_block<NV>(state, carried, K, V, width, true);
 }
 
-inline void run_columns(const GatedDeltaRuleParams& p, const Item& item, int64_t column, int vectors, float* memory) {
+inline void run_columns(const ScanParams& p, const Item& item, int64_t column, int vectors, float* memory) {
   // A narrow last block takes single vectors.
   if (VECTORS == 2 && vectors == 2 && p.V - column > LANES) return run_block<VECTORS>(p, item, column, memory);
   run_block<1>(p, item, column, memory);
@@ -314,7 +314,7 @@ inline void run_columns(const GatedDeltaRuleParams& p, const Item& item, int64_t
 // ---- one token -----------------------------------------------------------------------------------------------------
 
 // All columns of (row b, value head h). memory: 2 padded rows of K, W edit side, and a [K, W] block for a ragged end.
-inline void step_head(const GatedDeltaRuleStepParams& p, int64_t b, int64_t h, int64_t first, int64_t last, float* memory) {
+inline void step_head(const ScanStepParams& p, int64_t b, int64_t h, int64_t first, int64_t last, float* memory) {
   constexpr int W = VECTORS * LANES;
   const int64_t K = p.K, V = p.V, padded = round_up_16(K), hk = h / (p.H / p.Hk);
   float* k = memory;

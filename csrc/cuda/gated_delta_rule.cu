@@ -16,7 +16,7 @@ struct Call {
   int64_t workspace;
 };
 
-Call lay_out(const GatedDeltaRuleParams& from, void* workspace, Plan plan) {
+Call lay_out(const ScanParams& from, void* workspace, Plan plan) {
   if (from.K > 256)
     throw std::invalid_argument("gated_delta_rule: the CUDA kernel takes K up to 256, got K = " + std::to_string(from.K));
   Call call = {};
@@ -65,9 +65,9 @@ Call lay_out(const GatedDeltaRuleParams& from, void* workspace, Plan plan) {
 
 }  // namespace
 
-int64_t forward_workspace(const GatedDeltaRuleParams& p, Plan plan) { return lay_out(p, nullptr, plan).workspace; }
+int64_t forward_workspace(const ScanParams& p, Plan plan) { return lay_out(p, nullptr, plan).workspace; }
 
-void forward(const GatedDeltaRuleParams& from, void* workspace, void* stream_of_torch, Plan plan) {
+void forward(const ScanParams& from, void* workspace, void* stream_of_torch, Plan plan) {
   const auto stream = static_cast<tile::Stream>(stream_of_torch);
   Call call = lay_out(from, workspace, plan);
   Problem& p = call.p;

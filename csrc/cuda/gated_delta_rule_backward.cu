@@ -64,8 +64,8 @@ struct Call {
   int64_t workspace;
 };
 
-Call lay_out(const GatedDeltaRuleBackwardParams& from, void* workspace) {
-  const GatedDeltaRuleParams& in = from.in;
+Call lay_out(const ScanBackwardParams& from, void* workspace) {
+  const ScanParams& in = from.in;
   if (in.K > 256)
     throw std::invalid_argument("gated_delta_rule_backward: the CUDA kernel takes K up to 256, got K = " +
                                 std::to_string(in.K));
@@ -120,9 +120,9 @@ Call lay_out(const GatedDeltaRuleBackwardParams& from, void* workspace) {
 
 }  // namespace
 
-int64_t backward_workspace(const GatedDeltaRuleBackwardParams& p) { return lay_out(p, nullptr).workspace; }
+int64_t backward_workspace(const ScanBackwardParams& p) { return lay_out(p, nullptr).workspace; }
 
-void backward(const GatedDeltaRuleBackwardParams& from, void* workspace, void* stream_of_torch) {
+void backward(const ScanBackwardParams& from, void* workspace, void* stream_of_torch) {
   const auto stream = static_cast<tile::Stream>(stream_of_torch);
   const Call call = lay_out(from, workspace);
   const Backward& b = call.b;

@@ -33,7 +33,7 @@ struct alignas(4 * VECTOR) Floats {
 };
 
 template <int VECTOR>
-__global__ void __launch_bounds__(512) step(const __grid_constant__ GatedDeltaRuleStepParams p) {
+__global__ void __launch_bounds__(512) step(const __grid_constant__ ScanStepParams p) {
   constexpr int WIDTH = tile::WARP * VECTOR;
   const int K = static_cast<int>(p.K), V = static_cast<int>(p.V);
   const int warps = tile::block_threads() / tile::WARP, warp = tile::warp(), lane = tile::lane();
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(512) step(const __grid_constant__ GatedDeltaRu
 }
 
 template <int VECTOR>
-void launch_step(const GatedDeltaRuleStepParams& p, tile::Stream stream) {
+void launch_step(const ScanStepParams& p, tile::Stream stream) {
   const int warps = static_cast<int>((p.K + KEYS - 1) / KEYS), width = tile::WARP * VECTOR;
   const size_t shared =
       2 * tile::shared_piece(warps * KEYS * 4) + tile::shared_piece(warps * 4) + tile::shared_piece(warps * 2 * width * 4);
@@ -152,7 +152,7 @@ void launch_step(const GatedDeltaRuleStepParams& p, tile::Stream stream) {
 
 }  // namespace
 
-void step(const GatedDeltaRuleStepParams& p, void* stream_of_torch) {
+void step(const ScanStepParams& p, void* stream_of_torch) {
   if (p.K > 256)
     throw std::invalid_argument("gated_delta_rule_step: the CUDA kernel takes K up to 256, got K = " + std::to_string(p.K));
   const auto stream = static_cast<tile::Stream>(stream_of_torch);

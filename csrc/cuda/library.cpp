@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "encode.h"
+#include "gated_delta_rule.h"
 #include "operators.h"
 #include "schemas.h"
 #if WRITESAE_SIDE == 2
@@ -16,9 +17,7 @@ namespace writesae {
 
 template <class Module>
 void implement_device_operators(Module& m) {
-  m.impl("gated_delta_rule", TORCH_BOX(&gated_delta_rule));
-  m.impl("gated_delta_rule_backward", TORCH_BOX(&gated_delta_rule_backward));
-  m.impl("gated_delta_rule_step", TORCH_BOX(&gated_delta_rule_step));
+  implement_scan<GatedDeltaRule>(m);
   m.impl("encode_topk", TORCH_BOX(&encode_topk));
   m.impl("encode_threshold", TORCH_BOX(&encode_threshold));
   m.impl("encode_at", TORCH_BOX(&encode_at));

@@ -44,7 +44,7 @@ std::vector<float> widen(const std::vector<uint16_t>& x, Element type) {
 
 void check(const Case& c) {
   const double tolerance = allowed(c.type);
-  GatedDeltaRuleParams p = {};
+  ScanParams p = {};
   p.B = c.B, p.Hk = c.Hk, p.H = c.H, p.K = c.K, p.V = c.V, p.N = c.B > 1 ? c.B : c.lengths.size();
   std::vector<int64_t> offsets = {0};
   for (int64_t length : c.lengths) offsets.push_back(offsets.back() + length);
@@ -139,7 +139,7 @@ void check(const Case& c) {
     }
     return out;
   };
-  GatedDeltaRuleStepParams s = {};
+  ScanStepParams s = {};
   s.B = c.B, s.Hk = c.Hk, s.H = c.H, s.K = c.K, s.V = c.V;
   const auto drop_time = [](View x) {
     x.stride[1] = x.stride[2], x.stride[2] = x.stride[3], x.stride[3] = 0;

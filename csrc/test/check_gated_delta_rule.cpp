@@ -14,7 +14,7 @@ struct Case {
 };
 
 void check(const Case& c, int thread_count) {
-  GatedDeltaRuleParams p = {};
+  ScanParams p = {};
   p.B = c.B, p.Hk = c.Hk, p.H = c.H, p.K = c.K, p.V = c.V, p.N = c.B > 1 ? c.B : c.lengths.size();
   std::vector<int64_t> offsets = {0};
   for (int64_t length : c.lengths) offsets.push_back(offsets.back() + length);
@@ -84,7 +84,7 @@ void check(const Case& c, int thread_count) {
     want_o.insert(want_o.end(), once.o.begin() + at, once.o.begin() + at + c.H * c.V);
     want_right.insert(want_right.end(), once.right.begin() + at, once.right.begin() + at + c.H * c.V);
   }
-  GatedDeltaRuleStepParams s = {};
+  ScanStepParams s = {};
   s.B = c.B, s.Hk = c.Hk, s.H = c.H, s.K = c.K, s.V = c.V;
   const auto drop_time = [](View x) {
     x.stride[1] = x.stride[2], x.stride[2] = x.stride[3], x.stride[3] = 0;
@@ -108,7 +108,7 @@ void check_halves() {
     std::vector<uint16_t> v(T), o(T);
     for (int64_t i = 0; i < T; i++) v[i] = static_cast<uint16_t>(i);
     const std::vector<float> one(T, 1.0f), closed(T, -std::numeric_limits<float>::infinity());
-    GatedDeltaRuleParams p = {};
+    ScanParams p = {};
     p.B = p.Hk = p.H = p.K = p.V = p.N = 1, p.T = T, p.scale = 1;
     p.q = p.k = p.beta = view(one, T, 1, 1, 1), p.g = view(closed, T, 1, 1, 1), p.v = p.q;
     p.v.data = v.data(), p.v.type = type, p.o = o.data(), p.o_type = type;

@@ -33,8 +33,8 @@ double value(const View& x, int64_t a, int64_t b, int64_t c, int64_t d = 0) {
 }
 
 // Forward and reverse, token by token, every state kept. Fills `right` (the increments) on the way.
-Gradients plain(const GatedDeltaRuleBackwardParams& p, const Sequences& sequences, std::vector<float>& right) {
-  const GatedDeltaRuleParams& in = p.in;
+Gradients plain(const ScanBackwardParams& p, const Sequences& sequences, std::vector<float>& right) {
+  const ScanParams& in = p.in;
   const int64_t K = in.K, V = in.V, T = in.T, H = in.H, Hk = in.Hk, E = in.edits.count;
   Gradients out;
   out.q.assign(in.B * T * Hk * K, 0), out.k = out.q, out.v.assign(in.B * T * H * V, 0);
@@ -153,8 +153,8 @@ Gradients plain(const GatedDeltaRuleBackwardParams& p, const Sequences& sequence
 
 // threads: of the CPU's kernels; 0 for the CUDA kernels.
 void check(const Case& c, int thread_count) {
-  GatedDeltaRuleBackwardParams p = {};
-  GatedDeltaRuleParams& in = p.in;
+  ScanBackwardParams p = {};
+  ScanParams& in = p.in;
   in.B = c.B, in.Hk = c.Hk, in.H = c.H, in.K = c.K, in.V = c.V, in.N = c.B > 1 ? c.B : c.lengths.size();
   std::vector<int64_t> offsets = {0};
   for (int64_t length : c.lengths) offsets.push_back(offsets.back() + length);

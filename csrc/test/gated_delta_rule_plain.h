@@ -31,7 +31,7 @@ struct Expected {
 };
 
 // The definition, token by token.
-inline Expected plain(const GatedDeltaRuleParams& p, const std::vector<std::array<int64_t, 3>>& sequences) {
+inline Expected plain(const ScanParams& p, const std::vector<std::array<int64_t, 3>>& sequences) {
   const int64_t K = p.K, V = p.V;
   Expected out;
   out.o.resize(p.B * p.T * p.H * V), out.right.resize(p.B * p.T * p.H * V), out.left.resize(p.B * p.T * p.Hk * K);

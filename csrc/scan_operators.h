@@ -1,21 +1,24 @@
-// gated_delta_rule on tensors: checks, allocation, and the kernel's parameters.
-#include "gated_delta_rule.h"
+// The operators of a scan on tensors: checks, allocation, and the kernels' parameters; and their schemas. `Rule` is a write
+// rule as its header (csrc/<rule>.h) names it for this: NAME, CHANNEL_GATE, and its kernels.
+#pragma once
 
-#include "gated_delta_rule_inputs.h"
-#include "operators.h"
-#include "tensors.h"
+#include <string>
+#include <tuple>
+
+#include "scan_inputs.h"
 
 namespace writesae {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_delta_rule(
+template <class Rule>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_operator(
     Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, double scale, std::optional<Tensor> initial_state,
     bool use_qk_l2norm, std::optional<Tensor> cu_seqlens, std::optional<Tensor> edit_index, std::optional<Tensor> edit_left,
     std::optional<Tensor> edit_right, std::optional<Tensor> snapshots, bool return_writes) {
-  const char* op = "gated_delta_rule";
+  const char* op = Rule::NAME;
   const OnDeviceOf device(v);
   std::vector<Tensor> keep;
-  GatedDeltaRuleParams p = gated_delta_rule_inputs(op, q, k, v, g, beta, scale, initial_state, use_qk_l2norm, cu_seqlens,
-                                                   edit_index, edit_left, edit_right, snapshots, keep);
+  ScanParams p = scan_inputs(op, Rule::CHANNEL_GATE, q, k, v, g, beta, scale, initial_state, use_qk_l2norm, cu_seqlens,
+                             edit_index, edit_left, edit_right, snapshots, keep);
   const int64_t B = p.B, T = p.T, Hk = p.Hk, H = p.H, K = p.K, V = p.V;
   Tensor o = empty({B, T, H, V}, v.scalar_type());
   Tensor final_state = empty({p.N, H, K, V}, ScalarType::Float);
@@ -29,26 +32,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_delta_rule(
   p.right = return_writes ? floats(right) : nullptr;
   p.snapshots = floats(shots);
 #if WRITESAE_SIDE == 0
-  cpu::gated_delta_rule::forward(p, torch_threads());
+  Rule::forward(p, torch_threads());
 #else
-  const Workspace workspace(cuda::gated_delta_rule::forward_workspace(p));
-  cuda::gated_delta_rule::forward(p, workspace.data(), stream());
+  const Workspace workspace(Rule::forward_workspace(p, {}));
+  Rule::forward(p, workspace.data(), stream(), {});
 #endif
   return {o, final_state, left, right, shots};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_delta_rule_backward(
+template <class Rule>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_backward_operator(
     Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, double scale, std::optional<Tensor> initial_state,
     bool use_qk_l2norm, std::optional<Tensor> cu_seqlens, std::optional<Tensor> edit_index, std::optional<Tensor> edit_left,
     std::optional<Tensor> edit_right, std::optional<Tensor> snapshots, Tensor right, std::optional<Tensor> d_o,
     std::optional<Tensor> d_final_state, std::optional<Tensor> d_left, std::optional<Tensor> d_right,
     std::optional<Tensor> d_snapshots) {
-  const char* op = "gated_delta_rule_backward";
+  const std::string name = std::string(Rule::NAME) + "_backward";
+  const char* op = name.c_str();
   const OnDeviceOf device(v);
   std::vector<Tensor> keep;
-  GatedDeltaRuleBackwardParams p = {};
-  p.in = gated_delta_rule_inputs(op, q, k, v, g, beta, scale, initial_state, use_qk_l2norm, cu_seqlens, edit_index,
-                                 edit_left, edit_right, snapshots, keep);
+  ScanBackwardParams p = {};
+  p.in = scan_inputs(op, Rule::CHANNEL_GATE, q, k, v, g, beta, scale, initial_state, use_qk_l2norm, cu_seqlens, edit_index,
+                     edit_left, edit_right, snapshots, keep);
   const int64_t B = p.in.B, T = p.in.T, Hk = p.in.Hk, H = p.in.H, K = p.in.K, V = p.in.V, E = p.in.edits.count;
   const auto rows = [&](const char* name, const Tensor& x) {
     check_shape(op, name, x, {B, T, H, V});
@@ -66,7 +71,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated
   p.d_snapshots = dense("d_snapshots", d_snapshots, {p.in.P, H, K, V});
   Tensor d_q = empty({B, T, Hk, K}, q.scalar_type()), d_k = empty({B, T, Hk, K}, k.scalar_type());
   Tensor d_v = empty({B, T, H, V}, v.scalar_type());
-  Tensor d_g = empty({B, T, H}, g.scalar_type()), d_beta = empty({B, T, H}, beta.scalar_type());
+  Tensor d_g = p.in.channel_gate ? empty({B, T, H, K}, g.scalar_type()) : empty({B, T, H}, g.scalar_type()),
+         d_beta = empty({B, T, H}, beta.scalar_type());
   Tensor d_initial_state = empty({p.in.N, H, K, V}, ScalarType::Float);
   Tensor d_edit_left = empty({E, K}, ScalarType::Float), d_edit_right = empty({E, V}, ScalarType::Float);
   p.d_q = d_q.mutable_data_ptr(), p.d_k = d_k.mutable_data_ptr(), p.d_v = d_v.mutable_data_ptr();
@@ -74,27 +80,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated
   p.d_initial_state = floats(d_initial_state);
   p.d_edit_left = floats(d_edit_left), p.d_edit_right = floats(d_edit_right);
 #if WRITESAE_SIDE == 0
-  cpu::gated_delta_rule::backward(p, torch_threads());
+  Rule::backward(p, torch_threads());
 #else
-  const Workspace workspace(cuda::gated_delta_rule::backward_workspace(p));
-  cuda::gated_delta_rule::backward(p, workspace.data(), stream());
+  const Workspace workspace(Rule::backward_workspace(p));
+  Rule::backward(p, workspace.data(), stream());
 #endif
   return {d_q, d_k, d_v, d_g, d_beta, d_initial_state, d_edit_left, d_edit_right};
 }
 
-std::tuple<Tensor, Tensor, Tensor> gated_delta_rule_step(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor state,
-                                                         double scale, bool use_qk_l2norm, std::optional<Tensor> edit_index,
-                                                         std::optional<Tensor> edit_left, std::optional<Tensor> edit_right,
-                                                         bool return_writes) {
-  const char* op = "gated_delta_rule_step";
+template <class Rule>
+std::tuple<Tensor, Tensor, Tensor> scan_step_operator(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor state,
+                                                      double scale, bool use_qk_l2norm, std::optional<Tensor> edit_index,
+                                                      std::optional<Tensor> edit_left, std::optional<Tensor> edit_right,
+                                                      bool return_writes) {
+  const std::string name = std::string(Rule::NAME) + "_step";
+  const char* op = name.c_str();
   const OnDeviceOf device(v);
   STD_TORCH_CHECK(v.dim() == 3 && k.dim() == 3, op, ": k and v must be [B, heads, size]");
   std::vector<Tensor> keep;
-  auto p = gated_delta_rule_common<GatedDeltaRuleStepParams>(op, q, k, v, g, beta, scale, use_qk_l2norm, keep);
+  auto p = scan_common<ScanStepParams>(op, Rule::CHANNEL_GATE, q, k, v, g, beta, scale, use_qk_l2norm, keep);
   const int64_t B = p.B, Hk = p.Hk, H = p.H, K = p.K, V = p.V;
   check_shape(op, "k", k, {B, Hk, K});
   check_shape(op, "q", q, {B, Hk, K});
-  check_shape(op, "g", g, {B, H});
+  check_gate(op, g, p, {B, H});
   check_shape(op, "beta", beta, {B, H});
   check_shape(op, "state", state, {B, H, K, V});
   check_side(op, "state", state);
@@ -110,11 +118,39 @@ std::tuple<Tensor, Tensor, Tensor> gated_delta_rule_step(Tensor q, Tensor k, Ten
   p.left = return_writes ? floats(left) : nullptr;
   p.right = return_writes ? floats(right) : nullptr;
 #if WRITESAE_SIDE == 0
-  cpu::gated_delta_rule::step(p, torch_threads());
+  Rule::step(p, torch_threads());
 #else
-  cuda::gated_delta_rule::step(p, stream());
+  Rule::step(p, stream());
 #endif
   return {o, left, right};
+}
+
+// The schemas of a rule's three operators.
+template <class Module>
+void define_scan(Module& m, const std::string& rule) {
+  const std::string inputs = "(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, ";
+  const std::string edits = "Tensor? edit_index, Tensor? edit_left, Tensor? edit_right, ";
+  const std::string rest = "float scale, Tensor? initial_state, bool use_qk_l2norm, Tensor? cu_seqlens, " + edits;
+  m.def((rule + inputs + rest +
+         "Tensor? snapshots, bool return_writes) -> (Tensor o, Tensor final_state, Tensor left, Tensor right, "
+         "Tensor snapshots)")
+            .c_str());
+  m.def((rule + "_backward" + inputs + rest +
+         "Tensor? snapshots, Tensor right, Tensor? d_o, Tensor? d_final_state, Tensor? d_left, Tensor? d_right, "
+         "Tensor? d_snapshots) -> (Tensor d_q, Tensor d_k, Tensor d_v, Tensor d_g, Tensor d_beta, "
+         "Tensor d_initial_state, Tensor d_edit_left, Tensor d_edit_right)")
+            .c_str());
+  m.def((rule + "_step" + inputs + "Tensor(a!) state, float scale, bool use_qk_l2norm, " + edits +
+         "bool return_writes) -> (Tensor o, Tensor left, Tensor right)")
+            .c_str());
+}
+
+template <class Rule, class Module>
+void implement_scan(Module& m) {
+  const std::string name = Rule::NAME;
+  m.impl(name.c_str(), TORCH_BOX(&scan_operator<Rule>));
+  m.impl((name + "_backward").c_str(), TORCH_BOX(&scan_backward_operator<Rule>));
+  m.impl((name + "_step").c_str(), TORCH_BOX(&scan_step_operator<Rule>));
 }
 
 }  // namespace writesae
