@@ -4,7 +4,6 @@ from .causal_conv import causal_conv
 from .dplr import dplr
 from .encode import Codes, activations, encode
 from .gated_delta_rule import (
-    GatedDeltaRuleOutput,
     GatedDeltaRuleStepOutput,
     first_nonfinite,
     gated_delta_rule,
@@ -13,14 +12,17 @@ from .gated_delta_rule import (
 from .loss import factored_loss
 from .pursuit import pursuit
 from .rms_norm import rms_norm
+from .rule import Rule, RuleCall, RuleOutput
 from .sae_training import Step, training_loss
 from .selective_scan import selective_scan
 from .ssd import ssd
 
 __all__ = [
     "Codes",
-    "GatedDeltaRuleOutput",
     "GatedDeltaRuleStepOutput",
+    "Rule",
+    "RuleCall",
+    "RuleOutput",
     "Step",
     "activations",
     "causal_conv",

@@ -27,18 +27,7 @@ from ..edits import ADD, AFTER, DELETE, Edits
 from ..writes import Writes
 from . import _dispatch, _transforms
 from .reference.gated_delta_rule import gated_delta_rule as reference
-
-
-@dataclass(frozen=True, repr=False)
-class GatedDeltaRuleOutput:
-    """o `[B,T,H,V]` in the input dtype; final_state `[N,H,K,V]` or None; writes or None; snapshots or None."""
-
-    o: Tensor
-    final_state: Tensor | None
-    writes: Writes | None
-    snapshots: Tensor | None
-
-    __repr__ = sizes_repr
+from .rule import Rule, RuleOutput
 
 
 @without_autocast
@@ -57,7 +46,7 @@ def gated_delta_rule(
     snapshots: Tensor | Sequence[int] | None = None,  # [P, 2] or P positions
     return_writes: bool = False,
     backend: str | None = None,
-) -> GatedDeltaRuleOutput:
+) -> RuleOutput:
     """Runs `S_t = e^g (I - beta k k^T) S_{t-1} + beta k v^T`, `o_t = scale S_t^T q_t` over whole sequences.
 
     Args:
@@ -139,7 +128,10 @@ def gated_delta_rule(
         )  # fmt: skip
     if places is not None and as_list:
         shots = shots.reshape(len(lengths), -1, H, K, V)
-    return GatedDeltaRuleOutput(o, final if output_final_state else None, writes, None if places is None else shots)
+    return RuleOutput(o, final if output_final_state else None, writes, None if places is None else shots)
+
+
+RULE = Rule("gated_delta_rule", ("scalar",), "delta", ("q", "k", "v", "g", "beta"), gated_delta_rule)
 
 
 @dataclass(frozen=True, repr=False)
