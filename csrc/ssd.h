@@ -1,0 +1,45 @@
+// ssd, a scan (scan.h) without an erase: S_t = e^g S_{t-1} + k (beta v)^T, o_t = scale S_t^T q_t. Mamba-2's x is v, dt is beta,
+// dt A is g, B is k and C is q.
+#pragma once
+
+#include "scan.h"
+
+namespace writesae {
+
+namespace cpu::ssd {
+
+void forward(const ScanParams& p, const Parallel& parallel);
+void backward(const ScanBackwardParams& p, const Parallel& parallel);
+void step(const ScanStepParams& p, const Parallel& parallel);
+
+}  // namespace cpu::ssd
+
+namespace cuda::ssd {
+
+// As those of gated_delta_rule.h.
+int64_t forward_workspace(const ScanParams& p, Plan plan = {});
+void forward(const ScanParams& p, void* workspace, void* stream, Plan plan = {});
+int64_t backward_workspace(const ScanBackwardParams& p);
+void backward(const ScanBackwardParams& p, void* workspace, void* stream);
+void step(const ScanStepParams& p, void* stream);
+
+}  // namespace cuda::ssd
+
+// For scan_operators.h.
+struct Ssd {
+  static constexpr const char* NAME = "ssd";
+  static constexpr bool CHANNEL_GATE = false;
+#if WRITESAE_SIDE == 0
+  static constexpr auto forward = cpu::ssd::forward;
+  static constexpr auto backward = cpu::ssd::backward;
+  static constexpr auto step = cpu::ssd::step;
+#else
+  static constexpr auto forward_workspace = cuda::ssd::forward_workspace;
+  static constexpr auto forward = cuda::ssd::forward;
+  static constexpr auto backward_workspace = cuda::ssd::backward_workspace;
+  static constexpr auto backward = cuda::ssd::backward;
+  static constexpr auto step = cuda::ssd::step;
+#endif
+};
+
+}  // namespace writesae
