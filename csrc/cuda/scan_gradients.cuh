@@ -1,5 +1,5 @@
-// The backward of gated_delta_rule, the kernel after the walks: every gradient of a chunk but the state's, all chunks at once.
-// See gated_delta_rule_backward.cuh.
+// The backward of a scan, the kernel after the walks: every gradient of a chunk but the state's, all chunks at once. See
+// scan_backward.cuh.
 //
 // A block takes (chunk, key head, KT of the keys' columns), a warp 16 tokens. For each value head of the group in turn it goes
 // along the value columns VT at a time
@@ -13,10 +13,10 @@
 // of sm_90 by shared memory, two by registers (255 of 128 threads).
 #pragma once
 
-#include "gated_delta_rule_backward.cuh"
-#include "gated_delta_rule_prepare.cuh"
+#include "scan_backward.cuh"
+#include "scan_prepare.cuh"
 
-namespace writesae::cuda::gated_delta_rule {
+namespace writesae::cuda {
 
 template <class T, int KT>
 struct GradientsShared {
@@ -36,7 +36,7 @@ __device__ __forceinline__ float row_sum(float x) {
   return x + tile::shuffle_xor(x, 2);
 }
 
-template <class T, int KT>
+template <class Rule, class T, int KT>
 __global__ void __launch_bounds__(2 * Operand<T>::CHUNK) gradients(const __grid_constant__ Backward b) {
   using Op = Operand<T>;
   using Size = GradientsShared<T, KT>;
@@ -139,7 +139,10 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK) gradients(const __grid_
         for (int m = 0; m < NK; m += 2) {
           Op::load_columns(r, start, down_states, step, 8 * m);
 #pragma unroll
-          for (int i = 0; i < 2; i++) Op::multiply(x[m + i], left_o, r[i]), Op::multiply(y[m + i], left_y, r[i]);
+          for (int i = 0; i < 2; i++) {
+            Op::multiply(x[m + i], left_o, r[i]);
+            if constexpr (Rule::READS) Op::multiply(y[m + i], left_y, r[i]);
+          }
           Op::load_columns(r, end, down_states, step, 8 * m);
 #pragma unroll
           for (int i = 0; i < 2; i++) Op::multiply(z[m + i], left_u, r[i]);
@@ -149,7 +152,10 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK) gradients(const __grid_
           if (j > warp) continue;
           Op::load_rows(r, u, along_values, 16 * j, step);
 #pragma unroll
-          for (int i = 0; i < 2; i++) Op::multiply(e[2 * j + i], left_o, r[i]), Op::multiply(f[2 * j + i], left_y, r[i]);
+          for (int i = 0; i < 2; i++) {
+            Op::multiply(e[2 * j + i], left_o, r[i]);
+            if constexpr (Rule::READS) Op::multiply(f[2 * j + i], left_y, r[i]);
+          }
         }
       }
 #pragma unroll 2
@@ -343,4 +349,4 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK) gradients(const __grid_
   }
 }
 
-}  // namespace writesae::cuda::gated_delta_rule
+}  // namespace writesae::cuda
