@@ -105,7 +105,8 @@ __global__ void __launch_bounds__(512) step(const __grid_constant__ ScanStepPara
   float u[VECTOR];
 #pragma unroll
   for (int l = 0; l < VECTOR; l++) {
-    u[l] = inside && native ? beta * (read(p.v, b, h, column + l) - gate * r[l]) : 0.0f;
+    const float old = Rule::READS ? gate * r[l] : 0.0f;
+    u[l] = inside && native ? beta * (read(p.v, b, h, column + l) - old) : 0.0f;
     o[l] = gate * o[l] + kq * u[l];
   }
 #pragma unroll
