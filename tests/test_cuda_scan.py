@@ -59,8 +59,8 @@ def inputs(rule: Rule, B=1, T=64, Hk=1, H=1, K=32, V=64, norm=True, **options) -
 def plain(
     rule: Rule, q, k, v, g, beta, scale=1.0, initial_state=None, norm=False, lengths=None, edits=None, places=None
 ) -> tuple[Tensor, ...]:
-    """(o, final_state, left, right, snapshots) of the recurrence, token by token. `edits`: Edits, or with sides of their
-    own as (Edits, left, right). `places`: [P, 2]."""
+    """(o, final_state, left, right, snapshots) of the recurrence, token by token. `edits`: Edits, or, with sides of
+    their own, (Edits, left, right). `places`: [P, 2]."""
     B, T, H, V = v.shape
     K, group = k.shape[-1], H // k.shape[2]
     if norm:
@@ -260,10 +260,23 @@ def gradients(rule, target, x, initial_state=None, norm=False, lengths=None, edi
     d_o, d_final, d_left, d_right, d_shots = weights
     cu = None if lengths is None else torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
     packed = (None, None, None) if edits is None else pack_edits(edits)
-    args = [*x.values(), 0.7, initial, norm, cu, *packed, places, out[3], d_o.to(x["v"].dtype), d_final, d_left, d_right]
+    args = [
+        *x.values(),
+        0.7,
+        initial,
+        norm,
+        cu,
+        *packed,
+        places,
+        out[3],
+        d_o.to(x["v"].dtype),
+        d_final,
+        d_left,
+        d_right,
+    ]
     with poisoned_memory(), target.in_use():
         backward = getattr(operators(target.kind), f"{rule.operator}_backward")
-        found = backward(*[put(target, y) for y in [*args, None if places is None else d_shots]])
+        found = backward(*[put(target, y) for y in [*args, d_right, None if places is None else d_shots]])
     found = dict(zip(names, (y.cpu() for y in found), strict=True))
     if edits is not None:  # sorted, as the operator has them
         for key in (edits.position, edits.head, edits.row):
@@ -327,3 +340,27 @@ def test_no_bank_conflicts(dtype, rule, device_targets):
     call(rule, device_targets[0], inputs(rule, 1, 130, 1, 2, 128, 128, dtype=dtype))
     _, _, _, products, _, conflicts, _, shared = torch.ops.writesae_twin.statistics()
     assert products > 1000 and conflicts == 0 and shared < 163 * 1024
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_equal_channels_are_a_gate_of_the_head(dtype, device_targets):
+    rule = RULES["channel gate"]
+    x = gated_delta_rule_inputs(1, 150, 1, 2, 40, 48, dtype=dtype, correlated=True)
+    wide = x | {"g": x["g"][..., None].expand(-1, -1, -1, 40)}
+    options = {"norm": True, "initial_state": torch.randn(1, 2, 40, 48), "places": torch.tensor([[0, 70], [0, 149]])}
+    options["edits"] = edits_for(1, [150], 2, 40, 48)
+    for target in device_targets:
+        pairs = zip(call(rule, target, wide, **options), call(rule, target, x, **options), strict=True)
+        for name, (a, b) in zip(("o", "final_state", "left", "right", "snapshots"), pairs, strict=True):
+            check_close(name, a, b, allowed(rule, x, a))
+
+
+def test_gradients_of_channels_are_refused(device_targets):
+    target = device_targets[0]
+    x = inputs(RULES["channel gate"], 1, 3, 1, 1, 8, 16)
+    right = torch.zeros_like(x["v"])
+    with target.in_use(), pytest.raises(ValueError, match=r"gated_delta_rule_backward: .* g \[B, T, H\].*channel"):
+        operators(target.kind).gated_delta_rule_backward(
+            *(target.put(y) for y in x.values()), 1.0, None, False, None, None, None, None, None, target.put(right),
+            target.put(right), *[None] * 4,
+        )  # fmt: skip
