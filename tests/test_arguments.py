@@ -272,7 +272,7 @@ def test_reprs_are_short():
     edits = Edits.cat([Edits.add(0, [3, 5], 1, torch.zeros(4), torch.zeros(3)), Edits.delete(-1, 2, 0, 4, 3)])
     assert repr(edits) == "Edits(2 add, 1 delete; row -1..0, position 2..5, head 0..1; K=4, V=3)"
     assert repr(edits[:0]) == "Edits(none; row none, position none, head none; K=4, V=3)"
-    assert repr(writes) == "Writes(B=2, T=5, H=2, Hl=1, R=1, K=4, V=3; scalar gate, additive rule, float32; 0.0 MB)"
+    assert repr(writes) == "Writes(B=2, T=5, H=2, Hl=1, R=1, K=4, V=3; scalar gate, transition none, float32; 0.0 MB)"
     assert repr(out).startswith("RuleOutput(o=float32[2, 5, 2, 3], writes=Writes(B=2, ")
     codes = ops.encode(**encoder)
     assert repr(codes) == (

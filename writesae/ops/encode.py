@@ -232,10 +232,10 @@ def _prepare(writes, v_enc, w_enc, b_enc, heads, initial_state, carry, names=("v
     }  # fmt: skip
     check_floats(("writes.initial_state", names[2], "initial_state", "carry"), **tensors)
     B, T, H, K, V = writes.shape
-    if writes.decay.ndim != 3:
+    if writes.gate != "scalar":
         raise ValueError(
-            f"writes: encode supports the scalar gate (decay [B, T, H]: gated delta rule, DeltaNet, SSD), got a "
-            f"channel or element gate, decay {tuple(writes.decay.shape)}"
+            f"writes: encode supports the scalar gate (decay [B, T, H]: gated delta rule, DeltaNet, SSD), got the "
+            f"{writes.gate} gate, decay {tuple(writes.decay.shape)}"
         )
     if T == 0:
         raise ValueError("writes: expected at least one token, got T = 0")
