@@ -9,11 +9,12 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from tqdm import tqdm
 
+INTERRUPTED = 130  # exit status
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # the latter is what batch systems and service managers send first
 
 
@@ -59,6 +60,15 @@ def finishing(part: str, kept: bool = True) -> Iterator[Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def script(main: Callable[[], object]) -> None:
+    """Runs a script's `main`; interrupted, it ends as `writesae` does. For scripts that go on where they were."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on where it was", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 @contextmanager
