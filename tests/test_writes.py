@@ -83,10 +83,10 @@ def rule(name):
 
     def until(t):
         cut = [x[:, :t] if i in sequence and x is not None else x for i, x in enumerate(inputs)]
-        return run(*cut, initial_state=initial, backend="reference")
+        return run(*cut, initial_state=initial, output_final_state=True, return_writes=True, backend="reference")
 
-    _, final, writes = until(T)
-    return writes, final, torch.stack([until(t + 1)[1] for t in range(T)], 1)
+    out = until(T)
+    return out.writes, out.final_state, torch.stack([until(t + 1).final_state for t in range(T)], 1)
 
 
 RULES = ["ssd", "rwkv7", "kda", "gla", "selective_scan"]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..models.hf_gated_delta import RuleHandler
 from ..ops import encode, gated_delta_rule, pursuit
-from ..ops.reference.gated_delta_rule import l2norm
+from ..ops.reference.scan import l2norm
 from ..sae import SAE
 from ..sae.sae import SparseCodes
 from ..sae.sparse import exact_topk

@@ -17,9 +17,14 @@ from .._arguments import check_floats, check_integers, check_type, integers, sai
 from .._autocast import without_autocast
 from ..writes import Writes
 from . import _dispatch, _transforms
+from ._dispatch import Limits
 from .encode import _compute_dtype, _float, _prepare, check_indices, chosen_activations
 from .reference.encode import decay_matrix
 from .sae_training import _ADVICE, Offset, loss_kernel
+
+# On CUDA made of the operator of `activations`.
+_LARGEST = {"v_dec": 256, "right": 256}
+_dispatch.declare("factored_loss", {"cpu": Limits("factored_loss"), "cuda": Limits("encode_at", largest=_LARGEST)})
 
 _BLOCK = 64  # tokens of one triangular product
 _GATHERED = 1 << 22  # numbers gathered at a time for the Gram matrix of the active set
