@@ -325,7 +325,7 @@ def _leave(*args):
 def reader(
     q: Tensor,  # [n, L, K]
     k: Tensor,  # [n, L, K]
-    decay: Tensor,  # [n, L]
+    decay: Tensor,  # [n, L], of a channel gate [n, L, K]
     beta: Tensor,  # [n, L]
 ) -> Tensor:
     """`[n, L, K]`: how token t + s reads an addition made to the state after token t (the transposed propagator on q).
@@ -333,10 +333,11 @@ def reader(
     q scaled and normalised as used; column 0 is token t itself, whose own gates act before the addition.
     """
     out = q.clone()
+    gate = decay.exp().reshape(*decay.shape[:2], -1)
     for j in range(q.shape[1] - 1, 0, -1):
         tail = out[:, j:]  # every later token's reading passes back through the gates of token j
         erased = tail - beta[:, j, None, None] * (tail @ k[:, j, :, None]) * k[:, j, None]
-        out[:, j:] = decay[:, j, None, None].exp() * erased
+        out[:, j:] = gate[:, j, None] * erased
     return out
 
 
