@@ -97,6 +97,7 @@ class Parts:
         self._plan = sha256(known)
 
     def _path(self, name: str) -> Path:
+        assert self.folder is not None
         return self.folder / "parts" / f"{name}.parquet"
 
     def read(self, name: str) -> dict[str, np.ndarray] | None:
