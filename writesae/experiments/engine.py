@@ -213,6 +213,8 @@ class ForkEngine:
         for i in self.linear:
             state = keep["states"][i]
             states[i] = state[keep["of"].to(state.device)] * (start > 0).to(state.device)[:, None, None, None]
+            if not keep["x"][i]:  # a layer without a short convolution
+                continue
             width = self.stack.sites[i].conv_kernel_size - 1
             x = torch.nn.functional.pad(torch.cat(keep["x"][i], 1)[..., -T:], (width, 0))  # column j is token j - width
             columns = start.to(x.device)[:, None] + torch.arange(width, device=x.device)

@@ -104,21 +104,26 @@ def _is_cache(value) -> bool:
 
 
 def rule_call(
-    args: tuple, kwargs: Mapping, names: tuple[str, ...], known: Collection[str], changes: Collection[str]
+    args: tuple,
+    kwargs: Mapping,
+    names: tuple[str, ...],
+    optional: tuple[str, ...],
+    known: Collection[str],
+    changes: Collection[str],
 ) -> dict:
     """The arguments of one call of a recurrence by name.
 
     Args:
         args, kwargs: what it was called with.
-        names: what has to be given, in the order in which the recurrence takes it.
+        names: what has to be given, in the order in which the recurrence takes it; `optional`: what may follow them.
         known: what else is understood; `changes`: what is not and changes what is computed.
 
     Raises:
         ValueError: one is missing, or one is given that changes what is computed and is not known.
     """
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    given = {**dict(zip(names + optional, args, strict=False)), **kwargs}
     missing = [name for name in names if given.get(name) is None]
-    if missing or len(args) > len(names):
+    if missing or len(args) > len(names) + len(optional):
         raise ValueError(
             f"model: expected the recurrence to be called with {', '.join(names)} and then by name, got "
             + (f"no {', '.join(missing)}" if missing else f"{len(args)} positions")
@@ -126,7 +131,7 @@ def rule_call(
         )
     for name, value in given.items():
         if name in changes and value is not None and value is not False:
-            understood = ", ".join(sorted({*names, *known}))
+            understood = ", ".join(sorted({*names, *optional, *known}))
             raise ValueError(
                 f"model: expected a recurrence called with {understood}, got {name}, which changes what it computes "
                 f"(transformers {transformers.__version__}; tested: {', '.join(TESTED)})"

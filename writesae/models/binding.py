@@ -39,7 +39,7 @@ from .arguments import rule_call
 Given = Mapping[str, Any]  # arguments of one call by name
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class LayerSite:
     """One layer with a recurrent state, of one model.
 
@@ -49,9 +49,9 @@ class LayerSite:
         block: the decoder layer that holds it.
         num_k_heads, num_v_heads: key heads and value heads (H = num_v_heads).
         K, V: key and value size of one head's state `[K, V]`.
-        conv_kernel_size: width of the causal convolution before the rule.
-        norm: gated RMSNorm after the rule, called as `norm(o [*, V], gate [*, V])`.
-        out_proj: linear map of the normed heads `[..., H * V]` to the residual stream.
+        conv_kernel_size: width of the causal convolution before the rule, 1 where there is none.
+        norm: gated RMSNorm after the rule, called as `norm(o [*, V], gate [*, V])`, or None.
+        out_proj: linear map of the normed heads `[..., H * V]` to the residual stream, or None.
         path: the module's name in its model.
         binding: the table of its family.
     """
@@ -63,9 +63,9 @@ class LayerSite:
     num_v_heads: int
     K: int
     V: int
-    conv_kernel_size: int
-    norm: nn.Module
-    out_proj: nn.Module
+    conv_kernel_size: int = 1
+    norm: nn.Module | None = None
+    out_proj: nn.Module | None = None
     path: str
     binding: Binding = field(repr=False)
 
@@ -80,7 +80,8 @@ class Recurrence:
 
     Attributes:
         name: what the name ends with by which layers look it up.
-        arguments: names of its positional arguments, in order; all are required.
+        arguments: names of the arguments it cannot do without, in the order in which it takes them.
+        optional: those that may follow by position, in order.
         bind: `bind(site, given)`, the same call in the terms of the rule. Without the offsets of a packed batch, which
             are put in (a call that has some of its own keeps them).
         answer: `answer(given, output)`, what the function returns; `output.final_state` is there if it was asked for.
@@ -88,7 +89,7 @@ class Recurrence:
             changes it in place).
         step: `step(given, state)`, see above; None for functions of whole sequences.
         parts: `parts(given, returned)`, (output, final state or None) in what it returned or changed; for comparisons.
-        known: further arguments that are understood.
+        known: further arguments that are understood, by name.
         changes: arguments by which it computes something that `bind` does not know of: refused unless None or False.
     """
 
@@ -99,12 +100,13 @@ class Recurrence:
     asks_state: str | None = "output_final_state"
     step: Callable[[Given, Tensor], tuple[tuple, dict]] | None = None
     parts: Callable[[Given, Any], tuple[Tensor, Tensor | None]] = _as_pair
+    optional: tuple[str, ...] = ()
     known: frozenset[str] = frozenset()
     changes: frozenset[str] = frozenset()
 
     def read(self, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of a call by name. Raises ValueError where it cannot be read."""
-        return rule_call(args, kwargs, self.arguments, self.known, self.changes)
+        return rule_call(args, kwargs, self.arguments, self.optional, self.known, self.changes)
 
     def wants_state(self, given: Given) -> bool:
         return self.asks_state is None or bool(given.get(self.asks_state))

@@ -51,7 +51,7 @@ class Frame:
         layer_mask: `[B, T]` mask handed to the layer, or None.
         hidden: `[B, T, hidden]` what the layer was given.
         rules, convs: what stands in for its functions and its convolution, the latest installed first.
-        met: the call that rules stand in for.
+        met: the call that rules stand in for at the moment, if any.
         own_conv: calls the convolution that a handler stands in for, as the layer called it.
     """
 
@@ -92,10 +92,9 @@ class Frame:
         known = self.call.real_tokens(shape, self.start, self.hidden.device)
         return known if real is None else real if known is None else real & known.to(real.device)
 
-    def bind(self, met: Met) -> RuleCall:
-        """The layer's call in the terms of its rule; from now on the one that is met."""
-        self.met = met
-        call = met.recurrence.bind(self.site, met.given)
+    def bind(self, recurrence: Recurrence, given: Given) -> RuleCall:
+        """The layer's call in the terms of its rule."""
+        call = recurrence.bind(self.site, given)
         if self.cu_seqlens is not None and call.cu_seqlens is None:
             call = replace(call, cu_seqlens=self.cu_seqlens)
         return call

@@ -182,16 +182,20 @@ def _rule_shim(recurrence: Recurrence, original: Callable) -> Callable:
     @functools.wraps(original)
     def stand_in(*args, **kwargs):
         frame = running()
-        if frame is None or not frame.rules:
+        # Met already: an original that is called in a stand-in's course, and calls others of the functions itself.
+        if frame is None or not frame.rules or frame.met is not None:
             return original(*args, **kwargs)
         given = recurrence.read(args, kwargs)
-        call = frame.bind(Met(recurrence, original, args, kwargs, given))
-        wants_state = recurrence.wants_state(given)
-        for handler in frame.rules:
-            output = handler(call, wants_state)
-            if output is not NotImplemented:
-                return recurrence.answer(given, output)
-        return original(*args, **kwargs)
+        frame.met = Met(recurrence, original, args, kwargs, given)
+        try:
+            call, wants_state = frame.bind(recurrence, given), recurrence.wants_state(given)
+            for handler in frame.rules:
+                output = handler(call, wants_state)
+                if output is not NotImplemented:
+                    return recurrence.answer(given, output)
+            return original(*args, **kwargs)
+        finally:
+            frame.met = None
 
     return stand_in
 
