@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 from ..files import (
@@ -31,7 +30,6 @@ COPY = "done/manifest.json"  # from which a damaged or missing one is restored
 MODES = ("all", "top", "reservoir")
 _MOST = 2**31 - 1  # what the tables hold
 _FEW_FILES = 1000  # of a corpus with no more, the manifest holds every file's digest, so that a refusal can name it
-_PROBE = "The quick brown fox; (x1 += 0x3f)\n\tnaïve – 東京 🙂 \u0301 <s> [INST] 1234567890"
 
 
 def spent(mode: str) -> tuple[str, ...]:
@@ -184,18 +182,6 @@ class Watched:
 def _digest(corpus, progress) -> dict[str, str]:
     """Of a corpus that is no files: what it says itself."""
     return corpus.digest(progress) if hasattr(corpus, "digest") else {}
-
-
-def tokenizer_digest(tokenizer, tokenize: Callable[[str], list[int]]) -> str:
-    """Of all that a fast tokenizer is; of others the vocabulary, if known, and what they make of a difficult text."""
-    digest = hashlib.sha256(json.dumps([int(i) for i in tokenize(_PROBE)]).encode())
-    if getattr(tokenizer, "backend_tokenizer", None) is not None:
-        whole = json.loads(tokenizer.backend_tokenizer.to_str())
-        whole.pop("padding", None), whole.pop("truncation", None)  # settings of the last call
-        digest.update(json.dumps(whole, sort_keys=True).encode())
-    elif hasattr(tokenizer, "get_vocab"):
-        digest.update(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
-    return digest.hexdigest()
 
 
 def tokenizer_files(tokenizer) -> dict[str, bytes]:
