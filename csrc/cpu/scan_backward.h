@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <stdexcept>
 #include <vector>
 
 #include "cpu/isa.h"
@@ -218,6 +219,7 @@ void backward_of(const ScanBackwardParams& given, const Parallel& parallel) {
 
 template <class Rule>
 void backward(const ScanBackwardParams& p, const Parallel& parallel) {
+  if (p.in.channel_gate) throw std::invalid_argument("g has a channel axis, which the backward on the CPU does not take");
   backward_of<ScanForm<Rule, false>>(p, parallel);
 }
 
