@@ -27,7 +27,10 @@ class Rule:
     alike: bool = True  # whether float16 is computed as such
 
 
-RULES = {"ssd": Rule("ssd", False, False)}
+RULES = {
+    "ssd": Rule("ssd", False, False, alike=False),
+    "channel gate": Rule("gated_delta_rule", True, True, backward=False, alike=False),
+}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
