@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
+
+from ._installed import version_of
 
 PACKAGES = ("torch", "transformers", "safetensors", "pyarrow", "numpy")
 # What each extra of `pip install 'writesae[EXTRA]'` brings.
@@ -32,11 +33,11 @@ def gather() -> dict:
         "writesae": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _installed(name) for name in PACKAGES},
+        "packages": {name: version_of(name) for name in PACKAGES},
         "transformers": {
             "installed": versions.installed(), "tested": list(versions.TESTED), "in_tested_range": versions.in_range(),
         },
-        "extras": {name: _installed(name) for names in EXTRAS.values() for name in names},
+        "extras": {name: version_of(name) for names in EXTRAS.values() for name in names},
         "backends": backends(),
         "rules": {name: _rule(rule) for name, rule in RULES.items()},
         "cpu": {
@@ -102,13 +103,6 @@ def _kernels(rule: dict) -> str:
         lacks += [f"no gradient of a {gate} gate" for gate in found["gates"] if gate not in found["gradient"]]
         words.append(backend + (f" ({', '.join(lacks)})" if lacks else ""))
     return f"kernels: {', '.join(words)}" if words else "reference only"
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _listed(versions: dict) -> str:
