@@ -104,6 +104,7 @@ class Parts:
         return self.folder is not None
 
     def _path(self, name: str) -> Path:
+        assert self.folder is not None
         return self.folder / "parts" / f"{name}.parquet"
 
     def read(self, name: str) -> dict[str, np.ndarray] | None:
