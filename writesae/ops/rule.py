@@ -78,6 +78,7 @@ class RuleCall:
         output_final_state: bool = False,
         backend: str | None = None,
     ) -> RuleOutput:
+        """Runs it; arguments and errors as of the rule's public function."""
         return self.rule.run(
             **self.inputs, **self.options, initial_state=self.initial_state, cu_seqlens=self.cu_seqlens, edits=edits,
             snapshots=snapshots, return_writes=return_writes, output_final_state=output_final_state, backend=backend,
