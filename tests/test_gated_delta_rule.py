@@ -13,8 +13,8 @@ from targets import ALL, FEW, to_cpu
 from writesae import ops
 from writesae._library import CPU_ERROR
 from writesae.edits import KINDS, WHENS, Edits
-from writesae.ops.gated_delta_rule import pack_edits
 from writesae.ops.reference.gated_delta_rule import gated_delta_rule as reference
+from writesae.ops.scan import pack_edits
 from writesae.testing import (
     DEVICE_TOLERANCE,
     TOLERANCE,
