@@ -70,7 +70,7 @@ class Rule:
     transition: str
     arguments: tuple[str, ...]
     run: Callable[..., RuleOutput] = field(repr=False)
-    limits: Mapping[str, Limits] = field(default_factory=dict, repr=False)
+    limits: Mapping[str, Limits] = field(default_factory=dict, repr=False, hash=False)
 
 
 @dataclass(frozen=True)
