@@ -5,10 +5,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_gated_delta_rule import compare, edits_for
+from rules import GATED_DELTA_RULE, edits_for
+from rules import compare as compare_case
 
 from writesae.edits import Edits
 from writesae.testing import gated_delta_rule_inputs
+
+
+def compare(x, record=None, targets=None, **options):
+    return compare_case(GATED_DELTA_RULE, x, record, on=targets, **options)
+
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

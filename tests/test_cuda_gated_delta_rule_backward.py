@@ -5,13 +5,23 @@ from __future__ import annotations
 
 import pytest
 import torch
+from rules import GATED_DELTA_RULE, edits_for
 from test_cuda_gated_delta_rule import DTYPES
-from test_gated_delta_rule import edits_for
-from test_gated_delta_rule_backward import compare, gradients
+from test_rules_backward import compare_gradients
+from test_rules_backward import gradients as gradients_of_case
 
 from writesae import ops
 from writesae.edits import Edits
 from writesae.testing import gated_delta_rule_inputs
+
+
+def compare(x, record=None, targets=None, initial_state=None, edits=None, **options):
+    call = {"initial_state": initial_state, "edits": edits, **options}
+    return compare_gradients(GATED_DELTA_RULE, x, record, on=targets, **call)
+
+
+def gradients(x, target=None, **options):
+    return gradients_of_case(GATED_DELTA_RULE, target, x, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -47,7 +57,7 @@ def test_edits_at_borders(position, when, device_targets, record_property):
     x = gated_delta_rule_inputs(1, 129, 1, 1, 32, 32, decay="weak", correlated=True, dtype=torch.bfloat16)
     kinds = ["add", "delete", "replace", "add"]
     edits = Edits([0] * 4, [position] * 4, [0] * 4, torch.randn(4, 32), torch.randn(4, 32), kinds, when)
-    for got in compare(x, record_property, device_targets, edits=edits, snapshots=[position, 128]):
+    for got in compare(x, record_property, device_targets, edits=edits, snapshots=[position, 128]).values():
         removed = got["beta"][0, position, 0] == 0 and not got["v"][0, position, 0].any()
         assert removed == (when != "after")
 
