@@ -17,14 +17,14 @@ from torch import Tensor
 
 from writesae import ops
 from writesae.edits import ADD, AFTER, BEFORE, DELETE, Edits
-from writesae.ops.gated_delta_rule import RULE
+from writesae.ops._dispatch import kernel_error
 from writesae.ops.rule import Rule, RuleCall, RuleOutput
 from writesae.testing import DEVICE_TOLERANCE, TOLERANCE, check_close, gated_delta_rule_inputs, poisoned_memory
 
 EXACT = 1e-12  # of the package's reference in float64
 
-# (state as the gate leaves it [N, H, K, V], what is added to it as left [N, H, R, K] and right [N, H, R, V], query
-# [N, H, K]) of token t, from the state before it
+# (state as the gate leaves it [N, H, K, V], what is added to it as left [N, H, R, K] and right [N, H, R, V], the native
+# write last, query [N, H, K]) of token t, from the state before it
 Token = Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
@@ -45,6 +45,7 @@ class Case:
         options: keywords of the rule in every call, unless others are given.
         others: other keywords, each a test.
         fixed: inputs without an axis of tokens.
+        optional: inputs that may be left out, one by one.
         step: the rule's one-token function.
     """
 
@@ -60,6 +61,7 @@ class Case:
     options: dict = field(default_factory=dict)
     others: tuple[dict, ...] = ()
     fixed: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
     step: Callable | None = field(default=None, repr=False)
 
     def make(
@@ -161,6 +163,10 @@ def _ssd(x) -> Token:
     return token
 
 
+def _ssd_skip(x):
+    return x["D"][:, None] * x["x"] if "D" in x else 0
+
+
 def _close_dt(x):
     x["dt"][:, 5::7] = 30.0
     x["dt"][:, 6::7] = 3000.0
@@ -210,21 +216,41 @@ def _selective(x) -> Token:
     return token
 
 
+def _selective_skip(x):
+    return (x["D"] * x["x"])[:, :, None] if "D" in x else 0
+
+
 _NORMALISED = {"use_qk_l2norm": True}
 _AS_GIVEN = ({"use_qk_l2norm": False, "scale": 0.125}, {"use_qk_l2norm": True, "scale": 0.7})
 GATED_DELTA_RULE = Case(
-    "gated_delta_rule", RULE, "scalar", _delta_inputs, _delta, ("q", "k", "v"), close=_close_g, options=_NORMALISED,
-    others=_AS_GIVEN, step=ops.gated_delta_rule_step,
+    "gated_delta_rule", ops.RULES["gated_delta_rule"], "scalar", _delta_inputs, _delta, ("q", "k", "v"), close=_close_g,
+    options=_NORMALISED, others=_AS_GIVEN, step=ops.gated_delta_rule_step,
 )  # fmt: skip
-CASES = [GATED_DELTA_RULE]
+KDA = replace(GATED_DELTA_RULE, name="kda", gate="channel", inputs=_channel_delta_inputs)
+SSD = Case(
+    "ssd", ops.RULES["ssd"], "scalar", _ssd_inputs, _ssd, ("C", "B", "x"), skip=_ssd_skip, close=_close_dt,
+    fixed=("A", "D"), optional=("D",), step=ops.ssd_step,
+)  # fmt: skip
+DPLR = Case("dplr", ops.RULES["dplr"], "channel", _dplr_inputs, _dplr, ("q", "k", "v"), "own", close=_close_g)
+GLA = replace(DPLR, name="gla", inputs=_gla_inputs)
+SELECTIVE_SCAN = Case(
+    "selective_scan", ops.RULES["selective_scan"], "element", _selective_inputs, _selective, ("C", "B", "x"), "one",
+    skip=_selective_skip, close=_close_dt, fixed=("A", "D"), optional=("D",),
+)  # fmt: skip
+CASES = [GATED_DELTA_RULE, KDA, SSD, DPLR, GLA, SELECTIVE_SCAN]
 
 
 # ---- where a case runs ----------------------------------------------------------------------------------------------
 
 
 def runs(case: Case, target: Target, gradient: bool = False) -> bool:
-    """Whether the target has the case's kernel, by what the rule declares."""
-    return True
+    """Whether the target has the case's kernel (and its backward), by what the rule declares."""
+    if target.kind == "reference":
+        return True
+    limits = case.rule.limits.get("cpu" if target.kind == "cpu" else "cuda")
+    if limits is None or kernel_error(case.rule.name, target.kind) is not None:
+        return False
+    return case.gate in (limits.gradient if gradient else limits.gates)
 
 
 def targets(case: Case, which: str = "all", gradient: bool = False) -> list[Target]:
@@ -281,11 +307,12 @@ def loop(case: Case, x, initial_state=None, cu_seqlens=None, edits=None, snapsho
     for t in range(longest):
         before, after = (_at(edits, t, when, N) for when in (BEFORE, AFTER))
         gated, left, right, query = token(S, t)
-        right = right * _kept(edits, before, N, H)
-        write = torch.einsum("nhrk,nhrv->nhkv", left, right)
-        new = _added(gated + write, edits, before)
+        native = right[:, :, -1:] * _kept(edits, before, N, H)  # which edits remove
+        right = torch.cat([right[:, :, :-1], native], 2)
+        new = _added(gated + torch.einsum("nhrk,nhrv->nhkv", left, right), edits, before)
         os.append(torch.einsum("nhkv,nhk->nhv", new, query))
-        read, new = new, _added(new - write * (1 - _kept(edits, after, N, H)), edits, after)
+        removed = torch.einsum("nhrk,nhrv->nhkv", left[:, :, -1:], native * (1 - _kept(edits, after, N, H)))
+        read, new = new, _added(new - removed, edits, after)
         S = torch.where(alive[:, t], new, S)
         lefts.append(left[:, :: H // Hk]), rights.append(right)
         if any(t == p for _, p in places):
