@@ -16,7 +16,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE, CSRC = ROOT / "writesae", ROOT / "csrc"
-OPS = sorted(p.stem for p in (PACKAGE / "ops" / "reference").glob("*.py") if p.stem != "__init__")
+OPS = sorted(p.stem for p in (PACKAGE / "ops" / "reference").glob("*.py") if p.stem not in ("__init__", "scan"))
 RULES = ("dplr", "gated_delta_rule", "selective_scan", "ssd")  # the ops that make writes
 MACHINERY = ("scan", "tile", "operand", "host_twin", "library")  # files of csrc/cuda that serve every op
 
@@ -224,6 +224,14 @@ def test_files_stay_readable():
                 assert lines <= 700, f"{path.relative_to(ROOT)} has {lines} lines: split it"
 
 
+def test_only_writes_knows_how_its_heads_lie():
+    """Others ask `Writes.head`, `native`, `rank_one`, `left_head`: an index by hand takes write 0 of two in silence."""
+    by_hand = re.compile(r"shape\[2\] // |left\.shape\[2\]|\.(?:left|right)\[[^\]]*, 0\]|\[:, :, :, 0\]")
+    not_yet = {"writes.py", "models/tap.py", "models/attach.py", "ops/gated_delta_rule.py"}
+    found = {str(p.relative_to(PACKAGE)) for p in PACKAGE.rglob("*.py") if by_hand.search(p.read_text())}
+    assert "writes.py" in found and found <= not_yet, found - not_yet
+
+
 def test_import_is_light():
     """Importing the package needs no transformers, no extras and no compiled library."""
     code = "import sys, writesae; print([m for m in ('transformers', 'torch', 'scipy') if m in sys.modules])"
@@ -288,7 +296,7 @@ def test_the_encoder_knows_no_write_rule():
 
 def test_kinds_of_edits_are_numbered_alike():
     from writesae import edits
-    from writesae.ops.gated_delta_rule import pack_edits
+    from writesae.ops.scan import pack_edits
 
     text = (CSRC / "edits.h").read_text()
     enums = {

@@ -7,7 +7,7 @@ import rules
 import torch
 from rules import edits_for
 
-from writesae.ops.gated_delta_rule import pack_edits
+from writesae.ops.scan import pack_edits
 from writesae.testing import gated_delta_rule_inputs
 
 KIND = "cpu"  # cases that have a kernel there

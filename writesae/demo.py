@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
 
     model, tokenizer, saes = load_default()
     (site, sae), *_ = saes.items()
-    backend = "cpu" if _dispatch.can_run("cpu", "demo", {}) else "reference"
+    backend = "cpu" if _dispatch.can_run("cpu", "encode", {}) else "reference"
     parameters = sum(p.numel() for p in model.parameters())
     print(
         f"model: {parameters / 1e6:.1f} M parameters, Qwen3.5 architecture, trained on the Python standard library\n"

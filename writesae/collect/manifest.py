@@ -10,7 +10,6 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 from ..files import cached_digests, read_json, read_sealed, sha256, stamp, whole_file, write_sealed
@@ -21,7 +20,6 @@ COPY = "done/manifest.json"  # from which a damaged or missing one is restored
 MODES = ("all", "top", "reservoir")
 _FEW_FILES = 1000  # of a corpus with no more, the manifest holds every file's digest, so that a refusal can name it
 _OURS = re.compile(r"\.lock|manifest\.json(\.\d+)?\.tmp")
-_PROBE = "The quick brown fox; (x1 += 0x3f)\n\tnaïve – 東京 🙂 \u0301 <s> [INST] 1234567890"
 
 
 def spent(mode: str) -> tuple[str, ...]:
@@ -181,18 +179,6 @@ class Watched:
 def _digest(corpus, progress) -> dict[str, str]:
     """Of a corpus that is no files: what it says itself."""
     return corpus.digest(progress) if hasattr(corpus, "digest") else {}
-
-
-def tokenizer_digest(tokenizer, tokenize: Callable[[str], list[int]]) -> str:
-    """Of all that a fast tokenizer is; of others the vocabulary, if known, and what they make of a difficult text."""
-    digest = hashlib.sha256(json.dumps([int(i) for i in tokenize(_PROBE)]).encode())
-    if getattr(tokenizer, "backend_tokenizer", None) is not None:
-        whole = json.loads(tokenizer.backend_tokenizer.to_str())
-        whole.pop("padding", None), whole.pop("truncation", None)  # settings of the last call
-        digest.update(json.dumps(whole, sort_keys=True).encode())
-    elif hasattr(tokenizer, "get_vocab"):
-        digest.update(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
-    return digest.hexdigest()
 
 
 def tokenizer_files(tokenizer) -> dict[str, bytes]:

@@ -16,14 +16,14 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..files import entry, make_folder, read_sealed, refuse_links, sync_folder, whole_file, write_sealed
-from ..models.identity import shown_name
+from ..models.identity import shown_name, tokenizer_digest
 from ..text.corpus import Corpus
 from ..text.passages import Cursor, Passage, passages
 from ..text.tokens import tokenizing
 from . import files, manifest
 from .estimate import Estimate, batches, estimate
 from .finish import finish
-from .manifest import MODES, Watched, tokenizer_digest, tokenizer_files
+from .manifest import MODES, Watched, tokenizer_files
 from .marks import PARTS, damaged, mark, marked
 from .modes import Features, Selection
 from .shard import Progress, Shard, Writer

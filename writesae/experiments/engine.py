@@ -204,7 +204,6 @@ class ForkEngine:
         valid = at < lengths.to(row.device, non_blocking=True)[row][:, None]
         at, every = at.clamp_max(T - 1), every.clamp_max(T - 1)
         rows = row[:, None]
-        key_head = head // (self.site.num_v_heads // self.site.num_k_heads)
 
         def rotary(pair):
             if pair is None:
@@ -223,15 +222,16 @@ class ForkEngine:
         for i in self.full:
             keys, values = _keys_and_values(cache, i)
             prefixes[i] = Prefix(keys, values, row.to(keys.device), start.to(keys.device))
-        t = places.position
-        k = writes.left[row, t, key_head, 0]
+        t, heads = places.position, head[:, None]
+        left, right = writes.native(row, t, head)
+        keys, _ = writes.native(rows, every, heads)  # [n, horizon + 1, K]
         return Clean(
             places, self.first, valid, seen[self.layer]["input"][rows, at], keep["o"][rows, at],
             reader(
-                keep["q"][rows, every, key_head[:, None]], writes.left[rows, every, key_head[:, None], 0],
-                writes.decay[rows, every, head[:, None]], writes.beta[rows, every, head[:, None]],
+                keep["q"][rows, every, writes.left_head(heads)], keys,  # the queries' heads are the keys'
+                writes.decay[rows, every, heads], writes.beta[rows, every, heads],
             )[:, self.first :],
-            k, writes.right[row, t, head, 0], writes.beta[row, t, head][:, None] * keep["v"][row, t, head], writes,
+            left, right, writes.beta[row, t, head][:, None] * keep["v"][row, t, head], writes,
             at, {i: rotary(seen[i]["position_embeddings"]) for i in seen}, states, conv_left, prefixes,
         )  # fmt: skip
 

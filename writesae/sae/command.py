@@ -16,7 +16,7 @@ from ..files import make_folder, refuse_links, write_text
 from ..options import add_model
 from ..text import Corpus
 from ..text.arguments import NAMED, add_options, named, tell_empty, told
-from ..text.tokens import check_vocabulary
+from ..text.tokens import check_vocabulary, tokenizing
 from .config import INITS, METRICS, PATHS, TrainConfig
 from .sae import KINDS, TARGETS
 from .site import generator
@@ -105,10 +105,11 @@ def run(args: argparse.Namespace) -> int:
     corpus, held_out = _corpora(args)
 
     from ..models import load
+    from ..models.identity import tokenizer_digest
     from .block import Block
     from .evaluate import evaluate
     from .readers import reader_moments, roots, seen_through
-    from .resume import tokenizer_digest, tokens_digest
+    from .resume import tokens_digest
     from .stream import ModelStream, Passages
     from .train import Trainer
 
@@ -149,7 +150,8 @@ def run(args: argparse.Namespace) -> int:
         watched = {site: block(parts, site, True) for site in sites}
     log = _tell if show else None
     with ModelStream(model, passages, sites, args.batch) as stream:
-        pinned = {"validation": tokens_digest(validation.ids), "tokenizer": tokenizer_digest(tokenizer)}
+        digest = tokenizer_digest(tokenizer, tokenizing(tokenizer)[0])
+        pinned = {"validation": tokens_digest(validation.ids), "tokenizer": digest}
         trainer = Trainer(stream, sites, config, args.out, args.resume, args.model, show, pinned, watched, log, root)
         if trainer.done:
             print(f"going on after step {trainer.done}, to step {config.steps}", file=sys.stderr)

@@ -1,5 +1,5 @@
-// The arithmetic of the backward, written once and compiled for each instruction set by gated_delta_rule_backward.cpp (no
-// include guard on purpose; simd.h, Item and Piece come before).
+// The arithmetic of a scan's backward, written once and compiled for each instruction set by scan_backward.h (no include guard
+// on purpose; simd.h, Item and Piece come before). `Form` is what it is compiled for: see scan_form.h.
 //
 // A piece is a run of L <= C = 64 tokens of one head that ends where an edit or a snapshot stands. With S the state before
 // it, D the adjoint of the state after it, gates a_j, G_j = a_0 ... a_j, D_ji = a_{i+1} ... a_j and E_i = a_{i+1} ... a_{L-1}
@@ -9,16 +9,15 @@
 //     dK = E U D^T - G beta dU S^T + (tril(dO U^T) o D)^T Q - (F + F^T) K,   F = beta tril(dU U^T, -1) o D
 //     D <- G_L D + Q^T (G dO) - K^T (G beta dU)
 // dbeta and dg fall out of products that are there already. Nothing is divided: dbeta = dU . (V - what was read), not u / beta.
+// A rule that does not read has no K K^T, no F, and nothing of beta dU in dK and D.
 //
-// Multiply-adds a token and head at K = V = 128: 8 products with a whole state (two of them rebuild S from U), 131 k, and
-// about 3.5 C (K + V) / 2 = 29 k inside the piece, against 49 k of the forward. C = 64 keeps the transposes of S and D, the
-// only work that is not a product, under a tenth.
+// Multiply-adds of the delta rule, a token and head at K = V = 128: 8 products with a whole state (two of them rebuild S from
+// U), 131 k, and about 3.5 C (K + V) / 2 = 29 k inside the piece, against 49 k of the forward. C = 64 keeps the transposes of
+// S and D, the only work that is not a product, under a tenth.
 //
 // Predicted on one Zen 4 core at 75 of its 93 GFLOP/s: 4.3 us a token and head. Measured, one thread, least CPU time of 5 at
 // T = 2,048 on a machine in use: 4.6 (8 heads), 4.9 (16), 5.5 (1, in two column blocks). A profile has a fifth of the time
 // in copies of rows that lie a token apart, which nothing prefetches yet.
-
-namespace scan_backward {
 
 constexpr int NV = 2;
 constexpr int MT = LANES == 16 ? 8 : 4;  // rows of a register tile: MT x NV accumulators, NV + 1 more registers
@@ -257,15 +256,17 @@ inline void reverse_edits(Work& w, const Params& p, const Item& item, const Piec
   }
 }
 
-// dU by back substitution, blocks of 8 rows; beside it -beta dU. On entry du holds the right-hand side.
+// dU by back substitution, blocks of 8 rows, where the rule reads; beside it -beta dU. On entry du holds the right-hand side.
+template <class Form>
 inline void solve(Work& w, int64_t padded, int64_t deleted) {
   for (int64_t first = padded - 8; first >= 0; first -= 8) {
     const int64_t next = first + 8;
-    multiply(w.kk + next * PC + first, PC, w.dw + next * w.ld_v, w.ld_v, padded - next, w.du + first * w.ld_v, w.ld_v, 8,
-             w.pv, true);
+    if constexpr (Form::READS)
+      multiply(w.kk + next * PC + first, PC, w.dw + next * w.ld_v, w.ld_v, padded - next, w.du + first * w.ld_v, w.ld_v, 8,
+               w.pv, true);
     for (int64_t i = next - 1; i >= first; i--) {
       float *du = w.du + i * w.ld_v, *dw = w.dw + i * w.ld_v;
-      for (int64_t j = i + 1; j < next; j++) add_scaled(du, w.dw + j * w.ld_v, w.kk[j * PC + i], w.pv);
+      for (int64_t j = i + 1; j < next && Form::READS; j++) add_scaled(du, w.dw + j * w.ld_v, w.kk[j * PC + i], w.pv);
       if (i == deleted) zero(du, w.pv);  // no native write: nothing it was made of has a gradient
       for (int64_t c = 0; c < w.pv; c += LANES) store(dw + c, load(du + c) * -w.beta[i]);
     }
@@ -273,6 +274,7 @@ inline void solve(Work& w, int64_t padded, int64_t deleted) {
 }
 
 // dbeta, dg of the piece's tokens to rows of `partial`; turns e and f into what dQ and dK take.
+template <class Form>
 inline void reverse_scalars(Work& w, const Params& p, const Item& item, const Piece& piece, int64_t padded, const float* s,
                             float* partial, int64_t stride) {
   const int64_t L = piece.length, t = item.origin + piece.start;
@@ -284,11 +286,16 @@ inline void reverse_scalars(Work& w, const Params& p, const Item& item, const Pi
     const float* k = w.k + j * w.ld_k;
     zero(w.line, w.pv);
     convert_in(p.in.v.type, p.in.v.at(item.b, t + j, item.h, item.column), w.line, w.V);
-    const float read = dot(k, w.y + j * w.ld_k, w.pk);
-    float d_beta = dot(w.du + j * w.ld_v, w.line, w.pv) - w.since[j] * read;
-    for (int64_t i = 0; i < j; i++) d_beta -= w.kk[j * PC + i] * w.f[j * PC + i];
-    partial[j * stride + 1] = d_beta;
-    on_start[j] = w.since[j] * (dot(w.q + j * w.ld_k, w.x + j * w.ld_k, w.pk) - w.beta[j] * read);
+    if constexpr (Form::READS) {
+      const float read = dot(k, w.y + j * w.ld_k, w.pk);
+      float d_beta = dot(w.du + j * w.ld_v, w.line, w.pv) - w.since[j] * read;
+      for (int64_t i = 0; i < j; i++) d_beta -= w.kk[j * PC + i] * w.f[j * PC + i];
+      partial[j * stride + 1] = d_beta;
+      on_start[j] = w.since[j] * (dot(w.q + j * w.ld_k, w.x + j * w.ld_k, w.pk) - w.beta[j] * read);
+    } else {
+      partial[j * stride + 1] = dot(w.du + j * w.ld_v, w.line, w.pv);
+      on_start[j] = w.since[j] * dot(w.q + j * w.ld_k, w.x + j * w.ld_k, w.pk);
+    }
     on_end[j] = w.until[j] * dot(k, w.z + j * w.ld_k, w.pk);
   }
   // dg_l: everything that decays through token l. Sums of such terms only, so that a strong gate keeps its own precision.
@@ -297,7 +304,9 @@ inline void reverse_scalars(Work& w, const Params& p, const Item& item, const Pi
     later += on_start[l];
     float sum = whole + later;
     for (int64_t i = 0; i < l; i++) {
-      between[i] += w.qk[l * PC + i] * w.e[l * PC + i] - w.beta[l] * w.kk[l * PC + i] * w.f[l * PC + i];
+      float on_pair = w.qk[l * PC + i] * w.e[l * PC + i];
+      if constexpr (Form::READS) on_pair -= w.beta[l] * w.kk[l * PC + i] * w.f[l * PC + i];
+      between[i] += on_pair;
       sum += on_end[i] + between[i];
     }
     partial[l * stride] = sum;
@@ -306,15 +315,17 @@ inline void reverse_scalars(Work& w, const Params& p, const Item& item, const Pi
     const int64_t end = j / STEP * STEP + STEP;
     for (int64_t i = 0; i <= j; i++) {
       w.e[j * PC + i] *= w.reach[j * PC + i];
-      w.f[j * PC + i] *= -w.beta[j] * w.reach[j * PC + i];
+      if constexpr (Form::READS) w.f[j * PC + i] *= -w.beta[j] * w.reach[j * PC + i];
     }
-    w.f[j * PC + j] = 0;
     for (int64_t i = j + 1; i < end && i < padded; i++) w.e[j * PC + i] = 0;
+    if constexpr (!Form::READS) continue;
+    w.f[j * PC + j] = 0;
     for (int64_t i = 0; i < j; i++) w.f[i * PC + j] = w.f[j * PC + i];
   }
 }
 
 // One piece, from the state before it and the adjoint w.d of the state after it, which becomes that of the state before.
+template <class Form>
 inline void reverse_piece(Work& w, const Params& p, const Item& item, const Piece& piece, const float* s, float* partial,
                           int64_t stride) {
   const int64_t t = item.origin + piece.start, L = piece.length, hk = item.h / (p.in.H / p.in.Hk);
@@ -334,16 +345,19 @@ inline void reverse_piece(Work& w, const Params& p, const Item& item, const Piec
 
   transpose(w.k, w.ld_k, padded, w.pk, w.kt, PC), transpose(w.q, w.ld_k, padded, w.pk, w.qt, PC);
   transpose(w.u, w.ld_v, padded, w.pv, w.ut, PC), transpose(w.o, w.ld_v, padded, w.pv, w.ot, PC);
-  multiply_lower(w.kt, w.kt, w.pk, padded, w.kk);
+  if constexpr (Form::READS) multiply_lower(w.kt, w.kt, w.pk, padded, w.kk);
   multiply_lower(w.qt, w.kt, w.pk, padded, w.qk);
   for (int64_t j = 0; j < padded; j++) {
     float* row = w.reach + j * PC;
     for (int64_t i = 0; i < j; i++) row[i] = row[i - PC] * w.gate[j];
     row[j] = 1;
     const int64_t end = j / STEP * STEP + STEP;
-    for (int64_t i = 0; i < j; i++) w.kk[j * PC + i] *= row[i], w.qk[j * PC + i] *= row[i];
+    for (int64_t i = 0; i < j; i++) {
+      if constexpr (Form::READS) w.kk[j * PC + i] *= row[i];
+      w.qk[j * PC + i] *= row[i];
+    }
     for (int64_t i = j + 1; i < end; i++) w.qk[j * PC + i] = 0;
-    for (int64_t i = j; i < end; i++) w.kk[j * PC + i] = 0;
+    for (int64_t i = j; i < end && Form::READS; i++) w.kk[j * PC + i] = 0;
   }
 
   multiply(w.kt, PC, w.d, w.ld_v, w.pk, w.du, w.ld_v, padded, w.pv, false);
@@ -352,31 +366,31 @@ inline void reverse_piece(Work& w, const Params& p, const Item& item, const Piec
     for (int64_t c = 0; c < w.pv; c += LANES)
       store(w.du + j * w.ld_v + c, load(w.du + j * w.ld_v + c) * w.until[j] + load(w.dw + j * w.ld_v + c));
   add_lower_transposed(w.qk, w.o, w.ld_v, padded, w.du, w.pv);
-  solve(w, padded, deleted);
+  solve<Form>(w, padded, deleted);
   for (int64_t j = 0; j < L; j++) {
     const int64_t at = ((item.b * p.in.T + t + j) * p.in.H + item.h) * p.in.V + item.column;
     for (int64_t c = 0; c < w.pv; c += LANES) store(w.line + c, load(w.dw + j * w.ld_v + c) * -1.0f);
     convert_out(p.in.v.type, w.line, static_cast<char*>(p.d_v) + at * element_size(p.in.v.type), w.V);
   }
 
-  transpose(w.du, w.ld_v, padded, w.pv, w.dut, PC);
+  if constexpr (Form::READS) transpose(w.du, w.ld_v, padded, w.pv, w.dut, PC);
   transpose(s, w.ld_v, w.pk, w.pv, w.st, w.ld_k), transpose(w.d, w.ld_v, w.pk, w.pv, w.dt, w.ld_k);
   multiply(w.ot, PC, w.st, w.ld_k, w.pv, w.x, w.ld_k, padded, w.pk, false);
-  multiply(w.dut, PC, w.st, w.ld_k, w.pv, w.y, w.ld_k, padded, w.pk, false);
+  if constexpr (Form::READS) multiply(w.dut, PC, w.st, w.ld_k, w.pv, w.y, w.ld_k, padded, w.pk, false);
   multiply(w.ut, PC, w.dt, w.ld_k, w.pv, w.z, w.ld_k, padded, w.pk, false);
   multiply_lower(w.ot, w.ut, w.pv, padded, w.e);
-  multiply_lower(w.dut, w.ut, w.pv, padded, w.f);
-  reverse_scalars(w, p, item, piece, padded, s, partial, stride);
+  if constexpr (Form::READS) multiply_lower(w.dut, w.ut, w.pv, padded, w.f);
+  reverse_scalars<Form>(w, p, item, piece, padded, s, partial, stride);
 
   for (int64_t j = 0; j < padded; j++) {
     scale_row(w.x + j * w.ld_k, w.since[j], w.pk);
     scale_row(w.z + j * w.ld_k, w.until[j], w.pk);
-    add_scaled(w.z + j * w.ld_k, w.y + j * w.ld_k, -w.since[j] * w.beta[j], w.pk);
+    if constexpr (Form::READS) add_scaled(w.z + j * w.ld_k, w.y + j * w.ld_k, -w.since[j] * w.beta[j], w.pk);
   }
   transpose(w.e, PC, padded, padded, w.et, PC);
   add_upper_transposed(w.et, w.k, w.ld_k, padded, w.x, w.pk);
   add_lower_transposed(w.e, w.q, w.ld_k, padded, w.z, w.pk);
-  multiply(w.f, PC, w.k, w.ld_k, padded, w.z, w.ld_k, padded, w.pk, true);
+  if constexpr (Form::READS) multiply(w.f, PC, w.k, w.ld_k, padded, w.z, w.ld_k, padded, w.pk, true);
   for (int64_t e = piece.edit; e < piece.edit_end; e++) {
     if (!p.in.edits.kind(e).adds() || p.in.edits.kind(e).after()) continue;
     const float *left = p.in.edits.left + e * w.K, *right = p.in.edits.right + e * p.in.V + item.column;
@@ -391,16 +405,17 @@ inline void reverse_piece(Work& w, const Params& p, const Item& item, const Piec
 
   for (int64_t j = 0; j < padded; j++) {
     scale_row(w.o + j * w.ld_v, w.since[j], w.pv);
-    scale_row(w.dw + j * w.ld_v, w.since[j], w.pv);
+    if constexpr (Form::READS) scale_row(w.dw + j * w.ld_v, w.since[j], w.pv);
   }
   for (int64_t i = 0; i < w.pk; i++) scale_row(w.d + i * w.ld_v, w.since[padded - 1], w.pv);
   multiply(w.q, w.ld_k, w.o, w.ld_v, padded, w.d, w.ld_v, w.pk, w.pv, true);
-  multiply(w.k, w.ld_k, w.dw, w.ld_v, padded, w.d, w.ld_v, w.pk, w.pv, true);
+  if constexpr (Form::READS) multiply(w.k, w.ld_k, w.dw, w.ld_v, padded, w.d, w.ld_v, w.pk, w.pv, true);
 }
 
 // The pieces of one segment of one head's column block, last to first. `start`: state before the segment; `d_end` and
 // `d_start`: adjoints after and before it (dense [K, V]; null: zero; they may be the same). Row (token - segment's first) *
 // stride of `partial` gets [dg, dbeta, ..., dq (16 on), dk]: of used queries and keys, summed by `finish`.
+template <class Form>
 inline void reverse(const Params& p, const Item& item, const Piece* pieces, int64_t count, const float* start,
                     const float* d_end, float* d_start, float* partial, int64_t stride, float* memory) {
   Work w;
@@ -413,8 +428,8 @@ inline void reverse(const Params& p, const Item& item, const Piece* pieces, int6
   }
   load_state(w, d_end, p.in.V, w.d);
   for (int64_t i = count - 1; i >= 0; i--)
-    reverse_piece(w, p, item, pieces[i], w.states + i * size, partial + (pieces[i].start - pieces[0].start) * stride,
-                  stride);
+    reverse_piece<Form>(w, p, item, pieces[i], w.states + i * size, partial + (pieces[i].start - pieces[0].start) * stride,
+                        stride);
   store_state(w, w.d, p.in.V, d_start);
 }
 
@@ -461,5 +476,3 @@ inline void finish(const Params& p, int64_t b, int64_t t, int64_t hk, const floa
   convert_out(p.in.q.type, dq, static_cast<char*>(p.d_q) + row * K * element_size(p.in.q.type), K);
   convert_out(p.in.k.type, dk, static_cast<char*>(p.d_k) + row * K * element_size(p.in.k.type), K);
 }
-
-}  // namespace scan_backward
