@@ -14,10 +14,10 @@ python=${PYTHON:-python3}
 failed=()
 began=$SECONDS
 
-step() {  # step NAME LIMIT COMMAND...: logged, timed, at most LIMIT seconds
+step() {  # step NAME LIMIT COMMAND...: logged, timed, at most LIMIT seconds and 30 to stop
   local name=$1 limit=$2 start=$SECONDS
   shift 2
-  if timeout "$limit" "$@" >"$out/$name.log" 2>&1; then
+  if timeout -k 30 "$limit" "$@" >"$out/$name.log" 2>&1; then
     echo "ok      $name ($((SECONDS - start)) s)" | tee -a "$out/summary.txt"
   else
     echo "FAILED  $name ($((SECONDS - start)) s): $(tail -n 1 "$out/$name.log")" | tee -a "$out/summary.txt"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ..files import write_text
+from ..files import write_json
 from .case import Case, Disagree, Missing, Options, Row
 from .timing import ceilings
 
@@ -125,9 +125,9 @@ def run_case(case: Case, options: Options) -> dict:
     )  # fmt: skip
 
 
-def write_json(path: Path, value: dict) -> None:
+def write_record(path: Path, value: dict) -> None:
     """All of it or nothing, also when interrupted; through no symbolic link."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    write_json(path, value, indent=1, allow_nan=True)
 
 
 def read_records(folder: Path) -> list[dict]:

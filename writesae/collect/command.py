@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from ..files import SEAL
+from ..interrupt import INTERRUPTED
 from ..options import add_dictionaries, add_model
 from ..text.arguments import NAMED, add_options, named, tell_empty
 from .estimate import Estimate, readable
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     print(json.dumps({**shown, "left_out": tell_empty(corpus)}, indent=2))
     if summary.get("declined"):
         return 1
-    return 0 if summary["complete"] else 130
+    return 0 if summary["complete"] else INTERRUPTED
 
 
 def _dictionaries(args: argparse.Namespace, target: str = "state") -> dict:

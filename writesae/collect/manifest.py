@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import tempfile
 from pathlib import Path
 
-from ..files import cached_digests, read_json, read_sealed, sha256, stamp, whole_file, write_sealed
+from ..files import cached_digests, left_over, read_json, read_sealed, sha256, stamp, write_bytes, write_sealed
 from .files import digest_bar
 
 FORMAT, VERSION = "writesae-firings", 2
 COPY = "done/manifest.json"  # from which a damaged or missing one is restored
 MODES = ("all", "top", "reservoir")
 _FEW_FILES = 1000  # of a corpus with no more, the manifest holds every file's digest, so that a refusal can name it
-_OURS = re.compile(r"\.lock|manifest\.json(\.\d+)?\.tmp")
 
 
 def spent(mode: str) -> tuple[str, ...]:
@@ -35,7 +33,8 @@ def refuse_foreign(out: Path) -> None:
         raise ValueError(f"out: expected a folder, got the file {out}")
     if not out.is_dir() or begun(out):
         return
-    others = sorted(path.name for path in out.iterdir() if not _OURS.fullmatch(path.name))
+    manifest = out / "manifest.json"
+    others = sorted(path.name for path in out.iterdir() if path.name != ".lock" and left_over(path) != manifest)
     if others:
         raise ValueError(
             f"out: expected a new or empty folder or a collection of writesae, got {out} with {', '.join(others[:5])} "
@@ -89,8 +88,7 @@ def restore(out: Path) -> None:
     pair = out / "manifest.json", out / COPY
     for path, other in (pair, pair[::-1]):
         if _sound(path) and not _sound(other):
-            with whole_file(other, out) as temporary:
-                temporary.write_bytes(path.read_bytes())
+            write_bytes(other, path.read_bytes(), out)
 
 
 def _sound(path: Path) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import fields
@@ -12,7 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..files import make_folder, refuse_links, write_text
+from ..files import left_over, make_folder, refuse_links, write_json
 from ..options import add_model
 from ..text import Corpus
 from ..text.arguments import NAMED, add_options, named, tell_empty, told
@@ -176,7 +175,7 @@ def run(args: argparse.Namespace) -> int:
         )
     record = {"model": args.model, "seconds": seconds, "config": config.record(), "metrics": everything,
               "left_out": left_out}  # fmt: skip
-    write_text(args.out / RECORD, json.dumps(record, indent=2) + "\n")
+    write_json(args.out / RECORD, record, allow_nan=True)  # a NaN tells of a run that diverged
     return 0
 
 
@@ -272,8 +271,7 @@ def _check_out(out: Path, resume: bool) -> None:
     for path in inside:
         if path.is_symlink():
             raise ValueError(f"out: {path} is a symbolic link, and nothing is written through one: remove it")
-    left_over = {p.name for p in inside if p.suffix == ".tmp" and p.name.rpartition(".")[0].rpartition(".")[0] in known}
-    here = {p.name for p in inside} - left_over  # of a run that was killed
+    here = {p.name for p in inside if left_over(p) not in {out / name for name in known}}
     if here and not here & known and not any((out / name / CONFIG).is_file() for name in here):
         raise ValueError(f"out: {out} holds other things ({', '.join(sorted(here)[:4])}); name a new folder")
     if here and not resume:

@@ -14,11 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..files import whole_file
+from ..files import sha256, whole_file
 
 _MARK = b"\nwritesae training checkpoint, sha256 "
 _LAST = len(_MARK) + 64 + 1
-_BLOCK = 1 << 24
 
 # ---- what a run is pinned to --------------------------------------------------------------------------------------
 
@@ -48,7 +47,7 @@ def write_checkpoint(path: Path, content: dict) -> None:
     """Writes a checkpoint, whole or not at all."""
     with whole_file(path) as temporary:
         torch.save(content, temporary)
-        last = _MARK + _digest(temporary, temporary.stat().st_size).encode() + b"\n"
+        last = _MARK + sha256(temporary).encode() + b"\n"
         with open(temporary, "ab") as file:
             file.write(last)
 
@@ -68,7 +67,7 @@ def read_checkpoint(path: Path) -> dict:
         last = file.read()
     if size < 0 or not last.startswith(_MARK):
         raise ValueError(f"{path}: not a training checkpoint: it has no digest at its end (cut short, or not ours)")
-    if last != _MARK + _digest(path, size).encode() + b"\n":
+    if last != _MARK + sha256(path, size=size).encode() + b"\n":
         raise ValueError(f"{path}: not a training checkpoint: it is damaged, its content and its digest disagree")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -78,16 +77,6 @@ def read_checkpoint(path: Path) -> dict:
     if not isinstance(saved, dict) or any(not isinstance(saved.get(n), kind) for n, kind in kinds.items()):
         raise ValueError(f"{path}: not a training checkpoint: expected {', '.join(kinds)} in it")
     return saved
-
-
-def _digest(path: Path, size: int) -> str:
-    """sha256 of the first `size` bytes."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while size > 0 and (block := file.read(min(size, _BLOCK))):
-            digest.update(block)
-            size -= len(block)
-    return digest.hexdigest()
 
 
 # ---- what is in them ----------------------------------------------------------------------------------------------
