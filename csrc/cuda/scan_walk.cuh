@@ -81,8 +81,8 @@ struct EditWalk {
 };
 
 // FULL: outputs and everything asked for. Otherwise only the state at the end of each segment from a zero start (`adds`), and
-// the end of a unit start without values (`moves`), for `join`.
-template <class T, int KP, int WARPS, bool FULL>
+// the end of a unit start without values (`moves`; of a rule that does not read only what it decays by), for `join`.
+template <class Rule, class T, int KP, int WARPS, bool FULL>
 __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __grid_constant__ Problem p) {
   using Op = Operand<T>;
   constexpr int C = Op::CHUNK, STEP = Op::STEP, THREADS = 32 * WARPS, EACH = Tile<T, KP>::EACH;
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
   };
   tile::Shared shared;
   T* const shared_k = shared.template take<T>(p.stages * KP * C);
-  T* const shared_solve = shared.template take<T>(p.stages * IMAGE);
+  T* const shared_solve = Rule::READS ? shared.template take<T>(p.stages * IMAGE) : nullptr;
   T* const shared_v = shared.template take<T>(p.stages * WARPS * C * 16);
   float* const shared_factors = shared.template take<float>(p.stages * FACTORS);
   T* const shared_q = FULL ? shared.template take<T>(p.stages * KP * C) : nullptr;
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
   // ---- where -------------------------------------------------------------------------------------------------------
   const int warp = tile::warp();
   const int value_tiles = (p.V + 16 * WARPS - 1) / (16 * WARPS);
-  const int tiles = value_tiles + (FULL ? 0 : (p.K + 16 * WARPS - 1) / (16 * WARPS));
+  const int tiles = value_tiles + (FULL || !Rule::READS ? 0 : (p.K + 16 * WARPS - 1) / (16 * WARPS));
   int rest_of = tile::block_x();
   const int column_tile = rest_of % tiles;
   rest_of /= tiles;
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
   const int end = chunks - begin < p.segment_chunks ? chunks : begin + p.segment_chunks;
   if (segment > 0 && begin >= chunks) return;
   if (!FULL && end == chunks) return;  // nobody starts where the last segment ends
-  const bool moves = !FULL && column_tile >= value_tiles;
+  const bool moves = !FULL && Rule::READS && column_tile >= value_tiles;
   const int column = (column_tile - (moves ? value_tiles : 0)) * 16 * WARPS + 16 * warp;  // of the warp
   const int columns = (moves ? p.K : p.V) - column;                                       // may be <= 0
 
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
           tile::copy_16(to.data + to.start + (i + thread) * EACH, x + i * EACH);
     };
     rows(to.k, p.k);
-    image(to.solve, p.solve);
+    if constexpr (Rule::READS) image(to.solve, p.solve);
     if (!moves) {
       const int row = lane / SLAB_UNITS, unit = lane % SLAB_UNITS * EACH;
       const int64_t step = tile::fresh(SLAB_APART * p.v.stride[1]);
@@ -196,6 +196,7 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
 #endif
     each_owned<KP>(p.K, p.V, column, [&](int i, int e, int64_t at) { state[i][e] = from[at]; });
   }
+  float passed = 1;  // what the segment decays a state by
   EditWalk edit = {p.edits.count > 0 ? static_cast<int>(first_edit(p.edits, n, h, begin * C)) : 0, INT32_MAX};
   if (p.edits.count > 0) edit.look(p.edits, n, h);
 
@@ -209,7 +210,7 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
 #endif
     if (p.stages == 2 && chunk + 1 < end) issue(stage(1 - half), chunk + 1);
     const int lane = tile::fresh(tile::lane()), g = lane / 4, c = 2 * (lane % 4);
-    const int along = Op::lane_place_along(now.k), along_image = Op::lane_place_along(now.solve);
+    const int along = Op::lane_place_along(now.k), along_image = Op::lane_place_along(Rule::READS ? now.solve : now.reach);
     const auto down = Op::lane_place_down(now.k);
     const bool edited = !moves && edit.position < first + count;
     const int edits_begin = edit.at;
@@ -231,12 +232,12 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
 #pragma unroll
     for (int step = 0; step < KP; step += STEP) {
       const auto a = Op::accumulators(&state[step / 8]);
-      read_state(now.k, x, 0, C, step, a);
+      if constexpr (Rule::READS) read_state(now.k, x, 0, C, step, a);
       if constexpr (FULL && PART == NC) read_state(now.q, y, 0, C, step, a);
     }
 
     const int along_slab = Op::lane_place_along(now.v);
-    // ---- V^T - e^G r X^T ---------------------------------------------------------------------------------------------
+    // ---- V^T - e^G r X^T, or beta V^T ------------------------------------------------------------------------------------------
 #pragma unroll
     for (int j = 0; j < NC; j += 2) {
       float v[2][4] = {};
@@ -244,7 +245,10 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
 #pragma unroll
       for (int i = 0; i < 2; i++)
 #pragma unroll
-        for (int e = 0; e < 4; e++) x[j + i][e] = v[i][e] - now.factors[F::READ + 8 * (j + i) + c + e % 2] * x[j + i][e];
+        for (int e = 0; e < 4; e++) {
+          const float read = now.factors[F::READ + 8 * (j + i) + c + e % 2];
+          x[j + i][e] = Rule::READS ? v[i][e] - read * x[j + i][e] : read * v[i][e];
+        }
     }
     // Adds factor (token) times the value side of every added edit of this chunk: rows of the edit list at `kind`.
     const auto add_edits = [&](float (*to)[4], int token, int tokens, int kind, float sign) {
@@ -263,21 +267,24 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
     };
     if (edited) {
       for (; edit.position < first + count; edits_end = edit.at) edit.at++, edit.look(p.edits, n, h);
-      add_edits(x, 0, C, E::RIGHT, -1.0f);
+      if constexpr (Rule::READS) add_edits(x, 0, C, E::RIGHT, -1.0f);
     }
 
     // ---- U^T = x solve^T -----------------------------------------------------------------------------------------------
-    float u[NC][4] = {};
+    float own[NC][4] = {};
+    if constexpr (Rule::READS) {
 #pragma unroll
-    for (int step = 0; step < C; step += STEP) {
-      const auto a = Op::accumulators(&x[step / 8]);
+      for (int step = 0; step < C; step += STEP) {
+        const auto a = Op::accumulators(&x[step / 8]);
 #pragma unroll
-      for (int j = step / 16 * 2; j < NC; j += 2) {
-        typename Op::B b[2];
-        Op::load_rows(b, now.solve, along_image, 8 * j, step);
-        Op::multiply(u[j], a, b[0]), Op::multiply(u[j + 1], a, b[1]);
+        for (int j = step / 16 * 2; j < NC; j += 2) {
+          typename Op::B b[2];
+          Op::load_rows(b, now.solve, along_image, 8 * j, step);
+          Op::multiply(own[j], a, b[0]), Op::multiply(own[j + 1], a, b[1]);
+        }
       }
     }
+    float (&u)[NC][4] = *(Rule::READS ? &own : &x);
     if (FULL && p.right != nullptr) {
       const int64_t apart = tile::fresh(static_cast<int64_t>(p.H) * p.V);
       float* to = p.right + ((origin + first + c) * p.H + h) * p.V + column + g;
@@ -412,6 +419,7 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
 
     // ---- S^T = e^{G_C} S^T + (e^{G_C - G} r U)^T K -----------------------------------------------------------------------------
     const float decay = now.factors[F::DECAY];
+    if constexpr (!FULL && !Rule::READS) passed *= decay;
 #pragma unroll
     for (int m = 0; m < NK; m++)
 #pragma unroll
@@ -434,6 +442,7 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
 
   // ---- the state at the end -------------------------------------------------------------------------------------------
   if (FULL && end < chunks) return;
+  if (!FULL && !Rule::READS && column_tile == 0 && tile::thread() == 0) p.moves[head() * p.segments + segment] = passed;
   const int width = moves ? p.K : p.V;
   float* to =
       FULL ? p.final_state + head() * p.K * p.V : (moves ? p.moves : p.adds) + (head() * p.segments + segment) * p.K * width;
