@@ -26,9 +26,7 @@ def pytest_generate_tests(metafunc):
     ):  # fmt: skip
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, found, ids=[x.name for x in found])
-    cases = rules.cases(
-        gradient=getattr(metafunc.module, "GRADIENT", False), kind=getattr(metafunc.module, "KIND", None)
-    )
+    cases = rules.cases(getattr(metafunc.module, "KIND", "all"), getattr(metafunc.module, "GRADIENT", False))
     for name, found in (
         ("case", cases), ("step_case", [case for case in cases if case.step]),
     ):  # fmt: skip

@@ -42,6 +42,7 @@ class Case:
         heads: "grouped" (H value heads read Hk key heads), "own" (Hk = H) or "one" (H = 1, no axis of heads).
         skip: `[N, T, H, V]` of the output that passes by the state, from the inputs.
         close: changes inputs so that the gates of some tokens are all but zero, and exactly zero.
+        mix: changes inputs of weak decay so that gates near one and near nothing take turns.
         options: keywords of the rule in every call, unless others are given.
         others: other keywords, each a test.
         fixed: inputs without an axis of tokens.
@@ -58,6 +59,7 @@ class Case:
     heads: str = "grouped"
     skip: Callable[[dict[str, Tensor]], Tensor] | None = field(default=None, repr=False)
     close: Callable[[dict[str, Tensor]], None] | None = field(default=None, repr=False)
+    mix: Callable[[dict[str, Tensor]], None] | None = field(default=None, repr=False)
     options: dict = field(default_factory=dict)
     others: tuple[dict, ...] = ()
     fixed: tuple[str, ...] = ()
@@ -143,6 +145,12 @@ def _close_g(x):
     x["g"][:, 6::7] = -float("inf")
 
 
+def _mix_g(x):
+    x["g"][:, ::2] = -20 * torch.rand(x["g"][:, ::2].shape)
+    x["g"][:, 5::16] = -20.0
+    x["g"][:, 6::16] = -120.0
+
+
 def _ssd_inputs(generator, B, T, Hk, H, K, V, decay, correlated):
     A = {"usual": -torch.rand(H, generator=generator), "none": torch.zeros(H), "weak": torch.full((H,), -1e-3)}
     return {
@@ -170,6 +178,14 @@ def _ssd_skip(x):
 def _close_dt(x):
     x["dt"][:, 5::7] = 30.0
     x["dt"][:, 6::7] = 3000.0
+    x["A"] -= 1.0
+
+
+def _mix_dt(x):
+    x["dt"] *= 1e-3
+    x["dt"][:, ::2] = 20 * torch.rand(x["dt"][:, ::2].shape)
+    x["dt"][:, 5::16] = 20.0
+    x["dt"][:, 6::16] = 120.0
     x["A"] -= 1.0
 
 
@@ -223,19 +239,21 @@ def _selective_skip(x):
 _NORMALISED = {"use_qk_l2norm": True}
 _AS_GIVEN = ({"use_qk_l2norm": False, "scale": 0.125}, {"use_qk_l2norm": True, "scale": 0.7})
 GATED_DELTA_RULE = Case(
-    "gated_delta_rule", ops.RULES["gated_delta_rule"], "scalar", _delta_inputs, _delta, ("q", "k", "v"), close=_close_g,
-    options=_NORMALISED, others=_AS_GIVEN, step=ops.gated_delta_rule_step,
+    "gated_delta_rule", ops.RULES["gated_delta_rule"], "scalar", _delta_inputs, _delta, ("q", "k", "v"),
+    close=_close_g, mix=_mix_g, options=_NORMALISED, others=_AS_GIVEN, step=ops.gated_delta_rule_step,
 )  # fmt: skip
 KDA = replace(GATED_DELTA_RULE, name="kda", gate="channel", inputs=_channel_delta_inputs)
 SSD = Case(
-    "ssd", ops.RULES["ssd"], "scalar", _ssd_inputs, _ssd, ("C", "B", "x"), skip=_ssd_skip, close=_close_dt,
+    "ssd", ops.RULES["ssd"], "scalar", _ssd_inputs, _ssd, ("C", "B", "x"), skip=_ssd_skip, close=_close_dt, mix=_mix_dt,
     fixed=("A", "D"), optional=("D",), step=ops.ssd_step,
 )  # fmt: skip
-DPLR = Case("dplr", ops.RULES["dplr"], "channel", _dplr_inputs, _dplr, ("q", "k", "v"), "own", close=_close_g)
+DPLR = Case(
+    "dplr", ops.RULES["dplr"], "channel", _dplr_inputs, _dplr, ("q", "k", "v"), "own", close=_close_g, mix=_mix_g
+)
 GLA = replace(DPLR, name="gla", inputs=_gla_inputs)
 SELECTIVE_SCAN = Case(
     "selective_scan", ops.RULES["selective_scan"], "element", _selective_inputs, _selective, ("C", "B", "x"), "one",
-    skip=_selective_skip, close=_close_dt, fixed=("A", "D"), optional=("D",),
+    skip=_selective_skip, close=_close_dt, mix=_mix_dt, fixed=("A", "D"), optional=("D",),
 )  # fmt: skip
 CASES = [GATED_DELTA_RULE, KDA, SSD, DPLR, GLA, SELECTIVE_SCAN]
 
@@ -255,14 +273,19 @@ def runs(case: Case, target: Target, gradient: bool = False) -> bool:
 
 def targets(case: Case, which: str = "all", gradient: bool = False) -> list[Target]:
     """What a case is run on. which: "all"; "few", the CPU's best instruction set alone of its; "kernels", all without
-    the reference."""
-    found = [*here.REFERENCE, *(here.FEW if which == "few" else here.ALL)]
-    return [t for t in found if runs(case, t, gradient) and not (which == "kernels" and t.kind == "reference")]
+    the reference; "devices", without the CPU too."""
+    found = {
+        "all": here.REFERENCE + here.ALL, "few": here.REFERENCE + here.FEW, "kernels": here.ALL,
+        "devices": here.DEVICES,
+    }  # fmt: skip
+    return [target for target in found[which] if runs(case, target, gradient)]
 
 
-def cases(gradient: bool = False, kind: str | None = None) -> list[Case]:
-    """Those with a target (of a kind)."""
-    return [c for c in CASES if any(kind in (None, target.kind) for target in targets(c, gradient=gradient))]
+def cases(which: str = "all", gradient: bool = False) -> list[Case]:
+    """Those with a target; which: as in `targets`, or a kind of target."""
+    if which in ("reference", "cpu"):
+        return [case for case in CASES if any(t.kind == which for t in targets(case, "few", gradient))]
+    return [case for case in CASES if targets(case, which, gradient)]
 
 
 # ---- what the outputs must be ---------------------------------------------------------------------------------------
@@ -353,6 +376,12 @@ def _added(S, edits, which) -> Tensor:
             outer = torch.outer(edits.left[i].double(), edits.right[i].double())
             S = S.index_put((torch.tensor([n]), torch.tensor([h])), outer[None], accumulate=True)
     return S
+
+
+def operator_inputs(case: Case, *sizes) -> dict[str, Tensor]:
+    """q, k, v, g, beta, which the operator of every rule with kernels takes; of the gate's shape."""
+    x = gated_delta_rule_inputs(*sizes)
+    return {**x, "g": -torch.rand(*x["g"].shape, x["k"].shape[-1])} if case.gate == "channel" else x
 
 
 # ---- running and comparing ------------------------------------------------------------------------------------------

@@ -9,7 +9,9 @@ import sys
 
 import pytest
 import torch
-from rules import GATED_DELTA_RULE, run
+from rules import GATED_DELTA_RULE, KDA, edits_for, run, targets
+from test_rules import packed
+from test_rules_backward import gradients
 
 from writesae import ops
 from writesae._library import CPU_ERROR
@@ -72,3 +74,24 @@ def test_difference_sees_errors():
     assert difference(torch.tensor([float("nan")]), torch.tensor([1.0])).rms == float("inf")
     with pytest.raises(AssertionError, match="worst element"):
         check_close("x", torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.1]))
+
+
+def test_equal_channels_are_one_gate():
+    """Kimi Delta Attention with one gate in all channels is Gated DeltaNet, to rounding: outputs and gradients."""
+    lengths = [70, 0, 1, 33]
+    x, offsets = packed(GATED_DELTA_RULE, lengths, 2, 4, 24, 40, correlated=True)
+    x["g"][:, 5::9], x["g"][:, 6::9] = -30.0, 0.0
+    channels = {**x, "g": x["g"][..., None].expand(*x["g"].shape, 24)}
+    edits, start = edits_for(4, lengths, 4, 24, 40), torch.randn(4, 4, 24, 40)
+    places = torch.tensor([[0, 64], [3, 7]])
+    call = {"initial_state": start, "cu_seqlens": offsets, "edits": edits, "snapshots": places}
+    for target in targets(KDA):
+        one, each = (run(case, target, given, **call) for case, given in ((GATED_DELTA_RULE, x), (KDA, channels)))
+        for name in ("o", "final_state", "snapshots"):
+            check_close(f"{name} with {target.name}", getattr(each, name), getattr(one, name), 2e-6)
+        check_close(f"right with {target.name}", each.writes.right, one.writes.right, 2e-6)
+    for target in targets(KDA, gradient=True):
+        one, each = (gradients(case, target, given, **call) for case, given in ((GATED_DELTA_RULE, x), (KDA, channels)))
+        each["g"] = each["g"].sum(-1)
+        for name, expected in one.items():
+            check_close(f"d_{name} with {target.name}", each[name], expected, 5e-6)

@@ -278,10 +278,10 @@ def test_threads_agree(case):
 
 
 @pytest.mark.parametrize("when", ["before", "after", ["after", "after", "before", "after"]], ids=str)
-@pytest.mark.parametrize("K, V", [(32, 64), (20, 12), (64, 40), (128, 256)])
-def test_steps_equal_the_sequence(K, V, when, step_case):
+@pytest.mark.parametrize("K, V, dtype", [(32, 64, 0), (20, 12, 1), (64, 40, 0), (7, 5, 2), (128, 256, 0)])
+def test_steps_equal_the_sequence(K, V, dtype, when, step_case):
     case, B, T = step_case, 2, 9
-    x = case.make(B, T, 2, 4, K, V)
+    x = case.make(B, T, 2, 4, K, V, (torch.float32, *HALVES)[dtype])
     H = case.sizes(x)[3]
     head = torch.tensor([1, 0, 2, 2]).clamp(max=H - 1)
     kinds = ["add", "delete", "replace", "add"]

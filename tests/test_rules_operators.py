@@ -7,8 +7,8 @@ import rules
 import torch
 from rules import edits_for
 
+from writesae.ops._dispatch import operators
 from writesae.ops.scan import pack_edits
-from writesae.testing import gated_delta_rule_inputs
 
 KIND = "cpu"  # cases that have a kernel there
 
@@ -17,20 +17,21 @@ def operator(case, suffix=""):
     return getattr(torch.ops.writesae, case.rule.name + suffix)
 
 
-def inputs(case, *sizes):
-    """q, k, v, g, beta, which every rule's operator takes."""
-    x = gated_delta_rule_inputs(*sizes)
-    if case.gate == "channel":
-        x["g"] = -torch.rand(*x["g"].shape, sizes[4])
-    return x.values()
-
-
 def arguments(case, edits=True, writes=True):
     packed = pack_edits(edits_for(2, [4, 6], 2, 8, 12)) if edits else (None, None, None)
     places = torch.tensor([[0, 1], [1, 5]]) if edits else None
     offsets = torch.tensor([0, 4, 10]) if edits else None
     normalised = "use_qk_l2norm" in case.options
-    return (*inputs(case, 1, 10, 1, 2, 8, 12), 0.5, None, normalised, offsets, *packed, places, writes)
+    return (
+        *rules.operator_inputs(case, 1, 10, 1, 2, 8, 12).values(),
+        0.5,
+        None,
+        normalised,
+        offsets,
+        *packed,
+        places,
+        writes,
+    )
 
 
 def with_gradients(values):
@@ -52,7 +53,7 @@ def test_opcheck(edits, writes, case):
 @pytest.mark.parametrize("writes", [True, False])
 def test_opcheck_step(writes, step_case):
     case = step_case
-    x = [value[:, 0].contiguous() for value in inputs(case, 2, 1, 1, 2, 8, 12)]
+    x = [value[:, 0].contiguous() for value in rules.operator_inputs(case, 2, 1, 1, 2, 8, 12).values()]
     normalised = "use_qk_l2norm" in case.options
     given = (*x, torch.randn(2, 2, 8, 12), 0.5, normalised, None, None, None, writes)
     torch.library.opcheck(operator(case, "_step").default, given)
@@ -113,3 +114,14 @@ def test_no_second_derivative(case):
     out = case.rule.run(**x, backend="cpu")
     with pytest.raises(RuntimeError, match=f'{case.rule.name}_backward: no backward.*backend="reference"'):
         torch.autograd.grad(out.o.square().sum(), v, create_graph=True)
+
+
+def test_no_tokens_leave_the_state(case):
+    x = rules.operator_inputs(case, 1, 0, 1, 2, 16, 24).values()
+    start = torch.randn(2, 2, 16, 24)
+    for target in rules.targets(case, "kernels"):
+        given = [*x, 1.0, start, False, torch.tensor([0, 0, 0]), *[None] * 4, True]
+        given = [target.put(y) for y in given]
+        with target.in_use():
+            final = getattr(operators(target.kind), case.rule.name)(*given)[1]
+        assert torch.equal(final.cpu(), start), target.name
