@@ -206,6 +206,14 @@ def test_mixed_dtypes(case, compare):
     compare(x, which="few", initial_state=state_for(case, x).bfloat16())
 
 
+def same(case, name, a, b):
+    """To the bit; of what has no tokens to rounding, since torch sums over them."""
+    if name in case.fixed:
+        check_close(f"d_{name}", a, b, 1e-6)
+    else:
+        assert torch.equal(a, b), f"d_{name}"
+
+
 def test_strided_inputs(case, compare):
     x = case.make(2, 33, 2, 4, 24, 40)
     expected = compare(x, which="few")
@@ -225,7 +233,7 @@ def test_strided_inputs(case, compare):
             out = case.rule.run(**dense, **case.options, backend=target.kind).o
             wanted = torch.autograd.grad(out, list(dense.values()), torch.ones_like(out))
         for name, a, b in zip(leaves, found, wanted, strict=True):
-            assert torch.equal(a, b), f"d_{name} with {target.name}"
+            same(case, name, a, b)
         wide = {name: value.double().requires_grad_() for name, value in x.items()}
         truth = torch.autograd.grad(rules.loop(case, wide).o.sum(), wide[case.operands[2]])[0]
         check_close("d_v", to_cpu(found[list(leaves).index(case.operands[2])]), truth)
@@ -248,7 +256,7 @@ def test_threads_agree(H, case):
         torch.set_num_threads(before)
     for other in found[1:]:
         for name, value in other.items():
-            assert torch.equal(value, found[0][name]), name
+            same(case, name, value, found[0][name])
 
 
 def test_a_head_alone_and_among_others(case):
