@@ -20,6 +20,7 @@ from common import COLLECT, add_model, end, model_options, row
 
 FORWARD = """
 import argparse, json, sys, time
+from writesae import options
 from writesae.collect import ModelSource, command, estimate
 from writesae.models import load
 from writesae.text import arguments, passages, tokens
@@ -27,7 +28,7 @@ parser = argparse.ArgumentParser()
 command.configure(parser)
 args = parser.parse_args(sys.argv[1:])
 model, tokenizer = load(args.model)
-source = ModelSource(model, command._dictionaries(args), accelerate=args.accelerate)
+source = ModelSource(model, options.dictionaries(args), accelerate=args.accelerate)
 tokenize, first = tokens.tokenizing(tokenizer)
 found = (p for p in passages.passages(arguments.named(args), tokenize, args.context, first)
          if isinstance(p, passages.Passage))

@@ -106,7 +106,7 @@ def test_a_mistake_is_one_line(monkeypatch, capsys, error, status):
 
 
 def test_info_says_what_is_tested_and_what_an_extra_lacks(monkeypatch, capsys):
-    monkeypatch.setattr(info, "_installed", lambda name: None if name == "pandas" else "1.0")
+    monkeypatch.setattr(info, "version_of", lambda name: None if name == "pandas" else "1.0")
     assert cli.main(["info"]) == 0
     text = capsys.readouterr().out
     assert "pandas (not installed)" in text and "pip install 'writesae[pandas]'" in text

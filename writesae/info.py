@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
+
+from ._installed import version_of
 
 PACKAGES = ("torch", "transformers", "safetensors", "pyarrow", "numpy")
 # What each extra of `pip install 'writesae[EXTRA]'` brings.
@@ -28,11 +29,11 @@ def gather() -> dict:
         "writesae": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _installed(name) for name in PACKAGES},
+        "packages": {name: version_of(name) for name in PACKAGES},
         "transformers": {
             "installed": versions.installed(), "tested": list(versions.TESTED), "in_tested_range": versions.in_range(),
         },
-        "extras": {name: _installed(name) for names in EXTRAS.values() for name in names},
+        "extras": {name: version_of(name) for names in EXTRAS.values() for name in names},
         "backends": backends(),
         "cpu": {
             "cores": os.cpu_count(), "torch_threads": torch.get_num_threads(),
@@ -65,13 +66,6 @@ def run(args) -> int:
     print(f"{'cpu:':19}" + _listed(info["cpu"]))
     print(f"{'gpu:':19}{info['cuda_device'] or 'none seen by torch'}")
     return 0
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _listed(versions: dict) -> str:
