@@ -22,8 +22,8 @@ import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
+from common import COLLECT, add_model, end, model_options, row
 
-RESULTS = Path(__file__).parent / "results"
 MODES = ("all", "top", "reservoir")
 
 
@@ -95,18 +95,15 @@ def main() -> None:
     parser.add_argument("--phase", choices=("any", "finish"), default="any", help="when kills fall")
     parser.add_argument("--tokens", type=int, default=60_000)
     parser.add_argument("--corpus", default="stdlib:validation")
-    parser.add_argument("--model", default="default")
-    parser.add_argument("--sae", action="append", default=[])
+    add_model(parser)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng = random.Random(args.seed)
 
     def command(mode: str, out: Path) -> list[str]:
-        dictionaries = [x for sae in args.sae for x in ("--sae", sae)]
         return [
-            sys.executable, "-m", "writesae.cli", "collect", args.corpus, "--model", args.model, *dictionaries,
-            "--out", str(out), "--mode", mode, "--n", "100", "--context", "256", "--shard-passages", "24",
-            "--max-tokens", str(args.tokens), "--yes",
+            *COLLECT, args.corpus, *model_options(args), "--out", str(out), "--mode", mode, "--n", "100",
+            "--context", "256", "--shard-passages", "24", "--max-tokens", str(args.tokens), "--yes",
         ]  # fmt: skip
 
     def finish(mode: str, out: Path) -> float:
@@ -170,17 +167,10 @@ def main() -> None:
             if not same:
                 differing.append(rounds)
     rows = sum(len(t) for name, t in whole["all"].items() if name.startswith("firings/"))
-    row = {
-        "name": f"collections that differ after {kills} kills {'while finishing ' if args.phase == 'finish' else ''}"
-        f"in {rounds} collections of {rows} firings",
-        "peer": "uninterrupted run", "value": len(differing), "unit": "collections", "target": 0,
-        "met": not differing, "spread": None,
-    }  # fmt: skip
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / ("kill_resume.json" if args.phase == "any" else "kill_finish.json")
-    path.write_text(json.dumps({"rows": [row], "kills": moments}, indent=1) + "\n")
-    print(json.dumps(row))
-    sys.exit(bool(differing))
+    what = f"collections that differ after {kills} kills {'while finishing ' if args.phase == 'finish' else ''}"
+    what += f"in {rounds} collections of {rows} firings"
+    found = row(what, len(differing), "collections", 0, not differing, "uninterrupted run")
+    end("kill_resume" if args.phase == "any" else "kill_finish", [found], kills=moments)
 
 
 if __name__ == "__main__":

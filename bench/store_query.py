@@ -20,13 +20,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from common import COLLECT, add_model, end, model_options, row
 
 from writesae.collect import Store, build_index, files
 from writesae.collect.marks import PARTS, mark
 from writesae.collect.source import Site
 from writesae.files import SEAL, entry, sha256, write_sealed
-
-RESULTS = Path(__file__).parent / "results" / "store_query.json"
 
 QUESTION = """
 import json, sys, time
@@ -127,17 +126,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--firings", type=int, default=50_000_000)
     parser.add_argument("--store", help="a finished collection to repeat; default: collect 200,000 tokens first")
-    parser.add_argument("--model", default="default")
-    parser.add_argument("--sae", action="append", default=[])
+    add_model(parser)
     parser.add_argument("--tokenizer", help="tokenizer.json to decode with; default that of the model's folder")
     parser.add_argument("--questions", type=int, default=9)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(args.store or f"{scratch}/real")
         if args.store is None:
-            dictionaries = [x for sae in args.sae for x in ("--sae", sae)]
-            command = [sys.executable, "-m", "writesae.cli", "collect", "stdlib:train", "--model", args.model]
-            command += [*dictionaries, "--max-tokens", "200000", "--out", str(source), "--yes"]
+            command = [*COLLECT, "stdlib:train", *model_options(args), "--max-tokens", "200000"]
+            command += ["--out", str(source), "--yes"]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         out = Path(scratch) / "store"
         repeat(source, out, args.firings)
@@ -164,22 +161,15 @@ def main() -> None:
             assert answers[-1]["firings"] == counts[feature]
         disk = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
     times = [a["answer"] for a in answers]
+    spread = [min(times), statistics.median(times), max(times)]
+    what = f"top 100 contexts of a feature, {total} firings, cold (slowest of {len(times)} features)"
     rows = [
-        {"name": f"top 100 contexts of a feature, {total} firings, cold (slowest of {len(times)} features)",
-         "peer": None, "value": max(times), "unit": "s", "target": "<= 1", "met": max(times) <= 1,
-         "spread": [min(times), statistics.median(times), max(times)]},
-        {"name": "all firings of a feature from the log (slowest)", "peer": None, "unit": "s", "target": None,
-         "value": max(a["log"] for a in answers), "met": None, "spread": None},
-        {"name": "imports before the question", "peer": None, "unit": "s", "target": None, "met": None,
-         "value": statistics.median(a["imports"] for a in answers), "spread": None},
-        {"name": "disk", "peer": None, "unit": "bytes a firing", "value": disk / total, "target": "<= 5",
-         "met": disk / total <= 5, "spread": None},
-    ]  # fmt: skip
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
-    for row in rows:
-        print(json.dumps(row))
-    sys.exit(any(row["met"] is False for row in rows))
+        row(what, max(times), "s", "<= 1", max(times) <= 1, spread=spread),
+        row("all firings of a feature from the log (slowest)", max(a["log"] for a in answers), "s"),
+        row("imports before the question", statistics.median(a["imports"] for a in answers), "s"),
+        row("disk", disk / total, "bytes a firing", "<= 5", disk / total <= 5),
+    ]
+    end("store_query", rows)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,11 @@ import time
 from pathlib import Path
 
 import torch
+from common import LONG
 
 from writesae.experiments.codebook import codebook
-from writesae.files import write_text
+from writesae.files import write_json
+from writesae.interrupt import script
 from writesae.models import load
 from writesae.sae import SAE, ModelStream, Passages, TrainConfig, Trainer
 from writesae.sae.block import Block
@@ -91,7 +93,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--passages", type=int, default=1024)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/write_dictionaries.json"))
+    parser.add_argument("--out", type=Path, default=LONG / "write_dictionaries.json")
     args = parser.parse_args()
     sites = [tuple(map(int, text.split(":"))) for text in args.sites]
     model, tokenizer = load("default")
@@ -115,7 +117,7 @@ def main() -> None:
                 str(k): judged(sae, inside[site], None if fixed else k) for k in ((8,) if fixed else (1, 8))
             }
         rows.append({"variant": variant, "seed": seed, "seconds": round(seconds, 1), "sites": found})
-        write_text(args.out, json.dumps(rows, indent=1) + "\n")
+        write_json(args.out, rows, indent=1)
         means = {k: [statistics.mean(x[k][i] for x in found.values() if k in x) for i in (0, 1)]
                  for k in ("1", "8") if any(k in x for x in found.values())}  # fmt: skip
         shown = "   ".join(f"k = {k}: FVU {fvu:.3f}, cosine {cosine:.3f}" for k, (fvu, cosine) in means.items())
@@ -153,4 +155,4 @@ def _as_read(sae: SAE, root: torch.Tensor) -> SAE:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import time
 from pathlib import Path
 
 import torch
 
 from writesae.experiments import passages_of, run_replacement
+from writesae.files import whole_folder, write_json
+from writesae.interrupt import script
 from writesae.models import hf_gated_delta, load
 from writesae.sae import SAE, ModelStream, Passages, TrainConfig, Trainer, evaluate
 from writesae.sae.block import Block
@@ -87,7 +88,7 @@ def survey(model, tokenizer, args) -> list[dict]:
             flush=True,
         )
     records.sort(key=lambda r: -r["win_rate"])
-    path.write_text(json.dumps(records, indent=2) + "\n")
+    write_json(path, records, allow_nan=True)
     return records
 
 
@@ -120,13 +121,12 @@ def main() -> None:
     sae = train(model, tokenizer, [chosen], config, args.work / "final", "default")[chosen]
     sae.metrics = quality(model, tokenizer, {chosen: sae}, 20_000)[chosen]
     sae.training_record |= {"script": "scripts/train_default_dictionary.py", "survey": chosen_by}
-    folder = args.out / f"L{chosen[0]}H{chosen[1]}"
-    if args.out.exists():
-        shutil.rmtree(args.out)
-    sae.save_pretrained(folder)
+    name = f"L{chosen[0]}H{chosen[1]}"
+    with whole_folder(args.out) as fresh:
+        sae.save_pretrained(fresh / name)
     print(json.dumps(sae.metrics, indent=2))
-    print(f"saved in {folder} after {time.monotonic() - began:.0f} s")
+    print(f"saved in {args.out / name} after {time.monotonic() - began:.0f} s")
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

@@ -20,7 +20,6 @@ import json
 import math
 import os
 import platform
-import shutil
 import time
 from pathlib import Path
 
@@ -34,7 +33,10 @@ from torch._inductor import config as inductor_config
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
-from writesae.default.corpus import read_source, stdlib_files
+from writesae.default.corpus import stdlib_files, stdlib_folder
+from writesae.files import whole_file, whole_folder, write_json
+from writesae.interrupt import Stop, finishing, script
+from writesae.text import Corpus
 
 END = "<|endoftext|>"
 VOCAB = 4096
@@ -42,6 +44,13 @@ LAYERS = 8
 
 
 # ---------------------------------------------------------------------------------------------------- tokenizer, data
+
+
+def sources(split: str, test_suite: bool = False) -> list[str]:
+    """The texts of one split; none of a test suite that this Python does not ship."""
+    files = stdlib_files(split, test_suite=test_suite)
+    corpus = Corpus.from_files(files, root=stdlib_folder()) if files else Corpus.from_texts([])
+    return [document.open().read().decode() for document in corpus.documents()]
 
 
 def train_tokenizer(texts: list[str], folder: Path) -> PreTrainedTokenizerFast:
@@ -343,20 +352,17 @@ class CountModels:
 
 def export(model, tokenizer, folder: Path, record: dict) -> None:
     """Write model (bfloat16), tokenizer and ``training.json`` to ``folder``, which appears complete or not at all."""
-    fresh = folder.with_name(folder.name + ".new")
-    shutil.rmtree(fresh, ignore_errors=True)
     stored = Qwen3_5ForCausalLM(model.config)
     stored.load_state_dict(model.state_dict())
-    stored.to(torch.bfloat16).save_pretrained(fresh)
-    tokenizer.save_pretrained(fresh)
-    (fresh / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-    settings = json.loads((fresh / "tokenizer_config.json").read_text())
-    settings = {key: value for key, value in settings.items() if key not in ("is_local", "local_files_only")}
-    (fresh / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    for path in fresh.iterdir():
-        path.chmod(0o644)
-    shutil.rmtree(folder, ignore_errors=True)
-    fresh.rename(folder)
+    with whole_folder(folder) as fresh:
+        stored.to(torch.bfloat16).save_pretrained(fresh)
+        tokenizer.save_pretrained(fresh)
+        write_json(fresh / "training.json", record)
+        settings = json.loads((fresh / "tokenizer_config.json").read_text())
+        settings = {key: value for key, value in settings.items() if key not in ("is_local", "local_files_only")}
+        write_json(fresh / "tokenizer_config.json", settings)
+        for path in fresh.iterdir():
+            path.chmod(0o644)
 
 
 def describe(args, state: dict, model, **losses) -> dict:
@@ -418,8 +424,8 @@ class Threads:
         return torch.get_num_threads()
 
 
-def train(args, model, library, suite, held_out, tokenizer) -> dict:
-    """Train until the clock runs out and return the final state; ``model`` is changed in place."""
+def train(args, model, library, suite, held_out, tokenizer, stop: Stop) -> dict:
+    """Train until the clock runs out, or ``stop``, and return the state; ``model`` is changed in place."""
     optimizers = build_optimizers(model, args.muon_lr, args.adam_lr)
     state = {"step": 0, "elapsed": 0.0, "pass": 0, "batch": 0, "passes": 0.0}
     saved = args.work / "checkpoint.pt"
@@ -441,8 +447,8 @@ def train(args, model, library, suite, held_out, tokenizer) -> dict:
 
     def save():
         values = {"state": state, "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-        torch.save(values, saved.with_suffix(".new"))
-        os.replace(saved.with_suffix(".new"), saved)
+        with whole_file(saved) as temporary:
+            torch.save(values, temporary)
 
     if args.compile:
         inductor_config.cpp.dynamic_threads = True
@@ -457,7 +463,7 @@ def train(args, model, library, suite, held_out, tokenizer) -> dict:
     while True:
         state["elapsed"] = before + time.time() - started
         progress = state["elapsed"] / (60 * args.minutes)
-        if progress >= 1:
+        if progress >= 1 or stop:
             break
         if (state["batch"] + 1) * args.batch > len(rows):
             state["pass"], state["batch"] = state["pass"] + 1, 0
@@ -533,7 +539,7 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
 
-    texts = {suite: [read_source(p) for p in stdlib_files("train", test_suite=suite)] for suite in (False, True)}
+    texts = {suite: sources("train", suite) for suite in (False, True)}
     folder = args.work / "tokenizer"
     if (folder / "tokenizer.json").exists():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
@@ -542,10 +548,10 @@ def main() -> None:
     library, suite = encode(tokenizer, texts[False]), encode(tokenizer, texts[True])
     held_out, text_bytes = {}, {}
     for split in ("validation", "test"):
-        sources = [read_source(p) for p in stdlib_files(split)]
-        documents = encode(tokenizer, sources)
+        here = sources(split)
+        documents = encode(tokenizer, here)
         held_out[split] = windows(documents, args.length)
-        text_bytes[split] = (sum(len(s.encode()) for s in sources), sum(map(len, documents)))
+        text_bytes[split] = (sum(len(s.encode()) for s in here), sum(map(len, documents)))
     print(
         f"tokens: library {sum(map(len, library)):,}, test suite {sum(map(len, suite)):,}, held out "
         + ", ".join(f"{s} {v[1]:,} ({v[0] / v[1]:.3f} bytes each)" for s, v in text_bytes.items()),
@@ -562,7 +568,9 @@ def main() -> None:
     original = modeling_qwen3_5.torch_chunk_gated_delta_rule, modeling_qwen3_5.causal_conv1d_fn
     install_fast_operators(model)
     print(f"parameters: {sum(p.numel() for p in model.parameters()):,}", flush=True)
-    state = train(args, model, library, suite, held_out["validation"], tokenizer)
+    with finishing("step") as stop:
+        state = train(args, model, library, suite, held_out["validation"], tokenizer, stop)
+    stop.check()
     modeling_qwen3_5.torch_chunk_gated_delta_rule, modeling_qwen3_5.causal_conv1d_fn = original
     for layer in model.model.layers:
         layer.__dict__.pop("forward", None)
@@ -571,9 +579,9 @@ def main() -> None:
     export(model, tokenizer, out, describe(args, state, model, complete=False))
     losses = final_losses(model, out, held_out, text_bytes, counts)
     record = describe(args, state, model, complete=True, dtype="bfloat16", **losses)
-    (out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_json(out / "training.json", record)
     print(json.dumps(record, indent=2), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

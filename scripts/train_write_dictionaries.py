@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 
 from writesae.cli import main as writesae
 from writesae.experiments import passages_of
 from writesae.experiments.sites import longest_memory
+from writesae.files import whole_folder
+from writesae.interrupt import script
 from writesae.models import load
 from writesae.sae import SAE
 from writesae.text import Corpus
@@ -45,14 +46,13 @@ def main() -> None:
     model, tokenizer = load("default")
     text = passages_of(Corpus.from_name("stdlib:train"), tokenizer, max_tokens=60_000)
     wanted = longest_memory(model, [passage.tokens for passage in text], args.ship)
-    if args.out.exists():
-        shutil.rmtree(args.out)
-    for layer, head in sorted(wanted):
-        sae = SAE.from_pretrained(args.work / f"L{layer}H{head}")
-        sae.training_record |= {"script": "scripts/train_write_dictionaries.py", "sites_by": "longest memory"}
-        sae.half().save_pretrained(args.out / f"L{layer}H{head}")
-        print(f"L{layer}H{head}: {json.dumps(sae.metrics['readers'])}")
+    with whole_folder(args.out) as fresh:
+        for layer, head in sorted(wanted):
+            sae = SAE.from_pretrained(args.work / f"L{layer}H{head}")
+            sae.training_record |= {"script": "scripts/train_write_dictionaries.py", "sites_by": "longest memory"}
+            sae.half().save_pretrained(fresh / f"L{layer}H{head}")
+            print(f"L{layer}H{head}: {json.dumps(sae.metrics['readers'])}")
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

@@ -47,13 +47,17 @@ def _calls() -> dict[str, tuple]:
     encoder = {"v_enc": v, "w_enc": w, "b_enc": b}
     pursued = {"v_enc": v[0], "w_enc": w[0], "v_dec": v[0], "w_dec": w[0]}
     one = {name: y[:1] for name, y in x.items()}
-    mixed = {"x": normal(B, T, V), "dt": normal(B, T, V).abs(), "A": -normal(V, K).abs(), "B": normal(B, T, K)}
-    channel = gated_delta_rule_inputs(B, T, H, H, K, V)
-    rule = {n: channel[n] for n in ("q", "k", "v")} | {"g": -normal(B, T, H, K).abs()}
+    packed = {"initial_state": state[:1], "cu_seqlens": torch.tensor([0, T])}
+    mixed = {"x": normal(1, T, V), "dt": normal(1, T, V).abs(), "A": -normal(V, K).abs(), "B": normal(1, T, K)}
+    mixed |= {"C": normal(1, T, K), "D": normal(V)}
+    channel = gated_delta_rule_inputs(1, T, H, H, K, V)
+    rule = {n: channel[n] for n in ("q", "k", "v")} | {"g": -normal(1, T, H, K).abs()}
+    rule |= {"a": normal(1, T, H, K), "b": normal(1, T, H, K)}
+    mamba = {"x": normal(1, T, H, V), "dt": normal(1, T, H).abs(), "A": -normal(H).abs(), "B": normal(1, T, 1, K)}
+    mamba |= {"C": normal(1, T, 1, K), "D": normal(H)}
     return {
         "gated_delta_rule": (
-            one | {"initial_state": state[:1], "cu_seqlens": torch.tensor([0, T])}, (*x, "initial_state"),
-            ("cu_seqlens",), ("initial_state", "cu_seqlens"),
+            one | packed, (*x, "initial_state"), ("cu_seqlens",), ("initial_state", "cu_seqlens"),
         ),
         "gated_delta_rule_step": (
             {n: y[:, 0].contiguous() for n, y in x.items()} | {"state": state.clone()}, (*x, "state"), (), (),
@@ -89,17 +93,18 @@ def _calls() -> dict[str, tuple]:
             (*encoder, "v_dec", "w_dec", "offset", "weight"), (), ("b_enc", "offset", "weight"),
         ),
         "ssd": (
-            {"x": normal(B, T, H, V), "dt": normal(B, T, H).abs(), "A": -normal(H).abs(), "B": normal(B, T, 1, K),
-             "C": normal(B, T, 1, K), "D": normal(H), "initial_state": state},
-            ("x", "dt", "A", "B", "C", "D", "initial_state"), (), ("D", "initial_state"),
+            mamba | packed, (*mamba, "initial_state"), ("cu_seqlens",), ("D", "initial_state", "cu_seqlens"),
+        ),
+        "ssd_step": (
+            {n: y if n in "AD" else y[:, 0].contiguous() for n, y in mamba.items()} | {"state": state[:1].clone()},
+            (*mamba, "state"), (), ("D",),
         ),
         "dplr": (
-            rule | {"a": normal(B, T, H, K), "b": normal(B, T, H, K), "initial_state": state},
-            (*rule, "a", "b", "initial_state"), (), ("initial_state",),
+            rule | packed, (*rule, "initial_state"), ("cu_seqlens",), ("initial_state", "cu_seqlens"),
         ),
         "selective_scan": (
-            mixed | {"C": normal(B, T, K), "D": normal(V), "initial_state": state[:, :1]},
-            (*mixed, "C", "D", "initial_state"), (), ("D", "initial_state"),
+            mixed | packed | {"initial_state": state[:1, :1]}, (*mixed, "initial_state"), ("cu_seqlens",),
+            ("D", "initial_state", "cu_seqlens"),
         ),
     }  # fmt: skip
 
@@ -148,12 +153,9 @@ def test_what_is_no_writes_or_edits_is_refused(value):
             call()
     if value is None:
         return
-    rule, step = CALLS["gated_delta_rule"][0], CALLS["gated_delta_rule_step"][0]
-    for call in (
-        lambda: ops.gated_delta_rule(**rule, edits=value), lambda: ops.gated_delta_rule_step(**step, edits=value)
-    ):  # fmt: skip
+    for name in (*ops.RULES, "gated_delta_rule_step", "ssd_step"):
         with pytest.raises(ValueError, match="^edits: expected Edits or None, got "):
-            call()
+            getattr(ops, name)(**CALLS[name][0], edits=value)
 
 
 def test_other_arguments():
@@ -272,7 +274,7 @@ def test_reprs_are_short():
     edits = Edits.cat([Edits.add(0, [3, 5], 1, torch.zeros(4), torch.zeros(3)), Edits.delete(-1, 2, 0, 4, 3)])
     assert repr(edits) == "Edits(2 add, 1 delete; row -1..0, position 2..5, head 0..1; K=4, V=3)"
     assert repr(edits[:0]) == "Edits(none; row none, position none, head none; K=4, V=3)"
-    assert repr(writes) == "Writes(B=2, T=5, H=2, Hl=1, R=1, K=4, V=3; scalar gate, additive rule, float32; 0.0 MB)"
+    assert repr(writes) == "Writes(B=2, T=5, H=2, Hl=1, R=1, K=4, V=3; scalar gate, transition none, float32; 0.0 MB)"
     assert repr(out).startswith("RuleOutput(o=float32[2, 5, 2, 3], writes=Writes(B=2, ")
     codes = ops.encode(**encoder)
     assert repr(codes) == (

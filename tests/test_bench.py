@@ -83,10 +83,11 @@ def test_a_missing_peer_alone_is_no_failure(tmp_path):
     assert bench(tmp_path, "lonely") == 0
 
 
-def test_an_interrupted_run_goes_on(tmp_path):
-    """Ctrl-C in the second case: the first one's figures are kept, the same command measures only the rest."""
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_interrupted_run_goes_on(tmp_path, times):
+    """Ctrl-C in the second case: once, it is still measured; twice, it is not. The same command measures the rest."""
     flag = tmp_path / "interrupt"
-    flag.touch()
+    flag.write_text(str(times))
     out = tmp_path / "out"
     code = (
         "import signal, sys, argparse; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
@@ -96,18 +97,23 @@ def test_an_interrupted_run_goes_on(tmp_path):
 
     def run(*options):
         return subprocess.run(
-            [sys.executable, "-c", code, "product", "interrupted", "--out", str(out), *options],
+            [sys.executable, "-c", code, "product", "interrupted", "later", "--out", str(out), *options],
             capture_output=True, text=True, env={**os.environ, "FAKE_BENCH_INTERRUPT": str(flag)}, timeout=120,
         )  # fmt: skip
 
     first = run()
     assert first.returncode in (130, -signal.SIGINT) and "KeyboardInterrupt" in first.stderr
-    assert (out / "unfinished.json").exists() and not (out / "interrupted.json").exists()
+    assert "stopping after this case; once more to stop at once" in first.stderr
+    assert (out / "unfinished.json").exists() and not (out / "later.json").exists()
+    assert (out / "interrupted.json").exists() == (times == 1)
     kept = (out / "product.json").read_bytes()
     second = run()
     assert second.returncode == 0, second.stderr
-    assert "product: kept" in second.stdout and "after the interruption" in second.stdout
+    assert "product: kept" in second.stdout and ("interrupted: kept" in second.stdout) == (times == 1)
+    assert "after the interruption" in second.stdout
     assert (out / "product.json").read_bytes() == kept and not (out / "unfinished.json").exists()
+    if times == 2:
+        return
     third = run()  # a finished run is not gone on with
     assert third.returncode == 0 and "kept" not in third.stdout
     assert (out / "product.json").read_bytes() != kept

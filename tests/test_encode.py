@@ -14,8 +14,8 @@ from targets import ALL, FEW, moved, to_cpu
 from writesae.edits import Edits
 from writesae.ops._encode_arguments import as_read
 from writesae.ops.encode import activations, encode
-from writesae.ops.gated_delta_rule import pack_edits
 from writesae.ops.reference.encode import preactivations, topk
+from writesae.ops.scan import pack_edits
 from writesae.testing import dictionary, make_writes, poisoned_memory
 from writesae.writes import Writes
 

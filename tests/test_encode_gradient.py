@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from writesae import ops
 from writesae.ops import _dispatch, activations, encode, factored_loss
 from writesae.ops._encode_arguments import as_read
-from writesae.ops.gated_delta_rule import pack_edits
 from writesae.ops.reference.encode import preactivations
+from writesae.ops.scan import pack_edits
 from writesae.testing import check_close, dictionary, gated_delta_rule_inputs, make_writes, poisoned_memory
 
 # Relative RMS error allowed. Measured for float32: CPU at most 1.3e-6, host twin see the tests' summary line.

@@ -7,7 +7,8 @@ from tiny_models import families, tiny_model, tokens
 import writesae
 from writesae.edits import Edits
 from writesae.experiments.divergence import kl_pair
-from writesae.experiments.engine import ForkEngine, Places, read, read_matrix, unread
+from writesae.experiments.engine import ForkEngine, Places, read, read_matrix, reader, unread
+from writesae.writes import Writes
 
 LINEAR, FULL = "linear_attention", "full_attention"
 
@@ -188,3 +189,17 @@ def test_the_model_is_left_as_it_was():
     run_engine(model, 0, [12], [(0, 3, 0)], 2)
     assert model.config._attn_implementation == before
     assert torch.equal(model(tokens(1, 12)).logits, expected)
+
+
+@pytest.mark.parametrize("gate", ["scalar", "channel"])
+def test_readers_are_the_propagator_from_behind(gate):
+    """`p_s . q_s` of an addition carried forward is `p . r_s`, r_s the query carried back."""
+    L, K, V = 12, 5, 3
+    decay = -torch.rand(1, L, 1, *((K,) if gate == "channel" else ())).double()
+    k = torch.nn.functional.normalize(torch.randn(1, L, 1, 1, K).double(), dim=-1)
+    writes = Writes(decay, k, torch.zeros(1, L, 1, 1, V).double(), beta=torch.rand(1, L, 1).double())
+    assert writes.gate == gate
+    p, q = torch.randn(K).double(), torch.randn(1, L, K).double()
+    path = writes.propagate(Edits.add(0, 0, 0, p, torch.zeros(V).double()))
+    back = reader(q, k[:, :, 0, 0], decay[:, :, 0], writes.beta[:, :, 0])
+    torch.testing.assert_close(back @ p, (path * q).sum(-1))

@@ -16,7 +16,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE, CSRC = ROOT / "writesae", ROOT / "csrc"
-OPS = sorted(p.stem for p in (PACKAGE / "ops" / "reference").glob("*.py") if p.stem != "__init__")
+OPS = sorted(p.stem for p in (PACKAGE / "ops" / "reference").glob("*.py") if p.stem not in ("__init__", "scan"))
 RULES = ("dplr", "gated_delta_rule", "selective_scan", "ssd")  # the ops that make writes
 MACHINERY = ("scan", "tile", "operand", "host_twin", "library")  # files of csrc/cuda that serve every op
 
@@ -24,20 +24,23 @@ MACHINERY = ("scan", "tile", "operand", "host_twin", "library")  # files of csrc
 MAY_IMPORT = {
     "_arguments": set(),
     "_autocast": set(),
+    "_installed": set(),
     "writes": {"edits", "_arguments", "_autocast"},
     "firings": {"_arguments"},
     "edits": {"_arguments"},
     "files": set(),
+    "interrupt": set(),
     "untrusted": set(),
-    "options": set(),
+    "options": {"_library", "default", "sae"},
     "ops": {"writes", "firings", "edits", "_library", "_arguments", "_autocast"},
-    "text": {"default"},
+    "text": {"default", "files", "untrusted"},
     "sae": {
         "ops",
         "writes",
         "firings",
         "edits",
         "files",
+        "interrupt",
         "models",
         "default",
         "text",
@@ -47,8 +50,22 @@ MAY_IMPORT = {
         "_library",
     },
     "models": {"ops", "writes", "firings", "edits", "files", "default", "untrusted"},
-    "collect": {"models", "sae", "firings", "edits", "files", "default", "text", "_library", "options"},
+    "collect": {
+        "_installed",
+        "models",
+        "sae",
+        "firings",
+        "edits",
+        "files",
+        "interrupt",
+        "default",
+        "text",
+        "untrusted",
+        "_library",
+        "options",
+    },
     "experiments": {
+        "_installed",
         "models",
         "sae",
         "ops",
@@ -56,6 +73,7 @@ MAY_IMPORT = {
         "firings",
         "edits",
         "files",
+        "interrupt",
         "collect",
         "report",
         "default",
@@ -224,6 +242,71 @@ def test_files_stay_readable():
                 assert lines <= 700, f"{path.relative_to(ROOT)} has {lines} lines: split it"
 
 
+def test_only_writes_knows_how_its_heads_lie():
+    """Others ask `Writes.head`, `native`, `rank_one`, `left_head`: an index by hand takes write 0 of two in silence."""
+    by_hand = re.compile(r"shape\[2\] // |left\.shape\[2\]|\.(?:left|right)\[[^\]]*, 0\]|\[:, :, :, 0\]")
+    makers = {  # of writes, from their parts
+        "writes.py",
+        "ops/scan.py",
+        "ops/reference/scan.py",
+        "ops/selective_scan.py",
+    }  # of writes, from their parts
+    not_yet = {"models/tap.py", "models/attach.py"}
+    found = {str(p.relative_to(PACKAGE)) for p in PACKAGE.rglob("*.py") if by_hand.search(p.read_text())}
+    assert "writes.py" in found and found <= makers | not_yet, found - makers - not_yet
+
+
+def calls(path: Path) -> set[str]:
+    """What a file calls, as far as it has a name: "os.replace", ".write_text", "open w"."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Call):
+            continue
+        f = node.func
+        name = f.id if isinstance(f, ast.Name) else f".{f.attr}" if isinstance(f, ast.Attribute) else ""
+        if isinstance(f, ast.Attribute) and isinstance(f.value, ast.Name) and f.value.id in ("os", "shutil", "signal"):
+            name = f.value.id + name
+        strings = [x.value for x in (*node.args, *(k.value for k in node.keywords if k.arg == "mode"))
+                   if isinstance(x, ast.Constant) and isinstance(x.value, str)]  # fmt: skip
+        modes = [x for x in strings if re.fullmatch(r"[rwaxbt+]{1,4}", x) and set(x) & set("wax+")]
+        found.add(f"{name} to write" if name in ("open", ".open", "os.fdopen") and modes else name)
+    return found
+
+
+WRITING = {"os.replace", "os.rename", "os.renames", "shutil.move", ".rename", ".write_text", ".write_bytes",
+           "open to write", ".open to write", "os.fdopen to write"}  # fmt: skip
+# What writes files of another kind: a checkpoint's last line within `whole_file`, a lock, a switch of the kernel.
+WRITERS = {"files.py", "sae/resume.py", "collect/files.py", "bench/bench_encode.py"}
+
+
+def test_files_are_written_in_one_place():
+    """`writesae.files` alone puts files in place, whole or not at all; in scripts and benchmarks it does so, too."""
+    renaming = {x for x in WRITING if "write" not in x}
+    for folder in ("writesae", "bench", "scripts"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            name = path.relative_to(ROOT / folder).as_posix()
+            if (folder, name) == ("writesae", "files.py"):
+                assert {"os.replace", ".write_bytes"} <= calls(path)  # or nothing is found anywhere
+                continue
+            unwanted = renaming if folder != "writesae" or name in WRITERS else WRITING
+            assert not calls(path) & unwanted, f"{folder}/{name} calls {calls(path) & unwanted}: use writesae.files"
+
+
+def test_signals_are_handled_in_one_place():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        found = calls(path) & {"signal.signal", "signal.pthread_sigmask"}
+        assert bool(found) == (path == PACKAGE / "interrupt.py"), f"{path.relative_to(PACKAGE)}: use writesae.interrupt"
+
+
+def test_the_two_folders_of_benchmarks():
+    """One is the command, the other what is run by hand: no file's name is in both, and the latter's README has all."""
+    by_hand = {x.name for x in (ROOT / "bench").iterdir() if x.is_file() and x.name != "README.md"}
+    command = {x.name for x in (PACKAGE / "bench").glob("*.py")}
+    assert by_hand and "command.py" in command and not by_hand & command
+    listed = set(re.findall(r"^\| `([\w.]+)` \|", (ROOT / "bench" / "README.md").read_text(), re.MULTILINE))
+    assert listed == by_hand
+
+
 def test_import_is_light():
     """Importing the package needs no transformers, no extras and no compiled library."""
     code = "import sys, writesae; print([m for m in ('transformers', 'torch', 'scipy') if m in sys.modules])"
@@ -288,7 +371,7 @@ def test_the_encoder_knows_no_write_rule():
 
 def test_kinds_of_edits_are_numbered_alike():
     from writesae import edits
-    from writesae.ops.gated_delta_rule import pack_edits
+    from writesae.ops.scan import pack_edits
 
     text = (CSRC / "edits.h").read_text()
     enums = {

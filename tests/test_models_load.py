@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny_models import tiny_model, tokens
 
 from writesae.models import attach, hf_gated_delta, load
+from writesae.models.identity import config_digest, tokenizer_digest
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +66,22 @@ def test_refusals(folder, tmp_path):
     file.write_text("")
     with pytest.raises(ValueError, match="path: expected a model folder"):
         load(file)
+
+
+def test_digests_are_those_that_stores_hold():
+    """Of the same configuration and tokenizer for ever: a store is gone on with only where they are found again."""
+    said = {"b": 1, "a": "x", "_name_or_path": "y", "architectures": ["Z"], "transformers_version": "5"}
+    model = SimpleNamespace(config=SimpleNamespace(to_diff_dict=lambda: dict(said)))
+    digest = "385820f0096fd558f4091319e7fa742cebf877dc3baca180981889f1c40eca84"
+    assert config_digest(model) == digest
+    said.update(_name_or_path="elsewhere", transformers_version="6")
+    assert config_digest(model) == digest
+    said.update(b=2)
+    assert config_digest(model) != digest
+    assert config_digest(SimpleNamespace()) is None
+    vocabulary = {"b": 1, "a": 0}
+    slow = SimpleNamespace(get_vocab=lambda: vocabulary)
+    digest = "20b0d53b03b492fa68a9c52a559e36bbe000f5bed2094f4f8d756815f89fc456"
+    assert tokenizer_digest(slow, lambda text: [1, 2]) == digest != tokenizer_digest(slow, lambda text: [1, 3])
+    vocabulary["c"] = 2
+    assert tokenizer_digest(slow, lambda text: [1, 2]) != digest

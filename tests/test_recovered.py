@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 
 import numpy as np
 import pytest
@@ -296,6 +298,23 @@ def test_an_interrupted_run_goes_on(model, tmp_path, monkeypatch):
     assert len(calls) == 6 + (1 + 4 * 5) - 5 + 3
     with pytest.raises(ValueError, match="holds a run with other settings .*batch"):
         small(model, out=tmp_path, batch=3)
+
+
+def test_an_interrupted_run_keeps_the_pass_in_hand(model, tmp_path, monkeypatch):
+    calls = []
+
+    def interrupts(*args, **options):
+        calls.append(args)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return passage_losses(*args, **options)
+
+    monkeypatch.setattr(recovered, "passage_losses", interrupts)
+    with pytest.raises(KeyboardInterrupt):
+        small(model, out=tmp_path)
+    assert len(calls) == 2 == len(list((tmp_path / "parts").glob("*.parquet")))
+    small(model, out=tmp_path)
+    assert len(calls) == 1 + 4 * 5
 
 
 def test_bad_input(model, monkeypatch):

@@ -1,7 +1,9 @@
 """The replacement test on a tiny random model: what is put where, resuming, and bad input."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import torch
 from tiny_models import tiny_model
 
 import writesae
-from writesae.experiments import passages_of, run_replacement
+from writesae.experiments import passages_of, replace, run_replacement
 from writesae.experiments.conditions import CONDITIONS as EVERY
 from writesae.experiments.conditions import DEFAULT_CONDITIONS, OF_WRITES, arms
 from writesae.experiments.engine import ForkEngine, Places
@@ -223,11 +225,15 @@ def same(a, b):
         assert a[name].tolist() == b[name].tolist(), name
 
 
-def test_a_killed_run_resumes_to_the_same_rows(model, tmp_path):
-    options = dict(firings=30, each=2, memory=40_000_000)
+def two_a_batch(model) -> dict:
+    """Options with which a batch is of two passages."""
     kept = [c for c in DEFAULT_CONDITIONS if c != "codebook"]
     edits = 1 + len(arms(("increment", "outer"), ("coef", "matched"), kept))
-    options["memory"] = 2 * 2 * ForkEngine(model, 1, 3, "after").bytes_a_fork(50, edits)  # two passages a batch
+    return dict(firings=30, each=2, memory=2 * 2 * ForkEngine(model, 1, 3, "after").bytes_a_fork(50, edits))
+
+
+def test_a_killed_run_resumes_to_the_same_rows(model, tmp_path):
+    options = two_a_batch(model)
     whole = run(model, out=tmp_path / "a", **options)
     same(whole.table, run(model, **options).table)
     parts = sorted((tmp_path / "a" / "parts").glob("*.parquet"))
@@ -247,6 +253,28 @@ def test_a_killed_run_resumes_to_the_same_rows(model, tmp_path):
     (tmp_path / "c" / "thesis.tex").write_text("mine")
     with pytest.raises(ValueError, match="new or empty folder"):
         run(model, out=tmp_path / "c", **options)
+
+
+def test_an_interrupted_run_keeps_the_batch_in_hand(model, tmp_path, monkeypatch):
+    """Ctrl-C in the first batch: it is finished and kept, nothing more is begun, and the same call goes on."""
+    made = []
+
+    def batch(*args, **options):
+        made.append(args)
+        if len(made) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return whole_batch(*args, **options)
+
+    whole_batch = replace._batch
+    options = two_a_batch(model)
+    plain = run(model, **options)
+    monkeypatch.setattr(replace, "_batch", batch)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, out=tmp_path, **options)
+    (part,) = (tmp_path / "parts").glob("*.parquet")
+    before = part.read_bytes(), len(made)
+    same(plain.table, run(model, out=tmp_path, **options).table)
+    assert part.read_bytes() == before[0] and before[1] == 1 < len(made)
 
 
 def test_several_heads_share_a_layer(model):

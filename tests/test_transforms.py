@@ -37,6 +37,7 @@ from transform_cases import (
 
 from writesae import ops
 from writesae.edits import Edits
+from writesae.ops.reference.ssd import ssd as ssd_reference
 from writesae.testing import check_close, dictionary, gated_delta_rule_inputs, make_writes
 from writesae.writes import Writes
 
@@ -158,7 +159,7 @@ def test_tracing_autocast_and_subclasses(name, transform):
     def run(*inputs):
         return case.run("reference" if transform == "autocast_reference" else None, *inputs)
 
-    if transform == "autocast_backward" and name in ("ssd", "dplr", "selective_scan"):
+    if transform == "autocast_backward" and name in ("dplr", "selective_scan", "gated_delta_rule, channel gate"):
         return  # no kernel: torch's own backward of torch's own operations
     refusal = case.refused.get(transform)
     if refusal is None and transform == "autocast_backward":
@@ -176,6 +177,9 @@ def test_tracing_autocast_and_subclasses(name, transform):
         assert a.dtype == torch.float32 and a.shape == b.shape
         if transform not in ("meta", "fake"):
             check_close(f"{name}, {transform}, {i}", a, b.detach(), TOLERANCE)
+
+
+SCANS = ("gated_delta_rule", "ssd")  # rules whose three operators are alike
 
 
 # ---- the operators themselves ---------------------------------------------------------------------------------------
@@ -197,18 +201,17 @@ def _arguments_of() -> dict[str, tuple]:
     x = tuple(gated_delta_rule_inputs(B, T, 1, H, K, V).values())
     state = normal(B, H, K, V)
     rule = (*x, 0.5, state, False, None, None, None, None, None)
+    back = (normal(B, T, H, V), normal(B, T, H, V), normal(B, H, K, V), normal(B, T, 1, K), normal(B, T, H, V), None)
+    step = (*(y[:, 0].contiguous() for y in x), state, 0.5, False, None, None, None, True)
+    scans = {name: (*rule, True) for name in SCANS} | {f"{name}_backward": (*rule, *back) for name in SCANS}
+    scans |= {f"{name}_step": step for name in SCANS}
     writes = make_writes(generator, B, T, H, 1, K, V)
     v, w, b = floats(*dictionary(generator, H, F, K, V))
     first = (*floats(writes.decay, writes.left, writes.right), torch.arange(H), v, w)
     carry, at = normal(B, H, F), torch.randint(F, (B, T, H, TOP), generator=generator)
     none = (None,) * 4
     return {
-        "gated_delta_rule": (*rule, True),
-        "gated_delta_rule_backward": (
-            *rule, normal(B, T, H, V), normal(B, T, H, V), normal(B, H, K, V), normal(B, T, 1, K), normal(B, T, H, V),
-            None,
-        ),
-        "gated_delta_rule_step": (*(y[:, 0].contiguous() for y in x), state, 0.5, False, None, None, None, True),
+        **scans,
         "causal_conv": (normal(B, T, 4), normal(4, 3), normal(4), True, None),
         "rms_norm": (normal(B, 4), normal(4), normal(B, 4), 1e-6, False, False),
         "encode_topk": (*first, b, TOP, carry, *none, "fp32"),
@@ -224,9 +227,9 @@ def _arguments_of() -> dict[str, tuple]:
 
 RIGHT = "right"
 OPERATORS = {  # forward mode, gradients of torch.func, gradients of torch.autograd, vmap
-    "gated_delta_rule": (RIGHT, RIGHT, RIGHT, RIGHT),
-    "gated_delta_rule_backward": ("no forward-mode", "no backward", "no backward", RIGHT),
-    "gated_delta_rule_step": ("no forward-mode", "no backward", "no backward", "not defined under vmap"),
+    **{name: (RIGHT, RIGHT, RIGHT, RIGHT) for name in SCANS},
+    **{f"{name}_backward": ("no forward-mode", "no backward", "no backward", RIGHT) for name in SCANS},
+    **{f"{name}_step": ("no forward-mode", "no backward", "no backward", "not defined under vmap") for name in SCANS},
     "causal_conv": (RIGHT, RIGHT, "no backward", RIGHT),
     "rms_norm": (RIGHT, RIGHT, "no backward", RIGHT),
     "encode_topk": ("no forward-mode", "no backward", "no backward", RIGHT),
@@ -286,6 +289,7 @@ def test_operators_differentiate_or_refuse(name, asked):
                 q, k, v, g, beta, 0.5, s, output_final_state=True, return_writes=True, backend="reference"
             )
         ),
+        "ssd": lambda q, k, v, g, beta, s: ssd_reference(q, k, v, g, beta, 0.5, s, False, *[None] * 3)[:4],
         "causal_conv": lambda *y: (ops.causal_conv(*y, "silu", backend="reference"),),
         "rms_norm": lambda *y: (ops.rms_norm(*y, backend="reference"),),
     }[name]

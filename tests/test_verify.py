@@ -320,13 +320,13 @@ def test_a_lock_that_is_another_file(made, tmp_path):
 
 def test_other_writers(tmp_path, capsys):
     (tmp_path / "precious").write_text("precious")
-    from writesae.bench.record import write_json
+    from writesae.bench.record import write_record
     from writesae.demo import _refuse_foreign
     from writesae.experiments.parts import Parts
 
     (tmp_path / "bench.json").symlink_to(tmp_path / "precious")
     with pytest.raises(ValueError, match="bench.json is a symbolic link"):
-        write_json(tmp_path / "bench.json", {})
+        write_record(tmp_path / "bench.json", {})
     (tmp_path / "demo").symlink_to(tmp_path)
     with pytest.raises(ValueError, match="demo is a symbolic link"):
         _refuse_foreign(tmp_path / "demo")

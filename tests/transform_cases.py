@@ -10,6 +10,7 @@ from torch import func
 
 from writesae import ops
 from writesae.edits import Edits
+from writesae.ops import RuleCall
 from writesae.testing import dictionary, gated_delta_rule_inputs, make_writes
 from writesae.writes import Writes
 
@@ -103,8 +104,26 @@ def _cases() -> dict[str, Case]:
         fixed = made(*(y.to(tensors[0]) for y in trace))
         return (ops.training_loss(fixed, *tensors, k=TOP, backend=backend).loss,)
 
+    def of(name):
+        """(o, final state and the native writes' right side) of a rule, by its tensors in order."""
+
+        def run(backend, *tensors, **more):
+            *tensors, initial = tensors
+            rule = ops.RULES[name]
+            call = RuleCall(rule, dict(zip(rule.arguments, tensors, strict=True)), more, initial)
+            out = call.run(return_writes=True, output_final_state=True, backend=backend)
+            return out.o, out.final_state, out.writes.right[..., -1, :]
+
+        return run
+
+    def mamba_step(backend, x, dt, A, B, C, D, state):
+        state = state.clone()
+        return ops.ssd_step(x, dt, A, B, C, state, D, backend=backend).o, state
+
     plain = gated_delta_rule_inputs(B, T, H, H, K, V)
     channel = -torch.nn.functional.softplus(normal(B, T, H, K))
+    mamba = (normal(B, T, H, V), normal(B, T, H).abs(), -normal(H).abs(), normal(B, T, 1, K), normal(B, T, 1, K),
+             normal(H), state)  # fmt: skip
     # A kernel's second derivative is refused; what has no kernel has one.
     hidden = dict.fromkeys(TRACING, "numbers.*are needed, and t")
     rule = dict.fromkeys(("double_backward", "forward_over_reverse"), "gated_delta_rule_backward: no")
@@ -141,17 +160,22 @@ def _cases() -> dict[str, Case]:
         "activations": Case(activations, (*trace, *floats(v, w, b)), once),
         "factored_loss": Case(loss, (normal(*at.shape), *floats(v_dec, w_dec, offset)), once),
         "training_loss": Case(train, floats(v, w, b, v_dec, w_dec, offset), once),
+        "gated_delta_rule, channel gate": Case(
+            of("gated_delta_rule"), (x["q"], x["k"], x["v"], channel, x["beta"], state), {},
+        ),
         "ssd": Case(
-            lambda backend, *y: ops.ssd(*y, backend=backend)[:2],
-            (normal(B, T, H, V), normal(B, T, H).abs(), -normal(H).abs(), normal(B, T, 1, K), normal(B, T, 1, K),
-             normal(H), state), {},
+            of("ssd"), mamba, dict.fromkeys(("double_backward", "forward_over_reverse"), "ssd_backward: no"),
+        ),
+        "ssd_step": Case(
+            mamba_step, (*(y if y.ndim == 1 else y[:, 0] for y in mamba[:-1]), state),
+            dict.fromkeys(DERIVATIVES, "ssd_step"),
         ),
         "dplr": Case(
-            lambda backend, *y: ops.dplr(*y, backend=backend)[:2],
+            of("dplr"),
             (plain["q"], plain["k"], plain["v"], channel, normal(B, T, H, K), normal(B, T, H, K) / 4, state), {},
         ),
         "selective_scan": Case(
-            lambda backend, *y: ops.selective_scan(*y, backend=backend)[:2],
+            of("selective_scan"),
             (normal(B, T, V), normal(B, T, V).abs(), -normal(V, K).abs(), normal(B, T, K), normal(B, T, K), normal(V),
              state[:, :1]), {},
         ),

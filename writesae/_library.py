@@ -56,6 +56,14 @@ def backends() -> dict[str, str | None]:
     return {"reference": None, "cpu": CPU_ERROR, "cuda": cuda}
 
 
+def has_kernel(operator: str, key: str) -> bool:
+    """Whether a library that is loaded runs "namespace::operator" for the dispatch key "CPU" or "CUDA"."""
+    try:
+        return torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)
+    except RuntimeError:  # no such operator
+        return False
+
+
 def load_twin(path: str | Path) -> None:
     """Loads the CUDA kernels compiled for the CPU (scripts/build_twin.py); backend="twin" then runs them. For tests."""
     global _twin

@@ -16,7 +16,10 @@ class Command(NamedTuple):
     summary: str
     writes: str  # what it writes, and how it ends
     example: str
+    interrupted: str = ""  # how to go on once it was
 
+
+_GOES_ON = "the same command goes on where it was"
 
 COMMANDS = {
     "info": Command(
@@ -31,6 +34,7 @@ COMMANDS = {
         "Takes about 3 minutes and no network. Writes the collection firings/, summary.json, firings.parquet, plots/ "
         "and the page report.html to --out.",
         "writesae demo --out runs/demo",
+        "the same command begins anew",
     ),
     "train": Command(
         "writesae.sae.command",
@@ -38,6 +42,7 @@ COMMANDS = {
         "Writes cfg.json and sae.safetensors (several sites: a folder L<layer>H<head> for each), metrics.json with the "
         "held-out figures, and a checkpoint, to --out. Interrupted, the same command with --resume goes on.",
         "writesae train --layer 5 --head 3 --features 4096 -k 8 --steps 2000 --out runs/L5H3",
+        "the same command goes on, with --resume once there is a checkpoint in --out",
     ),
     "collect": Command(
         "writesae.collect.command",
@@ -46,6 +51,7 @@ COMMANDS = {
         "to --out; writesae.Store reads the folder. Interrupted or killed, the same command goes on with nothing lost. "
         "Exit status: 0 done, 1 disk full or declined, 2 bad input, 130 interrupted.",
         "writesae collect notes/ --out runs/notes --max-tokens 1000000",
+        _GOES_ON,
     ),
     "verify": Command(
         "writesae.collect.verify",
@@ -60,6 +66,7 @@ COMMANDS = {
         "Follows the model's next-token distribution after each edit. Writes summary.json, firings.parquet, plots/ and "
         "the page report.html to --out. Interrupted, the same command goes on.",
         "writesae replace --firings 200 --out runs/replace",
+        _GOES_ON,
     ),
     "loss-recovered": Command(
         "writesae.experiments.recovered_command",
@@ -68,13 +75,15 @@ COMMANDS = {
         "all at once, beside an untrained codebook. Writes summary.json, recovered.csv, losses.parquet, plots/ and the "
         "page report.html to --out. Interrupted, the same command goes on.",
         "writesae loss-recovered --sae runs/writes --k 1 8 --out runs/recovered",
+        _GOES_ON,
     ),
     "bench": Command(
         "writesae.bench.command",
         "measure every figure of speed and accuracy beside its peer",
         "Writes one JSON file a case and the picture bench.png to --out, and prints the table. Exit status 1 where a "
-        "case failed or its result disagrees with its peer's.",
+        "case failed or its result disagrees with its peer's. Interrupted, the same command goes on.",
         "writesae bench 'encode*' --quick",
+        _GOES_ON,
     ),
     "report": Command(
         "writesae.report.command",
@@ -125,15 +134,19 @@ def main(argv: list[str] | None = None) -> int:
         top.print_help()
         return 2
     try:
-        return import_module(COMMANDS[args.command].module).run(args)
+        status = import_module(COMMANDS[args.command].module).run(args)
     except KeyboardInterrupt:
-        return _say(args.command, "interrupted", 130)
+        status = 130
     except (ValueError, ImportError, *_MISUSE) as error:
         return _say(args.command, error, 2)
     except EOFError:
         return _say(args.command, "a question could not be asked: standard input is closed", 2)
     except OSError as error:  # a full disk, a broken pipe
         return _say(args.command, error, 1)
+    if status == 130:
+        hint = COMMANDS[args.command].interrupted
+        return _say(args.command, f"interrupted: {hint}" if hint else "interrupted", status)
+    return status
 
 
 def _say(command: str, error: object, status: int) -> int:

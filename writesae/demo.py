@@ -8,12 +8,11 @@ pictures and self-contained pages, `report.html` first.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import time
 from pathlib import Path
 
-from .files import refuse_link, write_text
+from .files import refuse_link, write_json
 
 _CONTEXTS = 4
 _TRAIN_TOKENS = 60_000  # for a codebook of native writes
@@ -47,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
     model, tokenizer, saes = load_default()
     (site, sae), *_ = saes.items()
-    backend = "cpu" if _dispatch.can_run("cpu", "demo", {}) else "reference"
+    backend = "cpu" if _dispatch.can_run("cpu", "encode", {}) else "reference"
     parameters = sum(p.numel() for p in model.parameters())
     print(
         f"model: {parameters / 1e6:.1f} M parameters, Qwen3.5 architecture, trained on the Python standard library\n"
@@ -62,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"\n1. firings of {len(corpus)} held-out modules")
     source = ModelSource(model, {site: sae}, accelerate=True)
     collected = collect(corpus, tokenizer, source, args.out / "firings", context=512, progress=True)
+    if not collected["complete"]:
+        raise KeyboardInterrupt
     print(
         f"   {collected['firings']:,} firings of {collected['tokens']:,} tokens at "
         f"{collected['tokens_per_second']:,.0f} tokens/s; {collected['bytes_per_firing']:.2f} bytes a firing"
@@ -98,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     summary["seconds"] = time.perf_counter() - began
     ordered = {name: summary[name] for name in _SUMMARY}
     ordered.update({name: value for name, value in summary.items() if name not in ordered})
-    write_text(args.out / "summary.json", json.dumps(ordered, indent=2, allow_nan=False) + "\n")
+    write_json(args.out / "summary.json", ordered)
     _show_result(summary, page)
     return 0
 

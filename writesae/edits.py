@@ -127,6 +127,14 @@ class Edits:
             object.__setattr__(made, name, columns.get(name, getattr(self, name)))
         return made
 
+    def _of_heads(self, heads: list[int]) -> Edits | None:
+        """Edits of the listed heads, each numbered by its place in the list; None where there are none."""
+        which = [(self.head == head).nonzero().flatten() for head in heads]
+        if not any(map(len, which)):
+            return None
+        slot = torch.arange(len(heads)).repeat_interleave(torch.tensor([len(x) for x in which]))
+        return self._at(torch.cat(which))._with(head=slot)
+
     @property
     def needs_clean_pass(self) -> bool:
         """True when some edit refers to the native write, which only the op knows."""

@@ -11,6 +11,8 @@ import errno
 import hashlib
 import json
 import os
+import re
+import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +22,7 @@ from pathlib import Path
 SEAL = "sha256"
 _BLOCK = 1 << 20
 _LARGEST_JSON = 1 << 28
+_TEMPORARY = re.compile(r"(.+)\.\d+\.tmp")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _RACY_SECONDS = 2.0  # a file changed so recently may change again without its times saying so
 
@@ -45,6 +48,13 @@ def refuse_links(folder: Path, argument: str = "out") -> None:
             refuse_link(Path(here, name), argument)
 
 
+def refuse_file(path: Path, argument: str = "out") -> None:
+    """Raises ValueError if something that is no folder stands where one should be; a link to one is one."""
+    if not os.path.isdir(path) and os.path.lexists(path):
+        kind = "a link that leads nowhere" if os.path.islink(path) and not os.path.exists(path) else "the file"
+        raise ValueError(f"{argument}: expected a folder, got {kind} {path}")
+
+
 def make_folder(root: Path, *names: str, argument: str = "out") -> Path:
     """`root/names...`, made where it is missing; `root` may be a link to a folder, nothing below it.
 
@@ -52,15 +62,12 @@ def make_folder(root: Path, *names: str, argument: str = "out") -> Path:
         ValueError: a link below the root, or a file where a folder should be.
     """
     path = Path(root)
-    if not path.is_dir() and os.path.lexists(path):
-        kind = "a link that leads nowhere" if path.is_symlink() and not path.exists() else "the file"
-        raise ValueError(f"{argument}: expected a folder, got {kind} {path}")
+    refuse_file(path, argument)
     path.mkdir(parents=True, exist_ok=True)
     for name in names:
         path = path / name
         refuse_link(path, argument)
-        if os.path.lexists(path) and not path.is_dir():
-            raise ValueError(f"{argument}: expected a folder, got the file {path}")
+        refuse_file(path, argument)
         path.mkdir(exist_ok=True)
     return path
 
@@ -81,7 +88,7 @@ def whole_file(path: Path, root: Path | None = None, argument: str = "out") -> I
     path = Path(path)
     for part in _below(path, path.parent if root is None else Path(root)):
         refuse_link(part, argument)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # as `left_over` knows it
     try:
         # Made here, exclusively, so that nothing that waits under this name is ever opened.
         discard(temporary)
@@ -133,10 +140,68 @@ def sync_folder(folder: Path) -> None:
     _sync(folder)
 
 
+@contextmanager
+def whole_folder(path: Path, argument: str = "out") -> Iterator[Path]:
+    """Yields a new folder beside `path`, which takes its place on success, with all that stood there; on any error it
+    is removed, and what stood there stays.
+
+    Raises:
+        ValueError: `path` is a symbolic link.
+    """
+    path = Path(path)
+    refuse_link(path, argument)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh, old = (path.with_name(f"{path.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
+    shutil.rmtree(fresh, ignore_errors=True)
+    try:
+        fresh.mkdir()
+        yield fresh
+        for here, _, names in os.walk(fresh):
+            for name in names:
+                _sync(Path(here, name))
+            sync_folder(Path(here))
+        if path.exists():  # two renames, the shortest time without the folder that every system allows
+            os.replace(path, old)
+        os.replace(fresh, path)
+        sync_folder(path.parent)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def left_over(path: Path) -> Path | None:
+    """The file whose temporary name this is, as `whole_file` leaves one when its process is killed; else None."""
+    match = _TEMPORARY.fullmatch(path.name)
+    return None if match is None else path.with_name(match[1])
+
+
+def discard_left_over(folder: Path) -> None:
+    """Removes what killed processes left in a folder that none is writing to; nothing where there is no folder."""
+    for path in folder.glob("*.tmp"):
+        if left_over(path) is not None:
+            path.unlink()
+
+
+def write_bytes(path: Path, data: bytes, root: Path | None = None, argument: str = "out") -> None:
+    """Writes a file, whole or not at all, through no link."""
+    with whole_file(path, root, argument) as temporary:
+        temporary.write_bytes(data)
+
+
 def write_text(path: Path, text: str, root: Path | None = None, argument: str = "out") -> None:
     """Writes a UTF-8 file, whole or not at all, through no link."""
-    with whole_file(path, root, argument) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_bytes(path, text.encode(), root, argument)
+
+
+def write_json(path: Path, value, root: Path | None = None, *, indent: int | None = 2, allow_nan: bool = False) -> None:
+    """Writes a value as JSON, whole or not at all, through no link.
+
+    Raises:
+        ValueError: a number is NaN or infinite, which is no JSON, unless `allow_nan`; nothing is written.
+    """
+    write_text(path, json.dumps(value, indent=indent, allow_nan=allow_nan) + "\n", root)
 
 
 def write_sealed(path: Path, value: dict, root: Path | None = None) -> None:
@@ -207,12 +272,13 @@ def open_plain(path: Path):
 # ---- digests ----------------------------------------------------------------------------------------------------
 
 
-def sha256(path: Path, progress: Callable[[int], object] | None = None) -> str:
-    """Digest of a file's bytes, a block at a time; `progress` is told the bytes of each."""
-    digest = hashlib.sha256()
+def sha256(path: Path, progress: Callable[[int], object] | None = None, size: int | None = None) -> str:
+    """Digest of a file's bytes (of the first `size`), a block at a time; `progress` is told the bytes of each."""
+    digest, left = hashlib.sha256(), float("inf") if size is None else size
     with open_plain(path) as file:
-        while block := file.read(_BLOCK):
+        while block := file.read(int(min(left, _BLOCK))):
             digest.update(block)
+            left -= len(block)
             if progress is not None:
                 progress(len(block))
     return digest.hexdigest()

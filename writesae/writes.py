@@ -4,8 +4,9 @@ Every supported write rule is, per head,
 
     S_t = decay_t o S_{t-1} + sum_r left_{t,r} right_{t,r}^T          S_t in R^{K x V}
 
-so (decay, left, right) carry the whole trajectory at 1/64 of its size (K = V = 128). Method: J. Young, *WriteSAE:
-Sparse Autoencoders for Recurrent State*, arXiv 2605.12770.
+so (decay, left, right) carry the whole trajectory at 1/64 of its size (K = V = 128). How heads and writes lie in them
+is known here alone: others ask `head`, `heads`, `native`, `rank_one`, `left_head` or `left_of_heads`. Method: J. Young,
+*WriteSAE: Sparse Autoencoders for Recurrent State*, arXiv 2605.12770.
 
 Letters: B row, T position, H value head, Hl key (left) head, R writes a token, K key size, V value size, N sequences
 (N = B, or the number of packed sequences when `cu_seqlens` is given, where B = 1).
@@ -15,15 +16,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from ._arguments import check_floats, check_integers, check_type, integers, said
+from ._arguments import check_floats, check_integers, check_type, integers, said, unreadable
 from ._autocast import without_autocast
 from .edits import AFTER, Edits
 
 _FORGET = -1e4  # a log-decay whose exp is 0, and whose sums over a chunk stay finite
+_WRITES = ("new", "erase", "total")
+
+_Head = TypeVar("_Head", int, Tensor)
 
 
 @dataclass(frozen=True, repr=False)
@@ -34,10 +39,12 @@ class Writes:
         decay: log-decay. `[B, T, H]` (scalar gate), `[B, T, H, K]` (channel gate), or `[B, T, H, V]` together with
             `decay_matrix` (element gate: log-decay of entry (n, c) is `decay[..., c] * decay_matrix[h, n, c]`).
         left: `[B, T, Hl, R, K]` key side as used (after normalisation). Value head h reads left head h // (H / Hl).
-        right: `[B, T, H, R, V]` value side: the actual increment, erase already inside.
-        beta: `[B, T, H]` erase strength of a delta rule (`S -= beta k k^T (decay S)`), None for additive rules.
+        right: `[B, T, H, R, V]` value side: the actual increment, erase already inside. R = 1, but for rules with a
+            low-rank transition that make two writes a token: first the erase, then the new one.
+        beta: `[B, T, H]` erase strength of a delta rule (`S -= beta k k^T (decay S)`, k the left factor), None for
+            other rules.
         erase: for general low-rank transitions, `(read, write)`, each `[B, T, H, K]`: the transition applied to a
-            perturbation is `Diag(e^decay) + write read^T`. None for additive and delta rules.
+            perturbation is `Diag(e^decay) + write read^T`. None for other rules.
         decay_matrix: `[H, K, V]`, element gate only.
         initial_state: `[N, H, K, V]` state before the first token, None means zero.
         cu_seqlens: `[N + 1]` int64 offsets of packed sequences (then B = 1), or None.
@@ -80,13 +87,18 @@ class Writes:
                 f"decay_matrix: expected [H={H}, K={K}, V={V}] with a [B, T, H, V] decay, got shape "
                 f"{tuple(self.decay_matrix.shape)} and decay {tuple(decay.shape)}"
             )
+        if self.beta is not None and (self.erase is not None or tuple(self.beta.shape) != (B, T, H)):
+            other = "" if self.erase is None else " beside an erase, of which there may be one"
+            raise ValueError(f"beta: expected [B={B}, T={T}, H={H}], got shape {tuple(self.beta.shape)}{other}")
+        if self.erase is not None and [tuple(x.shape) for x in self.erase] != [(B, T, H, K)] * 2:
+            got = ", ".join(str(tuple(x.shape)) for x in self.erase)
+            raise ValueError(f"erase: expected (read, write), each [B={B}, T={T}, H={H}, K={K}], got shapes {got}")
 
     def __repr__(self) -> str:
         B, T, H, K, V = self.shape
         Hl, R = self.left.shape[2:4]
-        gate = "element" if self.decay_matrix is not None else "channel" if self.decay.ndim == 4 else "scalar"
-        rule = "delta" if self.beta is not None else "low-rank" if self.erase is not None else "additive"
-        more = [f"{gate} gate", f"{rule} rule", str(self.right.dtype).removeprefix("torch.")]
+        dtype = str(self.right.dtype).removeprefix("torch.")
+        more = [f"{self.gate} gate", f"transition {self.transition}", dtype]
         if self.cu_seqlens is not None:
             more.append(f"{self.num_sequences} packed sequences")
         if self.initial_state is not None:
@@ -105,7 +117,18 @@ class Writes:
         return B, T, H, self.left.shape[-1], V
 
     @property
+    def gate(self) -> str:
+        """What a decay is of: "scalar" (a head), "channel" (a key channel) or "element"."""
+        return "element" if self.decay_matrix is not None else "scalar" if self.decay.ndim == 3 else "channel"
+
+    @property
+    def transition(self) -> str:
+        """What a token does to the state beside the gate: "none", "delta" (erase what k reads) or "low rank"."""
+        return "delta" if self.beta is not None else "none" if self.erase is None else "low rank"
+
+    @property
     def num_sequences(self) -> int:
+        """N: rows, or sequences packed into one."""
         return self.right.shape[0] if self.cu_seqlens is None else len(self.cu_seqlens) - 1
 
     @property
@@ -116,15 +139,12 @@ class Writes:
     def memoryless(self) -> Writes:
         """The same writes in a memory that holds one at a time: each state is the write of its own token.
 
-        For codes of writes instead of states. Initial state and edits are no writes, and left out.
-
-        Raises:
-            ValueError: a channel or element gate.
+        For codes of writes instead of states. A memory that forgets everything has a scalar gate, whatever the rule's.
+        Initial state and edits are no writes, and left out.
         """
-        if self.decay.ndim != 3:
-            raise ValueError(f"writes: expected a scalar gate (decay [B, T, H]), got decay {tuple(self.decay.shape)}")
-        decay = torch.full_like(self.decay, _FORGET, dtype=torch.promote_types(self.decay.dtype, torch.float32))
-        return replace(self, decay=decay, beta=None, erase=None, initial_state=None, edits=None)
+        dtype = torch.promote_types(self.decay.dtype, torch.float32)
+        decay = torch.full_like(self.right[..., 0, 0], _FORGET, dtype=dtype)
+        return Writes(decay, self.left, self.right, cu_seqlens=self.cu_seqlens)
 
     def sequences(self) -> Iterator[tuple[int, int, int, int]]:
         """Yields (sequence, batch row, first token, one past the last token)."""
@@ -153,6 +173,122 @@ class Writes:
             ),
         )  # fmt: skip
 
+    # ---- heads and writes -------------------------------------------------------------------------------------
+
+    def left_head(self, head: _Head) -> _Head:
+        """The left (key) head that a value head reads: of a number, or of each of an int tensor.
+
+        Raises:
+            ValueError: a number that is no value head. Tensors are not looked at.
+        """
+        H, Hl = self.right.shape[2], self.left.shape[2]
+        if isinstance(head, Tensor):
+            return head // (H // Hl)
+        found = integers("head", head)
+        if len(found) != 1 or not 0 <= found[0] < H:
+            raise ValueError(f"head: expected 0 <= head < H={H}, got {head}")
+        return found[0] // (H // Hl)
+
+    def left_of_heads(self, row: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
+        """`[B, t, H, R, K]` left factors of every value head at tokens start..stop-1; of one batch row `[t, H, R, K]`.
+
+        A view where every value head has a left head of its own.
+        """
+        group = self.right.shape[2] // self.left.shape[2]
+        left = self.left[:, start:stop] if row is None else self.left[row, start:stop]
+        return left if group == 1 else left.repeat_interleave(group, dim=-3)
+
+    def head(self, head: int) -> Writes:
+        """The writes of one value head, as views: H = Hl = 1, its edits kept as edits of head 0.
+
+        Raises:
+            ValueError: no such head.
+        """
+        key = self.left_head(head)
+        return self._of(slice(head, head + 1), slice(key, key + 1), [head])
+
+    def heads(self, heads: Sequence[int]) -> Writes:
+        """The writes of the listed value heads, copied, in that order: H = Hl = how many, edits renumbered alike.
+
+        Raises:
+            ValueError: no such head.
+        """
+        listed = integers("heads", heads)
+        lefts = [self.left_head(head) for head in listed]
+        at, key = (torch.tensor(x, dtype=torch.int64, device=self.right.device) for x in (listed, lefts))
+        return self._of(at, key, listed)
+
+    def _of(self, at: slice | Tensor, key: slice | Tensor, listed: list[int]) -> Writes:
+        return Writes(
+            self.decay[:, :, at], self.left[:, :, key], self.right[:, :, at],
+            beta=None if self.beta is None else self.beta[:, :, at],
+            erase=None if self.erase is None else (self.erase[0][:, :, at], self.erase[1][:, :, at]),
+            decay_matrix=None if self.decay_matrix is None else self.decay_matrix[at],
+            initial_state=None if self.initial_state is None else self.initial_state[:, at],
+            cu_seqlens=self.cu_seqlens, edits=None if self.edits is None else self.edits._of_heads(listed),
+        )  # fmt: skip
+
+    def rank_one(self, what: str) -> tuple[Tensor, Tensor]:
+        """(left `[B, T, H, K]` of every value head, right `[B, T, H, V]`), of writes that are one a token.
+
+        Args:
+            what: who asks, for the refusal.
+        Raises:
+            ValueError: R > 1: which of them is meant is for the caller to say, see `native`.
+        """
+        self._require_rank_one(what)
+        return self.left_of_heads().squeeze(3), self.right.squeeze(3)
+
+    def native(
+        self, row: int | Tensor, position: int | Tensor, head: int | Tensor, write: str = "new"
+    ) -> tuple[Tensor, Tensor]:
+        """Factors of the writes that the model itself made at some places.
+
+        Args:
+            row: batch row, or the sequence of a packed batch.
+            position: inside that row.
+            head: value head. All three: numbers or int tensors, which broadcast to one shape `[...]`.
+            write: which, where a token makes two (R = 2 of a low-rank transition): "new", what it brings in, "erase",
+                what it takes away, or "total" for both. At R = 1 the new one is all, the erase is inside.
+        Returns:
+            (left `[..., K]`, right `[..., V]`); of "total" (`[..., R, K]`, `[..., R, V]`).
+        Raises:
+            ValueError: a place out of range, an unknown write, or one that these writes do not tell apart.
+        """
+        if write not in _WRITES:
+            raise ValueError(f"write: expected one of {', '.join(_WRITES)}, got {write!r}")
+        R = self.right.shape[3]
+        if write == "erase" and (R, self.transition) != (2, "low rank"):
+            raise ValueError(f"write: expected new or total, got erase, which is no write of its own in {self!r}")
+        if write == "new" and R > 1 and (R, self.transition) != (2, "low rank"):
+            raise ValueError(f"write: expected total, got new, and which of R={R} is new is not known in {self!r}")
+        batch, token, head = self._places(row, position, head)
+        left, right = self.left[batch, token, self.left_head(head)], self.right[batch, token, head]
+        if write == "total":
+            return left, right
+        which = 0 if write == "erase" else R - 1
+        return left[..., which, :], right[..., which, :]
+
+    def _places(self, row, position, head, of: str = "") -> tuple[Tensor, Tensor, Tensor]:
+        """(batch row, token, head), checked: tensors of one shape on the writes' device."""
+        _, T, H, _, _ = self.shape
+        given = {"row": row, "position": position, "head": head}
+        index = [_index(of + name, x, self.right.device) for name, x in given.items()]
+        try:
+            row, position, head = torch.broadcast_tensors(*index)
+        except RuntimeError:
+            shapes = ", ".join(str(tuple(x.shape)) for x in index)
+            raise ValueError(f"row, position, head: expected shapes that broadcast, got {shapes}") from None
+        _check_range(f"{of}row", row, self.num_sequences, "rows" if self.cu_seqlens is None else "packed sequences")
+        _check_range(f"{of}head", head, H, "value heads")
+        if self.cu_seqlens is None:
+            _check_range(f"{of}position", position, T, "tokens")
+            return row, position, head
+        offsets = self.cu_seqlens.to(row.device)
+        start = offsets[row]
+        _check_range(f"{of}position", position, offsets[row + 1] - start, "tokens of that sequence")
+        return torch.zeros_like(row), start + position, head
+
     # ---- helpers on one sequence ------------------------------------------------------------------------------
 
     def _start(self, n: int) -> Tensor:
@@ -160,18 +296,11 @@ class Writes:
         _, _, H, K, V = self.shape
         return self.right.new_zeros(H, K, V) if self.initial_state is None else self.initial_state[n].to(self.right)
 
-    def _left_of_heads(self, b: int, start: int, stop: int) -> Tensor:
-        """`[t, H, R, K]`: left factors repeated to value heads."""
-        group = self.right.shape[2] // self.left.shape[2]
-        return self.left[b, start:stop].repeat_interleave(group, dim=1)
-
     def _element_decay(self, decay: Tensor) -> Tensor:
         """`[..., H]`, `[..., H, K]` or `[..., H, V]` log-decay to a factor that broadcasts on `[..., H, K, V]`."""
         if self.decay_matrix is not None:
             return (decay[..., None, :] * self.decay_matrix).exp()
-        if decay.ndim == self.decay.ndim - 2 and self.decay.ndim == 4:
-            return decay.exp()[..., None]
-        return decay.exp()[..., None, None]
+        return decay.exp()[..., None] if self.gate == "channel" else decay.exp()[..., None, None]
 
     def _resolve(self, positions) -> list[tuple[int, int]]:
         """Positions argument to a list of (sequence, position)."""
@@ -213,6 +342,8 @@ class Writes:
 
     def _states_at(self, pairs: list[tuple[int, int]], read: bool = False) -> Tensor:
         """`[P, H, K, V]` at (sequence, position)."""
+        if self.edits is not None and self.edits.needs_clean_pass:
+            raise ValueError('writes: expected edits of kind "add" only; the recurrence resolves delete and replace')
         _, _, H, K, V = self.shape
         wanted: dict[int, dict[int, list[int]]] = {}
         for i, (n, t) in enumerate(pairs):
@@ -242,8 +373,8 @@ class Writes:
         """State `[H, K, V]` at `start` carried through the writes `start..stop-1` of row b."""
         for lo in range(start, stop, 256):
             hi = min(lo + 256, stop)
-            left, right, decay = self._left_of_heads(b, lo, hi), self.right[b, lo:hi], self.decay[b, lo:hi]
-            if self.decay_matrix is not None:
+            left, right, decay = self.left_of_heads(b, lo, hi), self.right[b, lo:hi], self.decay[b, lo:hi]
+            if self.gate == "element":
                 for t in range(hi - lo):
                     state = self._element_decay(decay[t]) * state + torch.einsum("hrk,hrv->hkv", left[t], right[t])
                 continue
@@ -251,7 +382,7 @@ class Writes:
             # exp of (sum of what follows), never a quotient of products: strong decay underflows to 0, not 0/0.
             # Summed over later tokens only, not subtracted: a closed gate (-inf) must not become NaN.
             after = torch.cat((decay[1:], torch.zeros_like(decay[:1]))).flip(0).cumsum(0).flip(0)
-            weight = after.exp()[..., None] if decay.ndim == 2 else after.exp()  # [t, H, 1 or K]
+            weight = after.exp()[..., None] if self.gate == "scalar" else after.exp()  # [t, H, 1 or K]
             written = torch.einsum("thrk,thrv->hkv", left * weight[:, :, None], right)
             state = self._element_decay(total) * state + written
         return state
@@ -260,10 +391,12 @@ class Writes:
     def norms(self) -> Tensor:
         """Frobenius norm of the state after every token, `[B, T, H]`, without storing states.
 
-        Scalar gates only. Uses ||S_t||^2 = a^2 ||S_{t-1}||^2 + 2 a sum_r left^T S_{t-1} right + ||N_t||^2, chunk by
-        chunk.
+        Uses ||S_t||^2 = a^2 ||S_{t-1}||^2 + 2 a sum_r left^T S_{t-1} right + ||N_t||^2, chunk by chunk, where the gate
+        is scalar. No such recurrence holds for other gates: of them every state is formed, one at a time.
+
+        Raises:
+            ValueError: writes with edits.
         """
-        self._require_scalar("norms")
         if self.edits is not None and len(self.edits):
             raise ValueError("norms: not defined for writes with edits; take norms of states(positions) instead")
         B, T, H, K, V = self.shape
@@ -271,10 +404,15 @@ class Writes:
         chunk = 64
         for n, b, start, stop in self.sequences():
             state = self._start(n)
+            for t in range(start, stop) if self.gate != "scalar" else ():
+                state = self._advance(state, b, t, t + 1)
+                out[b, t] = state.flatten(1).norm(dim=1)
+            if self.gate != "scalar":
+                continue
             square = state.square().sum((1, 2))
             for lo in range(start, stop, chunk):
                 hi = min(lo + chunk, stop)
-                left = self._left_of_heads(b, lo, hi).permute(1, 0, 2, 3)  # [H, t, R, K]
+                left = self.left_of_heads(b, lo, hi).permute(1, 0, 2, 3)  # [H, t, R, K]
                 right = self.right[b, lo:hi].permute(1, 0, 2, 3)  # [H, t, R, V]
                 decay = self.decay[b, lo:hi]
                 cum = decay.T.cumsum(1)  # [H, t]
@@ -307,11 +445,11 @@ class Writes:
         v, w = atom
         check_floats(**{"writes.right": self.right, "atom[0]": v, "atom[1]": w})
         _, _, H, K, V = self.shape
-        if v.shape[-1] != K or w.shape[-1] != V:
+        if tuple(v.shape) not in ((K,), (H, K)) or tuple(w.shape) not in ((V,), (H, V)):
             got = f"{tuple(v.shape)}, {tuple(w.shape)}"
-            raise ValueError(f"atom: expected v [..., K={K}] and w [..., V={V}], got {got}")
+            raise ValueError(f"atom: expected v [K={K}] or [H={H}, K] and w [V={V}] or [H, V], got {got}")
         unit = torch.nn.functional.normalize
-        left = self.left.repeat_interleave(H // self.left.shape[2], dim=2)
+        left = self.left_of_heads()
         v, w = unit(v.to(left), dim=-1), unit(w.to(left), dim=-1)
         v, w = v.expand(H, K)[:, None], w.expand(H, V)[:, None]
         return (unit(left, dim=-1) * v).sum(-1) * (unit(self.right, dim=-1) * w).sum(-1)
@@ -329,29 +467,25 @@ class Writes:
             length: positions to follow, counted from the edit's own; None means to the end of the longest row.
         Returns:
             `[E, length, K]`: p_t, p_{t+1}, ...; zero past the end of the row. dtype of `right`.
+        Raises:
+            ValueError: edits of another kind, or out of range; an element gate, under which no perturbation stays rank
+                1; a delta rule with more than one write a token.
         """
         check_type("edit", edit, Edits)
         if edit.needs_clean_pass:
             raise ValueError('edit: propagate takes kind "add" only; resolve delete and replace into additions first')
-        if self.decay_matrix is not None:
+        if self.gate == "element":
             raise ValueError("propagate: an element gate does not keep a rank-1 perturbation at rank 1")
-        spans = {n: (b, start, stop) for n, b, start, stop in self.sequences()}
-        _, _, H, K, _ = self.shape
-        group = H // self.left.shape[2]
+        if self.beta is not None:
+            self._require_rank_one("propagate")
+        batch, token, h = self._places(edit.row, edit.position, edit.head, "edit.")
+        spans = [(start, stop) for _, _, start, stop in self.sequences()]
         if length is None:
-            length = max((stop - start for _, start, stop in spans.values()), default=0)
-        out = self.right.new_zeros(len(edit), length, K)
+            length = max((stop - start for start, stop in spans), default=0)
+        out = self.right.new_zeros(len(edit), length, self.shape[3])
         if not len(edit) or not length:
             return out
-        row, position, head = edit.row.tolist(), edit.position.tolist(), edit.head.tolist()
-        for n, t, h in zip(row, position, head, strict=True):
-            if n not in spans or not 0 <= t < spans[n][2] - spans[n][1] or not 0 <= h < H:
-                raise ValueError(f"edit: out of range: row {n}, position {t}, head {h} for shape {self.shape}")
-        device = self.right.device
-        batch = torch.tensor([spans[n][0] for n in row], device=device)
-        token = torch.tensor([spans[n][1] + t for n, t in zip(row, position, strict=True)], device=device)
-        end = torch.tensor([spans[n][2] for n in row], device=device)
-        h = torch.tensor(head, device=device)
+        key, end = self.left_head(h), torch.tensor([stop for _, stop in spans])[edit.row].to(token.device)
         p = edit.left.to(self.right)
         out[:, 0] = p * (edit.when != AFTER).to(p)[:, None]
         for step in range(1, length):
@@ -363,7 +497,7 @@ class Writes:
             decay = self.decay[batch, at, h].exp()
             decayed = p * (decay if decay.ndim == 2 else decay[:, None])
             if self.beta is not None:
-                k = self.left[batch, at, h // group, 0]
+                k = self.left[batch, at, key].squeeze(1)
                 p = decayed - self.beta[batch, at, h][:, None].to(p) * k * (k * decayed).sum(1, keepdim=True)
             elif self.erase is not None:
                 read, write = (x[batch, at, h] for x in self.erase)
@@ -374,16 +508,42 @@ class Writes:
             out[:, step] = p
         return out
 
-    def _require_scalar(self, what: str):
-        if self.decay.ndim != 3:
+    def require_scalar(self, what: str) -> None:
+        """Raises ValueError, naming who asks, unless the gate is scalar."""
+        if self.gate != "scalar":
             raise ValueError(f"{what}: expected a scalar gate (decay [B, T, H]), got decay {tuple(self.decay.shape)}")
+
+    def _require_rank_one(self, what: str) -> None:
+        R = self.right.shape[3]
+        if R != 1:
+            raise ValueError(f"{what}: expected one write a token (R = 1), got R={R}; `native` tells them apart")
+
+
+def _index(name: str, x, device: torch.device) -> Tensor:
+    """int64, on the device; a number is `[]`."""
+    if not isinstance(x, Tensor):
+        found = integers(name, x)
+        return torch.tensor(found if hasattr(x, "__iter__") else found[0], dtype=torch.int64, device=device)
+    check_integers(name, x, "[...]")
+    return x.to(device, torch.int64)
+
+
+def _check_range(name: str, x: Tensor, size: int | Tensor, what: str) -> None:
+    """Raises ValueError unless 0 <= x < size. Waits for a device, where an index out of range would end the process."""
+    if unreadable(x) is not None:
+        return
+    bad = (x < 0) | (x >= size)
+    if bool(bad.any()):
+        limit = int(size[bad][0]) if isinstance(size, Tensor) else size
+        raise ValueError(f"{name}: expected 0 <= {name.split('.')[-1]} < {limit} ({what}), got {int(x[bad][0])}")
 
 
 def _additions_by_position(edits: Edits | None, row: int) -> dict[int, list[tuple[bool, int, Tensor, Tensor]]]:
     """{position: [(whether after the read, head, left, right), ...]} of one row's additions, those before first."""
     found: dict[int, list[tuple[bool, int, Tensor, Tensor]]] = {}
     if edits is not None:
-        for i in sorted((edits.row == row).nonzero().flatten().tolist(), key=lambda i: int(edits.when[i])):
+        mine = (edits.row == row) | (edits.row < 0)
+        for i in sorted(mine.nonzero().flatten().tolist(), key=lambda i: int(edits.when[i])):
             entry = (bool(edits.when[i] == AFTER), int(edits.head[i]), edits.left[i], edits.right[i])
             found.setdefault(int(edits.position[i]), []).append(entry)
     return found

@@ -1,5 +1,7 @@
 """`writesae bench`: every figure of speed beside its peer. One file a subject, `bench_<stem>.py`, with its `CASES`.
 
+What is run by hand, from a clone, is in the repository's folder bench/, whose README says what.
+
 A case is a few rows measured together in a process of its own; each writes one JSON file, and tables and the picture
 are made from those files. Cases take their inputs from `writesae.testing`, as the tests do, and raise `Disagree` rather
 than yield a ratio where their result is not the peer's.
@@ -7,7 +9,7 @@ than yield a ratio where their result is not the peer's.
 
 # In the order of the table.
 STEMS = (
-    "gated_delta_rule", "backward", "causal_conv", "rms_norm", "encode", "model", "collect", "replace",
+    "gated_delta_rule", "backward", "ssd", "causal_conv", "rms_norm", "encode", "model", "collect", "replace",
     "sae_training", "accuracy",
 )  # fmt: skip
 MODULES = tuple(f"writesae.bench.bench_{stem}" for stem in STEMS)

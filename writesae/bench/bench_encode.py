@@ -40,10 +40,11 @@ def _name(T: int, H: int) -> str:
 def _products(writes: Writes, v: torch.Tensor, w: torch.Tensor):
     """The two products of every head, as fast as the library does them."""
     T, H = writes.shape[1:3]
+    factors = writes.rank_one("two products")
     pairs = [
-        (factor[0, :, h, 0].contiguous(), atoms[h, :, 0].T.contiguous())
+        (factor[0, :, h].contiguous(), atoms[h, :, 0].T.contiguous())
         for h in range(H)
-        for factor, atoms in ((writes.left, v), (writes.right, w))
+        for factor, atoms in zip(factors, (v, w), strict=True)
     ]
     out = torch.empty(T, F)
 

@@ -39,7 +39,7 @@ def _unfused(writes: Writes, v, w, b, k: int) -> torch.Tensor:
     T, H = writes.shape[1:3]
     kept = []
     for h in range(H):
-        left, right = (x[0, :, h, 0].bfloat16() for x in (writes.left, writes.right))
+        left, right = (x[0].squeeze(1).bfloat16() for x in writes.head(h).rank_one("two products"))
         add = (left @ v[h, :, 0].bfloat16().T).float() * (right @ w[h, :, 0].bfloat16().T).float()
         whole = T // BLOCK * BLOCK
         reach = decay_matrix(writes.decay[0, :whole, h].reshape(-1, BLOCK))

@@ -31,8 +31,8 @@ def _shape(gpu: Gpu, B: int, T: int, Hk: int, H: int) -> tuple[int, int, int, in
 def _chunked(gpu: Gpu, x: dict[str, torch.Tensor]):
     """fla's chunked kernel on the same inputs, with as many key heads as value heads (repeated before timing)."""
     rule = peer("fla.ops.gated_delta_rule", "chunk_gated_delta_rule", FLA)
-    groups = x["v"].shape[2] // x["q"].shape[2]
-    q, k = (x[name].repeat_interleave(groups, 2) for name in "qk")
+    (H, Hk) = (x[name].shape[2] for name in "vq")
+    q, k = (x[name].repeat_interleave(H // Hk, 2) for name in "qk")
     return lambda: rule(
         q, k, x["v"], x["g"], x["beta"], scale=SIZE**-0.5, output_final_state=True, use_qk_l2norm_in_kernel=True
     )

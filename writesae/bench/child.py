@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from .case import Options, load_cases
-from .record import run_case, write_json
+from .record import run_case, write_record
 
 
 def main(module: str, name: str, file: str, options: str) -> int:
@@ -18,12 +18,9 @@ def main(module: str, name: str, file: str, options: str) -> int:
     settings = json.loads(options)
     extra = settings.pop("record")
     found = run_case(case, Options(**settings)) | extra
-    write_json(Path(file), found)
+    write_record(Path(file), found)
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(*sys.argv[1:]))
-    except KeyboardInterrupt:  # the parent says what it means
-        sys.exit(130)
+    sys.exit(main(*sys.argv[1:]))

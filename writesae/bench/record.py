@@ -10,25 +10,18 @@ import platform
 import subprocess
 import time
 import traceback
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-from ..files import write_text
+from .._installed import version_of
+from ..files import write_json
 from .case import Case, Disagree, Missing, Options, Row
 from .timing import ceilings
 
 FORMAT, VERSION = "writesae-bench", 1
 PACKAGE = Path(__file__).parents[1]
 PACKAGES = ("writesae", "torch", "transformers", "transformer-lens", "flash-linear-attention", "numpy", "triton")
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _processor() -> str:
@@ -51,7 +44,7 @@ def machine() -> dict:
 
 
 def versions() -> dict:
-    return {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()}
+    return {name: version_of(name) for name in PACKAGES} | {"python": platform.python_version()}
 
 
 def source_digest() -> str:
@@ -125,9 +118,9 @@ def run_case(case: Case, options: Options) -> dict:
     )  # fmt: skip
 
 
-def write_json(path: Path, value: dict) -> None:
+def write_record(path: Path, value: dict) -> None:
     """All of it or nothing, also when interrupted; through no symbolic link."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    write_json(path, value, indent=1, allow_nan=True)
 
 
 def read_records(folder: Path) -> list[dict]:

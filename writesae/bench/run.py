@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..interrupt import finishing, held
 from . import record
 from .case import Case, Options
 from .show import line
@@ -22,25 +23,28 @@ def run_cases(cases: Sequence[Case], options: Options, out: Path, fresh: bool = 
     """Measures every case into `out/<case>.json`. Returns how many failed or disagreed.
 
     A run that was cut short left `unfinished.json`; the same cases with the same options, code, versions and machine
-    then keep what it had measured, unless `fresh`. A case that failed or lacked its peer is tried again.
+    then keep what it had measured, unless `fresh`. A case that failed or lacked its peer is tried again. Interrupted,
+    it finishes the case in hand and raises KeyboardInterrupt.
     """
     out.mkdir(parents=True, exist_ok=True)
     run, resumed = _run_of(cases, options, out, fresh)
     bad = 0
-    for number, case in enumerate(cases, 1):
-        path = out / f"{case.name}.json"
-        earlier = _read(path)
-        label = f"[{number}/{len(cases)}] {case.name}"
-        if resumed and earlier is not None and earlier.get("run") == run and earlier["status"] == "measured":
-            print(f"{label}: kept, measured {earlier['date']}", flush=True)
-            found = earlier
-        else:
-            took = f", {earlier['seconds']:.0f} s the last time" if earlier and earlier.get("seconds") else ""
-            print(f"{label} …  ({case.title}{took})", flush=True)
-            found = _measure(case, options, path, run)
-        for row in found["rows"]:
-            print(f"    {line(row)}", flush=True)
-        bad += found["status"] in BAD
+    with finishing("case") as stop:
+        for number, case in enumerate(cases, 1):
+            path = out / f"{case.name}.json"
+            earlier = _read(path)
+            label = f"[{number}/{len(cases)}] {case.name}"
+            if resumed and earlier is not None and earlier.get("run") == run and earlier["status"] == "measured":
+                print(f"{label}: kept, measured {earlier['date']}", flush=True)
+                found = earlier
+            else:
+                took = f", {earlier['seconds']:.0f} s the last time" if earlier and earlier.get("seconds") else ""
+                print(f"{label} …  ({case.title}{took})", flush=True)
+                found = _measure(case, options, path, run)
+            for row in found["rows"]:
+                print(f"    {line(row)}", flush=True)
+            bad += found["status"] in BAD
+            stop.check()
     (out / UNFINISHED).unlink()
     return bad
 
@@ -62,7 +66,7 @@ def _run_of(cases: Sequence[Case], options: Options, out: Path, fresh: bool) -> 
         differs = ", ".join(name for name in settings if known.get(name) != settings[name])
         print(f"the unfinished run begun {earlier.get('run')} had other {differs}: everything is measured anew")
     run = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="microseconds")
-    record.write_json(path, {"run": run, "settings": settings})
+    record.write_record(path, {"run": run, "settings": settings})
     return run, False
 
 
@@ -72,7 +76,8 @@ def _measure(case: Case, options: Options, path: Path, run: str) -> dict:
     command = [sys.executable, "-m", "writesae.bench.child", case.module, case.name, str(path), given]
     # The peers' remarks that they are fallbacks are known: the table names them so.
     quiet = {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
-    process = subprocess.Popen(command, env=quiet | dict(os.environ))
+    with held():
+        process = subprocess.Popen(command, env=quiet | dict(os.environ))
     try:
         status = process.wait()
     except BaseException:
@@ -85,7 +90,7 @@ def _measure(case: Case, options: Options, path: Path, run: str) -> dict:
     how = f"ended by signal {-status}" if status < 0 else f"ended with status {status}"
     rows = [record.unmeasured(case, f"failed: its process {how}")]
     found = record.record(rows, "failed", case=case.name, title=case.title, run=run)
-    record.write_json(path, found)
+    record.write_record(path, found)
     return found
 
 

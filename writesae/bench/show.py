@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from ..files import write_text
+
 START, END = "<!-- bench: start -->", "<!-- bench: end -->"
 _RATIOS = {"x faster": "× faster", "x time": "× the time", "x less": "× less"}
 _WORDLESS = {**_RATIOS, "%": " %", "relative": ""}
@@ -169,7 +171,7 @@ def readme(path: Path, records: Sequence[dict], picture_path: Path | None) -> No
     if picture_path is not None:
         relative = Path(os.path.relpath(picture_path, path.parent)).as_posix()
         body += f"\n\n![Speed over each peer, on a logarithmic axis; a mark shows what was asked for]({relative})"
-    path.write_text(f"{before}{START}\n{body}\n{END}{after}", encoding="utf-8")
+    write_text(path, f"{before}{START}\n{body}\n{END}{after}", argument="readme")
 
 
 def _speed(row: dict, value: float) -> float:

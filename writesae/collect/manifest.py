@@ -8,20 +8,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
-from ..files import cached_digests, read_json, read_sealed, sha256, stamp, whole_file, write_sealed
+from ..files import (
+    cached_digests,
+    left_over,
+    read_json,
+    read_sealed,
+    refuse_file,
+    sha256,
+    stamp,
+    write_bytes,
+    write_sealed,
+)
+from ..untrusted import is_integer
 from .files import digest_bar
 
 FORMAT, VERSION = "writesae-firings", 2
 COPY = "done/manifest.json"  # from which a damaged or missing one is restored
 MODES = ("all", "top", "reservoir")
+_MOST = 2**31 - 1  # what the tables hold
 _FEW_FILES = 1000  # of a corpus with no more, the manifest holds every file's digest, so that a refusal can name it
-_OURS = re.compile(r"\.lock|manifest\.json(\.\d+)?\.tmp")
-_PROBE = "The quick brown fox; (x1 += 0x3f)\n\tnaïve – 東京 🙂 \u0301 <s> [INST] 1234567890"
 
 
 def spent(mode: str) -> tuple[str, ...]:
@@ -31,13 +39,11 @@ def spent(mode: str) -> tuple[str, ...]:
 
 def refuse_foreign(out: Path) -> None:
     """Raises ValueError unless `out` is new, empty, or a collection's folder."""
-    if out.is_symlink() and not out.exists():
-        raise ValueError(f"out: expected a folder, got the link {out} that leads nowhere")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out: expected a folder, got the file {out}")
+    refuse_file(out)
     if not out.is_dir() or begun(out):
         return
-    others = sorted(path.name for path in out.iterdir() if not _OURS.fullmatch(path.name))
+    manifest = out / "manifest.json"
+    others = sorted(path.name for path in out.iterdir() if path.name != ".lock" and left_over(path) != manifest)
     if others:
         raise ValueError(
             f"out: expected a new or empty folder or a collection of writesae, got {out} with {', '.join(others[:5])} "
@@ -62,18 +68,14 @@ def read(path: Path) -> dict:
     if manifest.get("mode") not in MODES:
         raise ValueError(f"{path}: mode: expected one of {', '.join(MODES)}, got {manifest.get('mode')!r}")
     for name in ("context", "n", "shard_passages"):
-        if not _count(manifest.get(name), 1):
+        if not is_integer(manifest.get(name), 1, _MOST):
             raise ValueError(f"{path}: {name}: expected a whole number >= 1, got {manifest.get(name)!r}")
     sites = manifest.get("sites")
     if not isinstance(sites, list) or not sites or not all(
-        isinstance(site, list) and len(site) == 4 and all(_count(x, 0) for x in site[:3]) for site in sites
+        isinstance(site, list) and len(site) == 4 and all(is_integer(x, 0, _MOST) for x in site[:3]) for site in sites
     ):  # fmt: skip
         raise ValueError(f"{path}: sites: expected lists of layer, head, features and k")
     return manifest
-
-
-def _count(value, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**31
 
 
 def make(out: Path, content: dict) -> None:
@@ -91,8 +93,7 @@ def restore(out: Path) -> None:
     pair = out / "manifest.json", out / COPY
     for path, other in (pair, pair[::-1]):
         if _sound(path) and not _sound(other):
-            with whole_file(other, out) as temporary:
-                temporary.write_bytes(path.read_bytes())
+            write_bytes(other, path.read_bytes(), out)
 
 
 def _sound(path: Path) -> bool:
@@ -181,18 +182,6 @@ class Watched:
 def _digest(corpus, progress) -> dict[str, str]:
     """Of a corpus that is no files: what it says itself."""
     return corpus.digest(progress) if hasattr(corpus, "digest") else {}
-
-
-def tokenizer_digest(tokenizer, tokenize: Callable[[str], list[int]]) -> str:
-    """Of all that a fast tokenizer is; of others the vocabulary, if known, and what they make of a difficult text."""
-    digest = hashlib.sha256(json.dumps([int(i) for i in tokenize(_PROBE)]).encode())
-    if getattr(tokenizer, "backend_tokenizer", None) is not None:
-        whole = json.loads(tokenizer.backend_tokenizer.to_str())
-        whole.pop("padding", None), whole.pop("truncation", None)  # settings of the last call
-        digest.update(json.dumps(whole, sort_keys=True).encode())
-    elif hasattr(tokenizer, "get_vocab"):
-        digest.update(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
-    return digest.hexdigest()
 
 
 def tokenizer_files(tokenizer) -> dict[str, bytes]:

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
-from importlib.metadata import PackageNotFoundError, version
+from contextlib import ExitStack
 from pathlib import Path
 
 from tqdm import tqdm
 
-from .. import __version__
-from ..files import entry, make_folder, read_sealed, refuse_links, sync_folder, whole_file, write_sealed
-from ..models.identity import shown_name
+from .._installed import version_of
+from ..files import entry, make_folder, read_sealed, refuse_links, sync_folder, write_bytes, write_sealed
+from ..interrupt import finishing
+from ..models.identity import shown_name, tokenizer_digest
 from ..text.corpus import Corpus
 from ..text.passages import Cursor, Passage, passages
 from ..text.tokens import tokenizing
 from . import files, manifest
 from .estimate import Estimate, batches, estimate
 from .finish import finish
-from .manifest import MODES, Watched, tokenizer_digest, tokenizer_files
+from .manifest import MODES, Watched, tokenizer_files
 from .marks import PARTS, damaged, mark, marked
 from .modes import Features, Selection
 from .shard import Progress, Shard, Writer
@@ -182,7 +180,7 @@ class _Session:
         try:
             with ExitStack() as stack:
                 stack.enter_context(bar)
-                stop = stack.enter_context(_interrupt())
+                stop = stack.enter_context(finishing("shard"))
                 for shard in _shards(self._events(corpus, state.cursor), state.shards, shard_passages):
                     under_way: list = []  # on a device, the batch before: fetched once the next one runs
                     for rows, tokens, mask in batches(shard.passages, self.batch, self.context):
@@ -205,7 +203,7 @@ class _Session:
                     released = _release()  # the writer is about to take some
                     self.forward += time.perf_counter() - began
                     writer.submit(shard)
-                    if stop.is_set():
+                    if stop:
                         break
                 writer.close()
         except BaseException:
@@ -240,13 +238,12 @@ class _Session:
         return passages(corpus, self.tokenize, self.context, self.bos, self.max_tokens, cursor)
 
     def finish(self, state: Progress, n: int) -> None:
-        with _interrupt() as stop:
+        with finishing("shard") as stop:
             bar = tqdm(unit="shard", disable=not self.progress, desc="indexing")
 
             def step() -> None:
                 bar.update()
-                if stop.is_set():
-                    raise KeyboardInterrupt
+                stop.check()
 
             with bar:
                 finish(state, n, step)
@@ -318,12 +315,7 @@ def _named(source, tokenizer) -> dict:
     """What a reader would look for by name; not compared on resuming, because a folder may have moved."""
     found = dict(getattr(source, "names", {}))
     found["tokenizer"] = shown_name(getattr(tokenizer, "name_or_path", None))
-    for package in ("writesae", "torch", "transformers", "pyarrow"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = __version__ if package == "writesae" else None
-    return found
+    return found | {name: version_of(name) for name in ("writesae", "torch", "transformers", "pyarrow")}
 
 
 def _keep_tokenizer(out: Path, tokenizer, digest: str) -> None:
@@ -340,8 +332,7 @@ def _keep_tokenizer(out: Path, tokenizer, digest: str) -> None:
         if path.name not in content:
             path.unlink()
     for name, data in content.items():
-        with whole_file(folder / name, out) as temporary:
-            temporary.write_bytes(data)
+        write_bytes(folder / name, data, out)
     mark(out, "tokenizer", [folder / name for name in content], digest)
 
 
@@ -349,24 +340,3 @@ def _remove_spent(out: Path, mode: str) -> None:
     for folder in manifest.spent(mode):
         for path in (out / folder).glob("part-*.parquet"):
             path.unlink()
-
-
-@contextmanager
-def _interrupt():
-    """The first Ctrl-C asks for a stop after the shard in hand, the second one stops at once (the shard is redone)."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def on_signal(number, frame):
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-        tqdm.write("stopping after this shard; once more to stop at once")
-
-    before = signal.signal(signal.SIGINT, on_signal)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)

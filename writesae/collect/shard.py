@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from ..files import SEAL, problem
+from ..files import SEAL, discard_left_over, problem
 from ..firings import Firings
 from ..text.passages import Cursor, DocumentEnd, Passage
 from . import files
@@ -205,8 +205,7 @@ class Progress:
         """Removes temporary files, and files of shards beyond the last."""
         kept = {Path(part_name(i)).stem for i in range(self.shards)}
         for folder in (*PARTS, "index", "done", "tokenizer", "."):
-            for path in (self.out / folder).glob("*.tmp"):
-                path.unlink()
+            discard_left_over(self.out / folder)
         for folder in (*PARTS, "done"):
             for path in (self.out / folder).glob("part-*"):
                 if path.stem not in kept:

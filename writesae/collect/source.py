@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -13,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..firings import Firings
-from ..models.identity import model_name, require_same_model, weights_digest
+from ..models.identity import config_digest, model_name, require_same_model, weights_digest
 from ..text.tokens import check_ids
 
 
@@ -89,7 +87,7 @@ class ModelSource:
         self.sites = [Site(layer, head, sae.F, sae.k) for (layer, head), sae in self.dictionaries.items()]
         self.fingerprint = {
             "model": digest or weights_digest(model),
-            "config": _config_digest(model),
+            "config": config_digest(model),
             **{f"dictionary {layer}:{head}": weights_digest(sae) for (layer, head), sae in self.dictionaries.items()},
             "accelerate": accelerate,
         }
@@ -136,14 +134,3 @@ class ModelSource:
                 use_cache=False,
             )  # fmt: skip
         return self._tap.take()
-
-
-def _config_digest(model) -> str | None:
-    """Of what the configuration says beyond the weights, without where it came from."""
-    config = getattr(model, "config", None)
-    if not hasattr(config, "to_diff_dict"):
-        return None
-    content = config.to_diff_dict()
-    for name in ("_name_or_path", "transformers_version", "architectures"):
-        content.pop(name, None)
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from ..files import problem, read_sealed, sha256
+from ..files import left_over, problem, read_sealed, sha256
 from . import manifest as manifest_file
 from .files import digest_bar
 from .marks import PARTS, chain, entries_sound, marked, part_name, shard_marker, shard_numbers
@@ -188,7 +188,7 @@ class _Check:
                 file = Path(here, name).relative_to(self.out).as_posix()
                 if file in self.known:
                     continue
-                ours = file.endswith(".tmp") or file in TABLES or file.split("/")[0] in (*PARTS, *FOLDERS)
+                ours = left_over(Path(name)) is not None or file in TABLES or file.split("/")[0] in (*PARTS, *FOLDERS)
                 (self.found.left_over if ours and not self.complete else self.found.unexpected).append(file)
 
     def _compare(self, file: str, expected: dict) -> None:

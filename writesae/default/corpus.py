@@ -93,8 +93,3 @@ def stdlib_files(split: str, *, test_suite: bool = False) -> list[Path]:
         if text.strip():
             found.append((name, path))
     return [path for _, path in sorted(found)]
-
-
-def read_source(path: Path) -> str:
-    """Return a source file's text with every line ending turned into a single line feed."""
-    return path.read_bytes().decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -43,8 +42,8 @@ def top_codes(writes: Writes, sae: SAE, head: int) -> tuple[Tensor, Tensor]:
     """
     device = writes.right.device
     if sae.sparsity == "pursuit":
-        group = writes.right.shape[2] // writes.left.shape[2]
-        left, right = (x.to(sae.mean.device) for x in (writes.left[:, :, head // group], writes.right[:, :, head]))
+        one = writes.head(head)
+        left, right = (x.squeeze(2).to(sae.mean.device) for x in (one.left, one.right))  # [B, T, R, *]
         nearest = sae.encode_writes(left, right, k=1)
         return nearest.indices[..., 0].to(device), nearest.values[..., 0].to(device)
     if sae.target == "write":
@@ -64,19 +63,9 @@ def top_codes(writes: Writes, sae: SAE, head: int) -> tuple[Tensor, Tensor]:
     return indices[..., 0], values[..., 0]
 
 
-def of_head(writes: Writes, head: int) -> Writes:
-    """The writes of one value head."""
-    key = head // (writes.shape[2] // writes.left.shape[2])
-    start = None if writes.initial_state is None else writes.initial_state[:, head : head + 1]
-    return replace(
-        writes, decay=writes.decay[:, :, head : head + 1], left=writes.left[:, :, key : key + 1],
-        right=writes.right[:, :, head : head + 1], beta=None, initial_state=start,
-    )  # fmt: skip
-
-
 def _top_of_states(writes: Writes, sae: SAE, head: int, many: int) -> tuple[Tensor, Tensor]:
     """Largest pre-activations of a dense encoder, from one head's states, a few tokens at a time."""
-    one, T = of_head(writes, head), writes.shape[1]
+    one, T = writes.head(head), writes.shape[1]
     found = []
     for lo in range(0, T, 64):
         states = one.states(range(lo, min(lo + 64, T)))[:, :, 0]  # [B, t, K, V]
@@ -164,9 +153,7 @@ def native_writes(
         place[site][torch.from_numpy(draw)] = torch.arange(sae.F)
     for found, real, number in stream(model, saes, passages, "native writes", progress):
         for (layer, head), (p, q) in books.items():
-            writes = found[layer]
-            group = writes.right.shape[2] // writes.left.shape[2]
-            left, right = writes.left[:, :, head // group, 0].cpu(), writes.right[:, :, head, 0].cpu()
+            left, right = (x.squeeze(2).cpu() for x in found[layer].head(head).rank_one("native writes"))
             total[layer, head] += torch.einsum("btk,btv->kv", left.double() * real[..., None], right.double())
             to = place[layer, head][number]
             p[to[to >= 0]], q[to[to >= 0]] = left[to >= 0].float(), right[to >= 0].float()

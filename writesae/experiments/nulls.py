@@ -297,11 +297,8 @@ def _scaled(edited: Edited):
 def _previous(edited: Edited):
     """The increment of the token before, whichever reading of the write is taken out; nothing at the first token."""
     writes, places = edited.clean.writes, edited.clean.places
-    group = writes.right.shape[2] // writes.left.shape[2]
-    t = (places.position - 1).clamp_min(0)
-    left = writes.left[places.row, t, places.head // group, 0]
-    right = writes.right[places.row, t, places.head, 0] * (places.position > 0)[:, None]
-    return _sized(edited, left, right)
+    left, right = writes.native(places.row, (places.position - 1).clamp_min(0), places.head)
+    return _sized(edited, left, right * (places.position > 0)[:, None])
 
 
 def _mean(edited: Edited):

@@ -10,16 +10,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..files import (
+    discard_left_over,
     entry,
     make_folder,
     problem,
     read_json,
     read_sealed,
+    refuse_file,
     refuse_links,
     sha256,
     whole_file,
+    write_json,
     write_sealed,
-    write_text,
 )  # fmt: skip
 
 PLAN = "plan.json"
@@ -59,10 +61,11 @@ def concatenate(tables: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
 
 
-def write_atomically(path: Path, write, root: Path | None = None) -> None:
-    """Calls `write(temporary path)`, then renames it to `path`, through no link below `root`."""
+def write_table(path: Path, table: dict[str, np.ndarray], root: Path | None = None) -> None:
+    """Writes columns as `to_arrow` takes them to a Parquet file, whole or not at all, through no link below `root`."""
+    rows = to_arrow(table)
     with whole_file(path, root) as temporary:
-        write(temporary)
+        pq.write_table(rows, temporary, compression="zstd")
 
 
 class Parts:
@@ -72,8 +75,7 @@ class Parts:
         self.folder = None if folder is None else Path(folder)
         if self.folder is None:
             return
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"out: expected a folder, got the file {self.folder}")
+        refuse_file(self.folder)
         refuse_links(self.folder)
         known = self.folder / PLAN
         plan = json.loads(json.dumps(plan))
@@ -91,12 +93,18 @@ class Parts:
         elif self.folder.is_dir() and any(self.folder.iterdir()):
             raise ValueError(f"out: expected a new or empty folder, or one of an earlier run, got {self.folder}")
         make_folder(self.folder, "parts")
-        for left_over in (p for where in (self.folder, self.folder / "parts") for p in where.glob("*.tmp")):
-            left_over.unlink()
-        write_text(known, json.dumps(plan, indent=2) + "\n")
+        discard_left_over(self.folder)
+        discard_left_over(self.folder / "parts")
+        write_json(known, plan)
         self._plan = sha256(known)
 
+    @property
+    def kept(self) -> bool:
+        """Whether parts are kept in a folder at all."""
+        return self.folder is not None
+
     def _path(self, name: str) -> Path:
+        assert self.folder is not None
         return self.folder / "parts" / f"{name}.parquet"
 
     def read(self, name: str) -> dict[str, np.ndarray] | None:
@@ -115,6 +123,6 @@ class Parts:
     def write(self, name: str, table: dict[str, np.ndarray]) -> None:
         """Puts a part in place, then the marker that holds its digest."""
         if self.folder is not None:
-            rows, path = to_arrow(table), self._path(name)
-            write_atomically(path, lambda temporary: pq.write_table(rows, temporary, compression="zstd"), self.folder)
+            path = self._path(name)
+            write_table(path, table, self.folder)
             write_sealed(path.with_suffix(".json"), {"plan": self._plan, "file": entry(path)}, self.folder)

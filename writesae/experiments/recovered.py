@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..interrupt import finishing
 from ..models.hf_gated_delta import RuleHandler, intercept, layers
 from ..models.identity import require_same_model, weights_digest
 from ..models.quiet import quiet
@@ -153,9 +154,11 @@ def run_recovered(
             name = "-".join(str(x) for x in (when, place, condition, k) if x)
             part = parts.read(name)
             if part is None:
-                loss = passage_losses(model, text, rules(*run), batch, bar.update)
-                part = _table(*run, loss, text.length)
-                parts.write(name, part)
+                with finishing("pass over the text", parts.kept) as stop:
+                    loss = passage_losses(model, text, rules(*run), batch, bar.update)
+                    part = _table(*run, loss, text.length)
+                    parts.write(name, part)
+                stop.check()
             else:
                 bar.update(total)
             tables.append(part)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from ..files import make_folder, write_text
-from .parts import to_arrow, write_atomically
+from ..files import make_folder, write_json, write_text
+from .parts import write_table
 from .result import versions
 from .statistics import ClusterBootstrap
 
@@ -118,16 +117,13 @@ class RecoveredResult:
 
     def save(self, folder: str | Path, **extra) -> dict:
         """Writes `summary.json` (with `extra` entries), `recovered.csv` and `losses.parquet`; returns the summary."""
-        import pyarrow.parquet as pq
-
         folder = make_folder(Path(folder))
         summary = {**extra, **self.summary()}
-        rows = to_arrow(self.table)
-        write_atomically(folder / "losses.parquet", lambda path: pq.write_table(rows, path, compression="zstd"))
+        write_table(folder / "losses.parquet", self.table)
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(flat(summary))
         write_text(folder / "recovered.csv", text.getvalue())
-        write_text(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+        write_json(folder / "summary.json", summary)
         return summary
 
 

@@ -18,12 +18,11 @@ from torch import Tensor
 
 from ..models.hf_gated_delta import RuleHandler
 from ..ops import encode, gated_delta_rule, pursuit
-from ..ops.reference.gated_delta_rule import l2norm
+from ..ops.reference.scan import l2norm
 from ..sae import SAE
 from ..sae.sae import SparseCodes
 from ..sae.sparse import exact_topk
 from ..writes import Writes
-from .firing import of_head
 
 # (left [n, K], right [n, V]) of n native writes -> (p [n, m, K], q [n, m, V]): sum_m p q^T is written instead.
 Coder = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -159,8 +158,8 @@ def read_rule(readers: Mapping[int, tuple[SAE, int | None]]) -> RuleHandler:
         query = q.to(out.writes.right.dtype)
         query = (l2norm(query) if use_qk_l2norm else query) * q.shape[-1] ** -0.5
         for head, (sae, many) in readers.items():
-            key = head // (v.shape[2] // q.shape[2])
-            out.o[:, :, head] = read_through(out.writes, query[:, :, key], sae, head, many).to(out.o)
+            mine = query[:, :, out.writes.left_head(head)]  # the queries' heads are the keys'
+            out.o[:, :, head] = read_through(out.writes, mine, sae, head, many).to(out.o)
         return out.o, out.final_state
 
     return handler
@@ -199,7 +198,7 @@ def read_through(
 
 
 def _read_states(writes: Writes, q: Tensor, sae: SAE, head: int, k: int | None) -> Tensor:
-    one, found = of_head(writes, head), []
+    one, found = writes.head(head), []
     for lo in range(0, q.shape[1], 16):
         states = one.states(range(lo, min(lo + 16, q.shape[1])))[:, :, 0].to(sae.mean.device)  # [B, t, K, V]
         if k is None:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ..interrupt import finishing
 from ..models.identity import require_same_model, weights_digest
 from ..models.quiet import quiet
 from ..sae import SAE
@@ -220,11 +221,13 @@ def run_replacement(
             name = f"{layer:03}-{batch:05}"
             part = parts.read(name)
             if part is None:
-                part = _batch(
-                    engine, heads, chunk, order[lo : lo + size], allowed, materials, reads, natives, scales, conditions,
-                    each, seed, show,
-                )  # fmt: skip
-                parts.write(name, part)
+                with finishing("batch of passages", parts.kept) as stop:
+                    part = _batch(
+                        engine, heads, chunk, order[lo : lo + size], allowed, materials, reads, natives, scales,
+                        conditions, each, seed, show,
+                    )  # fmt: skip
+                    parts.write(name, part)
+                stop.check()
             seen_tokens += sum(len(passage.tokens) for passage in chunk)
             kept = np.zeros(len(part["head"]), bool)
             for head in heads:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 
-from ..files import make_folder
+from .._installed import version_of
+from ..files import make_folder, write_json
 from . import statistics
 from .conditions import PLAIN, arm, scales_of
 from .divergence import DIRECTIONS
-from .parts import to_arrow, write_atomically
+from .parts import write_table
 
 METRICS = ("h0", "h1", "mean")
 HEADLINE = ("mean", "forward")
@@ -201,13 +200,10 @@ class ReplacementResult:
 
     def save(self, folder: str | Path, **extra) -> dict:
         """Writes `summary.json` (with `extra` entries) and `firings.parquet` into `folder`; returns the summary."""
-        folder = Path(folder)
-        make_folder(folder)
+        folder = make_folder(Path(folder))
         summary = {**extra, **self.summary()}
-        rows = to_arrow(self.table)
-        write_atomically(folder / "firings.parquet", lambda path: pq.write_table(rows, path, compression="zstd"))
-        text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
-        write_atomically(folder / "summary.json", lambda path: path.write_text(text))
+        write_table(folder / "firings.parquet", self.table)
+        write_json(folder / "summary.json", summary)
         return summary
 
 
@@ -221,14 +217,5 @@ def _metric(curve: np.ndarray, metric: str) -> np.ndarray:
 
 def versions() -> dict[str, str]:
     """Of what made a run."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version()}
-    for name in ("writesae", "torch", "transformers", "numpy", "scipy", "statsmodels"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            from .. import __version__
-
-            found[name] = __version__ if name == "writesae" else "not installed"
-    return found
+    names = ("writesae", "torch", "transformers", "numpy", "scipy", "statsmodels")
+    return {"python": platform.python_version(), **{name: version_of(name) or "not installed" for name in names}}

@@ -21,6 +21,7 @@ def memory(model, passages: Sequence[np.ndarray], progress: bool = False) -> dic
     places = [(layer, 0) for layer in sites]
     for found, real, _ in stream(model, places, passages, "memory", progress):
         for layer, writes in found.items():
+            writes.require_scalar("memory")
             total[layer] += (writes.decay.double().cpu() * real[..., None]).sum((0, 1))
     tokens = sum(map(len, passages))
     return {

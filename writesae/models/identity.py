@@ -1,8 +1,12 @@
-"""Which model this is: the digest of all its weights, and whether a dictionary was made for it."""
+"""Which model this is: digests of its weights, configuration and tokenizer, and whether a dictionary was made for it.
+
+Stores and checkpoints of training keep these digests: what they hash may not change, or none can be gone on with.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -13,6 +17,7 @@ from ..files import DigestCache, stamp
 
 _DEFAULT = Path(__file__).parent.parent / "default" / "model"
 _BLOCK = 1 << 26  # bytes of a tensor on the host at once
+_PROBE = "The quick brown fox; (x1 += 0x3f)\n\tnaïve – 東京 🙂 \u0301 <s> [INST] 1234567890"
 
 
 def weights_digest(module: torch.nn.Module, progress: Callable[[int], object] | None = None) -> str:
@@ -28,6 +33,34 @@ def weights_digest(module: torch.nn.Module, progress: Callable[[int], object] | 
     digest = hashlib.sha256()
     for name, x in sorted(module.state_dict().items()):
         _feed(digest, name, _values(module, name, x), progress)
+    return digest.hexdigest()
+
+
+def config_digest(model: torch.nn.Module) -> str | None:
+    """sha256 of what a model's configuration says beyond the weights, without where it came from; None without one."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "to_diff_dict"):
+        return None
+    content = config.to_diff_dict()
+    for name in ("_name_or_path", "transformers_version", "architectures"):
+        content.pop(name, None)
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def tokenizer_digest(tokenizer, tokenize: Callable[[str], list[int]]) -> str:
+    """sha256 of all that a fast tokenizer is; of others of the vocabulary, if known; and of what a difficult text is.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer, or a function from text to token ids.
+        tokenize: text to token ids by it, see `text.tokens.tokenizing`.
+    """
+    digest = hashlib.sha256(json.dumps([int(i) for i in tokenize(_PROBE)]).encode())
+    if getattr(tokenizer, "backend_tokenizer", None) is not None:
+        whole = json.loads(tokenizer.backend_tokenizer.to_str())
+        whole.pop("padding", None), whole.pop("truncation", None)  # settings of the last call
+        digest.update(json.dumps(whole, sort_keys=True).encode())
+    elif hasattr(tokenizer, "get_vocab"):
+        digest.update(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
     return digest.hexdigest()
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..edits import AFTER, Edits
 from ..writes import Writes
-from .gated_delta_rule import pack_edits
+from .scan import pack_edits
 
 
 def _float(x: Tensor | None) -> Tensor | None:

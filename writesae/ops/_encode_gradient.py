@@ -83,7 +83,6 @@ def writes_gradient(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of decay `[B,T,H]`, left `[B,T,Hl,R,K]`, right `[B,T,H,R,V]` and of the edits' left and right."""
     factors = _Factors(writes, heads, v)
-    group = writes.shape[2] // writes.left.shape[2]
     out = [torch.zeros_like(x, dtype=v.dtype) for x in (writes.decay, writes.left, writes.right)]
     edits = writes.edits
     sides = [None, None] if edits is None else [torch.zeros_like(x, dtype=v.dtype) for x in (edits.left, edits.right)]
@@ -109,7 +108,7 @@ def writes_gradient(
                     before = torch.cat([starts[j][None], block.activations(starts[j])[:-1]])
                     out[0][b, lo:hi, head] += block.gate * (lam * before).sum(1)
                 d_left, d_right = block.sides_gradient(lam)
-                out[1][b, lo:hi, head // group] += d_left
+                out[1][b, lo:hi, writes.left_head(head)] += d_left
                 out[2][b, lo:hi, head] += d_right
                 for e, t in block.added:
                     on_left, on_right = head_of.on_edit(e)  # [F, r]
@@ -146,19 +145,19 @@ def device_gradient(
     arguments, offsets = _arguments(writes, heads, v, w), _rest(writes, None)[1]
     indices = indices.contiguous()
     d_left, d_right = operators.encode_writes_backward(*arguments, indices, _float(grad), offsets)
-    group = writes.shape[2] // writes.left.shape[2]
+    lefts = [writes.left_head(head) for head in heads]
     out = [torch.zeros_like(x, dtype=torch.float32) for x in (writes.decay, writes.left, writes.right)]
     d_decay = None
     if with_decay:
         chosen, _ = operators.encode_at(*arguments, indices, _float(carry), offsets, None, None, None)
         rise = (grad * chosen).sum(-1, dtype=torch.float64)
-        for i, head in enumerate(heads):
-            rise[:, :, i] -= (writes.left[:, :, head // group] * d_left[:, :, i]).sum((2, 3), dtype=torch.float64)
+        for i, left in enumerate(lefts):
+            rise[:, :, i] -= (writes.left[:, :, left] * d_left[:, :, i]).sum((2, 3), dtype=torch.float64)
         d_decay = _decay_gradient(rise, torch.stack([writes.decay[:, :, head] for head in heads], 2), offsets, carry)
     for i, head in enumerate(heads):  # in a fixed order where heads share
         if d_decay is not None:
             out[0][:, :, head] += d_decay[:, :, i]
-        out[1][:, :, head // group] += d_left[:, :, i]
+        out[1][:, :, lefts[i]] += d_left[:, :, i]
         out[2][:, :, head] += d_right[:, :, i]
     out = [d.to(x.dtype) for d, x in zip(out, (writes.decay, writes.left, writes.right), strict=True)]
     return *out, None, None

@@ -13,6 +13,7 @@ from . import _dispatch, _transforms
 from .reference.causal_conv import causal_conv as reference
 
 ACTIVATIONS = (None, "silu", "swish")
+_dispatch.declare("causal_conv", {"cpu": _dispatch.Limits("causal_conv", gradient=())})
 
 
 @without_autocast

@@ -26,11 +26,15 @@ from .._autocast import without_autocast
 from .._library import CPU_ERROR
 from ..writes import Writes
 from . import _dispatch, _transforms
+from ._dispatch import Limits
 from ._encode_arguments import _arguments, _float, _rest, as_read, carried_on
 from ._encode_gradient import attach_writes_gradient
 from .reference import encode as reference
 
 PRECISIONS = ("fp32", "tf32", "bf16")
+LARGEST = {"left": 256, "right": 256}  # K and V of the CUDA kernels
+for _op, _operator in (("encode", "encode_topk"), ("activations", "encode_at")):
+    _dispatch.declare(_op, {"cpu": Limits(_operator), "cuda": Limits(_operator, largest=LARGEST)})
 
 
 @dataclass(frozen=True, repr=False)
@@ -232,10 +236,10 @@ def _prepare(writes, v_enc, w_enc, b_enc, heads, initial_state, carry, names=("v
     }  # fmt: skip
     check_floats(("writes.initial_state", names[2], "initial_state", "carry"), **tensors)
     B, T, H, K, V = writes.shape
-    if writes.decay.ndim != 3:
+    if writes.gate != "scalar":
         raise ValueError(
-            f"writes: encode supports the scalar gate (decay [B, T, H]: gated delta rule, DeltaNet, SSD), got a "
-            f"channel or element gate, decay {tuple(writes.decay.shape)}"
+            f"writes: encode supports the scalar gate (decay [B, T, H]: gated delta rule, DeltaNet, SSD), got the "
+            f"{writes.gate} gate, decay {tuple(writes.decay.shape)}"
         )
     if T == 0:
         raise ValueError("writes: expected at least one token, got T = 0")

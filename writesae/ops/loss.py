@@ -17,9 +17,14 @@ from .._arguments import check_floats, check_integers, check_type, integers, sai
 from .._autocast import without_autocast
 from ..writes import Writes
 from . import _dispatch, _transforms
+from ._dispatch import Limits
 from .encode import _compute_dtype, _float, _prepare, check_indices, chosen_activations
 from .reference.encode import decay_matrix
 from .sae_training import _ADVICE, Offset, loss_kernel
+
+# On CUDA made of the operator of `activations`.
+_LARGEST = {"v_dec": 256, "right": 256}
+_dispatch.declare("factored_loss", {"cpu": Limits("factored_loss"), "cuda": Limits("encode_at", largest=_LARGEST)})
 
 _BLOCK = 64  # tokens of one triangular product
 _GATHERED = 1 << 22  # numbers gathered at a time for the Gram matrix of the active set
@@ -94,7 +99,7 @@ def factored_loss(
         return _kernel_loss(writes, values, indices, v_dec, w_dec, bias, heads, mask)
     projected = chosen_activations(writes, v_dec, w_dec, indices, None, heads, None, None, backend, names)  # <A_i, S_t>
     v, w = (x[:, :, None] if x.ndim == 3 else x for x in (v_dec, w_dec))
-    own = _select(writes, heads).to(projected.dtype)
+    own = writes.heads(heads).to(projected.dtype)
     compute = projected.dtype
     v, w, values = v.to(compute), w.to(compute), values.to(compute)
     error = own.norms().square()
@@ -174,7 +179,7 @@ def state_product(writes: Writes, matrix: Tensor) -> Tensor:
             last = (matrix * writes.initial_state[n].to(matrix)).sum((1, 2))
         for lo in range(start, stop, _BLOCK):
             hi = min(lo + _BLOCK, stop)
-            left = writes._left_of_heads(b, lo, hi).to(matrix)
+            left = writes.left_of_heads(b, lo, hi).to(matrix)
             increment = torch.einsum("thrk,hkv,thrv->ht", left, matrix, writes.right[b, lo:hi].to(matrix))
             decay = writes.decay[b, lo:hi].to(matrix).T  # [H, t]
             reach = decay_matrix(decay)
@@ -184,18 +189,6 @@ def state_product(writes: Writes, matrix: Tensor) -> Tensor:
             last = product[:, -1]
             pieces[b].append(product.T)
     return torch.stack([torch.cat(row) for row in pieces])
-
-
-def _select(writes: Writes, heads: list[int]) -> Writes:
-    """The writes of the listed value heads alone, detached."""
-    index = torch.tensor(heads, device=writes.right.device)
-    group = writes.shape[2] // writes.left.shape[2]
-    state = writes.initial_state
-    return Writes(
-        writes.decay.detach()[:, :, index], writes.left.detach()[:, :, index // group],
-        writes.right.detach()[:, :, index], initial_state=None if state is None else state.detach()[:, index],
-        cu_seqlens=writes.cu_seqlens,
-    )  # fmt: skip
 
 
 class _ReconstructionNorm(torch.autograd.Function):

@@ -19,6 +19,7 @@ _FLOATS = 2**23  # held at a time: what fits a cache
 _STOP = 1e-5  # share of the first response below which nothing more is taken
 _REFITS = 3
 _FACTORS = ("v_enc", "w_enc", "v_dec", "w_dec")
+_dispatch.declare("pursuit", {})  # plain torch, on any device
 
 
 @without_autocast

@@ -13,6 +13,7 @@ from . import _dispatch, _transforms
 from .reference.rms_norm import rms_norm as reference
 
 _ADVICE = 'use backend="reference", or torch.no_grad()'
+_dispatch.declare("rms_norm", {"cpu": _dispatch.Limits("rms_norm", gradient=())})
 
 
 @without_autocast

@@ -11,6 +11,7 @@ from torch import Tensor
 from .._arguments import sizes_repr
 from ..edits import Edits
 from ..writes import Writes
+from ._dispatch import Limits
 
 
 @dataclass(frozen=True, repr=False)
@@ -18,7 +19,7 @@ class RuleOutput:
     """What every rule returns.
 
     Attributes:
-        o: `[B, T, H, V]` in v's dtype.
+        o: `[B, T, H, V]` in v's dtype (`[B, T, V]` of a rule whose inputs have no head axis).
         final_state: `[N, H, K, V]`, or None where it was not asked for.
         writes: the `Writes`, or None.
         snapshots: `[P, H, K, V]`, `[N, P, H, K, V]` for a list of positions, or None.
@@ -28,6 +29,23 @@ class RuleOutput:
     final_state: Tensor | None
     writes: Writes | None
     snapshots: Tensor | None
+
+    __repr__ = sizes_repr
+
+
+@dataclass(frozen=True, repr=False)
+class RuleStepOutput:
+    """What every rule's step, of one token a row, returns; it updates the state in place.
+
+    Attributes:
+        o: `[B, H, V]` in v's dtype.
+        left: `[B, Hk, K]` key side of the token's write, float32 (float64 for float64 inputs), or None.
+        right: `[B, H, V]` value side, the same.
+    """
+
+    o: Tensor
+    left: Tensor | None
+    right: Tensor | None
 
     __repr__ = sizes_repr
 
@@ -43,6 +61,8 @@ class Rule:
             rank".
         arguments: names of the tensors it runs on, in order.
         run: the public function.
+        limits: {"cpu" or "cuda": what its kernel there takes}; the reference takes everything, the host twin what CUDA
+            does. `_dispatch.kernel_error(name, backend)` says what of it is usable here, `can_run` for which tensors.
     """
 
     name: str
@@ -50,6 +70,7 @@ class Rule:
     transition: str
     arguments: tuple[str, ...]
     run: Callable[..., RuleOutput] = field(repr=False)
+    limits: Mapping[str, Limits] = field(default_factory=dict, repr=False, hash=False)
 
 
 @dataclass(frozen=True)
@@ -78,6 +99,7 @@ class RuleCall:
         output_final_state: bool = False,
         backend: str | None = None,
     ) -> RuleOutput:
+        """Runs it; arguments and errors as of the rule's public function."""
         return self.rule.run(
             **self.inputs, **self.options, initial_state=self.initial_state, cu_seqlens=self.cu_seqlens, edits=edits,
             snapshots=snapshots, return_writes=return_writes, output_final_state=output_final_state, backend=backend,

@@ -17,11 +17,14 @@ from .._autocast import without_autocast
 from .._library import CPU_ERROR
 from ..writes import Writes
 from . import _dispatch, _transforms
+from ._dispatch import Limits
 from ._encode_arguments import _arguments, _float, _rest
-from .encode import Codes, _prepare, _tensors
+from .encode import LARGEST, Codes, _prepare, _tensors
 from .reference import sae_training as reference
 
 _ADVICE = "torch.func (a grad of a grad, hessian) has one"
+# On CUDA made of the operators of encode and of its backward.
+_dispatch.declare("training_loss", {"cpu": Limits("factored_loss"), "cuda": Limits("encode_topk", largest=LARGEST)})
 
 
 @dataclass(frozen=True, repr=False)

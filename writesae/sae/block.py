@@ -31,25 +31,21 @@ class Block:
     """
 
     def __init__(self, writes: Iterable[Writes], head: int, target: str = "state", root: Tensor | None = None):
-        decay, left, right, first = [], [], [], []
+        decay: list[Tensor] = []
+        left: list[Tensor] = []
+        right: list[Tensor] = []
+        first: list[Tensor] = []
         for part in writes:
-            if part.decay.ndim != 3:
-                raise ValueError(
-                    f"writes: training needs a scalar gate (decay [B, T, H]), got decay {tuple(part.decay.shape)}"
-                )
+            part.require_scalar("writes")
             if part.cu_seqlens is not None or (part.edits is not None and len(part.edits)):
                 raise ValueError("writes: training needs plain passages, got a packed batch or edits")
-            _, _, H, K, V = part.shape
-            if not 0 <= head < H:
-                raise ValueError(f"head: expected 0 <= head < H={H}, got {head}")
-            group = H // part.left.shape[2]
-            dtype = torch.promote_types(part.right.dtype, torch.float32)
-            decay.append(part.decay[:, :, head].to(dtype))
-            left.append(part.left[:, :, head // group].to(dtype))
-            right.append(part.right[:, :, head].to(dtype))
-            state = part.initial_state
-            zero = right[-1].new_zeros(len(right[-1]), K, V)
-            first.append(zero if state is None else state[:, head].to(dtype))
+            one = part.head(head)
+            dtype = torch.promote_types(one.right.dtype, torch.float32)
+            for found, x in ((decay, one.decay), (left, one.left), (right, one.right)):
+                found.append(x.squeeze(2).to(dtype))
+            B, _, _, K, V = one.shape
+            state = one.initial_state
+            first.append(right[-1].new_zeros(B, K, V) if state is None else state.squeeze(1).to(dtype))
         self.decay, self.left, self.right = torch.cat(decay), torch.cat(left), torch.cat(right)  # [N,T] [N,T,R,*]
         for name in ("decay", "left", "right"):
             bad = ~torch.isfinite(getattr(self, name)).flatten(2 if name != "decay" else 1)
@@ -105,7 +101,7 @@ class Block:
         past = torch.arange(CHUNK, device=offset.device) <= offset[:, None]
         # The exponent is masked before exp: a later token's would be large, and inf * 0 is NaN.
         weight = (here - total).masked_fill(~past, float("-inf")).exp()
-        weight = weight.repeat_interleave(self.left.shape[2], 1)
+        weight = weight.repeat_interleave(self.left.shape[-2], 1)
         left, right = self._left[rows, chunk], self._right[rows, chunk]
         written = (left * weight[..., None]).transpose(1, 2) @ right
         return written + here.exp()[..., None] * self._before[rows, chunk]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import fields
@@ -12,11 +11,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..files import make_folder, refuse_links, write_text
-from ..options import add_model
+from ..files import left_over, make_folder, refuse_file, refuse_links, write_json
+from ..options import add_device, add_model, require_device
 from ..text import Corpus
 from ..text.arguments import NAMED, add_options, named, tell_empty, told
-from ..text.tokens import check_vocabulary
+from ..text.tokens import check_vocabulary, tokenizing
 from .config import INITS, METRICS, PATHS, TrainConfig
 from .sae import KINDS, TARGETS
 from .site import generator
@@ -34,9 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--head", type=int, help="value head of a single site, with --layer")
     add("--site", action="append", metavar="LAYER:HEAD", help="a site, 5:* for all heads of a layer, *:3 for one head "
         "of all layers, *:* for all; repeatable. All are trained from the same passes of the model")  # fmt: skip
-    add("--device", default="cpu", help="cpu or cuda: where the model runs and the dictionaries are trained")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the model's weights "
-        "(dictionaries are trained in float32)")  # fmt: skip
+    add_device(parser)
     add("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
     add("--resume", action="store_true", help="go on from the checkpoint in --out; --steps or --tokens may be more "
         "than before")  # fmt: skip
@@ -101,14 +98,15 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"{name}: expected >= 1, got {getattr(args, name)}")
     if args.watch_passages < 0:
         raise ValueError(f"watch_passages: expected >= 0, got {args.watch_passages}")
-    _require_device(args.device)
+    require_device(args.device)
     corpus, held_out = _corpora(args)
 
     from ..models import load
+    from ..models.identity import tokenizer_digest
     from .block import Block
     from .evaluate import evaluate
     from .readers import reader_moments, roots, seen_through
-    from .resume import tokenizer_digest, tokens_digest
+    from .resume import tokens_digest
     from .stream import ModelStream, Passages
     from .train import Trainer
 
@@ -149,7 +147,8 @@ def run(args: argparse.Namespace) -> int:
         watched = {site: block(parts, site, True) for site in sites}
     log = _tell if show else None
     with ModelStream(model, passages, sites, args.batch) as stream:
-        pinned = {"validation": tokens_digest(validation.ids), "tokenizer": tokenizer_digest(tokenizer)}
+        digest = tokenizer_digest(tokenizer, tokenizing(tokenizer)[0])
+        pinned = {"validation": tokens_digest(validation.ids), "tokenizer": digest}
         trainer = Trainer(stream, sites, config, args.out, args.resume, args.model, show, pinned, watched, log, root)
         if trainer.done:
             print(f"going on after step {trainer.done}, to step {config.steps}", file=sys.stderr)
@@ -174,7 +173,7 @@ def run(args: argparse.Namespace) -> int:
         )
     record = {"model": args.model, "seconds": seconds, "config": config.record(), "metrics": everything,
               "left_out": left_out}  # fmt: skip
-    write_text(args.out / RECORD, json.dumps(record, indent=2) + "\n")
+    write_json(args.out / RECORD, record, allow_nan=True)  # a NaN tells of a run that diverged
     return 0
 
 
@@ -213,14 +212,6 @@ def _steps(args) -> int:
         config = read_checkpoint(args.out / CHECKPOINT)["identity"].get("config")
         return (config if isinstance(config, dict) else {}).get("steps", TrainConfig.steps)
     return TrainConfig.steps if args.steps is None else args.steps
-
-
-def _require_device(name: str) -> None:
-    from .._library import backends
-
-    reason = {"cpu": None, "cuda": backends()["cuda"]}.get(name, "expected cpu or cuda")
-    if reason is not None:
-        raise ValueError(f"device: {name} cannot be used: {reason}")
 
 
 def _patterns(args) -> list[tuple[str, str]]:
@@ -262,16 +253,14 @@ def _check_out(out: Path, resume: bool) -> None:
     from .checkpoint import CONFIG
     from .train import CHECKPOINT
 
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out: expected a folder, got the file {out}")
+    refuse_file(out)
     refuse_links(out)
     known = {CHECKPOINT, CONFIG, RECORD}
     inside = list(out.iterdir()) if out.is_dir() else []
     for path in inside:
         if path.is_symlink():
             raise ValueError(f"out: {path} is a symbolic link, and nothing is written through one: remove it")
-    left_over = {p.name for p in inside if p.suffix == ".tmp" and p.name.rpartition(".")[0].rpartition(".")[0] in known}
-    here = {p.name for p in inside} - left_over  # of a run that was killed
+    here = {p.name for p in inside if left_over(p) not in {out / name for name in known}}
     if here and not here & known and not any((out / name / CONFIG).is_file() for name in here):
         raise ValueError(f"out: {out} holds other things ({', '.join(sorted(here)[:4])}); name a new folder")
     if here and not resume:

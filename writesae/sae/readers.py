@@ -78,10 +78,10 @@ def _moments(q: Tensor, writes) -> Tensor:
     Backwards: what the tokens from t on see of the memory before t is `A_t (q_t q_t^T + R_t) A_t`, R_t what those after
     t see, `A_t = alpha_t (I - beta_t k_t k_t^T)`.
     """
+    writes.require_scalar("readers")
     B, T, H, K, _ = writes.shape
-    group = H // q.shape[2]
-    q = q.repeat_interleave(group, 2)
-    keys = writes.left[:, :, :, 0].float().repeat_interleave(group, 2)
+    q = q[:, :, writes.left_head(torch.arange(H, device=q.device))]  # the queries' heads are the keys'
+    keys = writes.rank_one("readers")[0].float()
     alpha, beta = writes.decay.float().exp(), writes.beta.float()
     seen = q.new_zeros(B, H, K, K)
     total = torch.zeros(H, K, K, dtype=torch.float64, device=q.device)

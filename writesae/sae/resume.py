@@ -7,30 +7,19 @@ is the digest of all before it: torch's own reader does not notice a changed val
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..files import whole_file
+from ..files import sha256, whole_file
 
 _MARK = b"\nwritesae training checkpoint, sha256 "
 _LAST = len(_MARK) + 64 + 1
-_BLOCK = 1 << 24
-_NOT_THE_MODEL = ("_name_or_path", "transformers_version", "_commit_hash")  # of a configuration
 
 # ---- what a run is pinned to --------------------------------------------------------------------------------------
-
-
-def config_digest(model: nn.Module) -> str:
-    """sha256 of a model's configuration, without the names of where it came from."""
-    config = getattr(model, "config", None)
-    known = {} if config is None else config.to_dict() if hasattr(config, "to_dict") else {}
-    known = {name: x for name, x in known.items() if name not in _NOT_THE_MODEL}
-    return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def tokens_digest(ids: Tensor) -> str:
@@ -38,17 +27,6 @@ def tokens_digest(ids: Tensor) -> str:
     digest = hashlib.sha256(repr((tuple(ids.shape), ids.dtype)).encode())
     digest.update(ids.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def tokenizer_digest(tokenizer) -> str:
-    """sha256 of all that a fast tokenizer is; of another, of its vocabulary."""
-    if getattr(tokenizer, "backend_tokenizer", None) is not None:
-        whole = json.loads(tokenizer.backend_tokenizer.to_str())
-        whole.pop("padding", None), whole.pop("truncation", None)  # settings of the last call
-    else:
-        whole = sorted(tokenizer.get_vocab().items())
-    special = [getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id")]
-    return hashlib.sha256(json.dumps([whole, special], sort_keys=True).encode()).hexdigest()
 
 
 def refuse_other(path: Path, mine: Mapping, theirs: Mapping) -> None:
@@ -69,7 +47,7 @@ def write_checkpoint(path: Path, content: dict) -> None:
     """Writes a checkpoint, whole or not at all."""
     with whole_file(path) as temporary:
         torch.save(content, temporary)
-        last = _MARK + _digest(temporary, temporary.stat().st_size).encode() + b"\n"
+        last = _MARK + sha256(temporary).encode() + b"\n"
         with open(temporary, "ab") as file:
             file.write(last)
 
@@ -89,7 +67,7 @@ def read_checkpoint(path: Path) -> dict:
         last = file.read()
     if size < 0 or not last.startswith(_MARK):
         raise ValueError(f"{path}: not a training checkpoint: it has no digest at its end (cut short, or not ours)")
-    if last != _MARK + _digest(path, size).encode() + b"\n":
+    if last != _MARK + sha256(path, size=size).encode() + b"\n":
         raise ValueError(f"{path}: not a training checkpoint: it is damaged, its content and its digest disagree")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -99,16 +77,6 @@ def read_checkpoint(path: Path) -> dict:
     if not isinstance(saved, dict) or any(not isinstance(saved.get(n), kind) for n, kind in kinds.items()):
         raise ValueError(f"{path}: not a training checkpoint: expected {', '.join(kinds)} in it")
     return saved
-
-
-def _digest(path: Path, size: int) -> str:
-    """sha256 of the first `size` bytes."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while size > 0 and (block := file.read(min(size, _BLOCK))):
-            digest.update(block)
-            size -= len(block)
-    return digest.hexdigest()
 
 
 # ---- what is in them ----------------------------------------------------------------------------------------------

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..models.identity import weights_digest
+from ..models.identity import config_digest, weights_digest
 from ..text import Corpus
 from ..text.passages import Passage, passages
 from ..text.tokens import check_ids, tokenizing
 from ..writes import Writes
-from .resume import config_digest, tokens_digest
+from .resume import tokens_digest
 
 if TYPE_CHECKING:
     from ..models import Tap
@@ -126,6 +126,7 @@ class Passages:
 
     @property
     def length(self) -> int:
+        """Tokens of a passage."""
         return self.ids.shape[1]
 
 
@@ -153,9 +154,10 @@ class ModelStream:
 
     @property
     def length(self) -> int:
+        """Tokens of a passage."""
         return self.passages.length
 
-    def digests(self) -> dict[str, str]:
+    def digests(self) -> dict[str, str | None]:
         """sha256 of the model's weights and configuration and of the tokens: what a resumed run must find again."""
         model = self.model
         return {

@@ -7,19 +7,16 @@ functions of the seed and s alone. A resumed run makes its current block again a
 
 from __future__ import annotations
 
-import contextlib
-import json
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..files import make_folder, write_text
+from ..files import make_folder, write_json
+from ..interrupt import finishing
 from .block import Block
 from .config import TrainConfig
 from .evaluate import block_fvu
@@ -168,15 +165,15 @@ class Trainer:
         """Trains up to step `until` (default all) and returns the dictionaries as they then are.
 
         Notes the FVU of the held-out blocks every `evaluate_every` steps and at the end of all. Writes a checkpoint
-        every `checkpoint_every` steps, at the end, and when interrupted (SIGINT, SIGTERM), which then raises
-        KeyboardInterrupt after the step in hand.
+        every `checkpoint_every` steps, at the end, and when interrupted, after the step in hand; then raises
+        KeyboardInterrupt.
         """
         until = self.config.steps if until is None else min(until, self.config.steps)
         bar = tqdm(total=until, initial=self.done, desc="training", unit=" steps", disable=not self.progress)
         began = time.monotonic()
         smooth: dict[tuple[int, int], float] = {}
-        with bar, _interrupt_between_steps() as interrupted:
-            while self.done < until and not interrupted:
+        with bar, finishing("step") as stop:
+            while self.done < until and not stop:
                 step = self.done
                 batches = self.batch(step)
                 for site, trainer in self.trainers.items():
@@ -194,8 +191,7 @@ class Trainer:
                     self.checkpoint()
         self.seconds = time.monotonic() - began
         self.checkpoint()
-        if interrupted:
-            raise KeyboardInterrupt
+        stop.check()
         return self.export()
 
     def _note(self, record: dict) -> None:
@@ -247,7 +243,7 @@ class Trainer:
             "lengths": self.lengths, "trainers": [self.trainers[s].state() for s in self.sites],
         }  # fmt: skip
         write_checkpoint(self.folder / CHECKPOINT, content)
-        write_text(self.folder / HISTORY, json.dumps(self.history) + "\n")
+        write_json(self.folder / HISTORY, self.history, indent=None, allow_nan=True)
 
     def _read_checkpoint(self) -> dict:
         if self.folder is None:
@@ -274,25 +270,3 @@ class Trainer:
         self.done, self.history, self.lengths = done, saved["history"], saved["lengths"]
         if self.config.steps != before:
             self.lengths = [*self.lengths, {"done": done, "steps": self.config.steps, "before": before}]
-
-
-@contextlib.contextmanager
-def _interrupt_between_steps() -> Iterator[list[int]]:
-    """Yields a list that a SIGINT or SIGTERM is noted in: a checkpoint taken inside a step would be torn. A second
-    signal acts at once. Off the main thread, where Python takes no signals, nothing is changed."""
-    noted: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield noted
-        return
-
-    def note(number, frame):
-        if noted:
-            raise KeyboardInterrupt
-        noted.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

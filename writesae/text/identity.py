@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from ..files import sha256
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,7 @@ class FileIdentity:
         Raises:
             ValueError: the file changed while it was read.
         """
-        digest, size = hashlib.sha256(), 0
-        with open(self.path, "rb") as file:
-            while piece := file.read(1 << 20):
-                digest.update(piece)
-                size += len(piece)
-                if progress is not None:
-                    progress(len(piece))
-        if size != self.size or FileIdentity.of(self.path, self.name) != self:
+        digest = sha256(self.path, progress)
+        if FileIdentity.of(self.path, self.name) != self:
             raise ValueError(f"corpus: {self.name} changed while it was read")
-        return digest.hexdigest()
+        return digest

@@ -29,10 +29,9 @@ def preactivations(
 
     Dense: for tests and small inputs only.
     """
-    B, T, H, K, V = writes.shape
-    group = H // writes.left.shape[2]
+    B = writes.shape[0]
     index = torch.tensor(heads, device=writes.left.device)
-    left = writes.left[:, :, index // group].to(v_enc)  # [B, T, Hs, R, K]
+    left = writes.left[:, :, writes.left_head(index)].to(v_enc)  # [B, T, Hs, R, K]
     right = writes.right[:, :, index].to(v_enc)
     increments = torch.einsum("hfxk,bthrk,bthrv,hfxv->bthf", v_enc, left, right, w_enc)
     decay = writes.decay[:, :, index].to(v_enc).exp()
@@ -70,9 +69,8 @@ class _Factors:
 
     def __init__(self, writes: Writes, heads: list[int], like: Tensor):
         self.writes, self.like = writes, like
-        group = writes.shape[2] // writes.left.shape[2]
         self.heads = torch.tensor(heads, device=writes.left.device)
-        self.lefts = self.heads // group
+        self.lefts = writes.left_head(self.heads)
         self.additions = {}
         for n in range(writes.num_sequences if writes.edits is not None else 0):
             for t, found in _additions_by_position(writes.edits, n).items():

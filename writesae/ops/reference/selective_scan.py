@@ -1,41 +1,37 @@
-"""Reference for `selective_scan` (Mamba-1's element-gated rule): token by token, any float dtype, differentiable."""
+"""Reference for `selective_scan`, Mamba-1's element-gated rule."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ...writes import Writes
+from ...edits import Edits
+from .scan import compute_dtype, walk
 
 
 def selective_scan(
-    x: Tensor,  # [B, T, V]  inputs (V channels)
-    dt: Tensor,  # [B, T, V]  step sizes, after softplus
-    A: Tensor,  # [V, K]  negative (K is the state size)
+    x: Tensor,  # [B, T, V]
+    dt: Tensor,  # [B, T, V]
+    A: Tensor,  # [V, K]
     B: Tensor,  # [B, T, K]
     C: Tensor,  # [B, T, K]
-    D: Tensor | None = None,  # [V]  skip
-    initial_state: Tensor | None = None,  # [N, 1, K, V]
-) -> tuple[Tensor, Tensor, Writes]:
-    """`S_t[n, c] = exp(dt_{t,c} A_{c,n}) S_{t-1}[n, c] + B_t[n] dt_{t,c} x_t[c]`, `y_t = S_t^T C_t + D x_t`.
+    D: Tensor | None,  # [V]
+    initial_state: Tensor | None,  # [N, 1, K, V]
+    cu_seqlens: Tensor | None,  # [N + 1]
+    edits: Edits | None,  # rows expanded
+    snapshots: Tensor | None,  # [P, 2]  (row, position)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns (o [B,T,V] in x's dtype, final_state [N,1,K,V], left [B,T,1,1,K], right [B,T,1,1,V], snapshots)."""
+    compute, out_dtype = compute_dtype(x), x.dtype
+    x, dt, A, B, C = (y.to(compute) for y in (x, dt, A, B, C))
+    rates, right = A.T, dt * x
 
-    One head holds all channels: `writes` has H = 1, decay `[B, T, 1, V]` and decay_matrix `[1, K, V]` = A transposed.
+    def token(row: int, t: int, state: Tensor):
+        return (dt[row, t] * rates).exp() * state, ((B[row, t][None], right[row, t][None]),)
 
-    Returns (y [B,T,V], final_state [B,1,K,V], writes).
-    """
-    rows, T, V = x.shape
-    matrix, right = A.T, dt * x
-    state = x.new_zeros(rows, 1, A.shape[1], V) if initial_state is None else initial_state
-    y = []
-    for t in range(T):
-        gate = (dt[:, t, None, None, :] * matrix).exp()
-        state = gate * state + B[:, t, None, :, None] * right[:, t, None, None, :]
-        y.append(torch.einsum("bkv,bk->bv", state[:, 0], C[:, t]))
-    out = torch.stack(y, 1)
+    o, final, (right,), shots = walk(
+        token, C[:, :, None], right[:, :, None], initial_state, cu_seqlens, edits, snapshots
+    )
+    o = o[:, :, 0]
     if D is not None:
-        out = out + D * x
-    writes = Writes(
-        dt[:, :, None], B[:, :, None, None], right[:, :, None, None], decay_matrix=matrix[None],
-        initial_state=initial_state,
-    )  # fmt: skip
-    return out, state, writes
+        o = o + D.to(compute) * x
+    return o.to(out_dtype), final, B[:, :, None, None], right[:, :, :, None], shots

@@ -1,6 +1,6 @@
 """A long real collection: memory at 10 % and 100 % of it, bytes a firing, tokens a second, the cost of writing.
 
-    python bench/bench_collect.py [--tokens 2000000] [--model default] [--sae FOLDER] [--keep FOLDER]
+    python bench/long_collection.py [--tokens 2000000] [--model default] [--sae FOLDER] [--keep FOLDER]
 
 Resident memory is read from /proc every 50 ms; the two figures are the highest seen until 10 % of the tokens and until
 the end (the index included). The cost of writing compares the collection's rate to the same hooked forward passes
@@ -16,10 +16,11 @@ import tempfile
 import time
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results" / "bench_collect.json"
+from common import COLLECT, add_model, end, model_options, row
 
 FORWARD = """
 import argparse, json, sys, time
+from writesae import options
 from writesae.collect import ModelSource, command, estimate
 from writesae.models import load
 from writesae.text import arguments, passages, tokens
@@ -27,7 +28,7 @@ parser = argparse.ArgumentParser()
 command.configure(parser)
 args = parser.parse_args(sys.argv[1:])
 model, tokenizer = load(args.model)
-source = ModelSource(model, command._dictionaries(args), accelerate=args.accelerate)
+source = ModelSource(model, options.dictionaries(args), accelerate=args.accelerate)
 tokenize, first = tokens.tokenizing(tokenizer)
 found = (p for p in passages.passages(arguments.named(args), tokenize, args.context, first)
          if isinstance(p, passages.Passage))
@@ -55,22 +56,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=int, default=2_000_000)
     parser.add_argument("--corpus", default="stdlib:train")
-    parser.add_argument("--model", default="default")
-    parser.add_argument("--sae", action="append", default=[])
+    add_model(parser)
     parser.add_argument("--keep", help="collect into this folder and leave it")
     args = parser.parse_args()
-    dictionaries = [x for sae in args.sae for x in ("--sae", sae)]
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(args.keep or f"{scratch}/out")
-        options = [args.corpus, "--model", args.model, *dictionaries, "--out", str(out), "--yes"]
-        options += ["--max-tokens", str(args.tokens)]
+        options = [args.corpus, *model_options(args), "--out", str(out), "--yes", "--max-tokens", str(args.tokens)]
 
         def forward_only() -> float:
             done = subprocess.run([sys.executable, "-c", FORWARD, *options], capture_output=True, text=True, check=True)
             return float(done.stdout.splitlines()[-1])
 
         before = forward_only()
-        process = subprocess.Popen([sys.executable, "-m", "writesae.cli", "collect", *options], stdout=subprocess.PIPE)
+        process = subprocess.Popen([*COLLECT, *options], stdout=subprocess.PIPE)
         early = peak = done_tokens = shards = 0
         samples = []  # (share of the corpus done, resident bytes)
         while process.poll() is None:
@@ -87,23 +85,14 @@ def main() -> None:
             sys.exit(process.returncode)
         summary = json.loads(process.stdout.read())
         after = forward_only()
+    if shards < 20:
+        sys.exit(f"expected at least 20 shards, to look at a tenth of them, got {shards}: take more --tokens")
     growth = (peak - early) / early
     at_10 = statistics.median(rss for share, rss in samples if 0.05 <= share <= 0.15)
     at_100 = statistics.median(rss for share, rss in samples if 0.9 <= share)
     hooked = (before + after) / 2
     overhead = hooked / summary["tokens_per_second"] - 1
     what = f"{summary['tokens']} tokens, {summary['firings']} firings, {summary['shards']} shards"
-
-    def row(name, value, unit, target=None, met=None, peer=None, spread=None):
-        return {
-            "name": name,
-            "peer": peer,
-            "value": value,
-            "unit": unit,
-            "target": target,
-            "met": met,
-            "spread": spread,
-        }
 
     rows = [
         row(f"resident memory, largest seen to 100 % over to 10 % of {what}", 100 * growth, "% growth", "<= 5",
@@ -119,11 +108,7 @@ def main() -> None:
             spread=[before, after]),
         row("collection, time the model waited for writing", 100 * summary["wait_seconds"] / summary["seconds"], "%"),
     ]  # fmt: skip
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"rows": rows, "summary": summary}, indent=1) + "\n")
-    for r in rows:
-        print(f"{r['name']}: {r['value']:.2f} {r['unit']}" + (f" (target {r['target']})" if r["target"] else ""))
-    sys.exit(any(r["met"] is False for r in rows))
+    end("long_collection", rows, summary=summary)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,30 @@
-// The kernel, written once and compiled for each instruction set by gated_delta_rule.cpp (no include guard on purpose).
+// The kernels of a scan (scan.h), written once and compiled for each instruction set by scan_forward.h (no include guard on
+// purpose). `Form` is what they are compiled for: see scan_form.h.
 //
 // Given k, q, beta and g, the value columns of a head do not meet: a column block of the state, [K, W] with W = 32 floats on
 // AVX-512 (16 KB at K = 128, inside the first-level cache), runs through all tokens by itself. So an item of work is
 // (sequence, head, column block), and one head alone already feeds several threads.
 //
 // Tokens go in micro-chunks of C = 4, so that the block is read and written once for four tokens. With S the state before
-// the chunk, a_j the gates, G_j = a_0 ... a_j and D_ji = a_{i+1} ... a_j (products of gates, never a quotient):
-//     u_j = beta_j (v_j - G_j S^T k_j - sum_{i<j}  D_ji (k_i . k_j) u_i)
-//     o_j =               G_j S^T q_j + sum_{i<=j} D_ji (k_i . q_j) u_i
+// the chunk, a_j the gates, G_j = a_0 ... a_j and D_ji = a_{i+1} ... a_j (products of gates, never a quotient; diagonal
+// matrices with a gate a channel), and without what the middle takes away where the rule does not read:
+//     u_j = beta_j (v_j - S^T G_j k_j - sum_{i<j}  (k_i . D_ji k_j) u_i)
+//     o_j =               S^T G_j q_j + sum_{i<=j} (k_i . D_ji q_j) u_i
 //     S  <- G_3 S + sum_i D_3i k_i u_i^T
 // The last line of one chunk and the products S^T k, S^T q of the next are a single pass over the rows of S (`advance`):
-// 3 multiply-adds a state element and token and one load and one store for four tokens, 98 kFLOP a token and head at
-// 128 x 128 where the chunked form with C = 64 takes 164. Everything of K alone (normalising, the dot products) is done
-// once per key head and tile of tokens by `prepare`.
+// of the delta rule 3 multiply-adds a state element and token and one load and one store for four tokens, 98 kFLOP a token
+// and head at 128 x 128 where the chunked form with C = 64 takes 164. Everything of K alone (normalising, gates of channels,
+// the dot products) is done once per key head, or value head with a gate a channel, and tile of tokens by `prepare`.
 //
-// Predicted on one Zen 4 core (GEMM: 93 GFLOP/s): 26 vector operations a row for 24 useful ones, so 86; less about 10 %
-// for `prepare` and the triangular part: 77. Measured, one thread, CPU time: 80 with one head at T = 2,048, 55-60 with
-// 16 heads on a machine that others kept busy, where a token's row is 8 KB from the next one's: cache misses on v and o
-// took 29 % of the time there before `prefetch`, and 8 % after. transformers' chunked fallback: 5.0-6.0 times the CPU time.
+// Predicted for the delta rule on one Zen 4 core (GEMM: 93 GFLOP/s): 26 vector operations a row for 24 useful ones, so 86;
+// less about 10 % for `prepare` and the triangular part: 77. Measured, one thread, CPU time: 80 with one head at T = 2,048,
+// 55-60 with 16 heads on a machine that others kept busy, where a token's row is 8 KB from the next one's: cache misses on
+// v and o took 29 % of the time there before `prefetch`, and 8 % after. transformers' chunked fallback: 5.0-6.0 times the
+// CPU time.
 //
 // A micro-chunk that holds an edit or a snapshot goes token by token (`token`); the others pay nothing for it.
+
+#include "cpu/scan_gates_kernel.h"
 
 constexpr int C = 4;
 // r, o and u of four tokens take 12 registers a vector of columns: two vectors fit 32 registers, one fits 16.
@@ -29,11 +34,16 @@ constexpr int VECTORS = 2;
 constexpr int VECTORS = LANES == 16 ? 2 : 1;
 #endif
 
+// Rows of a micro-chunk that `prepare` makes: of the keys and queries; with a gate a channel G_j k_j, G_j q_j, D_3j k_j and
+// G_3, so that the walk multiplies by no other gate.
+template <class Form>
+constexpr int ROWS = Form::CHANNEL ? 3 * C + 1 : 2 * C;
+
 // ---- once per key head and tile ------------------------------------------------------------------------------------
 
 inline int64_t round_up_16(int64_t K) { return (K + 15) / 16 * 16; }
 
-// Element i of a row in `pair` (step 2 * C) or of a plain row (step 1).
+// Element i of a prepared row (step ROWS) or of a plain row (step 1).
 inline float element(const float* row, int64_t step, int64_t i) { return row[i / 16 * 16 * step + i % 16]; }
 
 inline void prefetch_row(const View& x, int64_t a, int64_t b, int64_t c, int64_t n) {
@@ -41,37 +51,76 @@ inline void prefetch_row(const View& x, int64_t a, int64_t b, int64_t c, int64_t
   for (int64_t byte = 0; byte < n * element_size(x.type); byte += 64) __builtin_prefetch(from + byte, 0);
 }
 
-// Tokens [first, last) of key head hk; first is a multiple of C within the sequence that starts at row b, token `origin`.
-//   pair [chunk][K / 16][2C][16]: k_0..k_3, q_0..q_3 in pieces of 16 (zero past the end), so that one pointer and constant
-//        offsets reach all of them;  dots [chunk][2][C][C]: k_i.k_j and k_i.q_j
-inline void prepare(const ScanParams& p, int64_t b, int64_t origin, int64_t first, int64_t last, int64_t hk, float* rows,
-                    float* pair, float* dots) {
-  const int64_t K = p.K, padded = round_up_16(K);
-  for (int64_t start = first; start < last; start += C, pair += padded * 2 * C, dots += 2 * C * C) {
+// The products of a micro-chunk, and with a gate a channel what ROWS says. rows [ROWS, and C more with a gate a channel]:
+// k_0.., q_0..; or with a gate a channel (nothing), q_0.., k_0.., (nothing), e^g_0... In place.
+template <class Form>
+inline void gate_rows(float* rows, int64_t padded, float* dots) {
+  if constexpr (!Form::CHANNEL) {
+    for (int j = 0; j < C; j++)
+      for (int i = 0; i <= j; i++) {
+        if constexpr (Form::READS) dots[j * C + i] = i < j ? dot(rows + i * padded, rows + j * padded, padded) : 0.0f;
+        dots[C * C + j * C + i] = dot(rows + i * padded, rows + (C + j) * padded, padded);
+      }
+  } else {
+    float *const q = rows + C * padded, *const k = q + C * padded, *const total = k + C * padded;
+    const float* const gates = total + padded;
+    for (int64_t i = 0; i < padded; i++) total[i] = 1;
+    for (int j = 0; j < C && Form::READS; j++) {
+      multiply_rows(total, gates + j * padded, padded, total);
+      multiply_rows(total, k + j * padded, padded, rows + j * padded);
+    }
+    for (int i = 0; i < C; i++)
+      for (int j = i; j < C; j++) {
+        float* const faded = k + i * padded;  // D_ji k_i
+        if (j > i) multiply_rows(faded, gates + j * padded, padded, faded);
+        if (Form::READS && j > i) dots[j * C + i] = dot(faded, k + j * padded, padded);
+        dots[C * C + j * C + i] = dot(faded, q + j * padded, padded);
+      }
+    for (int64_t i = 0; i < padded; i++) total[i] = 1;
     for (int j = 0; j < C; j++) {
-      float* k = rows + j * padded;
+      multiply_rows(total, gates + j * padded, padded, total);
+      multiply_rows(total, q + j * padded, padded, q + j * padded);
+    }
+  }
+}
+
+// Tokens [first, last) of a head: of the keys, or of the values with a gate a channel. first is a multiple of C within the
+// sequence that starts at row b, token `origin`.
+//   rows      scratch, of ROWS + C rows
+//   prepared  [chunk][K / 16][ROWS][16]: in pieces of 16 (zero past the end), so that one pointer and constant offsets
+//             reach all of them
+//   dots      [chunk][2][C][C]: k_i . D_ji k_j where the rule reads, and k_i . D_ji q_j; without D where the gate is a
+//             head's
+template <class Form>
+inline void prepare(const ScanParams& p, int64_t b, int64_t origin, int64_t first, int64_t last, int64_t head, float* rows,
+                    float* prepared, float* dots) {
+  const int64_t K = p.K, padded = round_up_16(K), group = Form::CHANNEL ? p.H / p.Hk : 1, hk = head / group;
+  for (int64_t start = first; start < last; start += C, prepared += padded * ROWS<Form>, dots += 2 * C * C) {
+    for (int j = 0; j < C; j++) {
+      float* k = rows + ((Form::CHANNEL ? 2 * C : 0) + j) * padded;
       float* q = rows + (C + j) * padded;
+      float* gates = rows + (3 * C + 1 + j) * padded;
       if (start + j >= last) {
         for (int64_t i = 0; i < padded; i++) k[i] = q[i] = 0;
+        for (int64_t i = 0; i < padded && Form::CHANNEL; i++) gates[i] = 1;
         continue;
       }
       const int64_t t = origin + start + j;
       if (start + j + C < last) {  // a key head's next row lies a whole token away, where no hardware prefetcher looks
         prefetch_row(p.k, b, t + C, hk, K);
         prefetch_row(p.q, b, t + C, hk, K);
+        if constexpr (Form::CHANNEL) prefetch_row(p.g, b, t + C, head, K);
       }
       read_row(p.k, b, t, hk, K, padded, p.use_qk_l2norm, 1.0f, k);
       read_row(p.q, b, t, hk, K, padded, p.use_qk_l2norm, p.scale, q);
-      if (p.left != nullptr) std::memcpy(p.left + ((b * p.T + t) * p.Hk + hk) * K, k, K * sizeof(float));
+      if constexpr (Form::CHANNEL) read_gates(p.g, b, t, head, K, padded, gates);
+      if (p.left != nullptr && head % group == 0)
+        std::memcpy(p.left + ((b * p.T + t) * p.Hk + hk) * K, k, K * sizeof(float));
     }
-    for (int j = 0; j < C; j++)
-      for (int i = 0; i <= j; i++) {
-        dots[j * C + i] = i < j ? dot(rows + i * padded, rows + j * padded, padded) : 0.0f;
-        dots[C * C + j * C + i] = dot(rows + i * padded, rows + (C + j) * padded, padded);
-      }
+    gate_rows<Form>(rows, padded, dots);
     for (int64_t i = 0; i < padded; i += 16)
-      for (int j = 0; j < 2 * C; j++)
-        for (int l = 0; l < 16; l += LANES) store(pair + (i * 2 * C + j * 16) + l, load(rows + j * padded + i + l));
+      for (int j = 0; j < ROWS<Form>; j++)
+        for (int l = 0; l < 16; l += LANES) store(prepared + (i * ROWS<Form> + j * 16) + l, load(rows + j * padded + i + l));
   }
 }
 
@@ -80,15 +129,17 @@ inline void prepare(const ScanParams& p, int64_t b, int64_t origin, int64_t firs
 // What of the last micro-chunk has not been put into the state yet.
 template <int NV>
 struct Pending {
-  float gate;         // G_3
-  const float* pair;  // its keys
-  Vec u[C][NV];       // D_3i u_i
+  float gate;             // G_3, where it is a head's
+  const float* prepared;  // its rows
+  Vec u[C][NV];           // D_3i u_i, or u_i where the rows have D_3i
 };
 
-// S <- gate S + sum_i k_i u_i^T for the pending chunk, and r_j = S^T k_j, o_j = S^T q_j for the next, in one pass.
-template <int NV>
+// S <- G_3 S + sum_i D_3i k_i u_i^T for the pending chunk, and r_j = S^T k_j (where the rule reads), o_j = S^T q_j for the
+// next, in one pass.
+template <class Form, int NV>
 inline void advance(float* state, int64_t K, const Pending<NV>& pending, const float* next, Vec (&r)[C][NV],
                     Vec (&o)[C][NV]) {
+  constexpr int SKIP = 16 * (ROWS<Form> - 1);
   Vec u[C][NV], rk[C][NV], oq[C][NV];
   for (int j = 0; j < C; j++)
     for (int n = 0; n < NV; n++) {
@@ -96,18 +147,18 @@ inline void advance(float* state, int64_t K, const Pending<NV>& pending, const f
       rk[j][n] = oq[j][n] = Vec{};
     }
   const float gate = pending.gate;
-  const float* past = pending.pair;
-  for (int64_t left = K; left > 0; left -= 16, past += 16 * (2 * C - 1), next += 16 * (2 * C - 1)) {
+  const float* past = pending.prepared + (Form::CHANNEL ? 2 * C * 16 : 0);
+  for (int64_t left = K; left > 0; left -= 16, past += SKIP, next += SKIP) {
     const float* end = past + (left < 16 ? left : 16);
     for (; past < end; past++, next++, state += NV * LANES) {
       Vec s[NV];
-      for (int n = 0; n < NV; n++) s[n] = load(state + n * LANES) * gate;
+      for (int n = 0; n < NV; n++) s[n] = load(state + n * LANES) * (Form::CHANNEL ? past[C * 16] : gate);
       for (int j = 0; j < C; j++)
         for (int n = 0; n < NV; n++) s[n] += past[j * 16] * u[j][n];
       for (int n = 0; n < NV; n++) store(state + n * LANES, s[n]);
       for (int j = 0; j < C; j++)
         for (int n = 0; n < NV; n++) {
-          rk[j][n] += next[j * 16] * s[n];
+          if constexpr (Form::READS) rk[j][n] += next[j * 16] * s[n];
           oq[j][n] += next[(C + j) * 16] * s[n];
         }
     }
@@ -119,29 +170,36 @@ inline void advance(float* state, int64_t K, const Pending<NV>& pending, const f
     }
 }
 
-template <int NV>
-inline void flush(float* state, int64_t K, Pending<NV>& pending, const float* zeros) {
+template <class Form, int NV>
+inline void flush(float* state, int64_t K, Pending<NV>& pending, const float* nothing) {
+  const float* past = pending.prepared + (Form::CHANNEL ? 2 * C * 16 : 0);
   for (int64_t i = 0; i < K; i++)
     for (int n = 0; n < NV; n++) {
-      Vec s = load(state + (i * NV + n) * LANES) * pending.gate;
-      for (int j = 0; j < C; j++) s += element(pending.pair + j * 16, 2 * C, i) * pending.u[j][n];
+      const float gate = Form::CHANNEL ? element(past + C * 16, ROWS<Form>, i) : pending.gate;
+      Vec s = load(state + (i * NV + n) * LANES) * gate;
+      for (int j = 0; j < C; j++) s += element(past + j * 16, ROWS<Form>, i) * pending.u[j][n];
       store(state + (i * NV + n) * LANES, s);
     }
-  pending = {1.0f, zeros, {}};
+  pending = {1.0f, nothing, {}};
 }
 
-// One token on a block of the state: rows `row` floats apart, keys and queries laid out as `element` says. Edits
-// [first, last) act on it. Returns the increment in u and the reading in o. `side` holds NV * LANES floats.
-template <int NV>
-inline void token(float* state, int64_t row, int64_t K, int64_t V, const float* k, const float* q, int64_t step, float gate,
-                  float beta, const Vec* v, const EditList& edits, int64_t first, int64_t last, int64_t column,
-                  int64_t width, float* side, Vec* u, Vec* o) {
+// One token on a block of the state: rows `row` floats apart, keys and queries laid out as `element` says; gates of the
+// channels, or the one of the head. Edits [first, last) act on it. Returns the increment in u and the reading in o. `side`
+// holds NV * LANES floats. Always inline: a step's `step` is 1, and rows a constant apart are worth a tenth of its time.
+template <class Form, int NV>
+[[gnu::always_inline]] inline void token(float* state, int64_t row, int64_t K, int64_t V, const float* k, const float* q,
+                                         int64_t step, const float* gates, float beta, const Vec* v, const EditList& edits,
+                                         int64_t first, int64_t last, int64_t column, int64_t width, float* side, Vec* u,
+                                         Vec* o) {
+  // A gate of the head multiplies what was read, one of a channel what is read.
+  const float gate = Form::CHANNEL ? 1.0f : gates[0];
   Vec rk[NV] = {}, oq[NV] = {};
   float kq = 0;
   for (int64_t i = 0; i < K; i++) {
     for (int n = 0; n < NV; n++) {
-      const Vec s = load(state + i * row + n * LANES);
-      rk[n] += element(k, step, i) * s;
+      Vec s = load(state + i * row + n * LANES);
+      if constexpr (Form::CHANNEL) s *= gates[i];
+      if constexpr (Form::READS) rk[n] += element(k, step, i) * s;
       oq[n] += element(q, step, i) * s;
     }
     kq += element(k, step, i) * element(q, step, i);
@@ -152,13 +210,14 @@ inline void token(float* state, int64_t row, int64_t K, int64_t V, const float* 
     kept = kept && !edits.kind(e).removes_after();
   }
   for (int n = 0; n < NV; n++) {
-    u[n] = native ? beta * (v[n] - gate * rk[n]) : Vec{};
+    u[n] = native ? beta * (Form::READS ? v[n] - gate * rk[n] : v[n]) : Vec{};
     o[n] = gate * oq[n] + kq * u[n];
   }
   for (int64_t i = 0; i < K; i++)
     for (int n = 0; n < NV; n++) {
       float* at = state + i * row + n * LANES;
-      store(at, kept ? load(at) * gate + element(k, step, i) * u[n] : load(at) * gate);
+      const Vec s = load(at) * (Form::CHANNEL ? gates[i] : gate);
+      store(at, kept ? s + element(k, step, i) * u[n] : s);
     }
   for (int64_t e = first; e < last; e++) {
     if (!edits.kind(e).adds()) continue;
@@ -214,18 +273,27 @@ inline void prefetch(const ScanParams& p, const Item& item, int64_t start, int64
   }
 }
 
-// memory: [K * W state | padded K * 2C zeros | 2 * C * W values and results | W edit side], 64-byte aligned
-template <int NV>
+// Floats of scratch of `run_block` on blocks of `width` columns.
+template <class Form>
+inline int64_t block_memory(int64_t K, int64_t width) {
+  const int64_t padded = round_up_16(K);
+  return (K + 2 * C + 1) * width + padded * (ROWS<Form> + (Form::CHANNEL ? 3 : 0));
+}
+
+// memory: [K * W state | a chunk of nothing, prepared | 2 * C * W values and results | W edit side | 3 rows of one token,
+// with a gate a channel], 64-byte aligned
+template <class Form, int NV>
 inline void run_block(const ScanParams& p, Item item, int64_t column, float* memory) {
   constexpr int W = NV * LANES;
   const int64_t K = p.K, V = p.V, padded = round_up_16(K), width = V - column < W ? V - column : W;
   float* state = memory;
-  float* zeros = state + K * W;
-  float* values = zeros + padded * 2 * C;
+  float* nothing = state + K * W;
+  float* values = nothing + padded * ROWS<Form>;
   float* results = values + C * W;
   float* side = results + C * W;
+  float* alone = side + W;
   float* carried = p.final_state + (item.n * p.H + item.h) * K * V + column;
-  for (int64_t i = 0; i < padded * 2 * C; i++) zeros[i] = 0;
+  for (int64_t i = 0; i < padded * ROWS<Form>; i++) nothing[i] = Form::CHANNEL && i / 16 % ROWS<Form> == 3 * C ? 1 : 0;
   if (item.first > 0) {
     copy_block<NV>(state, carried, K, V, width, false);
   } else if (p.initial_state != nullptr) {
@@ -234,10 +302,10 @@ inline void run_block(const ScanParams& p, Item item, int64_t column, float* mem
   } else {
     for (int64_t i = 0; i < K * W; i++) state[i] = 0;
   }
-  Pending<NV> pending = {1.0f, zeros, {}};
-  const float* pair = item.pair;
+  Pending<NV> pending = {1.0f, nothing, {}};
+  const float* prepared = item.prepared;
   const float* dots = item.dots;
-  for (int64_t start = item.first; start < item.last; start += C, pair += padded * 2 * C, dots += 2 * C * C) {
+  for (int64_t start = item.first; start < item.last; start += C, prepared += padded * ROWS<Form>, dots += 2 * C * C) {
     prefetch(p, item, start + C, column, width);
     const int count = item.last - start < C ? static_cast<int>(item.last - start) : C;
     const float* gate = item.gate + (start - item.first);
@@ -258,32 +326,41 @@ inline void run_block(const ScanParams& p, Item item, int64_t column, float* mem
     const bool edited = item.edit < item.edit_end && p.edits.index[item.edit * 4 + 1] < start + count;
     const bool wanted = item.shots < item.shots_end && p.places[*item.shots * 2 + 1] < start + count;
     if (edited || wanted) {
-      flush<NV>(state, K, pending, zeros);
+      flush<Form, NV>(state, K, pending, nothing);
       for (int j = 0; j < count; j++) {
         int64_t edit = item.edit;
         while (edit < item.edit_end && p.edits.index[edit * 4 + 1] == start + j) edit++;
-        token<NV>(state, W, K, V, pair + j * 16, pair + (C + j) * 16, 2 * C, gate[j], beta[j], v[j], p.edits, item.edit,
-                  edit, column, width, side, u[j], o[j]);
+        const float *k = prepared + j * 16, *q = prepared + (C + j) * 16, *gates = gate + j;
+        if constexpr (Form::CHANNEL) {  // what is prepared has the gates of earlier tokens in it
+          const int64_t t = item.origin + start + j, hk = item.h / (p.H / p.Hk);
+          read_row(p.k, item.b, t, hk, K, padded, p.use_qk_l2norm, 1.0f, alone);
+          read_row(p.q, item.b, t, hk, K, padded, p.use_qk_l2norm, p.scale, alone + padded);
+          read_gates(p.g, item.b, t, item.h, K, padded, alone + 2 * padded);
+          k = alone, q = alone + padded, gates = alone + 2 * padded;
+        }
+        token<Form, NV>(state, W, K, V, k, q, Form::CHANNEL ? 1 : ROWS<Form>, gates, beta[j], v[j], p.edits, item.edit, edit,
+                        column, width, side, u[j], o[j]);
         item.edit = edit;
         for (; item.shots < item.shots_end && p.places[*item.shots * 2 + 1] == start + j; item.shots++)
           copy_block<NV>(state, p.snapshots + (*item.shots * p.H + item.h) * K * V + column, K, V, width, true);
       }
     } else {
       Vec r[C][NV];
-      advance<NV>(state, K, pending, pair, r, o);
-      float since[C];  // D_ji for the present j; a gate past the end counts as 1, a beta as 0
+      advance<Form, NV>(state, K, pending, prepared, r, o);
+      float since[C];  // D_ji for the present j, where it is a head's; a gate past the end counts as 1, a beta as 0
       float total = 1;
       for (int j = 0; j < C; j++) {
-        const float a = j < count ? gate[j] : 1.0f;
+        const float a = j < count && !Form::CHANNEL ? gate[j] : 1.0f;
         const float b = j < count ? beta[j] : 0.0f;
         total *= a;
         for (int i = 0; i < j; i++) since[i] *= a;
         since[j] = 1;
         for (int n = 0; n < NV; n++) {
-          Vec rest = v[j][n] - total * r[j][n];
+          Vec rest = v[j][n];
+          if constexpr (Form::READS) rest -= total * r[j][n];
           Vec out = total * o[j][n];
           for (int i = 0; i < j; i++) {
-            rest -= (since[i] * dots[j * C + i]) * u[i][n];
+            if constexpr (Form::READS) rest -= (since[i] * dots[j * C + i]) * u[i][n];
             out += (since[i] * dots[C * C + j * C + i]) * u[i][n];
           }
           u[j][n] = b * rest;
@@ -291,7 +368,7 @@ inline void run_block(const ScanParams& p, Item item, int64_t column, float* mem
         }
       }
       pending.gate = total;
-      pending.pair = pair;
+      pending.prepared = prepared;
       for (int i = 0; i < C; i++)
         for (int n = 0; n < NV; n++) pending.u[i][n] = since[i] * u[i][n];
     }
@@ -301,30 +378,38 @@ inline void run_block(const ScanParams& p, Item item, int64_t column, float* mem
       if (p.right != nullptr) write<NV>(u[j], Element::f32, p.right + at, width, results);
     }
   }
-  flush<NV>(state, K, pending, zeros);
+  flush<Form, NV>(state, K, pending, nothing);
   copy_block<NV>(state, carried, K, V, width, true);
 }
 
+template <class Form>
 inline void run_columns(const ScanParams& p, const Item& item, int64_t column, int vectors, float* memory) {
   // A narrow last block takes single vectors.
-  if (VECTORS == 2 && vectors == 2 && p.V - column > LANES) return run_block<VECTORS>(p, item, column, memory);
-  run_block<1>(p, item, column, memory);
+  if (VECTORS == 2 && vectors == 2 && p.V - column > LANES) return run_block<Form, VECTORS>(p, item, column, memory);
+  run_block<Form, 1>(p, item, column, memory);
 }
 
 // ---- one token -----------------------------------------------------------------------------------------------------
 
-// All columns of (row b, value head h). memory: 2 padded rows of K, W edit side, and a [K, W] block for a ragged end.
+// All columns of (row b, value head h). memory: 3 padded rows of K, W edit side, and a [K, W] block for a ragged end.
+template <class Form>
 inline void step_head(const ScanStepParams& p, int64_t b, int64_t h, int64_t first, int64_t last, float* memory) {
   constexpr int W = VECTORS * LANES;
   const int64_t K = p.K, V = p.V, padded = round_up_16(K), hk = h / (p.H / p.Hk);
   float* k = memory;
   float* q = k + padded;
-  float* side = q + padded;
+  float* gates = q + padded;
+  float* side = gates + padded;
   float* block = side + W;
   read_row(p.k, b, hk, 0, K, padded, p.use_qk_l2norm, 1.0f, k);
   read_row(p.q, b, hk, 0, K, padded, p.use_qk_l2norm, p.scale, q);
   if (p.left != nullptr && h % (p.H / p.Hk) == 0) std::memcpy(p.left + (b * p.Hk + hk) * K, k, K * sizeof(float));
-  const float gate = std::exp(read(p.g, b, h, 0)), beta = read(p.beta, b, h, 0);
+  if constexpr (Form::CHANNEL) {
+    read_gates(p.g, b, h, 0, K, padded, gates);
+  } else {
+    gates[0] = std::exp(read(p.g, b, h, 0));
+  }
+  const float beta = read(p.beta, b, h, 0);
   for (int64_t column = 0; column < V; column += W) {
     const int64_t width = V - column < W ? V - column : W, at = (b * p.H + h) * V + column;
     float* state = p.state + (b * p.H + h) * K * V + column;
@@ -333,10 +418,10 @@ inline void step_head(const ScanStepParams& p, int64_t b, int64_t h, int64_t fir
     Vec v[VECTORS], u[VECTORS], o[VECTORS];
     for (int n = 0; n < VECTORS; n++) v[n] = load(line + n * LANES);
     if (width == W) {
-      token<VECTORS>(state, V, K, V, k, q, 1, gate, beta, v, p.edits, first, last, column, width, side, u, o);
+      token<Form, VECTORS>(state, V, K, V, k, q, 1, gates, beta, v, p.edits, first, last, column, width, side, u, o);
     } else {
       copy_block<VECTORS>(block, state, K, V, width, false);
-      token<VECTORS>(block, W, K, V, k, q, 1, gate, beta, v, p.edits, first, last, column, width, side, u, o);
+      token<Form, VECTORS>(block, W, K, V, k, q, 1, gates, beta, v, p.edits, first, last, column, width, side, u, o);
       copy_block<VECTORS>(block, state, K, V, width, true);
     }
     write<VECTORS>(o, p.o_type, static_cast<char*>(p.o) + at * element_size(p.o_type), width, line);

@@ -1,10 +1,12 @@
-// The backward of gated_delta_rule on the CPU: scheduling here, arithmetic in gated_delta_rule_backward_kernel.h.
+// The backward of a scan on the CPU, of any write rule: scheduling here, arithmetic in scan_backward_kernel.h.
 //
 // An item of work is (sequence, value head, column block). Time is cut into segments of SEGMENT tokens, segments into
 // pieces (see there). First every item runs its state forward, from the increments alone, and leaves it at the segments'
 // starts: K V floats every 512 tokens, half of what v itself takes. Then the segments go from last to first: in each, every
 // item rebuilds the states of its pieces and walks them back; what value heads and column blocks add to the same query and
 // key lies apart until all are done, and is then summed in a fixed order, so the result does not depend on threads.
+#pragma once
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -12,12 +14,12 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "cpu/scan_form.h"
 #include "cpu/scratch.h"
-#include "gated_delta_rule.h"
 #include "parallel.h"
+#include "scan.h"
 
-namespace writesae::cpu::gated_delta_rule {
-namespace {
+namespace writesae::cpu::scan_backward {
 
 using Params = ScanBackwardParams;
 
@@ -38,34 +40,23 @@ struct Piece {
   int64_t start, length, edit, edit_end, shot, shot_end;
 };
 
-}  // namespace
-
-#define WRITESAE_KERNEL "cpu/gated_delta_rule_backward_kernel.h"
+#define WRITESAE_KERNEL "cpu/scan_backward_kernel.h"
 #include "cpu/each_isa.h"
 
-namespace {
-
+template <class Form>
 struct Kernels {
-  decltype(&portable::scan_backward::sweep) sweep;
-  decltype(&portable::scan_backward::reverse) reverse;
-  decltype(&portable::scan_backward::finish) finish;
+  decltype(&portable::sweep<Form>) sweep;
+  decltype(&portable::reverse<Form>) reverse;
+  decltype(&portable::finish<Form>) finish;
 };
 
-Kernels kernels() {
-#if defined(__x86_64__)
-  switch (isa()) {
-    case Isa::avx512:
-      return {avx512::scan_backward::sweep, avx512::scan_backward::reverse, avx512::scan_backward::finish};
-    case Isa::avx2:
-      return {avx2::scan_backward::sweep, avx2::scan_backward::reverse, avx2::scan_backward::finish};
-    case Isa::portable:
-      break;
-  }
-#else
-  isa();
-#endif
-  return {portable::scan_backward::sweep, portable::scan_backward::reverse, portable::scan_backward::finish};
+#define WRITESAE_KERNELS(set) \
+  Kernels<Form> { set::sweep<Form>, set::reverse<Form>, set::finish<Form> }
+template <class Form>
+Kernels<Form> kernels() {
+  return WRITESAE_OF_ISA(WRITESAE_KERNELS);
 }
+#undef WRITESAE_KERNELS
 
 struct Sequence {
   int64_t b, origin, length, segments;
@@ -89,7 +80,7 @@ class Plan {
     // By the problem alone, never by the number of threads.
     blocks = in.N * in.H < FEW ? (in.V + 63) / 64 : 1;
     width = (in.V + blocks - 1) / blocks;
-    stride = 16 + 2 * round_up(in.K, 16);
+    stride = 16 + (in.channel_gate ? 3 : 2) * round_up(in.K, 16);
   }
 
   Item item(int64_t n, int64_t h, int64_t block) const {
@@ -135,7 +126,9 @@ class Plan {
 };
 
 // Sequences [n0, n1) at once.
-void run_group(const Plan& plan, const Params& p, const Kernels& kernel, int64_t n0, int64_t n1, const Parallel& parallel) {
+template <class Form>
+void run_group(const Plan& plan, const Params& p, const Kernels<Form>& kernel, int64_t n0, int64_t n1,
+               const Parallel& parallel) {
   const ScanParams& in = p.in;
   const int64_t members = n1 - n0, H = in.H, size = in.K * in.V, items = members * H * plan.blocks;
   int64_t segments = 0, tokens = 0, pieces = 2;
@@ -152,7 +145,7 @@ void run_group(const Plan& plan, const Params& p, const Kernels& kernel, int64_t
       p.d_initial_state[i] = p.d_final_state != nullptr ? p.d_final_state[i] : 0.0f;
   }
   const int64_t worker_size =
-      round_up(std::max(portable::scan_backward::memory_size(in.K, plan.width, pieces), 3 * round_up(in.K, 16)), 16);
+      round_up(std::max(portable::memory_size<Form>(in.K, plan.width, pieces), 4 * round_up(in.K, 16)), 16);
   const Buffer memory(worker_size * parallel.threads), parts(tokens * H * plan.blocks * plan.stride);
   const Buffer starts(std::max<int64_t>(segments - 1, 0) * members * H * size);  // states before segments 1, 2, ...
   const auto start_of = [&](const Item& item, int64_t segment) -> const float* {
@@ -199,12 +192,11 @@ void run_group(const Plan& plan, const Params& p, const Kernels& kernel, int64_t
   }
 }
 
-}  // namespace
-
-void backward(const ScanBackwardParams& given, const Parallel& parallel) {
+template <class Form>
+void backward_of(const ScanBackwardParams& given, const Parallel& parallel) {
   Params p = given;
   const Plan plan(p);
-  const Kernels kernel = kernels();
+  const Kernels<Form> kernel = kernels<Form>();
   // Column blocks leave their shares of the edits' left sides apart, like those of queries and keys.
   const int64_t E = p.in.edits.count, K = p.in.K;
   const Buffer shares(plan.blocks > 1 ? E * plan.blocks * K : 0);
@@ -224,4 +216,9 @@ void backward(const ScanBackwardParams& given, const Parallel& parallel) {
     }
 }
 
-}  // namespace writesae::cpu::gated_delta_rule
+template <class Rule>
+void backward(const ScanBackwardParams& p, const Parallel& parallel) {
+  of_gate<Rule>(p.in.channel_gate, [&](auto form) { backward_of<decltype(form)>(p, parallel); });
+}
+
+}  // namespace writesae::cpu::scan_backward

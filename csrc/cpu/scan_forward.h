@@ -1,0 +1,213 @@
+// The forward and the step of a scan on the CPU, of any write rule: scheduling here, arithmetic in scan_kernel.h.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "cpu/scan_form.h"
+#include "cpu/scratch.h"
+#include "parallel.h"
+#include "scan.h"
+
+namespace writesae::cpu::scan {
+
+// The work common to the column blocks of one (sequence, value head) in one tile.
+struct Item {
+  int64_t n, h, b, origin;      // sequence, value head, its batch row and first token
+  int64_t first, last, length;  // positions of the tile inside the sequence, and its whole length
+  const float* prepared;        // [chunk][K / 16][ROWS][16]
+  const float* dots;            // [chunk][2][C][C]
+  const float* gate;            // [tile]  e^g, where it is a head's
+  const float* beta;            // [tile]
+  int64_t edit, edit_end;       // edits of (sequence, head) from this tile on
+  const int64_t* shots;         // places of this sequence from this tile on, rising position
+  const int64_t* shots_end;
+};
+
+#define WRITESAE_KERNEL "cpu/scan_kernel.h"
+#include "cpu/each_isa.h"
+
+constexpr int64_t CHUNK = portable::C;       // the same for every instruction set: the scratch layout depends on it
+constexpr int64_t PART = 64;                 // tokens an item of preparation takes
+constexpr int64_t SCRATCH_FLOATS = 1 << 20;  // prepared keys and queries kept at once: about the second-level cache
+
+// The kernels of one instruction set.
+template <class Form>
+struct Kernels {
+  int lanes, vectors;
+  decltype(&portable::prepare<Form>) prepare;
+  decltype(&portable::read) read;
+  decltype(&portable::run_columns<Form>) run_columns;
+  decltype(&portable::step_head<Form>) step_head;
+};
+
+#define WRITESAE_KERNELS(set) \
+  Kernels<Form> { set::LANES, set::VECTORS, set::prepare<Form>, set::read, set::run_columns<Form>, set::step_head<Form> }
+template <class Form>
+Kernels<Form> kernels() {
+  return WRITESAE_OF_ISA(WRITESAE_KERNELS);
+}
+#undef WRITESAE_KERNELS
+
+struct Sequence {
+  int64_t b, origin, length;
+};
+
+// A page of new memory comes with the first write to it. Threads that write different columns of the same rows would meet
+// at every page, each waiting for it: a tenth of the time of one long head. So one of them goes ahead, with a byte a page.
+inline void touch(void* rows, int64_t row_size, int64_t first, int64_t last) {
+  constexpr int64_t PAGE = 4096;
+  char* const begin = static_cast<char*>(rows) + first * row_size;
+  for (int64_t i = 0; i < (last - first) * row_size; i += PAGE) *static_cast<volatile char*>(begin + i) = 0;
+}
+
+// One token of every row and head. fill(row and head, its state) runs first, near the arithmetic.
+template <class Form, class Fill>
+void one_token(const ScanStepParams& p, const Parallel& parallel, const Fill& fill) {
+  const Kernels<Form> kernel = kernels<Form>();
+  const int64_t worker_size = 3 * round_up(p.K, 16) + (p.K + 1) * kernel.lanes * kernel.vectors;
+  const Buffer memory(worker_size * parallel.threads);
+  for_each(parallel, p.B * p.H, [&](int64_t i, int64_t worker) {
+    const int64_t b = i / p.H, h = i % p.H;
+    const EditRange edits = edits_of(p.edits, b, h);  // positions play no part here
+    fill(i, p.state + i * p.K * p.V);
+    kernel.step_head(p, b, h, edits.begin, edits.end, memory + worker * worker_size);
+  });
+}
+
+// A scan of one token, as a model decoding with a cache asks for: nothing is prepared, so nothing is set up for it.
+template <class Form>
+void scan_one_token(const ScanParams& p, const Parallel& parallel) {
+  const auto row = [](const View& x) { return View{x.data, x.type, {x.stride[0], x.stride[2], x.stride[3]}}; };
+  ScanStepParams step;
+  step.B = p.B, step.Hk = p.Hk, step.H = p.H, step.K = p.K, step.V = p.V;
+  step.q = row(p.q), step.k = row(p.k), step.v = row(p.v), step.g = row(p.g), step.beta = row(p.beta);
+  step.channel_gate = p.channel_gate;
+  step.scale = p.scale, step.use_qk_l2norm = p.use_qk_l2norm;
+  step.state = p.final_state, step.edits = p.edits;
+  step.o = p.o, step.o_type = p.o_type, step.left = p.left, step.right = p.right;
+  const int64_t size = p.K * p.V, row_size = p.H * size;
+  one_token<Form>(step, parallel, [&](int64_t i, float* state) {
+    if (p.initial_state != nullptr) {
+      std::memcpy(state, p.initial_state + i * size, size * sizeof(float));
+    } else {
+      std::memset(state, 0, size * sizeof(float));
+    }
+  });
+  for (int64_t i = 0; i < p.P; i++) {
+    const float* final_state = p.final_state + p.places[i * 2] * row_size;
+    std::memcpy(p.snapshots + i * row_size, final_state, row_size * sizeof(float));
+  }
+}
+
+template <class Form>
+void forward_of(const ScanParams& p, const Parallel& parallel) {
+  if (p.T == 1 && p.cu_seqlens == nullptr) return scan_one_token<Form>(p, parallel);
+  const Kernels<Form> kernel = kernels<Form>();
+  const int64_t K = p.K, V = p.V;
+  std::vector<Sequence> sequences;
+  int64_t longest = 0;
+  for (int64_t n = 0; n < p.N; n++) {
+    if (p.cu_seqlens != nullptr) {
+      sequences.push_back({0, p.cu_seqlens[n], p.cu_seqlens[n + 1] - p.cu_seqlens[n]});
+    } else {
+      sequences.push_back({n, 0, p.T});
+    }
+    longest = std::max(longest, sequences.back().length);
+  }
+  // Snapshot places by sequence, then position.
+  std::vector<int64_t> shots(p.P);
+  for (int64_t i = 0; i < p.P; i++) shots[i] = i;
+  std::sort(shots.begin(), shots.end(), [&](int64_t x, int64_t y) {
+    const int64_t *a = p.places + x * 2, *b = p.places + y * 2;
+    return a[0] != b[0] ? a[0] < b[0] : a[1] < b[1];
+  });
+  const auto find_shot = [&](int64_t n, int64_t position) {
+    return std::partition_point(shots.begin(), shots.end(),
+                                [&](int64_t i) {
+                                  const int64_t* place = p.places + i * 2;
+                                  return place[0] != n ? place[0] < n : place[1] < position;
+                                }) -
+           shots.begin();
+  };
+
+  // A tile: so many tokens, and so many sequences side by side, that what is prepared for them stays near the core.
+  constexpr int64_t ROWS = portable::ROWS<Form>;
+  const int64_t heads = Form::CHANNEL ? p.H : p.Hk, values = p.H / heads;  // heads to prepare, value heads of each
+  const int64_t padded = round_up(K, 16), per_token = heads * (ROWS * padded / CHUNK + 2 * CHUNK) + p.H * 2;
+  int64_t tile = std::min<int64_t>(std::max<int64_t>(SCRATCH_FLOATS / per_token / PART * PART, PART), 1024);
+  tile = std::min(tile, round_up(std::max<int64_t>(longest, 1), CHUNK));
+  const int64_t together = std::clamp<int64_t>(SCRATCH_FLOATS / (per_token * tile), 1, std::max<int64_t>(p.N, 1));
+  const int64_t chunks = round_up(tile, CHUNK) / CHUNK, parts = (tile + PART - 1) / PART;
+  const int64_t prepared_size = chunks * padded * ROWS, dots_size = chunks * 2 * CHUNK * CHUNK;
+  const Buffer prepared(together * heads * prepared_size), dots(together * heads * dots_size);
+  const Buffer gate(together * p.H * tile), beta(together * p.H * tile);
+  // Blocks of two vectors, unless that would leave threads without work.
+  int vectors = kernel.vectors;
+  const auto blocks_of = [&](int count) { return (V + count * kernel.lanes - 1) / (count * kernel.lanes); };
+  if (together * p.H * blocks_of(vectors) < parallel.threads) vectors = 1;
+  const int64_t width = vectors * kernel.lanes, blocks = blocks_of(vectors);
+  const int64_t memory_size = round_up(portable::block_memory<Form>(K, width), 16);
+  const int64_t rows_size = (ROWS + (Form::CHANNEL ? CHUNK : 0)) * padded;
+  const int64_t worker_size = std::max(memory_size, rows_size);
+  const Buffer memory(worker_size * parallel.threads);
+
+  for (int64_t n0 = 0; n0 < p.N; n0 += together) {
+    const int64_t members = std::min(together, p.N - n0);
+    int64_t longest_here = 1;  // an empty sequence still copies its initial state
+    for (int64_t n = n0; n < n0 + members; n++) longest_here = std::max(longest_here, sequences[n].length);
+    for (int64_t first = 0; first < longest_here; first += tile) {
+      for_each(parallel, members * heads * parts, [&](int64_t i, int64_t worker) {
+        const int64_t m = i / (heads * parts), head = i / parts % heads, part = i % parts;
+        const Sequence& s = sequences[n0 + m];
+        const int64_t from = first + part * PART, to = std::min({from + PART, first + tile, s.length});
+        if (from >= to) return;
+        if (head == 0) {  // the rows of all heads lie together
+          const int64_t row = s.b * p.T + s.origin;
+          touch(p.o, p.H * V * element_size(p.o_type), row + from, row + to);
+          if (p.right != nullptr) touch(p.right, p.H * V * sizeof(float), row + from, row + to);
+        }
+        const int64_t chunk = (m * heads + head) * chunks + part * PART / CHUNK;
+        kernel.prepare(p, s.b, s.origin, from, to, head, memory + worker * worker_size, prepared + chunk * padded * ROWS,
+                       dots + chunk * 2 * CHUNK * CHUNK);
+        for (int64_t h = head * values; h < (head + 1) * values; h++)
+          for (int64_t t = from; t < to; t++) {
+            const int64_t at = (m * p.H + h) * tile + t - first;
+            if constexpr (!Form::CHANNEL) *(gate + at) = std::exp(kernel.read(p.g, s.b, s.origin + t, h));
+            *(beta + at) = kernel.read(p.beta, s.b, s.origin + t, h);
+          }
+      });
+      for_each(parallel, members * p.H * blocks, [&](int64_t i, int64_t worker) {
+        const int64_t m = i / (p.H * blocks), h = i / blocks % p.H, n = n0 + m, head = h / values;
+        const Sequence& s = sequences[n];
+        if (first > 0 && first >= s.length) return;
+        Item item;
+        item.n = n, item.h = h, item.b = s.b, item.origin = s.origin, item.length = s.length;
+        item.first = first, item.last = std::min(first + tile, s.length);
+        item.prepared = prepared + (m * heads + head) * prepared_size;
+        item.dots = dots + (m * heads + head) * dots_size;
+        item.gate = gate + (m * p.H + h) * tile;
+        item.beta = beta + (m * p.H + h) * tile;
+        item.edit = first_edit(p.edits, n, h, first), item.edit_end = first_edit(p.edits, n, h, s.length);
+        item.shots = shots.data() + find_shot(n, first), item.shots_end = shots.data() + find_shot(n, s.length);
+        kernel.run_columns(p, item, i % blocks * width, vectors, memory + worker * worker_size);
+      });
+    }
+  }
+}
+
+template <class Rule>
+void forward(const ScanParams& p, const Parallel& parallel) {
+  of_gate<Rule>(p.channel_gate, [&](auto form) { forward_of<decltype(form)>(p, parallel); });
+}
+
+template <class Rule>
+void step(const ScanStepParams& p, const Parallel& parallel) {
+  of_gate<Rule>(p.channel_gate, [&](auto form) { one_token<decltype(form)>(p, parallel, [](int64_t, float*) {}); });
+}
+
+}  // namespace writesae::cpu::scan
