@@ -20,6 +20,7 @@ from common import COLLECT, add_model, end, model_options, row
 
 FORWARD = """
 import argparse, json, sys, time
+from writesae import options
 from writesae.collect import ModelSource, command, estimate
 from writesae.models import load
 from writesae.text import arguments, passages, tokens
@@ -27,7 +28,7 @@ parser = argparse.ArgumentParser()
 command.configure(parser)
 args = parser.parse_args(sys.argv[1:])
 model, tokenizer = load(args.model)
-source = ModelSource(model, command._dictionaries(args), accelerate=args.accelerate)
+source = ModelSource(model, options.dictionaries(args), accelerate=args.accelerate)
 tokenize, first = tokens.tokenizing(tokenizer)
 found = (p for p in passages.passages(arguments.named(args), tokenize, args.context, first)
          if isinstance(p, passages.Passage))
@@ -84,6 +85,8 @@ def main() -> None:
             sys.exit(process.returncode)
         summary = json.loads(process.stdout.read())
         after = forward_only()
+    if shards < 20:
+        sys.exit(f"expected at least 20 shards, to look at a tenth of them, got {shards}: take more --tokens")
     growth = (peak - early) / early
     at_10 = statistics.median(rss for share, rss in samples if 0.05 <= share <= 0.15)
     at_100 = statistics.median(rss for share, rss in samples if 0.9 <= share)

@@ -28,12 +28,13 @@ void step(const ScanStepParams& p, void* stream);
 // For scan_operators.h.
 struct Ssd {
   static constexpr const char* NAME = "ssd";
-  static constexpr bool CHANNEL_GATE = false;
 #if WRITESAE_SIDE == 0
+  static constexpr bool CHANNEL_GATE = true;
   static constexpr auto forward = cpu::ssd::forward;
   static constexpr auto backward = cpu::ssd::backward;
   static constexpr auto step = cpu::ssd::step;
 #else
+  static constexpr bool CHANNEL_GATE = false;
   static constexpr auto forward_workspace = cuda::ssd::forward_workspace;
   static constexpr auto forward = cuda::ssd::forward;
   static constexpr auto backward_workspace = cuda::ssd::backward_workspace;

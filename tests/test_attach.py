@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 import writesae
 from writesae import Edits
-from writesae.models import attach, hf_gated_delta, patch
+from writesae.models import attach, hf_gated_delta, patch, sites
 
 FAMILIES = families()
 F, TOP = 24, 3
@@ -482,15 +482,12 @@ def test_self_test_leaves_no_trace(models):
 
 
 def test_self_test_catches_a_wrong_op(models, monkeypatch):
-    import writesae.models.attach  # noqa: F401
-
-    module = sys.modules["writesae.models.attach"]
-    right = module.gated_delta_rule
+    right = hf_gated_delta.BINDING
 
     def wrong(q, k, v, g, beta, **kwargs):
-        return right(q, k, v, g * 1.5, beta, **kwargs)
+        return right.rule.run(q, k, v, g * 1.5, beta, **kwargs)
 
-    monkeypatch.setattr(module, "gated_delta_rule", wrong)
+    monkeypatch.setattr(sites, "bindings", [replace(right, rule=replace(right.rule, run=wrong))])
     with pytest.raises(RuntimeError, match="self-test failed"):
         with attach(models(), {(0, 0): None}):
             pass

@@ -16,8 +16,9 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 import writesae
 from writesae import Edits
 from writesae.models import Stopped, attach, hf_gated_delta, load, patch, self_test
-from writesae.models.arguments import NAMES, Reader, cache_of, given_cache, rule_call
+from writesae.models.arguments import NAMES, Reader, cache_of, given_cache
 from writesae.models.model_call import ModelCall
+from writesae.models.sites import targets
 
 
 @pytest.fixture(autouse=True)
@@ -159,10 +160,14 @@ def test_what_cannot_be_read_is_refused(model, monkeypatch):
     with pytest.raises(ValueError, match=r"a forward of Layer that takes cache or .* got \(hidden_states, memory\)"):
         read.require("hidden_states", "cache")
     x = torch.zeros(1, 1, 1, 1)
-    with pytest.raises(ValueError, match="got A_log, which changes what it computes"):
-        rule_call((x, x, x), {"g": x, "beta": x, "A_log": x})
+    recurrence = hf_gated_delta.BINDING.recurrences[0]
+    known = (
+        "beta, chunk_size, cu_seqlens, g, initial_state, key, output_final_state, query, use_qk_l2norm_in_kernel, value"
+    )
+    with pytest.raises(ValueError, match=f"called with {known}, got A_log, which changes what it computes"):
+        recurrence.read((x, x, x), {"g": x, "beta": x, "A_log": x})
     with pytest.raises(ValueError, match="expected the recurrence to be called with query.* got no beta"):
-        rule_call((x, x, x), {"g": x, "b": x})
+        recurrence.read((x, x, x), {"g": x, "b": x})
     monkeypatch.setitem(NAMES, "cache", ("remembered",))
     with pytest.raises(ValueError, match="forward of Qwen3_5GatedDeltaNet that takes remembered"):
         with attach(model, dictionaries(), self_test=False):
@@ -441,9 +446,8 @@ def test_functions_that_cannot_run_here_are_not_called(model):
         raise RuntimeError("0 active drivers")
 
     for site in hf_gated_delta.layers(model):
-        space, names = hf_gated_delta.targets(site.module)
-        for name in names:
-            if name.endswith(hf_gated_delta.RULES):
+        for space, name in targets(site.module):
+            if site.binding.recurrence(name) is not None:
                 before.append((space, name, space[name]))
                 space[name] = kernel
     try:

@@ -15,7 +15,7 @@ import torch
 
 from writesae import ops
 from writesae.cli import main
-from writesae.collect.command import _dictionaries
+from writesae.options import dictionaries
 from writesae.sae import SAE, estimate_threshold, load_published
 from writesae.writes import Writes
 
@@ -381,7 +381,7 @@ def test_threshold_and_batchtopk_are_one(tmp_path):
 
 
 def chosen(*given, batchtopk=None) -> dict:
-    return _dictionaries(Namespace(sae=[str(x) for x in given], model="some/model", batchtopk=batchtopk))
+    return dictionaries(Namespace(sae=[str(x) for x in given], model="some/model", batchtopk=batchtopk))
 
 
 def test_the_option_takes_published_dictionaries(hub):

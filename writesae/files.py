@@ -48,6 +48,13 @@ def refuse_links(folder: Path, argument: str = "out") -> None:
             refuse_link(Path(here, name), argument)
 
 
+def refuse_file(path: Path, argument: str = "out") -> None:
+    """Raises ValueError if something that is no folder stands where one should be; a link to one is one."""
+    if not os.path.isdir(path) and os.path.lexists(path):
+        kind = "a link that leads nowhere" if os.path.islink(path) and not os.path.exists(path) else "the file"
+        raise ValueError(f"{argument}: expected a folder, got {kind} {path}")
+
+
 def make_folder(root: Path, *names: str, argument: str = "out") -> Path:
     """`root/names...`, made where it is missing; `root` may be a link to a folder, nothing below it.
 
@@ -55,15 +62,12 @@ def make_folder(root: Path, *names: str, argument: str = "out") -> Path:
         ValueError: a link below the root, or a file where a folder should be.
     """
     path = Path(root)
-    if not path.is_dir() and os.path.lexists(path):
-        kind = "a link that leads nowhere" if path.is_symlink() and not path.exists() else "the file"
-        raise ValueError(f"{argument}: expected a folder, got {kind} {path}")
+    refuse_file(path, argument)
     path.mkdir(parents=True, exist_ok=True)
     for name in names:
         path = path / name
         refuse_link(path, argument)
-        if os.path.lexists(path) and not path.is_dir():
-            raise ValueError(f"{argument}: expected a folder, got the file {path}")
+        refuse_file(path, argument)
         path.mkdir(exist_ok=True)
     return path
 

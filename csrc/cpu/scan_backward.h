@@ -45,13 +45,13 @@ struct Piece {
 
 template <class Form>
 struct Kernels {
-  decltype(&portable::sweep) sweep;
+  decltype(&portable::sweep<Form>) sweep;
   decltype(&portable::reverse<Form>) reverse;
-  decltype(&portable::finish) finish;
+  decltype(&portable::finish<Form>) finish;
 };
 
 #define WRITESAE_KERNELS(set) \
-  Kernels<Form> { set::sweep, set::reverse<Form>, set::finish }
+  Kernels<Form> { set::sweep<Form>, set::reverse<Form>, set::finish<Form> }
 template <class Form>
 Kernels<Form> kernels() {
   return WRITESAE_OF_ISA(WRITESAE_KERNELS);
@@ -80,7 +80,7 @@ class Plan {
     // By the problem alone, never by the number of threads.
     blocks = in.N * in.H < FEW ? (in.V + 63) / 64 : 1;
     width = (in.V + blocks - 1) / blocks;
-    stride = 16 + 2 * round_up(in.K, 16);
+    stride = 16 + (in.channel_gate ? 3 : 2) * round_up(in.K, 16);
   }
 
   Item item(int64_t n, int64_t h, int64_t block) const {
@@ -145,7 +145,7 @@ void run_group(const Plan& plan, const Params& p, const Kernels<Form>& kernel, i
       p.d_initial_state[i] = p.d_final_state != nullptr ? p.d_final_state[i] : 0.0f;
   }
   const int64_t worker_size =
-      round_up(std::max(portable::memory_size(in.K, plan.width, pieces), 3 * round_up(in.K, 16)), 16);
+      round_up(std::max(portable::memory_size<Form>(in.K, plan.width, pieces), 4 * round_up(in.K, 16)), 16);
   const Buffer memory(worker_size * parallel.threads), parts(tokens * H * plan.blocks * plan.stride);
   const Buffer starts(std::max<int64_t>(segments - 1, 0) * members * H * size);  // states before segments 1, 2, ...
   const auto start_of = [&](const Item& item, int64_t segment) -> const float* {
@@ -218,7 +218,7 @@ void backward_of(const ScanBackwardParams& given, const Parallel& parallel) {
 
 template <class Rule>
 void backward(const ScanBackwardParams& p, const Parallel& parallel) {
-  backward_of<ScanForm<Rule, false>>(p, parallel);
+  of_gate<Rule>(p.in.channel_gate, [&](auto form) { backward_of<decltype(form)>(p, parallel); });
 }
 
 }  // namespace writesae::cpu::scan_backward

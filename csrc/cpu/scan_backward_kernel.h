@@ -9,7 +9,8 @@
 //     dK = E U D^T - G beta dU S^T + (tril(dO U^T) o D)^T Q - (F + F^T) K,   F = beta tril(dU U^T, -1) o D
 //     D <- G_L D + Q^T (G dO) - K^T (G beta dU)
 // dbeta and dg fall out of products that are there already. Nothing is divided: dbeta = dU . (V - what was read), not u / beta.
-// A rule that does not read has no K K^T, no F, and nothing of beta dU in dK and D.
+// A rule that does not read has no K K^T, no F, and nothing of beta dU in dK and D. With a gate of each channel, G, E and D
+// stand inside the products over K: scan_backward_channels_kernel.h.
 //
 // Multiply-adds of the delta rule, a token and head at K = V = 128: 8 products with a whole state (two of them rebuild S from
 // U), 131 k, and about 3.5 C (K + V) / 2 = 29 k inside the piece, against 49 k of the forward. C = 64 keeps the transposes of
@@ -18,6 +19,9 @@
 // Predicted on one Zen 4 core at 75 of its 93 GFLOP/s: 4.3 us a token and head. Measured, one thread, least CPU time of 5 at
 // T = 2,048 on a machine in use: 4.6 (8 heads), 4.9 (16), 5.5 (1, in two column blocks). A profile has a fifth of the time
 // in copies of rows that lie a token apart, which nothing prefetches yet.
+
+#include "cpu/scan_gates_kernel.h"
+#include "cpu/transpose_kernel.h"
 
 constexpr int NV = 2;
 constexpr int MT = LANES == 16 ? 8 : 4;  // rows of a register tile: MT x NV accumulators, NV + 1 more registers
@@ -73,32 +77,6 @@ inline void add_upper_transposed(const float* t, const float* b, int64_t ld, int
   }
 }
 
-typedef float Four __attribute__((vector_size(16)));
-typedef float UnalignedFour __attribute__((vector_size(16), aligned(4), may_alias));
-#if defined(__clang__)
-#define WRITESAE_SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
-#else
-typedef int32_t IntFour __attribute__((vector_size(16)));
-#define WRITESAE_SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, IntFour{i, j, k, l})
-#endif
-
-// to [columns, rows] = x^T; both sizes multiples of 4.
-inline void transpose(const float* x, int64_t ld, int64_t rows, int64_t columns, float* to, int64_t ld_to) {
-  for (int64_t i = 0; i < rows; i += 4)
-    for (int64_t j = 0; j < columns; j += 4) {
-      Four row[4];
-      for (int r = 0; r < 4; r++) row[r] = *reinterpret_cast<const UnalignedFour*>(x + (i + r) * ld + j);
-      const Four a = WRITESAE_SHUFFLE(row[0], row[1], 0, 4, 1, 5), b = WRITESAE_SHUFFLE(row[2], row[3], 0, 4, 1, 5);
-      const Four c = WRITESAE_SHUFFLE(row[0], row[1], 2, 6, 3, 7), d = WRITESAE_SHUFFLE(row[2], row[3], 2, 6, 3, 7);
-      float* at = to + j * ld_to + i;
-      *reinterpret_cast<UnalignedFour*>(at) = WRITESAE_SHUFFLE(a, b, 0, 1, 4, 5);
-      *reinterpret_cast<UnalignedFour*>(at + ld_to) = WRITESAE_SHUFFLE(a, b, 2, 3, 6, 7);
-      *reinterpret_cast<UnalignedFour*>(at + 2 * ld_to) = WRITESAE_SHUFFLE(c, d, 0, 1, 4, 5);
-      *reinterpret_cast<UnalignedFour*>(at + 3 * ld_to) = WRITESAE_SHUFFLE(c, d, 2, 3, 6, 7);
-    }
-}
-#undef WRITESAE_SHUFFLE
-
 inline void scale_row(float* x, float by, int64_t n) {
   for (int64_t i = 0; i < n; i += LANES) store(x + i, load(x + i) * by);
 }
@@ -122,9 +100,11 @@ struct Work {
   float* line;                                 // a row of an input, converted
   float* states;                               // [pieces][pk][ld_v]: S before each piece
   float gate[C], beta[C], since[C], until[C];  // a_j, beta_j, G_j, E_j
+  // With a gate of each channel, [C][ld_k]: a_j, G_j, E_j, E_j k_j, d_g_j.
+  float *gates, *sinces, *untils, *k_end, *d_gates;
 
   // With memory == nullptr, only counts. Returns the floats taken.
-  int64_t layout(int64_t key, int64_t value, int64_t pieces, float* memory) {
+  int64_t layout(int64_t key, int64_t value, int64_t pieces, bool channels, float* memory) {
     K = key, V = value, pk = round_up(key, 16), pv = round_up(value, 16), ld_k = pk + 16, ld_v = pv + 16;
     int64_t used = 0;
     const auto take = [&](int64_t count) {
@@ -138,6 +118,7 @@ struct Work {
     for (float** m : {&ut, &ot, &dut}) *m = take(pv * PC);
     for (float** m : {&st, &dt}) *m = take(pv * ld_k);
     for (float** m : {&reach, &kk, &qk, &e, &f, &et}) *m = take(C * PC);
+    for (float** m : {&gates, &sinces, &untils, &k_end, &d_gates}) *m = take(channels ? C * ld_k : 0);
     d = take(pk * ld_v), line = take(std::max(pk, pv)), states = take(pieces * pk * ld_v);
     return used;
   }
@@ -168,7 +149,51 @@ inline void load_values(const Work& w, const Item& item, const View& x, int64_t 
   }
 }
 
+// a_j, G_j and E_j of a piece from its gates.
+template <class Form>
+inline void load_gates(Work& w, const Params& p, const Item& item, const Piece& piece, int64_t padded) {
+  const int64_t L = piece.length, t = item.origin + piece.start;
+  // A native write that is removed after its read reaches its own token's output, and nothing else.
+  bool removed = false;
+  for (int64_t e = piece.edit; e < piece.edit_end; e++) removed = removed || p.in.edits.kind(e).removes_after();
+  if constexpr (Form::CHANNEL) {
+    const int64_t ld = w.ld_k, size = w.pk;
+    const auto fill = [&](float* row, float x) {
+      for (int64_t i = 0; i < size; i++) row[i] = x;
+    };
+    for (int64_t j = 0; j < padded; j++) {
+      float* const row = w.gates + j * ld;
+      if (j < L) {
+        read_gates(p.in.g, item.b, t + j, item.h, w.K, size, row);
+      } else {
+        fill(row, 1);
+      }
+      if (j == 0) {
+        std::memcpy(w.sinces, row, size * sizeof(float));
+      } else {
+        multiply_rows(w.sinces + (j - 1) * ld, row, size, w.sinces + j * ld);
+      }
+    }
+    fill(w.untils + (padded - 1) * ld, 1);
+    for (int64_t j = padded - 1; j > 0; j--)
+      multiply_rows(w.untils + j * ld, w.gates + j * ld, size, w.untils + (j - 1) * ld);
+    if (removed) zero(w.untils + (L - 1) * ld, size);
+    for (int64_t j = 0; j < padded; j++) multiply_rows(w.untils + j * ld, w.k + j * ld, size, w.k_end + j * ld);
+  } else {
+    for (int64_t j = 0; j < padded; j++) w.gate[j] = j < L ? std::exp(read(p.in.g, item.b, t + j, item.h)) : 1.0f;
+    float total = 1;
+    for (int64_t j = 0; j < padded; j++) w.since[j] = total *= w.gate[j];
+    total = 1;
+    for (int64_t j = padded - 1; j >= 0; j--) {
+      w.until[j] = total;
+      total *= w.gate[j];
+    }
+    if (removed) w.until[L - 1] = 0;
+  }
+}
+
 // k, beta, gates and U of a piece, which is all the recurrence of the state needs. Returns the padded length.
+template <class Form>
 inline int64_t load_piece(Work& w, const Params& p, const Item& item, const Piece& piece) {
   const int64_t L = piece.length, padded = round_up(L, 8), t = item.origin + piece.start, hk = item.h / (p.in.H / p.in.Hk);
   for (int64_t j = 0; j < padded; j++) {
@@ -177,30 +202,29 @@ inline int64_t load_piece(Work& w, const Params& p, const Item& item, const Piec
     } else {
       zero(w.k + j * w.ld_k, w.pk);
     }
-    w.gate[j] = j < L ? std::exp(read(p.in.g, item.b, t + j, item.h)) : 1.0f;
     w.beta[j] = j < L ? read(p.in.beta, item.b, t + j, item.h) : 0.0f;
   }
-  float total = 1;
-  for (int64_t j = 0; j < padded; j++) w.since[j] = total *= w.gate[j];
-  total = 1;
-  for (int64_t j = padded - 1; j >= 0; j--) {
-    w.until[j] = total;
-    total *= w.gate[j];
-  }
-  // A native write that is removed after its read reaches its own token's output, and nothing else.
-  for (int64_t e = piece.edit; e < piece.edit_end; e++)
-    if (p.in.edits.kind(e).removes_after()) w.until[L - 1] = 0;
+  load_gates<Form>(w, p, item, piece, padded);
   load_values(w, item, p.right, t, L, padded, w.u);
   return padded;
 }
 
+// x <- G_L x, of a state or its adjoint.
+template <class Form>
+inline void decay_state(const Work& w, int64_t padded, const float* x, float* to) {
+  for (int64_t i = 0; i < w.pk; i++) {
+    const float gate = Form::CHANNEL ? w.sinces[(padded - 1) * w.ld_k + i] : w.since[padded - 1];
+    for (int64_t c = 0; c < w.pv; c += LANES) store(to + i * w.ld_v + c, load(x + i * w.ld_v + c) * gate);
+  }
+}
+
 // The state after a piece that load_piece has loaded. Spoils U.
+template <class Form>
 inline void advance(Work& w, const Params& p, const Item& item, const Piece& piece, int64_t padded, const float* from,
                     float* to) {
-  for (int64_t i = 0; i < w.pk; i++)
-    for (int64_t c = 0; c < w.pv; c += LANES) store(to + i * w.ld_v + c, load(from + i * w.ld_v + c) * w.since[padded - 1]);
-  for (int64_t j = 0; j < padded; j++) scale_row(w.u + j * w.ld_v, w.until[j], w.pv);
-  multiply(w.k, w.ld_k, w.u, w.ld_v, padded, to, w.ld_v, w.pk, w.pv, true);
+  decay_state<Form>(w, padded, from, to);
+  for (int64_t j = 0; j < padded && !Form::CHANNEL; j++) scale_row(w.u + j * w.ld_v, w.until[j], w.pv);
+  multiply(Form::CHANNEL ? w.k_end : w.k, w.ld_k, w.u, w.ld_v, padded, to, w.ld_v, w.pk, w.pv, true);
   for (int64_t e = piece.edit; e < piece.edit_end; e++) {
     if (!p.in.edits.kind(e).adds()) continue;
     const float *left = p.in.edits.left + e * w.K, *right = p.in.edits.right + e * p.in.V + item.column;
@@ -210,15 +234,16 @@ inline void advance(Work& w, const Params& p, const Item& item, const Piece& pie
 }
 
 // Runs the state over whole pieces: dense [K, V] in (null: zero) and out. `from` may be `to`.
+template <class Form>
 inline void sweep(const Params& p, const Item& item, const Piece* pieces, int64_t count, const float* from, float* to,
                   float* memory) {
   Work w;
-  w.layout(p.in.K, item.width, 2, memory);
+  w.layout(p.in.K, item.width, 2, Form::CHANNEL, memory);
   const int64_t size = w.pk * w.ld_v;
   load_state(w, from, p.in.V, w.states);
   for (int64_t i = 0; i < count; i++) {
-    const int64_t padded = load_piece(w, p, item, pieces[i]);
-    advance(w, p, item, pieces[i], padded, w.states + i % 2 * size, w.states + (i + 1) % 2 * size);
+    const int64_t padded = load_piece<Form>(w, p, item, pieces[i]);
+    advance<Form>(w, p, item, pieces[i], padded, w.states + i % 2 * size, w.states + (i + 1) % 2 * size);
   }
   store_state(w, w.states + count % 2 * size, p.in.V, to);
 }
@@ -324,27 +349,10 @@ inline void reverse_scalars(Work& w, const Params& p, const Item& item, const Pi
   }
 }
 
-// One piece, from the state before it and the adjoint w.d of the state after it, which becomes that of the state before.
+// The transposes of keys and queries, and their products, gated: kk strictly lower, qk lower, in steps.
 template <class Form>
-inline void reverse_piece(Work& w, const Params& p, const Item& item, const Piece& piece, const float* s, float* partial,
-                          int64_t stride) {
-  const int64_t t = item.origin + piece.start, L = piece.length, hk = item.h / (p.in.H / p.in.Hk);
-  const int64_t padded = load_piece(w, p, item, piece);
-  for (int64_t j = 0; j < padded; j++) {
-    if (j < L) {
-      read_row(p.in.q, item.b, t + j, hk, w.K, w.pk, p.in.use_qk_l2norm, p.in.scale, w.q + j * w.ld_k);
-    } else {
-      zero(w.q + j * w.ld_k, w.pk);
-    }
-  }
-  load_values(w, item, p.d_o, t, L, padded, w.o);
-  reverse_edits(w, p, item, piece);
-  int64_t deleted = -1;
-  for (int64_t e = piece.edit; e < piece.edit_end; e++)
-    if (p.in.edits.kind(e).removes()) deleted = L - 1;
-
-  transpose(w.k, w.ld_k, padded, w.pk, w.kt, PC), transpose(w.q, w.ld_k, padded, w.pk, w.qt, PC);
-  transpose(w.u, w.ld_v, padded, w.pv, w.ut, PC), transpose(w.o, w.ld_v, padded, w.pv, w.ot, PC);
+inline void head_products(Work& w, int64_t padded) {
+  transpose(padded, w.pk, w.k, w.ld_k, w.kt, PC), transpose(padded, w.pk, w.q, w.ld_k, w.qt, PC);
   if constexpr (Form::READS) multiply_lower(w.kt, w.kt, w.pk, padded, w.kk);
   multiply_lower(w.qt, w.kt, w.pk, padded, w.qk);
   for (int64_t j = 0; j < padded; j++) {
@@ -359,12 +367,55 @@ inline void reverse_piece(Work& w, const Params& p, const Item& item, const Piec
     for (int64_t i = j + 1; i < end; i++) w.qk[j * PC + i] = 0;
     for (int64_t i = j; i < end && Form::READS; i++) w.kk[j * PC + i] = 0;
   }
+}
 
+// From the products with the states and inside the piece to dQ in x and dK in z.
+template <class Form>
+inline void reverse_rows(Work& w, int64_t padded) {
+  for (int64_t j = 0; j < padded; j++) {
+    scale_row(w.x + j * w.ld_k, w.since[j], w.pk);
+    scale_row(w.z + j * w.ld_k, w.until[j], w.pk);
+    if constexpr (Form::READS) add_scaled(w.z + j * w.ld_k, w.y + j * w.ld_k, -w.since[j] * w.beta[j], w.pk);
+  }
+  transpose(padded, padded, w.e, PC, w.et, PC);
+  add_upper_transposed(w.et, w.k, w.ld_k, padded, w.x, w.pk);
+  add_lower_transposed(w.e, w.q, w.ld_k, padded, w.z, w.pk);
+  if constexpr (Form::READS) multiply(w.f, PC, w.k, w.ld_k, padded, w.z, w.ld_k, padded, w.pk, true);
+}
+
+#include "cpu/scan_backward_channels_kernel.h"
+
+// One piece, from the state before it and the adjoint w.d of the state after it, which becomes that of the state before.
+template <class Form>
+inline void reverse_piece(Work& w, const Params& p, const Item& item, const Piece& piece, const float* s, float* partial,
+                          int64_t stride) {
+  const int64_t t = item.origin + piece.start, L = piece.length, hk = item.h / (p.in.H / p.in.Hk);
+  const int64_t padded = load_piece<Form>(w, p, item, piece);
+  for (int64_t j = 0; j < padded; j++) {
+    if (j < L) {
+      read_row(p.in.q, item.b, t + j, hk, w.K, w.pk, p.in.use_qk_l2norm, p.in.scale, w.q + j * w.ld_k);
+    } else {
+      zero(w.q + j * w.ld_k, w.pk);
+    }
+  }
+  load_values(w, item, p.d_o, t, L, padded, w.o);
+  reverse_edits(w, p, item, piece);
+  int64_t deleted = -1;
+  for (int64_t e = piece.edit; e < piece.edit_end; e++)
+    if (p.in.edits.kind(e).removes()) deleted = L - 1;
+
+  transpose(padded, w.pv, w.u, w.ld_v, w.ut, PC), transpose(padded, w.pv, w.o, w.ld_v, w.ot, PC);
+  if constexpr (Form::CHANNEL) {
+    channel_products<Form>(w, L, padded);
+  } else {
+    head_products<Form>(w, padded);
+  }
   multiply(w.kt, PC, w.d, w.ld_v, w.pk, w.du, w.ld_v, padded, w.pv, false);
   load_values(w, item, p.d_right, t, L, padded, w.dw);
   for (int64_t j = 0; j < padded; j++)
     for (int64_t c = 0; c < w.pv; c += LANES)
-      store(w.du + j * w.ld_v + c, load(w.du + j * w.ld_v + c) * w.until[j] + load(w.dw + j * w.ld_v + c));
+      store(w.du + j * w.ld_v + c,
+            load(w.du + j * w.ld_v + c) * (Form::CHANNEL ? 1.0f : w.until[j]) + load(w.dw + j * w.ld_v + c));
   add_lower_transposed(w.qk, w.o, w.ld_v, padded, w.du, w.pv);
   solve<Form>(w, padded, deleted);
   for (int64_t j = 0; j < L; j++) {
@@ -373,24 +424,19 @@ inline void reverse_piece(Work& w, const Params& p, const Item& item, const Piec
     convert_out(p.in.v.type, w.line, static_cast<char*>(p.d_v) + at * element_size(p.in.v.type), w.V);
   }
 
-  if constexpr (Form::READS) transpose(w.du, w.ld_v, padded, w.pv, w.dut, PC);
-  transpose(s, w.ld_v, w.pk, w.pv, w.st, w.ld_k), transpose(w.d, w.ld_v, w.pk, w.pv, w.dt, w.ld_k);
+  if constexpr (Form::READS) transpose(padded, w.pv, w.du, w.ld_v, w.dut, PC);
+  transpose(w.pk, w.pv, s, w.ld_v, w.st, w.ld_k), transpose(w.pk, w.pv, w.d, w.ld_v, w.dt, w.ld_k);
   multiply(w.ot, PC, w.st, w.ld_k, w.pv, w.x, w.ld_k, padded, w.pk, false);
   if constexpr (Form::READS) multiply(w.dut, PC, w.st, w.ld_k, w.pv, w.y, w.ld_k, padded, w.pk, false);
   multiply(w.ut, PC, w.dt, w.ld_k, w.pv, w.z, w.ld_k, padded, w.pk, false);
   multiply_lower(w.ot, w.ut, w.pv, padded, w.e);
   if constexpr (Form::READS) multiply_lower(w.dut, w.ut, w.pv, padded, w.f);
-  reverse_scalars<Form>(w, p, item, piece, padded, s, partial, stride);
-
-  for (int64_t j = 0; j < padded; j++) {
-    scale_row(w.x + j * w.ld_k, w.since[j], w.pk);
-    scale_row(w.z + j * w.ld_k, w.until[j], w.pk);
-    if constexpr (Form::READS) add_scaled(w.z + j * w.ld_k, w.y + j * w.ld_k, -w.since[j] * w.beta[j], w.pk);
+  if constexpr (Form::CHANNEL) {
+    reverse_channels<Form>(w, p, item, piece, padded, s, partial, stride);
+  } else {
+    reverse_scalars<Form>(w, p, item, piece, padded, s, partial, stride);
+    reverse_rows<Form>(w, padded);
   }
-  transpose(w.e, PC, padded, padded, w.et, PC);
-  add_upper_transposed(w.et, w.k, w.ld_k, padded, w.x, w.pk);
-  add_lower_transposed(w.e, w.q, w.ld_k, padded, w.z, w.pk);
-  if constexpr (Form::READS) multiply(w.f, PC, w.k, w.ld_k, padded, w.z, w.ld_k, padded, w.pk, true);
   for (int64_t e = piece.edit; e < piece.edit_end; e++) {
     if (!p.in.edits.kind(e).adds() || p.in.edits.kind(e).after()) continue;
     const float *left = p.in.edits.left + e * w.K, *right = p.in.edits.right + e * p.in.V + item.column;
@@ -401,30 +447,37 @@ inline void reverse_piece(Work& w, const Params& p, const Item& item, const Piec
   for (int64_t j = 0; j < L; j++) {
     std::memcpy(partial + j * stride + 16, w.x + j * w.ld_k, w.pk * sizeof(float));
     std::memcpy(partial + j * stride + 16 + w.pk, w.z + j * w.ld_k, w.pk * sizeof(float));
+    if constexpr (Form::CHANNEL)
+      std::memcpy(partial + j * stride + 16 + 2 * w.pk, w.d_gates + j * w.ld_k, w.pk * sizeof(float));
   }
 
   for (int64_t j = 0; j < padded; j++) {
-    scale_row(w.o + j * w.ld_v, w.since[j], w.pv);
-    if constexpr (Form::READS) scale_row(w.dw + j * w.ld_v, w.since[j], w.pv);
+    if constexpr (Form::CHANNEL) {
+      multiply_rows(w.q + j * w.ld_k, w.sinces + j * w.ld_k, w.pk, w.q + j * w.ld_k);
+      if constexpr (Form::READS) multiply_rows(w.k + j * w.ld_k, w.sinces + j * w.ld_k, w.pk, w.k + j * w.ld_k);
+    } else {
+      scale_row(w.o + j * w.ld_v, w.since[j], w.pv);
+      if constexpr (Form::READS) scale_row(w.dw + j * w.ld_v, w.since[j], w.pv);
+    }
   }
-  for (int64_t i = 0; i < w.pk; i++) scale_row(w.d + i * w.ld_v, w.since[padded - 1], w.pv);
+  decay_state<Form>(w, padded, w.d, w.d);
   multiply(w.q, w.ld_k, w.o, w.ld_v, padded, w.d, w.ld_v, w.pk, w.pv, true);
   if constexpr (Form::READS) multiply(w.k, w.ld_k, w.dw, w.ld_v, padded, w.d, w.ld_v, w.pk, w.pv, true);
 }
 
 // The pieces of one segment of one head's column block, last to first. `start`: state before the segment; `d_end` and
 // `d_start`: adjoints after and before it (dense [K, V]; null: zero; they may be the same). Row (token - segment's first) *
-// stride of `partial` gets [dg, dbeta, ..., dq (16 on), dk]: of used queries and keys, summed by `finish`.
+// stride of `partial` gets [dg, dbeta, ..., dq (16 on), dk, and dg of channels]: of used queries and keys, summed by `finish`.
 template <class Form>
 inline void reverse(const Params& p, const Item& item, const Piece* pieces, int64_t count, const float* start,
                     const float* d_end, float* d_start, float* partial, int64_t stride, float* memory) {
   Work w;
-  w.layout(p.in.K, item.width, count, memory);
+  w.layout(p.in.K, item.width, count, Form::CHANNEL, memory);
   const int64_t size = w.pk * w.ld_v;
   load_state(w, start, p.in.V, w.states);
   for (int64_t i = 0; i + 1 < count; i++) {
-    const int64_t padded = load_piece(w, p, item, pieces[i]);
-    advance(w, p, item, pieces[i], padded, w.states + i * size, w.states + (i + 1) * size);
+    const int64_t padded = load_piece<Form>(w, p, item, pieces[i]);
+    advance<Form>(w, p, item, pieces[i], padded, w.states + i * size, w.states + (i + 1) * size);
   }
   load_state(w, d_end, p.in.V, w.d);
   for (int64_t i = count - 1; i >= 0; i--)
@@ -434,7 +487,10 @@ inline void reverse(const Params& p, const Item& item, const Piece* pieces, int6
 }
 
 // Floats of scratch that `sweep` and `reverse` need.
-inline int64_t memory_size(int64_t K, int64_t width, int64_t pieces) { return Work().layout(K, width, pieces, nullptr); }
+template <class Form>
+inline int64_t memory_size(int64_t K, int64_t width, int64_t pieces) {
+  return Work().layout(K, width, pieces, Form::CHANNEL, nullptr);
+}
 
 // ---- from parts to gradients -----------------------------------------------------------------------------------------
 
@@ -453,22 +509,27 @@ inline void unread_row(const View& x, int64_t a, int64_t b, int64_t c, int64_t K
   for (int64_t i = 0; i < padded; i += LANES) store(d + i, (load(d + i) - along * load(raw + i)) * (inverse * scale));
 }
 
-// One token of key head hk: parts [value head of the group][block][stride] summed in that order. memory: 3 padded rows.
+// One token of key head hk: parts [value head of the group][block][stride] summed in that order. memory: 4 padded rows.
+template <class Form>
 inline void finish(const Params& p, int64_t b, int64_t t, int64_t hk, const float* parts, int64_t blocks, int64_t stride,
                    float* memory) {
   const int64_t K = p.in.K, padded = round_up(K, 16), group = p.in.H / p.in.Hk, row = (b * p.in.T + t) * p.in.Hk + hk;
-  float *dq = memory, *dk = memory + padded, *raw = memory + 2 * padded;
+  float *dq = memory, *dk = memory + padded, *raw = memory + 2 * padded, *dg = memory + 3 * padded;
   zero(dq, padded), zero(dk, padded);
   if (p.d_left != nullptr) std::memcpy(dk, p.d_left + row * K, K * sizeof(float));
   for (int64_t i = 0; i < group; i++) {
     float scalars[2] = {0, 0};
+    if constexpr (Form::CHANNEL) zero(dg, padded);
     for (int64_t c = 0; c < blocks; c++, parts += stride) {
       scalars[0] += parts[0], scalars[1] += parts[1];
       add_scaled(dq, parts + 16, 1.0f, padded);
       add_scaled(dk, parts + 16 + padded, 1.0f, padded);
+      if constexpr (Form::CHANNEL) add_scaled(dg, parts + 16 + 2 * padded, 1.0f, padded);
     }
     const int64_t at = row * group + i;
-    convert_out(p.in.g.type, scalars, static_cast<char*>(p.d_g) + at * element_size(p.in.g.type), 1);
+    const int64_t gates = Form::CHANNEL ? K : 1;
+    convert_out(p.in.g.type, Form::CHANNEL ? dg : scalars,
+                static_cast<char*>(p.d_g) + at * gates * element_size(p.in.g.type), gates);
     convert_out(p.in.beta.type, scalars + 1, static_cast<char*>(p.d_beta) + at * element_size(p.in.beta.type), 1);
   }
   unread_row(p.in.q, b, t, hk, K, padded, p.in.use_qk_l2norm, p.in.scale, raw, dq);

@@ -24,7 +24,7 @@
 //
 // A micro-chunk that holds an edit or a snapshot goes token by token (`token`); the others pay nothing for it.
 
-#include "cpu/silu.h"
+#include "cpu/scan_gates_kernel.h"
 
 constexpr int C = 4;
 // r, o and u of four tokens take 12 registers a vector of columns: two vectors fit 32 registers, one fits 16.
@@ -49,21 +49,6 @@ inline float element(const float* row, int64_t step, int64_t i) { return row[i /
 inline void prefetch_row(const View& x, int64_t a, int64_t b, int64_t c, int64_t n) {
   const char* from = static_cast<const char*>(x.at(a, b, c));
   for (int64_t byte = 0; byte < n * element_size(x.type); byte += 64) __builtin_prefetch(from + byte, 0);
-}
-
-// e^g of each channel of (a, b, c); 1 in the padding.
-inline void read_gates(const View& g, int64_t a, int64_t b, int64_t c, int64_t K, int64_t padded, float* row) {
-  convert_in(g.type, g.at(a, b, c), row, K);
-  for (int64_t i = K; i < padded; i++) row[i] = 0;
-  for (int64_t i = 0; i < padded; i += LANES) {
-    const Vec x = load(row + i);
-    const Vec e = x < Vec{} - 87.0f ? Vec{} : exponential(x);
-    store(row + i, x == x ? e : x);
-  }
-}
-
-inline void multiply_rows(const float* x, const float* y, int64_t n, float* to) {
-  for (int64_t i = 0; i < n; i += LANES) store(to + i, load(x + i) * load(y + i));
 }
 
 // The products of a micro-chunk, and with a gate a channel what ROWS says. rows [ROWS, and C more with a gate a channel]:

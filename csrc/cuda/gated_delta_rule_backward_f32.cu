@@ -1,8 +1,12 @@
 // The backward of gated_delta_rule computed with float operands (three-fold tf32).
-#include "gated_delta_rule_backward_chunks.cuh"
+#include "gated_delta_rule.cuh"
+#include "scan_backward_chunks.cuh"
 
 namespace writesae::cuda::gated_delta_rule {
 
-template void run_backward<float>(const Backward&, tile::Stream);
+template <>
+void Rule::run_backward<float>(const Backward& b, tile::Stream stream) {
+  launch_backward<Rule, float>(b, stream);
+}
 
 }  // namespace writesae::cuda::gated_delta_rule

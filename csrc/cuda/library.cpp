@@ -9,6 +9,7 @@
 #include "gated_delta_rule.h"
 #include "operators.h"
 #include "schemas.h"
+#include "ssd.h"
 #if WRITESAE_SIDE == 2
 #include "cuda/tile.cuh"
 #endif
@@ -18,6 +19,7 @@ namespace writesae {
 template <class Module>
 void implement_device_operators(Module& m) {
   implement_scan<GatedDeltaRule>(m);
+  implement_scan<Ssd>(m);
   m.impl("encode_topk", TORCH_BOX(&encode_topk));
   m.impl("encode_threshold", TORCH_BOX(&encode_threshold));
   m.impl("encode_at", TORCH_BOX(&encode_at));

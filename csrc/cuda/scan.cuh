@@ -5,9 +5,18 @@
 //     U = solve (V - e^G r K S0)                               the increments (Writes.right)
 //     O = e^G (scale Q/|Q|) S0 + reach U,    reach_ji = D_ji (scale q_j/|q_j|) . (r_i k_i)  for i <= j
 //     S = e^{G_C} S0 + K^T (e^{G_C - G} r U)
-// The rule's own kernel, before the walk, makes solve, reach and the factors of tokens, all chunks at once; scan_walk.cuh runs
-// along the chunks of a sequence; scan_join.cuh and a first, shorter walk let several blocks share a sequence when there are
-// few heads. Rules differ in `solve`, and stand in a namespace each.
+//     solve = (I + A)^-1 diag(beta),    A_ji = beta_j D_ji (r_j k_j) . (r_i k_i)  for i < j
+// `prepare` makes solve, reach and the factors of tokens, all chunks at once; scan_walk.cuh runs along the chunks of a sequence;
+// scan_join.cuh and a first, shorter walk let several blocks share a sequence when there are few heads. A deleted or replaced
+// native write is beta_j = 0: nothing erased, nothing written; one removed after the read is a column of A and of reach that
+// ends on the diagonal, and no part of S.
+//
+// That is a rule that reads before it writes. One that does not has U = beta V, and what serves the reading is compiled out. A
+// rule is a type, the kernels' first template argument, in a namespace of its own:
+//     NAME     of its operator, for errors
+//     READS    whether what its key finds in the state is subtracted from the value
+//     CHANNEL  whether its gate is of each key channel, a vector of K; otherwise of each head, a number
+//     ALL      whether it is built for f16, which is otherwise computed as float, and for blocks of 128 value columns
 //
 // An added p q^T at token t is one more row: V_j -= D_jt (r_j k_j . p) q for j > t, o_j += D_jt (scale q_j/|q_j| . p) q for
 // j >= t, S += D_Ct p q^T. These factors are made by `edit_factors`, all edits at once, so that a walk's chunk adds rank-1
@@ -63,7 +72,7 @@ struct Problem {
   float *final_state, *left, *right, *snapshots;
   // Workspace. A chunk's slot: see Sequence.
   int64_t slots;
-  void *solve, *reach;  // [slots, H, Triangle::SIZE] of the type of computation
+  void *solve, *reach;  // [slots, H, Triangle::SIZE] of the type of computation; no `solve` where the rule does not read
   bool plain;           // `solve` is to lack its diag(beta)
   const Cut* cuts;      // [slots] where chunks are not all of C tokens (the backward's), or null
   float* factors;       // [slots, H, Factors::SIZE]
@@ -74,14 +83,30 @@ struct Problem {
   // Several blocks along one sequence: segments of so many chunks (all of them in one when segments == 1).
   int segments, segment_chunks;
   float* adds;   // [N, H, segments, K, V]  a segment's end from a zero start; `join` turns it into its end
-  float* moves;  // [N, H, segments, K, K]  S_end = moves S_start + adds
+  float* moves;  // [N, H, segments, K, K]  S_end = moves S_start + adds; a number each where the rule does not read
   int stages;    // chunks in shared memory at once, 1 or 2
 };
+
+// With a gate of each channel D_ji is a diagonal matrix, and prepare, which knows the value heads' own gates, makes rows of them:
+//     read_j = r_j e^{G_j} k_j,    ask_j = e^{G_j} scale q_j/|q_j|,    write_j = r_j e^{G_C - G_j} k_j
+// Their exponents are sums of gates, never above 0.
+struct ChannelProblem : Problem {
+  Rows read, ask, write;  // [B, T, H, K]
+  float* decays;          // [slots, H, padded_keys(K)]  e^{G_C}, 0 beyond K
+  float* edit_rows;       // [E, K]  e^{G_C - G_t} p
+  void* shot_rows;        // [P, H, C, read.width]  r_j e^{G_t - G_j} k_j of the place's chunk, for j <= t
+  float* shot_decays;     // [P, H, K]  e^{G_t}
+};
+
+template <class Rule>
+using Given = std::conditional_t<Rule::CHANNEL, ChannelProblem, Problem>;
+
+struct Backward;  // scan_backward.cuh
 
 // One chunk's factors by token. The first HOT floats are what every chunk needs.
 template <int C>
 struct Factors {
-  static constexpr int READ = 0;       // e^{G_j} r_j
+  static constexpr int READ = 0;       // e^{G_j} r_j of a rule that reads, otherwise beta_j
   static constexpr int ASK = C;        // e^{G_j} scale / |q_j|
   static constexpr int WRITE = 2 * C;  // e^{G_C - G_j} r_j, 0 where the native write is removed after its read
   static constexpr int DECAY = 3 * C;  // e^{G_C}, and three zeros
@@ -185,22 +210,23 @@ auto with_padded_keys(int64_t K, const F& f) {
   }
 }
 
-template <class T, int KP, int WARPS, bool FULL>
+template <class Rule, class T, int KP, int WARPS, bool FULL>
 struct WalkShared {
-  static constexpr int C = Operand<T>::CHUNK, IMAGE = Triangle<T, C>::SIZE;
-  static constexpr size_t STAGE =
-      (FULL ? 2 : 1) * (KP * C + IMAGE) * sizeof(T) + WARPS * C * 16 * sizeof(T) + tile::shared_piece(Factors<C>::HOT * 4);
+  static constexpr int C = Operand<T>::CHUNK, ROWS = (FULL ? 2 : 1) + (Rule::CHANNEL ? 1 : 0),
+                       IMAGES = (Rule::READS ? 1 : 0) + (FULL ? 1 : 0);
+  static constexpr size_t STAGE = (ROWS * KP * C + IMAGES * Triangle<T, C>::SIZE + WARPS * C * 16) * sizeof(T) +
+                                  tile::shared_piece(Factors<C>::HOT * 4) + (Rule::CHANNEL ? KP * 4 : 0);
 };
 
 // Shared memory of a walk, in bytes.
-template <class T>
+template <class Rule, class T>
 size_t walk_shared(int64_t K, int warps, int stages) {
   return with_padded_keys(K, [&](auto keys) -> size_t {
     constexpr int KP = decltype(keys)::value;
-    if constexpr (KP == 64 || KP == 128) {
-      if (warps == 8) return stages * WalkShared<T, KP, 8, true>::STAGE;
+    if constexpr (Rule::ALL && (KP == 64 || KP == 128)) {
+      if (warps == 8) return stages * WalkShared<Rule, T, KP, 8, true>::STAGE;
     }
-    return stages * WalkShared<T, KP, 4, true>::STAGE;
+    return stages * WalkShared<Rule, T, KP, 4, true>::STAGE;
   });
 }
 

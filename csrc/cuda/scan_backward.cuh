@@ -1,9 +1,21 @@
-// The backward of a write rule's scan on CUDA: what its kernels are given. Letters as in scan.cuh.
+// The backward of a write rule's scan on CUDA: what its kernels are given. Letters as in scan.cuh; S0 the state before a chunk,
+// D the adjoint of the state after it, N = (I + A)^-1, U the increments (from the forward), B = diag(beta).
+//     R  = dR + e^{G_C - G} K D + reach^T dO          adjoint of the increments, from everything after them
+//     dY = N^T R,   dV = B dY                         of beta (V - what was read)
+//     D <- e^{G_C} D + Q^T (e^G dO) - K^T (e^G B dY)
+//     dQ = e^G dO S0^T + (e o D_ji) K,                                            e = tril(dO U^T)
+//     dK = e^{G_C - G} U D^T - e^G B dY S0^T + (e o D_ji)^T Q - (F + F^T) K,      F = B (f o D_ji),  f = tril(dY U^T, -1)
+//     dbeta_j = dY_j . (V_j - e^{G_j} k_j S0 - sum_i D_ji k_j.k_i U_i)            nothing is divided by beta
+//     dg_l = all that decays through token l, a sum of such terms only, so that a strong gate keeps its own precision
+// (K and Q normalised and scaled as the forward uses them.)
+//
+// Of a rule that does not read: dY = R, and of the others what has dY and K or S0 in it falls away.
 //
 // In the order of launches: cuts, where edits or snapshots stand (below); the forward's factors of tokens, with `solve` left
 // plain; `starts` runs forward and leaves S0 of every chunk, `reverse` runs backward and leaves D, the adjoint of the state
-// after every chunk, and dY, both with the state on chip and a value column owned by a warp, so that they share nothing; what
-// follows is the rule's. No atomics on floats.
+// after every chunk, and dY, both with the state on chip and a value column owned by a warp, so that they share nothing;
+// `gradients` (scan_gradients.cuh) does the rest, all chunks at once and the value heads of a group in their order; `finish`
+// (scan_finish.cu) goes back through normalisation and scale. No atomics on floats.
 //
 // An edit adds to the state, and a snapshot to its adjoint, after some token. Chunks are cut to end at such tokens: then both
 // happen between chunks, and no kernel has terms of its own for every pair of a token and an edit.
@@ -86,5 +98,7 @@ struct Cutting {
 
 // Host, before the chunks (scan_marks.cu): what edits remove, and chunks of at most so many tokens.
 void run_cuts(const Backward& b, const Cutting& to, int chunk, tile::Stream stream);
+// After them (scan_finish.cu).
+void run_finish(const Backward& b, tile::Stream stream);
 
 }  // namespace writesae::cuda

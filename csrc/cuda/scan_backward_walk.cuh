@@ -22,11 +22,11 @@ struct StartsShared {
   static constexpr int C = Operand<T>::CHUNK;
   static constexpr size_t BYTES = (KP * C + BACK_WARPS * 16 * KP) * sizeof(T) + tile::shared_piece(Factors<C>::SIZE * 4);
 };
-template <class T, int KP>
+template <class Rule, class T, int KP>
 struct ReverseShared {
-  static constexpr int C = Operand<T>::CHUNK;
+  static constexpr int C = Operand<T>::CHUNK, IMAGES = Rule::READS ? 2 : 1;
   static constexpr size_t BYTES =
-      StartsShared<T, KP>::BYTES + (KP * C + 2 * Triangle<T, C>::SIZE + BACK_WARPS * C * 16) * sizeof(T);
+      StartsShared<T, KP>::BYTES + (KP * C + IMAGES * Triangle<T, C>::SIZE + BACK_WARPS * C * 16) * sizeof(T);
 };
 
 // Where a walk's block and warp are.
@@ -139,11 +139,11 @@ __global__ void __launch_bounds__(32 * BACK_WARPS, KP <= 64 ? 4 : 1) starts(cons
     const EditRange range = edits_at(p.edits, at.n, at.h, cut.first + cut.count - 1);
 #pragma unroll 1
     for (int64_t e = range.begin; e < range.end; e++)
-      if (p.edits.kind(e).adds()) add_edit<KP>(state, p, e, at.column, 1.0f);
+      if (p.edits.kind(e).adds()) add_edit<KP>(state, p, e, p.edits.left + e * p.K, at.column, 1.0f);
   }
 }
 
-template <class T, int KP>
+template <class Rule, class T, int KP>
 __global__ void __launch_bounds__(32 * BACK_WARPS, KP <= 64 ? 3 : 1) reverse(const __grid_constant__ Backward b) {
   using Op = Operand<T>;
   constexpr int C = Op::CHUNK, STEP = Op::STEP, NK = KP / 8, NC = C / 8, EACH = Tile<T, KP>::EACH;
@@ -152,7 +152,8 @@ __global__ void __launch_bounds__(32 * BACK_WARPS, KP <= 64 ? 3 : 1) reverse(con
   const Problem& p = b.p;
   tile::Shared shared;
   const Tile<T, KP> k = {shared.template take<T>(KP * C)}, q = {shared.template take<T>(KP * C)};
-  const Triangle<T, C> inverse = {shared.template take<T>(IMAGE)}, reach = {shared.template take<T>(IMAGE)};
+  const Triangle<T, C> inverse = {Rule::READS ? shared.template take<T>(IMAGE) : nullptr};
+  const Triangle<T, C> reach = {shared.template take<T>(IMAGE)};
   const Tile<T, 16> rows = {shared.template take<T>(BACK_WARPS * C * 16), tile::warp() * C * 16};  // of dO, then of dY
   const Tile<T, KP> slab = {shared.template take<T>(BACK_WARPS * 16 * KP), tile::warp() * 16 * KP};
   float* const factors = shared.template take<float>(F::SIZE);
@@ -176,7 +177,8 @@ __global__ void __launch_bounds__(32 * BACK_WARPS, KP <= 64 ? 3 : 1) reverse(con
 #pragma unroll 4
       for (int i = tile::thread() * EACH; i < IMAGE; i += 32 * BACK_WARPS * EACH) tile::copy_16(to.data + i, x + i);
     };
-    image(inverse, p.solve), image(reach, p.reach);
+    if constexpr (Rule::READS) image(inverse, p.solve);
+    image(reach, p.reach);
     {
       const T* x = b.d_o.template at<T>(span.s.row, token, at.h) + at.column;
 #pragma unroll 4
@@ -201,7 +203,7 @@ __global__ void __launch_bounds__(32 * BACK_WARPS, KP <= 64 ? 3 : 1) reverse(con
 #endif
     const int lane = tile::fresh(tile::lane()), g = lane / 4, c = 2 * (lane % 4);
     const int along = Op::lane_place_along(k), along_rows = Op::lane_place_along(rows);
-    const auto down = Op::lane_place_down(k), down_image = Op::lane_place_down(inverse);
+    const auto down = Op::lane_place_down(k), down_image = Op::lane_place_down(Rule::READS ? inverse : reach);
 
     // ---- R^T = dR^T + e^{G_C - G} r D^T K^T + dO^T reach ------------------------------------------------------------------
     float r[NC][4] = {};
@@ -267,17 +269,20 @@ __global__ void __launch_bounds__(32 * BACK_WARPS, KP <= 64 ? 3 : 1) reverse(con
     }
 
     // ---- dY^T = R^T N, and out ----------------------------------------------------------------------------------------------
-    float y[NC][4] = {};
+    float own[NC][4] = {};
+    if constexpr (Rule::READS) {
 #pragma unroll
-    for (int step = 0; step < C; step += STEP) {
-      const auto a = Op::accumulators(&r[step / 8]);
+      for (int step = 0; step < C; step += STEP) {
+        const auto a = Op::accumulators(&r[step / 8]);
 #pragma unroll
-      for (int i = 0; i < step / 16 * 2 + 2; i += 2) {
-        typename Op::B x[2];
-        Op::load_columns(x, inverse, down_image, step, 8 * i);
-        Op::multiply(y[i], a, x[0]), Op::multiply(y[i + 1], a, x[1]);
+        for (int i = 0; i < step / 16 * 2 + 2; i += 2) {
+          typename Op::B x[2];
+          Op::load_columns(x, inverse, down_image, step, 8 * i);
+          Op::multiply(own[i], a, x[0]), Op::multiply(own[i + 1], a, x[1]);
+        }
       }
     }
+    float (&y)[NC][4] = *(Rule::READS ? &own : &r);
     tile::sync_warp();
 #pragma unroll
     for (int j = 0; j < NC; j++)
@@ -294,15 +299,17 @@ __global__ void __launch_bounds__(32 * BACK_WARPS, KP <= 64 ? 3 : 1) reverse(con
     }
 
     // ---- D^T <- D^T - (e^G r beta dY)^T K ---------------------------------------------------------------------------------------
+    if constexpr (Rule::READS) {
 #pragma unroll
-    for (int j = 0; j < NC; j++)
+      for (int j = 0; j < NC; j++)
 #pragma unroll
-      for (int e = 0; e < 4; e++) {
-        const int i = 8 * j + c + e % 2;
-        y[j][e] *= -factors[F::READ + i] * factors[F::BETA + i];
-      }
+        for (int e = 0; e < 4; e++) {
+          const int i = 8 * j + c + e % 2;
+          y[j][e] *= -factors[F::READ + i] * factors[F::BETA + i];
+        }
 #pragma unroll
-    for (int j = 0; j < C; j += 16) add_rows(k, j, &y[j / 8]);
+      for (int j = 0; j < C; j += 16) add_rows(k, j, &y[j / 8]);
+    }
   }
   float* to = b.d_initial_state + at.head * p.K * p.V;
   each_owned<KP>(p.K, p.V, at.column, [&](int i, int e, int64_t x) { to[x] = state[i][e]; });

@@ -1,7 +1,8 @@
-// A scan: the launches that follow the factors of tokens, in one type of computation.
+// A scan: the launches of one type of computation.
 #pragma once
 
 #include "scan_join.cuh"
+#include "scan_prepare_channels.cuh"
 #include "scan_walk.cuh"
 
 namespace writesae::cuda {
@@ -42,29 +43,50 @@ __global__ void __launch_bounds__(128) edit_factors(const __grid_constant__ Prob
   }
 }
 
-template <class T, int KP, int WARPS, bool FULL>
-void launch_walk(const Problem& p, tile::Stream stream) {
+template <class Rule, class T, int KP, int WARPS, bool FULL>
+void launch_walk(const Given<Rule>& p, tile::Stream stream) {
   constexpr int COLUMNS = 16 * WARPS;
-  const int64_t tiles = (p.V + COLUMNS - 1) / COLUMNS + (FULL ? 0 : (p.K + COLUMNS - 1) / COLUMNS);
+  const int64_t tiles = (p.V + COLUMNS - 1) / COLUMNS + (FULL || !Rule::READS ? 0 : (p.K + COLUMNS - 1) / COLUMNS);
   const auto blocks = static_cast<unsigned>(tiles * p.H * p.segments * p.N);
-  tile::launch(FULL ? "scan walk" : "scan walk of segments", walk<T, KP, WARPS, FULL>, {blocks, 1, 1}, 32 * WARPS,
-               p.stages * WalkShared<T, KP, WARPS, FULL>::STAGE, stream, p);
+  tile::launch(FULL ? "scan walk" : "scan walk of segments", walk<Rule, T, KP, WARPS, FULL>, {blocks, 1, 1}, 32 * WARPS,
+               p.stages * WalkShared<Rule, T, KP, WARPS, FULL>::STAGE, stream, p);
 }
 
-template <class T, int KP>
-void run_walks(const Problem& p, int warps, tile::Stream stream) {
-  constexpr int C = Operand<T>::CHUNK;
-  if (p.edits.count > 0)
-    tile::launch("scan edit_factors", edit_factors<T>, {static_cast<unsigned>(p.edits.count), 1, 1}, 128, 0, stream, p);
+template <class Rule, int KP>
+void launch_join(const Problem& p, int chunk, tile::Stream stream) {
+  const auto blocks = [&](int64_t each, int64_t size) {
+    return static_cast<unsigned>(p.N * p.H * ((size + each - 1) / each));
+  };
+  if constexpr (Rule::READS) {
+    tile::launch("scan join", join<KP>, {blocks(16 * JOIN_WARPS, p.V), 1, 1}, 32 * JOIN_WARPS, 32 * KP * sizeof(float),
+                 stream, p, chunk);
+  } else {
+    tile::launch("scan carry", carry<128>, {blocks(128, static_cast<int64_t>(p.K) * p.V), 1, 1}, 128, 0, stream, p, chunk);
+  }
+}
+
+template <class Rule, class T, int KP>
+void launch_walks(const Given<Rule>& p, int warps, tile::Stream stream) {
   if (p.segments > 1) {
-    launch_walk<T, KP, 4, false>(p, stream);
-    const auto blocks = static_cast<unsigned>(p.N * p.H * ((p.V + 16 * JOIN_WARPS - 1) / (16 * JOIN_WARPS)));
-    tile::launch("scan join", join<KP>, {blocks, 1, 1}, 32 * JOIN_WARPS, 32 * KP * sizeof(float), stream, p, C);
+    launch_walk<Rule, T, KP, 4, false>(p, stream);
+    launch_join<Rule, KP>(p, Operand<T>::CHUNK, stream);
   }
-  if constexpr (sizeof(T) == 2 && (KP == 64 || KP == 128)) {
-    if (warps == 8) return launch_walk<T, KP, 8, true>(p, stream);
+  if constexpr (Rule::ALL && sizeof(T) == 2 && (KP == 64 || KP == 128)) {
+    if (warps == 8) return launch_walk<Rule, T, KP, 8, true>(p, stream);
   }
-  launch_walk<T, KP, 4, true>(p, stream);
+  launch_walk<Rule, T, KP, 4, true>(p, stream);
+}
+
+template <class Rule, class T>
+void launch_chunks(const Given<Rule>& p, int warps, tile::Stream stream) {
+  if constexpr (Rule::CHANNEL) {
+    launch_prepare_channels<Rule, T>(p, stream);
+  } else {
+    launch_prepare<Rule, T>(p, stream);
+    if (p.edits.count > 0)
+      tile::launch("scan edit_factors", edit_factors<T>, {static_cast<unsigned>(p.edits.count), 1, 1}, 128, 0, stream, p);
+  }
+  with_padded_keys(p.K, [&](auto keys) { launch_walks<Rule, T, decltype(keys)::value>(p, warps, stream); });
 }
 
 }  // namespace writesae::cuda

@@ -54,4 +54,18 @@ __global__ void __launch_bounds__(32 * JOIN_WARPS) join(const __grid_constant__ 
   }
 }
 
+// The same where `moves` are numbers: a thread per element of a head's state.
+template <int THREADS>
+__global__ void __launch_bounds__(THREADS) carry(const __grid_constant__ Problem p, int chunk_tokens) {
+  const int64_t size = static_cast<int64_t>(p.K) * p.V, blocks = (size + THREADS - 1) / THREADS;
+  const int64_t head = tile::block_x() / blocks, n = head / p.H, i = tile::block_x() % blocks * THREADS + tile::thread();
+  if (i >= size) return;
+  const int64_t length = p.cu_seqlens == nullptr ? p.T : p.cu_seqlens[n + 1] - p.cu_seqlens[n];
+  const int64_t per_segment = static_cast<int64_t>(p.segment_chunks) * chunk_tokens;
+  const int64_t segments = (length + per_segment - 1) / per_segment;
+  float state = p.initial_state == nullptr ? 0.0f : p.initial_state[head * size + i];
+  for (int64_t segment = head * p.segments; segment + 1 < head * p.segments + segments; segment++)
+    state = p.adds[segment * size + i] += p.moves[segment] * state;
+}
+
 }  // namespace writesae::cuda

@@ -95,10 +95,11 @@ inline void run_packing(const Packing& one, Element type, int64_t B, int64_t T, 
 
 // Chooses segments and stages, and returns the warps of a block: by the problem's sizes and the device, where the plan does
 // not say. Throws where a block would need more shared memory than the device has.
-inline int choose_plan(const char* op, Problem& p, Element type, int C, Plan plan) {
+template <class Rule>
+int choose_plan(Problem& p, Element type, int C, Plan plan) {
   // Enough blocks for the device first; then fewer, wider blocks, which load k and q less often.
   const int64_t heads = static_cast<int64_t>(p.N) * p.H, cores = tile::multiprocessors();
-  const bool wide = type != Element::f32 && (padded_keys(p.K) == 64 || padded_keys(p.K) == 128);
+  const bool wide = Rule::ALL && type != Element::f32 && (padded_keys(p.K) == 64 || padded_keys(p.K) == 128);
   int warps = plan.warps != 0 ? plan.warps : p.V > 64 && heads * parts(p.V, 128) >= cores ? 8 : 4;
   if (!wide) warps = 4;
   const int64_t chunks = parts(p.T, C), blocks = heads * parts(p.V, 16 * warps);
@@ -108,13 +109,13 @@ inline int choose_plan(const char* op, Problem& p, Element type, int C, Plan pla
   if (p.segments < (plan.segments == 0 ? 3 : 2)) p.segments = 1;
   p.segment_chunks = static_cast<int>(parts(std::max<int64_t>(chunks, 1), p.segments));
   const auto shared = [&](int stages) {
-    return with_type(type, [&](auto x) { return walk_shared<decltype(x)>(p.K, warps, stages); });
+    return with_type(type, [&](auto x) { return walk_shared<Rule, decltype(x)>(p.K, warps, stages); });
   };
   const size_t limit = tile::shared_limit();
   if (warps == 8 && shared(2) > limit && plan.warps == 0) warps = 4;
   p.stages = plan.stages != 0 ? plan.stages : shared(2) <= limit ? 2 : 1;
   if (shared(p.stages) > limit)
-    throw std::runtime_error(std::string(op) + ": K = " + std::to_string(p.K) + " needs " +
+    throw std::runtime_error(std::string(Rule::NAME) + ": K = " + std::to_string(p.K) + " needs " +
                              std::to_string(shared(p.stages)) + " bytes of shared memory a block, and this device has " +
                              std::to_string(limit));
   return warps;

@@ -18,7 +18,7 @@
 //   1 x 8192, 16 / 16 heads: 32 blocks of 4 warps; 4 segments: 0.10 ms + 0.03 + 0.02 (join).
 #pragma once
 
-#include "scan.cuh"
+#include "scan_channels.cuh"
 
 namespace writesae::cuda {
 
@@ -53,9 +53,10 @@ __device__ __forceinline__ void add_tokens(float (&state)[KP / 8][4], const Tile
   }
 }
 
-// S^T += factor times what edit e adds, in the warp's value columns from `column`.
+// S^T += factor times what edit e adds, in the warp's value columns from `column`; `left_side`: that of the keys.
 template <int KP>
-__device__ __forceinline__ void add_edit(float (&state)[KP / 8][4], const Problem& p, int64_t e, int column, float factor) {
+__device__ __forceinline__ void add_edit(float (&state)[KP / 8][4], const Problem& p, int64_t e, const float* left_side,
+                                         int column, float factor) {
   const int lane = tile::fresh(tile::lane()), g = lane / 4, c = 2 * (lane % 4), columns = p.V - column;
   const float* right = p.edits.right + e * p.V + column;
   const float w[2] = {g < columns ? factor * right[g] : 0.0f, g + 8 < columns ? factor * right[g + 8] : 0.0f};
@@ -64,10 +65,16 @@ __device__ __forceinline__ void add_edit(float (&state)[KP / 8][4], const Proble
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const int k = 8 * m + c + i;
-      const float left = k < p.K ? p.edits.left[e * p.K + k] : 0.0f;
+      const float left = k < p.K ? left_side[k] : 0.0f;
       state[m][i] += left * w[0], state[m][2 + i] += left * w[1];
     }
 }
+
+// The rows that a walk multiplies states with.
+__device__ __forceinline__ const Rows& read_rows(const Problem& p) { return p.k; }
+__device__ __forceinline__ const Rows& read_rows(const ChannelProblem& p) { return p.read; }
+__device__ __forceinline__ const Rows& ask_rows(const Problem& p) { return p.q; }
+__device__ __forceinline__ const Rows& ask_rows(const ChannelProblem& p) { return p.ask; }
 
 // The edits of one (sequence, value head), passed in order of position.
 struct EditWalk {
@@ -81,55 +88,58 @@ struct EditWalk {
 };
 
 // FULL: outputs and everything asked for. Otherwise only the state at the end of each segment from a zero start (`adds`), and
-// the end of a unit start without values (`moves`), for `join`.
-template <class T, int KP, int WARPS, bool FULL>
-__global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __grid_constant__ Problem p) {
+// the end of a unit start without values (`moves`; of a rule that does not read only what it decays by), for `join`.
+template <class Rule, class T, int KP, int WARPS, bool FULL>
+__global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __grid_constant__ Given<Rule> p) {
   using Op = Operand<T>;
   constexpr int C = Op::CHUNK, STEP = Op::STEP, THREADS = 32 * WARPS, EACH = Tile<T, KP>::EACH;
   constexpr int IMAGE = Triangle<T, C>::SIZE, FACTORS = (Factors<C>::HOT + 31) / 32 * 32, NC = C / 8, NK = KP / 8;
   constexpr int PART = KP > 128 ? (NC >= 8 ? NC / 4 : NC / 2) : NC;  // outputs at a time: a large state leaves few registers
   using F = Factors<C>;
   using E = EditFactors<C>;
+  constexpr int VECTORS = FACTORS + (Rule::CHANNEL ? KP : 0);
   struct Stage {
-    Tile<T, KP> k, q;
+    Tile<T, KP> k, q, write;  // keys to read by, queries, keys to write by
     Triangle<T, C> solve, reach;
     Tile<T, 16> v;  // of the warp
     float* factors;
   };
   tile::Shared shared;
   T* const shared_k = shared.template take<T>(p.stages * KP * C);
-  T* const shared_solve = shared.template take<T>(p.stages * IMAGE);
+  T* const shared_solve = Rule::READS ? shared.template take<T>(p.stages * IMAGE) : nullptr;
   T* const shared_v = shared.template take<T>(p.stages * WARPS * C * 16);
-  float* const shared_factors = shared.template take<float>(p.stages * FACTORS);
+  float* const shared_factors = shared.template take<float>(p.stages * VECTORS);
   T* const shared_q = FULL ? shared.template take<T>(p.stages * KP * C) : nullptr;
   T* const shared_reach = FULL ? shared.template take<T>(p.stages * IMAGE) : nullptr;
+  T* const shared_write = Rule::CHANNEL ? shared.template take<T>(p.stages * KP * C) : shared_k;
   const auto stage = [&](int i) -> Stage {
     const int at = i * KP * C, image = i * IMAGE;
     return {{shared_k, at},
             {shared_q, at},
+            {shared_write, at},
             {shared_solve, image},
             {shared_reach, image},
             {shared_v, (i * WARPS + tile::warp()) * C * 16},
-            shared_factors + i * FACTORS};
+            shared_factors + i * VECTORS};
   };
 
   // ---- where -------------------------------------------------------------------------------------------------------
   const int warp = tile::warp();
   const int value_tiles = (p.V + 16 * WARPS - 1) / (16 * WARPS);
-  const int tiles = value_tiles + (FULL ? 0 : (p.K + 16 * WARPS - 1) / (16 * WARPS));
+  const int tiles = value_tiles + (FULL || !Rule::READS ? 0 : (p.K + 16 * WARPS - 1) / (16 * WARPS));
   int rest_of = tile::block_x();
   const int column_tile = rest_of % tiles;
   rest_of /= tiles;
   const int h = rest_of % p.H, value_head = h;
   rest_of /= p.H;
-  const int segment = rest_of % p.segments, n = rest_of / p.segments, key_head = h / (p.H / p.Hk);
+  const int segment = rest_of % p.segments, n = rest_of / p.segments, key_head = Rule::CHANNEL ? h : h / (p.H / p.Hk);
   const Sequence s = sequence<C>(p, n);
   const int64_t origin = s.row * p.T + s.origin;  // the sequence's first token, of all tokens
   const int length = static_cast<int>(s.length), chunks = (length + C - 1) / C, begin = segment * p.segment_chunks;
   const int end = chunks - begin < p.segment_chunks ? chunks : begin + p.segment_chunks;
   if (segment > 0 && begin >= chunks) return;
   if (!FULL && end == chunks) return;  // nobody starts where the last segment ends
-  const bool moves = !FULL && column_tile >= value_tiles;
+  const bool moves = !FULL && Rule::READS && column_tile >= value_tiles;
   const int column = (column_tile - (moves ? value_tiles : 0)) * 16 * WARPS + 16 * warp;  // of the warp
   const int columns = (moves ? p.K : p.V) - column;                                       // may be <= 0
 
@@ -163,8 +173,9 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
         if (i + THREADS <= IMAGE / EACH || i + thread < IMAGE / EACH)
           tile::copy_16(to.data + to.start + (i + thread) * EACH, x + i * EACH);
     };
-    rows(to.k, p.k);
-    image(to.solve, p.solve);
+    rows(to.k, read_rows(p));
+    if constexpr (Rule::CHANNEL) rows(to.write, p.write);
+    if constexpr (Rule::READS) image(to.solve, p.solve);
     if (!moves) {
       const int row = lane / SLAB_UNITS, unit = lane % SLAB_UNITS * EACH;
       const int64_t step = tile::fresh(SLAB_APART * p.v.stride[1]);
@@ -175,11 +186,25 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
     }
     const float* factors = p.factors + at * F::SIZE;
     if (thread < F::HOT / 4) tile::copy_16(to.factors + 4 * thread, factors + 4 * thread);
+    if constexpr (Rule::CHANNEL) {
+      if (thread < KP / 4) tile::copy_16(to.factors + FACTORS + 4 * thread, p.decays + at * KP + 4 * thread);
+    }
     if constexpr (FULL) {
-      rows(to.q, p.q);
+      rows(to.q, ask_rows(p));
       image(to.reach, p.reach);
     }
     tile::commit_copies();
+  };
+  // The rows of a place that a state is asked for.
+  const auto issue_shot = [&](const Tile<T, KP>& to, int place) {
+    if constexpr (Rule::CHANNEL) {
+      const T* x = static_cast<const T*>(p.shot_rows) + (static_cast<int64_t>(place) * p.H + h) * C * p.read.width;
+      for (int i = tile::thread(); i < C * (KP / EACH); i += THREADS) {
+        const int row = i / (KP / EACH), unit = i % (KP / EACH) * EACH;
+        tile::copy_16(to.at(row, unit), x + row * p.read.width + unit, unit < p.read.width);
+      }
+      tile::commit_copies();
+    }
   };
   if (begin < end) issue(stage(0), begin);
 
@@ -196,6 +221,7 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
 #endif
     each_owned<KP>(p.K, p.V, column, [&](int i, int e, int64_t at) { state[i][e] = from[at]; });
   }
+  float passed = 1;  // what the segment decays a state by
   EditWalk edit = {p.edits.count > 0 ? static_cast<int>(first_edit(p.edits, n, h, begin * C)) : 0, INT32_MAX};
   if (p.edits.count > 0) edit.look(p.edits, n, h);
 
@@ -209,7 +235,7 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
 #endif
     if (p.stages == 2 && chunk + 1 < end) issue(stage(1 - half), chunk + 1);
     const int lane = tile::fresh(tile::lane()), g = lane / 4, c = 2 * (lane % 4);
-    const int along = Op::lane_place_along(now.k), along_image = Op::lane_place_along(now.solve);
+    const int along = Op::lane_place_along(now.k), along_image = Op::lane_place_along(Rule::READS ? now.solve : now.reach);
     const auto down = Op::lane_place_down(now.k);
     const bool edited = !moves && edit.position < first + count;
     const int edits_begin = edit.at;
@@ -231,12 +257,12 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
 #pragma unroll
     for (int step = 0; step < KP; step += STEP) {
       const auto a = Op::accumulators(&state[step / 8]);
-      read_state(now.k, x, 0, C, step, a);
+      if constexpr (Rule::READS) read_state(now.k, x, 0, C, step, a);
       if constexpr (FULL && PART == NC) read_state(now.q, y, 0, C, step, a);
     }
 
     const int along_slab = Op::lane_place_along(now.v);
-    // ---- V^T - e^G r X^T ---------------------------------------------------------------------------------------------
+    // ---- V^T - e^G r X^T, or beta V^T ------------------------------------------------------------------------------------------
 #pragma unroll
     for (int j = 0; j < NC; j += 2) {
       float v[2][4] = {};
@@ -244,7 +270,10 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
 #pragma unroll
       for (int i = 0; i < 2; i++)
 #pragma unroll
-        for (int e = 0; e < 4; e++) x[j + i][e] = v[i][e] - now.factors[F::READ + 8 * (j + i) + c + e % 2] * x[j + i][e];
+        for (int e = 0; e < 4; e++) {
+          const float read = now.factors[F::READ + 8 * (j + i) + c + e % 2];
+          x[j + i][e] = Rule::READS ? v[i][e] - read * x[j + i][e] : read * v[i][e];
+        }
     }
     // Adds factor (token) times the value side of every added edit of this chunk: rows of the edit list at `kind`.
     const auto add_edits = [&](float (*to)[4], int token, int tokens, int kind, float sign) {
@@ -263,21 +292,24 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
     };
     if (edited) {
       for (; edit.position < first + count; edits_end = edit.at) edit.at++, edit.look(p.edits, n, h);
-      add_edits(x, 0, C, E::RIGHT, -1.0f);
+      if constexpr (Rule::READS) add_edits(x, 0, C, E::RIGHT, -1.0f);
     }
 
     // ---- U^T = x solve^T -----------------------------------------------------------------------------------------------
-    float u[NC][4] = {};
+    float own[NC][4] = {};
+    if constexpr (Rule::READS) {
 #pragma unroll
-    for (int step = 0; step < C; step += STEP) {
-      const auto a = Op::accumulators(&x[step / 8]);
+      for (int step = 0; step < C; step += STEP) {
+        const auto a = Op::accumulators(&x[step / 8]);
 #pragma unroll
-      for (int j = step / 16 * 2; j < NC; j += 2) {
-        typename Op::B b[2];
-        Op::load_rows(b, now.solve, along_image, 8 * j, step);
-        Op::multiply(u[j], a, b[0]), Op::multiply(u[j + 1], a, b[1]);
+        for (int j = step / 16 * 2; j < NC; j += 2) {
+          typename Op::B b[2];
+          Op::load_rows(b, now.solve, along_image, 8 * j, step);
+          Op::multiply(own[j], a, b[0]), Op::multiply(own[j + 1], a, b[1]);
+        }
       }
     }
+    float (&u)[NC][4] = *(Rule::READS ? &own : &x);
     if (FULL && p.right != nullptr) {
       const int64_t apart = tile::fresh(static_cast<int64_t>(p.H) * p.V);
       float* to = p.right + ((origin + first + c) * p.H + h) * p.V + column + g;
@@ -357,8 +389,15 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
       const int token = static_cast<int>(p.places[2 * static_cast<int64_t>(place) + 1]) - first;
       const float whole = factors[F::WHOLE + token], rest = factors[F::REST + token];
       const auto since = [&](int j) {
+        if constexpr (Rule::CHANNEL) return 1.0f;
         return tile::exponential((whole - factors[F::WHOLE + j]) + (rest - factors[F::REST + j]));
       };
+      if constexpr (Rule::CHANNEL) {  // the place's rows, where the keys to read by were
+        tile::sync();
+        issue_shot(now.k, place);
+        tile::wait_copies<0>();
+        tile::sync();
+      }
       const int64_t apart = tile::fresh(static_cast<int64_t>(p.V));
       float* const from = p.snapshots + (static_cast<int64_t>(place) * p.H + h) * p.K * apart + column + c * apart + g;
       typename Op::A part[C / STEP];
@@ -384,7 +423,15 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
 #pragma unroll
         for (int i = 0; i < 2; i++)
 #pragma unroll
-          for (int e = 0; e < 4; e++) shot[i][e] = decay * state[m + i][e];
+          for (int e = 0; e < 4; e++) {
+            if constexpr (Rule::CHANNEL) {
+              const int k = 8 * (m + i) + c + e % 2;
+              shot[i][e] =
+                  k < p.K ? p.shot_decays[(static_cast<int64_t>(place) * p.H + h) * p.K + k] * state[m + i][e] : 0.0f;
+            } else {
+              shot[i][e] = decay * state[m + i][e];
+            }
+          }
 #pragma unroll
         for (int step = 0; step < C; step += STEP) {
           typename Op::B b[2];
@@ -403,28 +450,38 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
         if (at > token || !p.edits.kind(x).adds()) continue;
         const float d = since(at);
 #pragma unroll 1
-        for (int k = c; k < p.K; k += k % 2 == 0 ? 1 : 7)
+        for (int k = c; k < p.K; k += k % 2 == 0 ? 1 : 7) {
+          float decayed = d;
+          if constexpr (Rule::CHANNEL) decayed = tile::exponential(channel_sum(p, s, first + at + 1, first + token, h, k));
 #pragma unroll 1
           for (int v = g; v < 16 && v < columns; v += 8)
-            from[(k - c) * apart + v - g] += d * p.edits.left[x * p.K + k] * p.edits.right[x * p.V + column + v];
+            from[(k - c) * apart + v - g] += decayed * p.edits.left[x * p.K + k] * p.edits.right[x * p.V + column + v];
+        }
       }
     }
 
     // ---- S^T = e^{G_C} S^T + (e^{G_C - G} r U)^T K -----------------------------------------------------------------------------
     const float decay = now.factors[F::DECAY];
+    if constexpr (!FULL && !Rule::READS) passed *= decay;
 #pragma unroll
     for (int m = 0; m < NK; m++)
 #pragma unroll
-      for (int e = 0; e < 4; e++) state[m][e] *= decay;
+      for (int e = 0; e < 4; e++) state[m][e] *= Rule::CHANNEL ? now.factors[FACTORS + 8 * m + c + e % 2] : decay;
 #pragma unroll
     for (int j = 0; j < NC; j++)
 #pragma unroll
       for (int e = 0; e < 4; e++) u[j][e] *= now.factors[F::WRITE + 8 * j + c + e % 2];
-    add_tokens<T, KP, C>(state, now.k, down, 0, u);
+    add_tokens<T, KP, C>(state, now.write, down, 0, u);
     if (edited) {
 #pragma unroll 1
       for (int64_t e = edits_begin; e < edits_end; e++)
-        if (p.edits.kind(e).adds()) add_edit<KP>(state, p, e, column, p.edit_factors[e * E::SIZE + E::END]);
+        if (p.edits.kind(e).adds()) {
+          if constexpr (Rule::CHANNEL) {
+            add_edit<KP>(state, p, e, p.edit_rows + e * p.K, column, 1.0f);
+          } else {
+            add_edit<KP>(state, p, e, p.edits.left + e * p.K, column, p.edit_factors[e * E::SIZE + E::END]);
+          }
+        }
     }
     if (p.stages == 1 && chunk + 1 < end) {
       tile::sync();
@@ -434,6 +491,7 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
 
   // ---- the state at the end -------------------------------------------------------------------------------------------
   if (FULL && end < chunks) return;
+  if (!FULL && !Rule::READS && column_tile == 0 && tile::thread() == 0) p.moves[head() * p.segments + segment] = passed;
   const int width = moves ? p.K : p.V;
   float* to =
       FULL ? p.final_state + head() * p.K * p.V : (moves ? p.moves : p.adds) + (head() * p.segments + segment) * p.K * width;

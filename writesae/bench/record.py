@@ -10,11 +10,11 @@ import platform
 import subprocess
 import time
 import traceback
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
+from .._installed import version_of
 from ..files import write_json
 from .case import Case, Disagree, Missing, Options, Row
 from .timing import ceilings
@@ -22,13 +22,6 @@ from .timing import ceilings
 FORMAT, VERSION = "writesae-bench", 1
 PACKAGE = Path(__file__).parents[1]
 PACKAGES = ("writesae", "torch", "transformers", "transformer-lens", "flash-linear-attention", "numpy", "triton")
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _processor() -> str:
@@ -51,7 +44,7 @@ def machine() -> dict:
 
 
 def versions() -> dict:
-    return {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()}
+    return {name: version_of(name) for name in PACKAGES} | {"python": platform.python_version()}
 
 
 def source_digest() -> str:

@@ -5,16 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 
 from ..files import SEAL
 from ..interrupt import INTERRUPTED
-from ..options import add_dictionaries, add_model
+from ..options import add_device, add_dictionaries, add_model, dictionaries, require_device, size
 from ..text.arguments import NAMED, add_options, named, tell_empty
 from .estimate import Estimate, readable
 from .manifest import MODES
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -24,8 +21,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     add_model(model)
     add_dictionaries(model)
-    model.add_argument("--any-model", action="store_true", help="also with dictionaries that name another model")
-    model.add_argument("--device", default="cpu", help="device of the model: cpu or cuda")
+    add_device(model, dtype=False)
     model.add_argument(
         "--accelerate",
         action=argparse.BooleanOptionalAction,
@@ -43,7 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--batch", type=int, default=4, help="passages run together; more pay off on a GPU only")
     what.add_argument("--max-tokens", type=int, help="stop after this many tokens (default: the whole corpus)")
     what.add_argument("--shard-passages", type=int, help="passages a shard (default: about 500,000 firings a shard)")
-    what.add_argument("--limit", type=_size, default="1GB", metavar="SIZE",
+    what.add_argument("--limit", type=size, default="1GB", metavar="SIZE",
                       help="bytes on disk above which to ask first")  # fmt: skip
     what.add_argument("--yes", action="store_true", help="do not ask, whatever the size")
 
@@ -59,11 +55,11 @@ def run(args: argparse.Namespace) -> int:
     from .source import ModelSource
 
     files.one_heap()
-    dictionaries = _dictionaries(args)
+    saes = dictionaries(args)
     before = model_files(args.model)
     model, tokenizer = load(args.model, trust_remote_code=args.trust_remote_code)
     source = ModelSource(
-        model.to(args.device), dictionaries, accelerate=args.accelerate, any_model=args.any_model, name=args.model,
+        model.to(args.device), saes, accelerate=args.accelerate, any_model=args.any_model, name=args.model,
         digest=loaded_digest(model, args.model, before),
     )  # fmt: skip
     try:
@@ -84,53 +80,6 @@ def run(args: argparse.Namespace) -> int:
     return 0 if summary["complete"] else INTERRUPTED
 
 
-def _dictionaries(args: argparse.Namespace, target: str = "state") -> dict:
-    """{(layer, head): SAE} of every --sae; without one, of the embedded model's own of that target."""
-    from ..default import dictionaries as embedded
-    from ..sae import SAE
-    from ..sae.checkpoint import dictionaries
-    from ..sae.published import BEST, is_batchtopk
-
-    names = {"default": "state", "default-writes": "write"}
-    given = [str(path) for text in args.sae for path in (embedded(names[text]).values() if text in names else [text])]
-    if not args.sae:
-        if args.model != "default":
-            raise ValueError("sae: expected at least one dictionary for this model, got none")
-        given = [str(path) for path in embedded(target).values()]
-    found: dict = {}
-    chosen = False
-    for text in given:
-        site, equals, name = text.rpartition("=")
-        paths = [Path(name)]
-        if not paths[0].exists():
-            raise FileNotFoundError(f"sae: expected a dictionary or a folder of them, got {name}, which is not there")
-        if not equals and paths[0].is_dir() and not any((paths[0] / x).exists() for x in ("cfg.json", BEST)):
-            paths = dictionaries(paths[0]) or paths  # where there is none, loading says what there is
-        for path in paths:
-            asked = args.batchtopk is not None and is_batchtopk(path)
-            chosen |= asked
-            try:
-                sae = SAE.from_pretrained(path, batchtopk=args.batchtopk if asked else None)
-            except FileNotFoundError as error:
-                raise FileNotFoundError(f"sae: expected a dictionary or a folder of them: {error}") from error
-            place = _site(site, text) if equals else (sae.layer, sae.head)
-            if None in place:
-                raise ValueError(f"sae: {path} does not say its site; write --sae LAYER:HEAD={path}")
-            if place in found:
-                raise ValueError(f"sae: expected one dictionary a site, got two for {place[0]}:{place[1]}")
-            found[place] = sae
-    if args.batchtopk is not None and not chosen:
-        raise ValueError("batchtopk: expected a published BatchTopK dictionary among those of --sae, got none")
-    return found
-
-
-def _site(text: str, whole: str) -> tuple[int, int]:
-    layer, _, head = text.partition(":")
-    if not (layer.isdigit() and head.isdigit()):
-        raise ValueError(f"sae: expected LAYER:HEAD=PATH, got {whole}")
-    return int(layer), int(head)
-
-
 def _confirm(estimate: Estimate, limit: int, yes: bool) -> bool:
     print(f"estimate: {estimate}", file=sys.stderr)
     if yes or (estimate.bytes is not None and estimate.bytes <= limit):
@@ -143,23 +92,3 @@ def _confirm(estimate: Estimate, limit: int, yes: bool) -> bool:
             print(file=sys.stderr)
     print(f"writesae collect: {why}; add --yes to collect it all the same", file=sys.stderr)
     return False
-
-
-def _size(text: str) -> int:
-    number = text.strip().lower().removesuffix("b")
-    unit = number[-1:] if number[-1:] in "kmgt" else ""
-    try:
-        return int(float(number.removesuffix(unit)) * _UNITS[unit])
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a size such as 500MB or 2GB, got {text!r}") from None
-
-
-def require_device(name: str) -> None:
-    """Raises ValueError, with the reason, unless models can run on the device "cpu" or "cuda"."""
-    if name == "cpu":
-        return
-    from .._library import backends
-
-    reason = backends()["cuda"] if name == "cuda" else "expected cpu or cuda"
-    if reason is not None:
-        raise ValueError(f"device: {name} cannot be used: {reason}")

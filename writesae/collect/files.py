@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..files import whole_file
+from ..untrusted import first_line
 
 FIRINGS = pa.schema(
     [
@@ -126,8 +127,7 @@ def parquet(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetFile]:
                 raise ValueError(f"expected the columns {', '.join(schema.names)}, got {got or 'none'}")
             yield file
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
-        cause = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} is damaged: {cause}") from error
+        raise ValueError(f"{path} is damaged: {first_line(error)}") from error
 
 
 def read_table(path: Path, schema: pa.Schema) -> pa.Table:

@@ -11,12 +11,24 @@ import json
 import tempfile
 from pathlib import Path
 
-from ..files import cached_digests, left_over, read_json, read_sealed, sha256, stamp, write_bytes, write_sealed
+from ..files import (
+    cached_digests,
+    left_over,
+    read_json,
+    read_sealed,
+    refuse_file,
+    sha256,
+    stamp,
+    write_bytes,
+    write_sealed,
+)
+from ..untrusted import is_integer
 from .files import digest_bar
 
 FORMAT, VERSION = "writesae-firings", 2
 COPY = "done/manifest.json"  # from which a damaged or missing one is restored
 MODES = ("all", "top", "reservoir")
+_MOST = 2**31 - 1  # what the tables hold
 _FEW_FILES = 1000  # of a corpus with no more, the manifest holds every file's digest, so that a refusal can name it
 
 
@@ -27,10 +39,7 @@ def spent(mode: str) -> tuple[str, ...]:
 
 def refuse_foreign(out: Path) -> None:
     """Raises ValueError unless `out` is new, empty, or a collection's folder."""
-    if out.is_symlink() and not out.exists():
-        raise ValueError(f"out: expected a folder, got the link {out} that leads nowhere")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out: expected a folder, got the file {out}")
+    refuse_file(out)
     if not out.is_dir() or begun(out):
         return
     manifest = out / "manifest.json"
@@ -59,18 +68,14 @@ def read(path: Path) -> dict:
     if manifest.get("mode") not in MODES:
         raise ValueError(f"{path}: mode: expected one of {', '.join(MODES)}, got {manifest.get('mode')!r}")
     for name in ("context", "n", "shard_passages"):
-        if not _count(manifest.get(name), 1):
+        if not is_integer(manifest.get(name), 1, _MOST):
             raise ValueError(f"{path}: {name}: expected a whole number >= 1, got {manifest.get(name)!r}")
     sites = manifest.get("sites")
     if not isinstance(sites, list) or not sites or not all(
-        isinstance(site, list) and len(site) == 4 and all(_count(x, 0) for x in site[:3]) for site in sites
+        isinstance(site, list) and len(site) == 4 and all(is_integer(x, 0, _MOST) for x in site[:3]) for site in sites
     ):  # fmt: skip
         raise ValueError(f"{path}: sites: expected lists of layer, head, features and k")
     return manifest
-
-
-def _count(value, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**31
 
 
 def make(out: Path, content: dict) -> None:

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 from ..files import SEAL, entry, problem, read_sealed, write_sealed
+from ..untrusted import is_integer
 
 PARTS = ("firings", "tokens", "documents", "counts")
 _NUMBERS = ("row", "block", "used", "taken", "document", "passages", "tokens")
@@ -48,10 +49,10 @@ def shard_marker(out: Path, number: int, manifest: str | None = None) -> dict:
     after = done.get("next")
     sound = done.get("shard") == number and type(done.get("last")) is bool
     sound = sound and set(done["files"]) == {f"{folder}/{part_name(number)}" for folder in PARTS}
-    sound = sound and all(_count(done.get(name)) for name in ("tokens", "firings", "documents", "kept"))
+    sound = sound and all(is_integer(done.get(name)) for name in ("tokens", "firings", "documents", "kept"))
     sound = sound and isinstance(after, dict) and set(after) == {"place", "carry", *_NUMBERS}
-    sound = sound and all(_count(after[name]) for name in _NUMBERS)
-    sound = sound and all(isinstance(after[n], list) and all(map(_count, after[n])) for n in ("place", "carry"))
+    sound = sound and all(is_integer(after[name]) for name in _NUMBERS)
+    sound = sound and all(isinstance(after[n], list) and all(map(is_integer, after[n])) for n in ("place", "carry"))
     if not sound:
         raise ValueError(f"{out / 'done' / part_name(number, 'json')} is not the marker of shard {number}")
     return done
@@ -81,9 +82,7 @@ def entries_sound(files) -> bool:
     """Whether this is what a marker's `files` should be: names inside the folder, each with bytes and digest."""
     if not isinstance(files, dict):
         return False
-    sound = all(isinstance(x, dict) and _count(x.get("bytes")) and isinstance(x.get(SEAL), str) for x in files.values())
+    sound = all(
+        isinstance(x, dict) and is_integer(x.get("bytes")) and isinstance(x.get(SEAL), str) for x in files.values()
+    )
     return sound and not any(Path(name).is_absolute() or ".." in Path(name).parts for name in files)
-
-
-def _count(value) -> bool:
-    return type(value) is int and value >= 0

@@ -7,12 +7,11 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from tqdm import tqdm
 
-from .. import __version__
+from .._installed import version_of
 from ..files import entry, make_folder, read_sealed, refuse_links, sync_folder, write_bytes, write_sealed
 from ..interrupt import finishing
 from ..models.identity import shown_name, tokenizer_digest
@@ -316,12 +315,7 @@ def _named(source, tokenizer) -> dict:
     """What a reader would look for by name; not compared on resuming, because a folder may have moved."""
     found = dict(getattr(source, "names", {}))
     found["tokenizer"] = shown_name(getattr(tokenizer, "name_or_path", None))
-    for package in ("writesae", "torch", "transformers", "pyarrow"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = __version__ if package == "writesae" else None
-    return found
+    return found | {name: version_of(name) for name in ("writesae", "torch", "transformers", "pyarrow")}
 
 
 def _keep_tokenizer(out: Path, tokenizer, digest: str) -> None:

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from ..options import add_dictionaries, add_model
+from ..options import add_device, add_dictionaries, add_model, dictionaries, require_device, size
 from ..text import Corpus
 from ..text.arguments import NAMED, add_options, named, tell_empty, told
 from ..text.tokens import check_vocabulary
@@ -15,7 +15,6 @@ from .conditions import CONDITIONS, DEFAULT_CONDITIONS, NATIVES, OF_WRITES, READ
 
 _CORPUS = "stdlib:test"
 _TRAIN_TOKENS = 60_000
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +35,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
                       "least as many as a dictionary has atoms")  # fmt: skip
     what.add_argument("--longest", type=int, metavar="N", help="test only the dictionaries of the model's N heads with "
                       "the longest memory, in tokens (default: every dictionary given)")  # fmt: skip
-    what.add_argument("--any-model", action="store_true", help="also with dictionaries that name another model")
     what.add_argument("--min-selected", type=int, default=5, help="tokens of the --select text at which a feature must "
                       "have the largest code")  # fmt: skip
     what.add_argument("--firings", type=int, default=1000, help="firings tested at each site")
@@ -55,9 +53,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--conditions", choices=(*CONDITIONS, "all"), nargs="+", help="what is put in its place, or all "
                      f"(default: {' '.join(DEFAULT_CONDITIONS)})")  # fmt: skip
     how.add_argument("--seed", type=int, default=0, help="seed of the choice, the random control and the bootstraps")
-    how.add_argument("--device", default="cpu", help="device of the model: cpu or cuda")
-    how.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the model's weights")
-    how.add_argument("--memory", type=_bytes, default="1G", metavar="SIZE", help="bytes of a batch of forks, about")
+    add_device(how)
+    how.add_argument("--memory", type=size, default="1G", metavar="SIZE", help="bytes of a batch of forks, about")
     how.add_argument("--out", metavar="DIR", required=True, help="folder to write to; the same command on it resumes")
 
 
@@ -65,7 +62,6 @@ def run(args: argparse.Namespace) -> int:
     """Prints the headline as JSON. Returns 0."""
     import torch
 
-    from ..collect.command import _dictionaries, require_device
     from ..models import load
     from .replace import passages_of, run_replacement, select_tokens
     from .statistics import need
@@ -75,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     test = named(args, _CORPUS)
     select = None if args.select == "none" else told(Corpus.from_name(args.select, args.field, "select"), "select")
     train = None if args.train == "none" else told(Corpus.from_name(args.train, args.field, "train"), "train")
-    saes = _dictionaries(args)
+    saes = dictionaries(args)
     model, tokenizer = load(args.model, getattr(torch, args.dtype), args.trust_remote_code)
     check_vocabulary(tokenizer, model)
 
@@ -122,13 +118,3 @@ def run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     print(json.dumps({**{name: summary[name] for name in shown}, "report": str(page)}, indent=2))
     return 0
-
-
-def _bytes(text: str) -> int:
-    number, unit = text.strip().lower().removesuffix("b"), ""
-    if number and number[-1] in _UNITS:
-        number, unit = number[:-1], number[-1]
-    try:
-        return int(float(number) * _UNITS[unit])
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a size such as 800M or 2G, got {text!r}") from None

@@ -18,15 +18,16 @@ Method: J. Young, *WriteSAE: Sparse Autoencoders for Recurrent State*, arXiv 260
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..models.arguments import cache_of
-from ..models.hf_gated_delta import causal_conv, intercept
+from ..models.seam import intercept
 from ..models.shared_prefix import Prefix, Stack
-from ..ops import gated_delta_rule
+from ..models.short_conv import causal_conv
+from ..ops.rule import RuleCall, RuleOutput
 from ..writes import Writes
 from .divergence import kl_pair
 
@@ -98,7 +99,7 @@ class ForkEngine:
         if model.training:
             raise ValueError("model: expected evaluation mode (model.eval()), got training mode")
         self.stack = Stack(model)
-        with intercept(model, rules={layer: _leave}):
+        with intercept(model, calls={layer: _leave}):
             pass  # raises, saying what the layer is, when it is not a gated-delta layer
         self.model, self.layer, self.first = model, layer, int(read == "after")
         self.horizon, self.length = horizon, horizon + 1 - self.first
@@ -138,31 +139,28 @@ class ForkEngine:
         input_ids = input_ids.to(self.model.get_input_embeddings().weight.device)
         keep: dict = {"x": {i: [] for i in self.linear}, "states": {}}
 
-        def site_rule(q, k, v, g, beta, initial_state, output_final_state, l2norm, cu_seqlens):
-            wide = torch.float64 if v.dtype == torch.float64 else torch.float32
-            out = gated_delta_rule(
-                *(x.to(wide) for x in (q, k, v, g, beta)), initial_state=initial_state,
-                output_final_state=output_final_state, use_qk_l2norm=l2norm, return_writes=True,
-            )  # fmt: skip
-            q = q.to(wide)
-            q = q * torch.rsqrt((q * q).sum(-1, keepdim=True) + 1e-6) if l2norm else q
+        def site_rule(call: RuleCall, output_final_state: bool) -> RuleOutput:
+            call = _widened(call)
+            out = call.run(output_final_state=output_final_state, return_writes=True)
+            assert out.writes is not None
             places = choose(out.writes)
             self._check(places, lengths)
-            here = places.to(v.device)
-            keep.update(o=out.o, writes=out.writes, q=q * q.shape[-1] ** -0.5, v=v.to(wide), places=here)
+            binding = self.site.binding
+            value, strength = binding.factors(call)
+            keep.update(o=out.o, writes=out.writes, q=binding.queries(call), places=places.to(value.device))
+            keep.update(value=value, strength=strength)
             before = torch.stack([places.row, places.position + self.first - 1], 1)
             keep["before"], keep["of"] = torch.unique(before.clamp_min(0), dim=0, return_inverse=True)
-            return out.o.to(v.dtype), out.final_state
+            return out
 
         def rule(i):
-            def handler(q, k, v, g, beta, initial_state, output_final_state, l2norm, cu_seqlens):
-                out = gated_delta_rule(
-                    q, k, v, g, beta, initial_state=initial_state, output_final_state=output_final_state,
-                    use_qk_l2norm=l2norm, snapshots=keep["before"] if i in keep["x"] else None,
-                )  # fmt: skip
+            def handler(call: RuleCall, output_final_state: bool) -> RuleOutput:
+                out = call.run(
+                    output_final_state=output_final_state, snapshots=keep["before"] if i in keep["x"] else None
+                )
                 if i in keep["x"]:
                     keep["states"][i] = out.snapshots
-                return out.o, out.final_state
+                return out
 
             return handler
 
@@ -173,10 +171,10 @@ class ForkEngine:
 
             return handler
 
-        rules = {i: rule(i) for i in self.stack.sites if i != self.layer} | {self.layer: site_rule}
+        calls = {i: rule(i) for i in self.stack.sites if i != self.layer} | {self.layer: site_rule}
         seen: dict[int, dict] = {}
         with (
-            intercept(self.model, rules, {i: conv(i) for i in self.linear}, private=True),
+            intercept(self.model, convs={i: conv(i) for i in self.linear}, private=True, calls=calls),
             self.stack.watching([self.layer, *self.above], seen),
         ):
             cache = cache_of(self.model(input_ids=input_ids, use_cache=True, logits_to_keep=1))
@@ -214,6 +212,8 @@ class ForkEngine:
         for i in self.linear:
             state = keep["states"][i]
             states[i] = state[keep["of"].to(state.device)] * (start > 0).to(state.device)[:, None, None, None]
+            if not keep["x"][i]:  # a layer without a short convolution
+                continue
             width = self.stack.sites[i].conv_kernel_size - 1
             x = torch.nn.functional.pad(torch.cat(keep["x"][i], 1)[..., -T:], (width, 0))  # column j is token j - width
             columns = start.to(x.device)[:, None] + torch.arange(width, device=x.device)
@@ -225,13 +225,16 @@ class ForkEngine:
         t, heads = places.position, head[:, None]
         left, right = writes.native(row, t, head)
         keys, _ = writes.native(rows, every, heads)  # [n, horizon + 1, K]
+        outer = keep["value"][row, t, head]
+        if keep["strength"] is not None:
+            outer = keep["strength"][row, t, head][:, None] * outer
         return Clean(
             places, self.first, valid, seen[self.layer]["input"][rows, at], keep["o"][rows, at],
             reader(
                 keep["q"][rows, every, writes.left_head(heads)], keys,  # the queries' heads are the keys'
                 writes.decay[rows, every, heads], writes.beta[rows, every, heads],
             )[:, self.first :],
-            left, right, writes.beta[row, t, head][:, None] * keep["v"][row, t, head], writes,
+            left, right, outer, writes,
             at, {i: rotary(seen[i]["position_embeddings"]) for i in seen}, states, conv_left, prefixes,
         )  # fmt: skip
 
@@ -248,14 +251,14 @@ class ForkEngine:
             {name: `[n, L, hidden]`}, after the final norm.
         """
         forks = torch.arange(len(clean.places), device=clean.o.device)
-        changed = {}
+        changed: dict[str, Tensor] = {}
 
-        def site_rule(q, k, v, g, beta, initial_state, output_final_state, l2norm, cu_seqlens):
-            return changed["o"].to(v.dtype), None
+        def site_rule(call: RuleCall, output_final_state: bool) -> RuleOutput:
+            return RuleOutput(changed["o"], None, None, None)
 
         def rule(i):
-            def handler(q, k, v, g, beta, initial_state, output_final_state, l2norm, cu_seqlens):
-                return gated_delta_rule(q, k, v, g, beta, initial_state=clean.states[i], use_qk_l2norm=l2norm).o, None
+            def handler(call: RuleCall, output_final_state: bool) -> RuleOutput:
+                return replace(call, initial_state=clean.states[i]).run()
 
             return handler
 
@@ -265,9 +268,9 @@ class ForkEngine:
 
             return handler
 
-        out, rules = {}, {i: rule(i) for i in self.linear} | {self.layer: site_rule}
+        out, calls = {}, {i: rule(i) for i in self.linear} | {self.layer: site_rule}
         with (
-            intercept(self.model, rules, {i: conv(i) for i in self.linear}, private=True),
+            intercept(self.model, convs={i: conv(i) for i in self.linear}, private=True, calls=calls),
             self.stack.sharing(),
         ):
             for name, delta in deltas.items():
@@ -318,8 +321,15 @@ def _keys_and_values(cache, layer: int) -> tuple[Tensor, Tensor]:
     return cache.key_cache[layer], cache.value_cache[layer]
 
 
-def _leave(*args):
+def _leave(call: RuleCall, output_final_state: bool) -> RuleOutput:
     return NotImplemented
+
+
+def _widened(call: RuleCall) -> RuleCall:
+    """The same call in float32 (float64 for a float64 model)."""
+    given = {name: x for name, x in call.inputs.items() if x is not None}
+    wide = torch.float64 if any(x.dtype == torch.float64 for x in given.values()) else torch.float32
+    return replace(call, inputs={**call.inputs, **{name: x.to(wide) for name, x in given.items()}})
 
 
 def reader(

@@ -16,6 +16,7 @@ from ..files import (
     problem,
     read_json,
     read_sealed,
+    refuse_file,
     refuse_links,
     sha256,
     whole_file,
@@ -74,8 +75,7 @@ class Parts:
         self.folder = None if folder is None else Path(folder)
         if self.folder is None:
             return
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"out: expected a folder, got the file {self.folder}")
+        refuse_file(self.folder)
         refuse_links(self.folder)
         known = self.folder / PLAN
         plan = json.loads(json.dumps(plan))
@@ -104,6 +104,7 @@ class Parts:
         return self.folder is not None
 
     def _path(self, name: str) -> Path:
+        assert self.folder is not None
         return self.folder / "parts" / f"{name}.parquet"
 
     def read(self, name: str) -> dict[str, np.ndarray] | None:

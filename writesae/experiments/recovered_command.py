@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..options import add_dictionaries, add_model
+from ..options import add_device, add_dictionaries, add_model, dictionaries, require_device
 from ..text import Corpus
 from ..text.arguments import NAMED, add_options, named, tell_empty, told
 from ..text.tokens import check_vocabulary
@@ -32,7 +32,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
                       "codebook, named like --corpus")  # fmt: skip
     what.add_argument("--train-tokens", type=int, default=60_000, help="tokens of it that are read at most, at least "
                       "as many as a dictionary has atoms")  # fmt: skip
-    what.add_argument("--any-model", action="store_true", help="also with dictionaries that name another model")
     how = parser.add_argument_group("how")
     how.add_argument("--k", type=_k, nargs="+", default=[1, 8], metavar="N", help="atoms a write, each tried, or own "
                      "for each dictionary's own")  # fmt: skip
@@ -43,8 +42,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
                      "both, one by one")  # fmt: skip
     how.add_argument("--seed", type=int, default=0, help="seed of the passages, the codebook and the bootstrap")
     how.add_argument("--batch", type=int, default=48, help="passages in one forward pass")
-    how.add_argument("--device", default="cpu", help="device of the model: cpu or cuda")
-    how.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the model's weights")
+    add_device(how)
     how.add_argument("--out", metavar="DIR", required=True, help="folder to write to; the same command on it resumes")
 
 
@@ -52,7 +50,6 @@ def run(args: argparse.Namespace) -> int:
     """Prints the table. Returns 0."""
     import torch
 
-    from ..collect.command import _dictionaries, require_device
     from ..models import load
     from ..report import recovered as report
     from ..sae.stream import Passages
@@ -67,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     if None in args.k and len(args.k) > 1:
         raise ValueError("k: expected numbers, or own by itself")
     test = named(args, _CORPUS)
-    saes = {site: sae.to(args.device) for site, sae in _dictionaries(args, "write").items()}
+    saes = {site: sae.to(args.device) for site, sae in dictionaries(args, "write").items()}
     of_writes = all(sae.target == "write" for sae in saes.values())
     train = None
     if of_writes if args.codebook is None else args.codebook:

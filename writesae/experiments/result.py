@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .._installed import version_of
 from ..files import make_folder, write_json
 from . import statistics
 from .conditions import PLAIN, arm, scales_of
@@ -216,14 +217,5 @@ def _metric(curve: np.ndarray, metric: str) -> np.ndarray:
 
 def versions() -> dict[str, str]:
     """Of what made a run."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version()}
-    for name in ("writesae", "torch", "transformers", "numpy", "scipy", "statsmodels"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            from .. import __version__
-
-            found[name] = __version__ if name == "writesae" else "not installed"
-    return found
+    names = ("writesae", "torch", "transformers", "numpy", "scipy", "statsmodels")
+    return {"python": platform.python_version(), **{name: version_of(name) or "not installed" for name in names}}

@@ -1,10 +1,18 @@
-"""Hooks into transformers models: `attach`, `load`, `stopping_after`, and the seam under them, `hf_gated_delta`."""
+"""Hooks into transformers models: `attach`, `load`, `stopping_after`; and the seam under them, `layers`, `intercept`,
+`running`, with a table a family of models (`Binding`, `hf_gated_delta`)."""
 
 from . import hf_gated_delta
 from .attach import attach
+from .binding import Binding, LayerSite
+from .frame import running
 from .load import load
 from .model_call import Stopped
+from .seam import intercept, intercept_conv
+from .sites import layers
 from .stopping import stopping_after
 from .tap import Tap
 
-__all__ = ["Stopped", "Tap", "attach", "hf_gated_delta", "load", "stopping_after"]
+__all__ = [
+    "Binding", "LayerSite", "Stopped", "Tap", "attach", "hf_gated_delta", "intercept", "intercept_conv", "layers",
+    "load", "running", "stopping_after",
+]  # fmt: skip

@@ -7,9 +7,8 @@ transformers renamed what holds the past twice (`past_key_values` in models and 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 
-import torch
 import transformers
 from torch import Tensor
 
@@ -25,18 +24,6 @@ NAMES = {
     "seq_idx": ("seq_idx",),
 }
 _CACHE_METHODS = ("get_seq_length", "update_recurrent_state", "has_previous_state")
-
-# What the recurrences understand, in the order in which they take it.
-RULE = ("query", "key", "value", "g", "beta")
-_RULE_KNOWN = {
-    *RULE, "chunk_size", "initial_state", "output_final_state", "use_qk_l2norm_in_kernel", "cu_seqlens",
-}  # fmt: skip
-# Arguments by which the fast kernels of the field compute something else. (Layers hand on whatever the caller of the
-# model gave, so an argument that no recurrence knows is none of ours.)
-_RULE_CHANGES = {
-    "scale", "head_first", "state_v_first", "transpose_state_layout", "use_gate_in_kernel", "A_log", "dt_bias",
-    "lower_bound", "safe_gate", "use_beta_sigmoid_in_kernel", "allow_neg_eigval", "cp_context", "gk", "gv",
-}  # fmt: skip
 
 
 class Reader:
@@ -116,24 +103,37 @@ def _is_cache(value) -> bool:
     return any(callable(getattr(value, name, None)) for name in _CACHE_METHODS)
 
 
-def rule_call(args: tuple, kwargs: dict) -> dict:
+def rule_call(
+    args: tuple,
+    kwargs: Mapping,
+    names: tuple[str, ...],
+    optional: tuple[str, ...],
+    known: Collection[str],
+    changes: Collection[str],
+) -> dict:
     """The arguments of one call of a recurrence by name.
 
+    Args:
+        args, kwargs: what it was called with.
+        names: what has to be given, in the order in which the recurrence takes it; `optional`: what may follow them.
+        known: what else is understood; `changes`: what is not and changes what is computed.
+
     Raises:
-        ValueError: one is missing, or one is given that changes what is computed and is not known here.
+        ValueError: one is missing, or one is given that changes what is computed and is not known.
     """
-    given = {**dict(zip(RULE, args, strict=False)), **kwargs}
-    missing = [name for name in RULE if not isinstance(given.get(name), torch.Tensor)]
-    if missing or len(args) > len(RULE):
+    given = {**dict(zip(names + optional, args, strict=False)), **kwargs}
+    missing = [name for name in names if given.get(name) is None]
+    if missing or len(args) > len(names) + len(optional):
         raise ValueError(
-            f"model: expected the recurrence to be called with {', '.join(RULE)} and then by name, got "
+            f"model: expected the recurrence to be called with {', '.join(names)} and then by name, got "
             + (f"no {', '.join(missing)}" if missing else f"{len(args)} positions")
             + f" (transformers {transformers.__version__}; tested: {', '.join(TESTED)})"
         )
     for name, value in given.items():
-        if name in _RULE_CHANGES and value is not None and value is not False:
+        if name in changes and value is not None and value is not False:
+            understood = ", ".join(sorted({*names, *optional, *known}))
             raise ValueError(
-                f"model: expected a recurrence called with {', '.join(sorted(_RULE_KNOWN))}, got {name}, which changes "
-                f"what it computes (transformers {transformers.__version__}; tested: {', '.join(TESTED)})"
+                f"model: expected a recurrence called with {understood}, got {name}, which changes what it computes "
+                f"(transformers {transformers.__version__}; tested: {', '.join(TESTED)})"
             )
     return given

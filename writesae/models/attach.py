@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from ..edits import Edits
-from ..ops import causal_conv, gated_delta_rule
+from ..ops import causal_conv
 from ..ops._dispatch import can_run
 from ..ops._transforms import torch_func_acts, transformed
 from ..ops.causal_conv import ACTIVATIONS as CONV_ACTIVATIONS
 from ..ops.encode import check_precision
-from . import hf_gated_delta, hf_norms
-from .hf_gated_delta import LayerSite
+from ..ops.rule import RuleCall, RuleOutput
+from . import hf_norms, seam
+from .binding import LayerSite
+from .frame import running
 from .identity import require_same_model
 from .patch import Owner
+from .planned_edits import check_edits
 from .quiet import quiet
 from .self_test import self_test as run_self_test
+from .sites import layers, require_layer
 from .tap import DENSE_KINDS, Tap
 
 
@@ -102,7 +107,7 @@ def attach(
     """
     check_precision(precision)
     found = _refuse_unsupported(model)
-    by_layer, edits = _check_sites(model, found, sites), _check_edits(model, found, edits)
+    by_layer, edits = _check_sites(model, found, sites), check_edits(model, found, edits)
     if not by_layer and not edits and not accelerate:
         raise ValueError("sites: expected at least one (layer, head), or edits, or accelerate=True; got none")
     require_same_model(model, sites, any_model)
@@ -114,21 +119,15 @@ def attach(
     if self_test:
         tested = [s for i, s in found.items() if accelerate or i in hooked]
         with quiet():
-            run_self_test(model, list(found.values()), tested, _rule(backend), (gated_delta_rule, backend), conv, norms)
+            run_self_test(model, list(found.values()), tested, backend, conv, norms)
     handlers = {i: _Handler(tap, i in hooked, accelerate, check_finite, write_gradients, backend) for i in found}
-    owner = Owner()
-    try:
-        try:
-            convs = {} if conv is None else dict.fromkeys(found, conv)
-            hf_gated_delta.install(owner, model, list(found.values()), handlers, convs)
-            if norms:
-                hf_norms.install(owner, model)
-            with quiet():
-                yield tap
-        finally:
-            owner.close()
-    finally:  # again, should an interrupt have hit the first
-        owner.close()
+    with Owner() as owner, owner:
+        convs = {} if conv is None else dict.fromkeys(found, conv)
+        seam.install(owner, model, list(found.values()), handlers, convs)
+        if norms:
+            hf_norms.install(owner, model)
+        with quiet():
+            yield tap
     tap.require_everything_ran(strict)
 
 
@@ -142,8 +141,9 @@ class _Handler:
         self.tap, self.records, self.accelerate = tap, records, accelerate
         self.check_finite, self.watches, self.backend = check_finite, watches, backend
 
-    def __call__(self, q, k, v, g, beta, initial_state, output_final_state, use_qk_l2norm, cu_seqlens):
-        frame = hf_gated_delta.running()
+    def __call__(self, call: RuleCall, output_final_state: bool) -> RuleOutput:
+        frame = running()
+        assert frame is not None
         if torch._C._current_graph_task_id() != -1:  # in a backward pass: the model's call is over, and unknown
             raise RuntimeError(
                 f"attach: layer {frame.site.layer_index} is recomputed in the backward pass; switch gradient "
@@ -157,43 +157,29 @@ class _Handler:
                 "record are a transform's wrappers, not numbers; use torch.autograd (backward, forward_ad), or attach "
                 "without sites and edits (accelerate=True)"
             )
-        if not recording and cu_seqlens is None and not any(h.accelerate for h in every):
+        if not recording and call.cu_seqlens is None and not any(h.accelerate for h in every):
             return NotImplemented
-        layer, dtype = frame.site.layer_index, v.dtype
         edits = None
         if recording:
-            B, T = v.shape[:2]
-            lengths = [T] * B if cu_seqlens is None else cu_seqlens.cpu().diff().tolist()
-            planned = [h.tap.edits_of_call(frame, lengths) for h in reversed(recording)]
-            planned = [e for e in planned if e is not None]
-            edits = Edits.cat(planned) if planned else None
+            B, T = frame.site.binding.size(call)
+            lengths = [T] * B if call.cu_seqlens is None else call.cu_seqlens.cpu().diff().tolist()
+            planned = (h.tap.edits_of_call(frame, lengths) for h in reversed(recording))
+            found = [e for e in planned if e is not None]
+            edits = Edits.cat(found) if found else None
         watching = [h.tap for h in recording if h.watches] if torch.is_grad_enabled() else []
         if watching:
-            v = _watched(v, beta, layer, watching)
-        out = gated_delta_rule(
-            q, k, v, g, beta, initial_state=initial_state, output_final_state=output_final_state,
-            use_qk_l2norm=use_qk_l2norm, cu_seqlens=cu_seqlens, edits=edits, return_writes=bool(recording),
-            backend=self.backend,
-        )  # fmt: skip
-        checking = next((h for h in recording if h.check_finite), None)
-        if checking is not None:
-            checking.tap.check_finite(frame, out.writes)
-        for handler in recording:
-            handler.tap.record(frame, out.writes, initial_state, out.final_state)
-        return out.o.to(dtype), out.final_state
-
-
-def _rule(backend: str | None):
-    """The op as a layer calls it."""
-
-    def rule(q, k, v, g, beta, initial_state, output_final_state, use_qk_l2norm, cu_seqlens):
-        out = gated_delta_rule(
-            q, k, v, g, beta, initial_state=initial_state, output_final_state=output_final_state,
-            use_qk_l2norm=use_qk_l2norm, cu_seqlens=cu_seqlens, backend=backend,
-        )  # fmt: skip
-        return out.o.to(v.dtype), out.final_state
-
-    return rule
+            call = _watched(call, frame.site, watching)
+        out = call.run(
+            edits=edits, return_writes=bool(recording), output_final_state=output_final_state, backend=self.backend
+        )
+        if recording:
+            assert out.writes is not None
+            checking = next((h for h in recording if h.check_finite), None)
+            if checking is not None:
+                checking.tap.check_finite(frame, out.writes)
+            for handler in recording:
+                handler.tap.record(frame, out.writes, call.initial_state, out.final_state)
+        return out
 
 
 class _Convolution:
@@ -213,20 +199,24 @@ class _Convolution:
         return causal_conv(x.transpose(1, 2), weight, bias, activation, cu_seqlens, "cpu").transpose(1, 2)
 
 
-def _watched(v: Tensor, beta: Tensor, layer: int, taps: list[Tap]) -> Tensor:
-    """v for one call, whose gradient tells the taps that of the increments: u = beta (v - what was read)."""
-    v = v.float() if v.dtype in (torch.bfloat16, torch.float16) else v.view_as(v)
-    if not v.requires_grad:
-        v = v.detach().requires_grad_()
-    strength = beta.detach().to(v.dtype)[..., None]
+def _watched(call: RuleCall, site: LayerSite, taps: list[Tap]) -> RuleCall:
+    """The same call, with a value whose gradient tells the taps that of the increments, u = beta (v - what is read)."""
+    binding = site.binding
+    value, strength = binding.factors(call)
+    value = value.float() if value.dtype in (torch.bfloat16, torch.float16) else value.view_as(value)
+    if not value.requires_grad:
+        value = value.detach().requires_grad_()
+    strength = None if strength is None else strength.detach().to(value.dtype)[..., None]
 
     def note(gradient: Tensor) -> None:
-        found = torch.where(strength == 0, 0, gradient.detach() / strength)
+        found = gradient.detach()
+        if strength is not None:
+            found = torch.where(strength == 0, 0, found / strength)
         for tap in taps:
-            tap.write_gradients[layer] = found
+            tap.write_gradients[site.layer_index] = found
 
-    v.register_hook(note)
-    return v
+    value.register_hook(note)
+    return replace(call, inputs={**call.inputs, binding.value: value})
 
 
 # ---- checks before any work -----------------------------------------------------------------------------------
@@ -247,9 +237,9 @@ def _refuse_unsupported(model: nn.Module) -> dict[int, LayerSite]:
                 f"model: expected one copy, got nn.DataParallel over {len(module.device_ids)} devices, which runs "
                 "copies that nothing is attached to; attach to model.module, or use one device"
             )
-    found = {site.layer_index: site for site in hf_gated_delta.layers(model)}
+    found = {site.layer_index: site for site in layers(model)}
     if not found:
-        hf_gated_delta.require_layer(model, found, -1)
+        require_layer(model, found, -1)
     return found
 
 
@@ -261,7 +251,7 @@ def _check_sites(model, found: dict[int, LayerSite], sites) -> dict[int, dict[in
         if not isinstance(key, tuple) or len(key) != 2 or not all(type(x) is int for x in key):
             raise ValueError(f"sites: expected keys (layer, head) of two integers, got {key!r}")
         layer, head = key
-        site = hf_gated_delta.require_layer(model, found, layer)
+        site = require_layer(model, found, layer)
         if not 0 <= head < site.num_v_heads:
             raise ValueError(
                 f"head: expected 0 <= head < {site.num_v_heads} (value heads of layer {layer}), got {head}"
@@ -282,24 +272,3 @@ def _check_dictionary(sae, site: LayerSite, head: int) -> None:
         raise ValueError(
             f"{where}: expected a dictionary for states of K={site.K}, V={site.V}, got one for K={sae.K}, V={sae.V}"
         )
-
-
-def _check_edits(model, found: dict[int, LayerSite], edits) -> dict[int, Edits]:
-    if edits is None:
-        return {}
-    if not isinstance(edits, Mapping):
-        raise ValueError(f"edits: expected {{layer: Edits}}, got {type(edits).__name__}")
-    kept = {}
-    for layer, planned in edits.items():
-        if not isinstance(planned, Edits):
-            raise ValueError(f"edits[{layer}]: expected Edits, got {type(planned).__name__}")
-        site = hf_gated_delta.require_layer(model, found, layer)
-        if not len(planned):
-            continue
-        anywhere = max(int(planned.row.max()), 0) + 1, max(int(planned.position.max()), 0) + 1
-        try:
-            planned.check(anywhere[0], [anywhere[1]] * anywhere[0], site.num_v_heads, site.K, site.V)
-        except ValueError as error:
-            raise ValueError(f"edits[{layer}]: {error}") from None
-        kept[layer] = planned
-    return kept

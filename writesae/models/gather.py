@@ -162,7 +162,9 @@ class Gathered:
         """All of them, after waiting for those still on their way."""
         if not (len(self._parts) == 1 and isinstance(self._parts[0], Firings)):
             self._parts = [self._join()]
-        return self._parts[0]
+        whole = self._parts[0]
+        assert isinstance(whole, Firings)
+        return whole
 
     def _join(self) -> Firings:
         if len(self._parts) == 1 and isinstance(self._parts[0], _Block):

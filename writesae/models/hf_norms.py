@@ -85,7 +85,9 @@ def norm_of(module: nn.Module) -> Norm | None:
 @torch.no_grad()
 def _probe(module: nn.Module, eps: float) -> Norm | None:
     """Calls a copy of the module with a weight of random numbers: at ones or zeros formulas look alike."""
-    D, dtype = len(module.weight), module.weight.dtype
+    own = module.weight
+    assert isinstance(own, Tensor)
+    D, dtype = len(own), own.dtype
     generator = torch.Generator().manual_seed(0)
     size = (max(6, 4096 // D), D)  # enough numbers for roundings to show
     x, gate = (torch.randn(size, generator=generator, device="cpu") for _ in range(2))
@@ -155,11 +157,5 @@ def install(owner: patch.Owner, model: nn.Module, check: Callable | None = None)
 @contextlib.contextmanager
 def fused(model: nn.Module) -> Iterator[dict[nn.Module, Norm]]:
     """`install` within the context."""
-    owner = patch.Owner()
-    try:
-        try:
-            yield install(owner, model)
-        finally:
-            owner.close()
-    finally:  # again, should an interrupt have hit the first
-        owner.close()
+    with patch.Owner() as owner, owner:
+        yield install(owner, model)

@@ -38,7 +38,11 @@ _local = _Local()
 
 
 class Owner:
-    """What one attach has put in place.
+    """What one attach has put in place, and takes away again:
+
+        with Owner() as owner, owner:
+
+    Entered twice, so that it is closed twice: should an interrupt hit the first `close`, the second does it all.
 
     Args:
         private: it serves calls of its own thread only.
@@ -49,6 +53,12 @@ class Owner:
         self.thread, self.private, self.alone = threading.get_ident(), private or alone, alone
         self._patches: list[Patch] = []
         self._entries: list[Entry] = []
+
+    def __enter__(self) -> Owner:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def patch(self, space, name: str, make: Callable) -> None:
         """Puts `make(original)` in the place of `name` in a class or a dictionary of globals. Under `lock`."""
@@ -125,6 +135,13 @@ class Patch:
         key = (id(self.space), self.name)
         if patches.get(key) is self:
             del patches[key]
+
+
+def mine(space, name: str) -> bool:
+    """Whether an owner of this thread has put what stands in the place of this name."""
+    standing = patches.get((id(space), name))
+    here = threading.get_ident()
+    return standing is not None and any(owner.thread == here for owner in tuple(standing.owners))
 
 
 class Entry:
@@ -219,14 +236,14 @@ def refuse_tracing() -> None:
         )
 
 
-def forward_of(module: nn.Module) -> Callable:
-    """The module's class's own forward, under every wrapper that names what it wraps, or (transformers before 5.15)
-    takes anything and keeps one function to call."""
-    function = inspect.unwrap(type(module).forward)
+def forward_of(module: nn.Module, method: str = "forward") -> Callable:
+    """The module's class's own forward (or another method), under every wrapper that names what it wraps, or
+    (transformers before 5.15) takes anything and keeps one function to call."""
+    function = inspect.unwrap(getattr(type(module), method))
     code = getattr(function, "__code__", None)
     if code is not None and code.co_argcount == 1 and code.co_flags & inspect.CO_VARARGS:
         held = [cell.cell_contents for cell in function.__closure__ or ()]
-        held = [f for f in held if inspect.isfunction(f) and f.__name__ == "forward"]
+        held = [f for f in held if inspect.isfunction(f) and f.__name__ == method]
         if len(held) == 1:
             return inspect.unwrap(held[0])
     return function

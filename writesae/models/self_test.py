@@ -9,15 +9,17 @@ its heads.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from ..ops import gated_delta_rule
-from . import hf_gated_delta, hf_norms, patch
-from .arguments import RULE, rule_call
-from .hf_gated_delta import LayerSite
+from ..ops.rule import RuleCall, RuleOutput
+from . import hf_norms, patch, seam
+from .binding import LayerSite, Recurrence
+from .frame import Met, running
 from .model_call import text_config
+from .sites import device_of, enclosing, steps, targets, unpatched
 
 # Largest |ours - the model's| of a result over its largest value that is let pass, by the dtype that runs. Measured
 # over tiny random models of every family, eager and under autocast: at most TOLERANCE_MEASURED in float32, one rounding
@@ -31,8 +33,7 @@ def self_test(
     model: nn.Module,
     every: Sequence[LayerSite],
     sites: Sequence[LayerSite],
-    rule: Callable,
-    rule_version: object,
+    backend: str | None,
     conv: Callable | None,
     norms: bool,
 ) -> None:
@@ -41,9 +42,7 @@ def self_test(
     Args:
         every: `layers(model)`.
         sites: those of them to try.
-        rule: `rule(q, k, v, g, beta, initial_state, output_final_state, use_qk_l2norm, cu_seqlens)`, giving
-            (o, final_state).
-        rule_version: what tells one rule from another for the kind.
+        backend: of the rules.
         conv: stands in for the short convolution, if anything does; `norms`: whether norms are stood in for.
 
     Raises:
@@ -51,31 +50,26 @@ def self_test(
     """
     if not sites:
         return
-    kind = _kind(model, sites, rule_version, conv is not None, norms)
+    kind = _kind(model, sites, backend, conv is not None, norms)
     if kind is not None and kind in _passed:
         return
-    trial = _Trial(rule, conv, {site.layer_index for site in sites})
-    owner = patch.Owner(alone=True)
+    trial = _Trial(backend, conv, {site.layer_index for site in sites})
     layers = [site.layer_index for site in sites]
-    try:
-        try:
-            convs = {} if conv is None else dict.fromkeys(layers, trial.conv)
-            # Every layer of the model runs on ours meanwhile, which is faster; compared are those to be tried.
-            rules = dict.fromkeys((site.layer_index for site in every), trial.rule)
-            hf_gated_delta.install(owner, model, every, rules, convs)
-            if norms:
-                hf_norms.install(owner, model, trial.norm)
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                _run(_innermost(model, sites))
-        finally:
-            owner.close()
-    finally:  # again, should an interrupt have hit the first
-        owner.close()
-    bypassed = [i for i in layers if i not in trial.ran]
+    with patch.Owner(alone=True) as owner, owner:
+        convs = {} if conv is None else dict.fromkeys(layers, trial.conv)
+        # Every layer of the model runs on ours meanwhile, which is faster; compared are those to be tried.
+        rules = dict.fromkeys((site.layer_index for site in every), trial.rule)
+        seam.install(owner, model, every, rules, convs)
+        if norms:
+            hf_norms.install(owner, model, trial.norm)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            _run(_innermost(model, sites))
+    bypassed = [site for site in sites if site.layer_index not in trial.ran]
     if bypassed:
+        names = " or ".join(dict.fromkeys(f"the {site.binding.name}" for site in bypassed))
         raise RuntimeError(
-            f"attach: self-test failed: layers {bypassed} ran without calling the gated delta rule where their class "
-            "does; has something (a hub kernel, another hook) replaced their forward?"
+            f"attach: self-test failed: layers {[site.layer_index for site in bypassed]} ran without calling {names} "
+            "where their class does; has something (a hub kernel, another hook) replaced their forward?"
         )
     if kind is not None:
         _passed.add(kind)
@@ -84,8 +78,8 @@ def self_test(
 class _Trial:
     """Stands in for every function tried, and compares where such a function is met for the first time."""
 
-    def __init__(self, rule: Callable, conv: Callable | None, layers: set[int]):
-        self._rule, self._conv, self._layers = rule, conv, layers
+    def __init__(self, backend: str | None, conv: Callable | None, layers: set[int]):
+        self._backend, self._conv, self._layers = backend, conv, layers
         self.ran: set[int] = set()
         self._met: set[tuple] = set()
 
@@ -94,51 +88,72 @@ class _Trial:
         self._met.add(kind)
         return new
 
-    def rule(self, q, k, v, g, beta, initial_state, output_final_state, use_qk_l2norm, cu_seqlens):
-        frame = hf_gated_delta.running()
-        site, settings = frame.site, {"use_qk_l2norm_in_kernel": use_qk_l2norm}
+    def rule(self, call: RuleCall, output_final_state: bool) -> RuleOutput:
+        frame = running()
+        assert frame is not None and frame.met is not None
+        site, met = frame.site, frame.met
         self.ran.add(site.layer_index)
-        o, state = self._rule(q, k, v, g, beta, initial_state, True, use_qk_l2norm, cu_seqlens)
+        ours = call.run(output_final_state=True, backend=self._backend)
         sizes = (type(site.module), site.K, site.V, site.num_k_heads, site.num_v_heads)
         if site.layer_index in self._layers and self._first(*sizes):
-            given = rule_call(frame.original.args, frame.original.keywords)
-            inputs = [given[name] for name in RULE]
-            self._both("gated delta rule", site, frame.original.func, inputs, (o, state), settings, None)
+            self._both(site.binding.name, site, met, call, ours, lambda: (met.args, met.kwargs))
+            assert ours.final_state is not None
             # And what the layer calls for one token, on what a cache would hold by now.
-            step = [x[:, -1:] for x in inputs]
-            ours = self._rule(*(x[:, -1:] for x in (q, k, v, g, beta)), state.clone(), True, use_qk_l2norm, None)
-            for original in hf_gated_delta.steps(site):
-                self._both("one-token rule", site, original, step, ours, settings, state)
-        return o, state if output_final_state else None
+            for recurrence, original in steps(site):
+                self._step(site, met, recurrence, original, ours.final_state)
+        return ours if output_final_state else replace(ours, final_state=None)
 
-    def _both(self, what: str, site: LayerSite, original: Callable, inputs, ours, settings: dict, state) -> None:
-        """Compares with what the model's own function makes of the same."""
-        q, k, v, g, beta = inputs
-        held = None if state is None else state.clone()  # it may work in place
+    def _step(self, site: LayerSite, met: Met, recurrence: Recurrence, original: Callable, state: Tensor) -> None:
+        make = recurrence.step
+        assert make is not None
+
+        def arguments() -> tuple[tuple, dict]:
+            return make(met.given, state.clone())  # it may work in place
+
+        args, kwargs = arguments()
+        step = Met(recurrence, original, args, kwargs, recurrence.read(args, kwargs))
+        call = recurrence.bind(site, step.given)
+        ours = call.run(output_final_state=True, backend=self._backend)
+        self._both("one-token rule", site, step, call, ours, arguments)
+
+    def _both(
+        self, what: str, site: LayerSite, met: Met, call: RuleCall, ours: RuleOutput, arguments: Callable
+    ) -> None:
+        """Compares with what the model's own function makes of the same; `arguments` makes them anew."""
+        recurrence = met.recurrence
+        args, kwargs = arguments()
+        kwargs = recurrence.asking(kwargs)
         try:
-            theirs = original(q, k, v, g=g, beta=beta, initial_state=held, output_final_state=True, **settings)
+            returned = met.original(*args, **kwargs)
         except Exception:  # bound to a kernel that cannot run here, say: then against the definition
-            q, k, v_wide, g, beta = (x.double() for x in inputs)
-            held = None if state is None else state.double()
-            l2norm = settings["use_qk_l2norm_in_kernel"]
-            out = gated_delta_rule(
-                q, k, v_wide, g, beta, initial_state=held, output_final_state=True, use_qk_l2norm=l2norm,
-                backend="reference",
-            )  # fmt: skip
-            theirs = out.o, out.final_state
-        for part, a, b in zip(("output", "state"), ours, theirs, strict=True):
-            _compare(f"the {part} of the {what} of layer {site.layer_index}", a, b, v.dtype)
+            out = _double(call).run(output_final_state=True, backend="reference")
+            mine, theirs = (ours.o, ours.final_state), (out.o, out.final_state)
+        else:
+            theirs = recurrence.parts(recurrence.read(args, kwargs), returned)
+            given = recurrence.read(met.args, recurrence.asking(met.kwargs))
+            mine = recurrence.parts(given, recurrence.answer(given, ours))
+        runs = site.binding.factors(call)[0].dtype
+        for part, a, b in zip(("output", "state"), mine, theirs, strict=True):
+            _compare(f"the {part} of the {what} of layer {site.layer_index}", a, b, runs)
 
     def conv(self, x, weight, bias, activation, *, cu_seqlens, channels):
-        frame = hf_gated_delta.running()
+        frame = running()
+        assert frame is not None and frame.own_conv is not None
         ours = self._conv(x, weight, bias, activation, cu_seqlens=cu_seqlens, channels=channels)
         if ours is not NotImplemented and self._first("conv", weight.shape, activation):
-            _compare(f"the short convolution of layer {frame.site.layer_index}", ours, frame.original(), x.dtype)
+            _compare(f"the short convolution of layer {frame.site.layer_index}", ours, frame.own_conv(), x.dtype)
         return ours
 
     def norm(self, module: nn.Module, ours: Tensor, theirs: Tensor) -> None:
         if self._first("norm", type(module), module.weight.shape):
             _compare(f"a {type(module).__name__}", ours, theirs, ours.dtype)
+
+
+def _double(call: RuleCall) -> RuleCall:
+    """The same call in float64."""
+    inputs = {name: None if x is None else x.double() for name, x in call.inputs.items()}
+    state = call.initial_state
+    return replace(call, inputs=inputs, initial_state=None if state is None else state.double())
 
 
 def _compare(what: str, ours: Tensor | None, theirs: Tensor | None, runs: torch.dtype) -> None:
@@ -166,7 +181,7 @@ def _compare(what: str, ours: Tensor | None, theirs: Tensor | None, runs: torch.
 
 def _innermost(model: nn.Module, sites: Sequence[LayerSite]) -> nn.Module:
     """The model right around the layers: no head, no wrapper, nothing put in front."""
-    around = hf_gated_delta.enclosing(model, sites[0].path)
+    around = enclosing(model, sites[0].path)
     if not around or not callable(getattr(around[-1], "get_input_embeddings", None)):
         raise ValueError(
             f"model: expected a model that takes input_ids around the layers, got {type(model).__name__}, which the "
@@ -181,11 +196,11 @@ def _run(model) -> None:
     generator = torch.Generator().manual_seed(0)
     size = getattr(embedding, "num_embeddings", None) or text_config(model).vocab_size
     ids = torch.randint(0, size, (2, 7), generator=generator)
-    ids = ids.to(hf_gated_delta.device_of(embedding))
+    ids = ids.to(device_of(embedding))
     model(input_ids=ids, use_cache=False)
 
 
-def _kind(model: nn.Module, sites: Sequence[LayerSite], rule_version, conv: bool, norms: bool):
+def _kind(model: nn.Module, sites: Sequence[LayerSite], backend: str | None, conv: bool, norms: bool):
     """What a passed test speaks for: models of the same classes, sizes, dtypes, devices and settings, unless something
     has replaced a forward on some instance."""
     modules = list(model.modules())
@@ -199,12 +214,10 @@ def _kind(model: nn.Module, sites: Sequence[LayerSite], rule_version, conv: bool
     return (
         tuple((type(m), patch.forward_of(m)) for m in modules), str(getattr(config, "__dict__", None)), where, autocast,
         tuple((s.layer_index, s.K, s.V, s.num_k_heads, s.num_v_heads, s.path) for s in sites),
-        tuple(_functions(s.module) for s in sites), rule_version, conv, norms and hf_norms.Norm.__call__,
+        tuple(_functions(s) for s in sites), backend, conv, norms and hf_norms.Norm.__call__,
     )  # fmt: skip
 
 
-def _functions(module: nn.Module) -> tuple:
-    """The functions that a layer would call by itself."""
-    space, names = hf_gated_delta.targets(module)
-    standing = ((patch.patches.get((id(space), name)), space.get(name)) for name in names)
-    return tuple(now if here is None else here.original for here, now in standing)
+def _functions(site: LayerSite) -> tuple:
+    """The functions that a layer would call by itself, and what would run in their place."""
+    return (site.binding, site.binding.rule, *(unpatched(space, name) for space, name in targets(site.module)))

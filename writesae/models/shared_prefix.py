@@ -7,16 +7,16 @@ before t, which all forks of that passage share: they are read in place, never c
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from . import patch
-from .hf_gated_delta import layers
+from .sites import layers
 
 
 @dataclass(frozen=True)
@@ -78,18 +78,12 @@ def shared_prefix_attention(
     return out.view(n, Hq, L, D).transpose(1, 2).contiguous(), None
 
 
-class _Local(threading.local):
-    sharing = False
-
-
-_local = _Local()
-
-
 def _interface(original):
     """Stands in for `AttentionInterface.get_interface`: which attention a module is to use."""
 
     def get_interface(self, *args, **kwargs):
-        return shared_prefix_attention if _local.sharing else original(self, *args, **kwargs)
+        mine = patch.mine(type(ALL_ATTENTION_FUNCTIONS), "get_interface")
+        return shared_prefix_attention if mine else original(self, *args, **kwargs)
 
     return get_interface
 
@@ -111,29 +105,21 @@ class Stack:
             raise ValueError(f"model: expected a model with gated-delta layers, got {type(model).__name__}")
         parts = next(iter(self.sites.values())).path.split(".")
         at = max(i for i in range(len(parts)) if isinstance(model.get_submodule(".".join(parts[:i])), nn.ModuleList))
-        self.blocks = model.get_submodule(".".join(parts[:at]))
-        base = model.get_submodule(".".join(parts[: at - 1]))
-        self.norm = getattr(base, "norm", None)
-        self.head = model.get_output_embeddings()
+        blocks = model.get_submodule(".".join(parts[:at]))
+        assert isinstance(blocks, nn.ModuleList)
+        self.blocks = blocks
+        self.norm: Any = getattr(model.get_submodule(".".join(parts[: at - 1])), "norm", None)
+        self.head: Any = model.get_output_embeddings()  # type: ignore[operator]
         if self.norm is None or self.head is None:
             raise ValueError(f"model: expected a final norm and an output embedding, got {type(model).__name__}")
 
     @contextlib.contextmanager
     def sharing(self) -> Iterator[None]:
         """Within, the full-attention blocks take a `shared_prefix` on this thread."""
-        owner, before = patch.Owner(private=True), _local.sharing
-        try:
-            try:
-                with patch.lock:
-                    owner.patch(type(ALL_ATTENTION_FUNCTIONS), "get_interface", _interface)
-                _local.sharing = True
-                yield
-            finally:
-                owner.close()
-                _local.sharing = before
-        finally:  # again, should an interrupt have hit the first
-            owner.close()
-            _local.sharing = before
+        with patch.Owner(private=True) as owner, owner:
+            with patch.lock:
+                owner.patch(type(ALL_ATTENTION_FUNCTIONS), "get_interface", _interface)
+            yield
 
     def run(
         self,
@@ -163,14 +149,8 @@ class Stack:
                 seen[i] = {"input": hidden, "position_embeddings": kwargs.get("position_embeddings")}
             return call(*args, **kwargs)
 
-        owner = patch.Owner(private=True)
-        try:
-            try:
-                with patch.lock:
-                    for i in wanted:
-                        owner.join(self.blocks[i], "forward", watch, i)
-                yield
-            finally:
-                owner.close()
-        finally:  # again, should an interrupt have hit the first
-            owner.close()
+        with patch.Owner(private=True) as owner, owner:
+            with patch.lock:
+                for i in wanted:
+                    owner.join(self.blocks[i], "forward", watch, i)
+            yield

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from . import hf_gated_delta, patch
+from . import patch
 from .model_call import Stopped
+from .sites import layers
 
 
 def _stop(entry, call, args, kwargs):
@@ -27,20 +28,14 @@ def stopping_after(model: nn.Module, layer: int) -> Iterator[None]:
     Raises:
         ValueError: a layer the model does not have.
     """
-    blocks = {site.layer_index: site.block for site in hf_gated_delta.layers(model)}
+    blocks = {site.layer_index: site.block for site in layers(model)}
     if layer not in blocks:
         raise ValueError(f"layer: expected one of {sorted(blocks)}, got {layer}")
     block = blocks[layer]
     stack = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and any(x is block for x in m))
     above = list(stack)[[x is block for x in stack].index(True) + 1 :]
-    owner = patch.Owner(private=True)
-    try:
-        try:
-            with patch.lock:
-                for module in above[:1]:
-                    owner.join(module, "forward", _stop, None)
-            yield
-        finally:
-            owner.close()
-    finally:  # again, should an interrupt have hit the first
-        owner.close()
+    with patch.Owner(private=True) as owner, owner:
+        with patch.lock:
+            for module in above[:1]:
+                owner.join(module, "forward", _stop, None)
+        yield

@@ -7,6 +7,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_mode
@@ -17,8 +18,11 @@ from ..edits import Edits
 from ..firings import Firings
 from ..ops._transforms import transformed
 from ..writes import Writes
+from .binding import LayerSite
+from .frame import Frame
 from .gather import Columns, Coming, Gathered, TopK
-from .hf_gated_delta import Frame, LayerSite, device_of
+from .planned_edits import PlannedEdits
+from .sites import device_of
 from .transfer import ToHost
 
 DENSE_KINDS = ("matrix", "flat")  # their encoder reads whole states
@@ -56,13 +60,13 @@ class Tap:
     All of it, firings too, is of calls that came to their end: what a failed forward pass recorded is taken back.
     """
 
-    def __init__(self, sites: Mapping[int, Mapping[int, object]], edits: Mapping[int, Edits], options: dict):
+    def __init__(self, sites: Mapping[int, Mapping[int, Any]], edits: Mapping[int, Edits], options: dict):
         self.writes: dict[int, Writes] = {}
         self.write_gradients: dict[int, Tensor] = {}
         self.starts: dict[int, int] = {}
         self.calls: dict[int, int] = {layer: 0 for layer in sorted({*sites, *edits})}
-        self._sites, self._edits = sites, edits
-        self.applied = {layer: torch.zeros(len(e), dtype=torch.bool) for layer, e in edits.items()}
+        self._sites, self._planned = sites, PlannedEdits(edits)
+        self.applied = self._planned.applied
         self._record_writes = options["record_writes"]
         self._encoding = {"backend": options["backend"], "precision": options["precision"]}
         self._lock = threading.Lock()
@@ -70,7 +74,7 @@ class Tap:
         self._checks: list[_Check] = []
         self._groups: dict[int, list[_Group]] = {}
         self._fire_per_token = 0  # of all layers, top-k alone
-        self._dense: dict[int, dict[int, object]] = {}
+        self._dense: dict[int, dict[int, Any]] = {}
         self._carries: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # cache -> {(layer, group): ...}
 
     def __repr__(self) -> str:
@@ -131,7 +135,7 @@ class Tap:
         """Stacks the dictionaries' factors, once."""
         for layer, heads in self._sites.items():
             device = device_of(sites[layer].module)
-            alike: dict[tuple, list[tuple[int, object, tuple]]] = {}
+            alike: dict[tuple, list[tuple[int, Any, tuple]]] = {}
             for head, sae in heads.items():
                 if sae is None:
                     continue
@@ -151,10 +155,13 @@ class Tap:
                     threshold = torch.stack(
                         [torch.as_tensor(m[1].threshold, dtype=torch.float32).detach().expand(F) for m in members]
                     )
-                atoms = tuple(stacked[3:]) or None
+                v_enc, w_enc, b_enc, *atoms = stacked
                 self._groups.setdefault(layer, []).append(
-                    _Group([m[0] for m in members], *stacked[:3], k, threshold, of_writes, atoms)
-                )
+                    _Group(
+                        [m[0] for m in members], v_enc, w_enc, b_enc, k, threshold, of_writes,
+                        (atoms[0], atoms[1]) if atoms else None,
+                    )
+                )  # fmt: skip
                 self._fire_per_token += len(members) * k * top
         if self._dense:
             where = ", ".join(f"layer {layer} head {head}" for layer, by in self._dense.items() for head in by)
@@ -169,40 +176,15 @@ class Tap:
 
     def edits_of_call(self, frame: Frame, lengths: list[int]) -> Edits | None:
         """The planned edits that fall into the columns of this call, positions counted from its first."""
-        layer, start = frame.site.layer_index, frame.start
-        planned = self._edits.get(layer)
-        if planned is None:
+        found = self._planned.of_call(frame, lengths)
+        if found is None:
             return None
-        among = torch.arange(len(planned))
-        if frame.first_row:  # the second text of a guided `generate`
-            among = among[planned.row < 0]
-            planned = planned[among]
-        rows = len(lengths)
-        beyond = (planned.row >= rows).nonzero().flatten()
-        if len(beyond):
-            i = int(beyond[0])
-            raise ValueError(
-                f"edits.row: expected row < {rows} (the rows of this call of layer {layer}), got {int(planned.row[i])} "
-                f"in edit {i}"
-            )
-        which = torch.arange(len(planned))
-        every = planned.row < 0
-        row = torch.where(every, torch.zeros_like(planned.row), planned.row)
-        if bool(every.any()):
-            repeats = torch.where(every, rows, 1)
-            which = which.repeat_interleave(repeats)
-            nth = torch.arange(len(which)) - (repeats.cumsum(0) - repeats)[which]
-            row = torch.where(every[which], nth, planned.row[which])
-        position = planned.position[which] - start
-        inside = (position >= 0) & (position < torch.tensor(lengths)[row])
-        which, row, position = which[inside], row[inside], position[inside]
-        if not len(which):
-            return None
+        edits, which = found
         pending = self._pending_of(frame)
-        pending.applied.append((layer, among[which]))
+        pending.applied.append((frame.site.layer_index, which))
         if frame.call is None:
             pending.keep()
-        return planned[which]._with(row=row, position=position)
+        return edits
 
     def require_everything_ran(self, strict: bool) -> None:
         """Raises ValueError when a site was never called, or a state broke; where an edit's position never came, warns
@@ -213,18 +195,7 @@ class Tap:
             if not count:
                 what = f"site(s) {[(layer, h) for h in self._sites[layer]]}" if layer in self._sites else "edits"
                 raise ValueError(f"sites: layer {layer} never ran while attached, so its {what} saw nothing")
-        for layer, ran in self.applied.items():
-            missed = (~ran).nonzero().flatten()
-            if len(missed):
-                i, e = int(missed[0]), self._edits[layer]
-                message = (
-                    f"edits: {len(missed)} of {len(ran)} edits of layer {layer} never applied, because their position "
-                    f"never ran while attached; the first is edit {i}: row {int(e.row[i])}, position "
-                    f"{int(e.position[i])}, head {int(e.head[i])}"
-                )
-                if strict:
-                    raise ValueError(message)
-                warnings.warn(message, RuntimeWarning, stacklevel=6)
+        self._planned.require_all_applied(strict, stacklevel=6)
 
     # ---- recording --------------------------------------------------------------------------------------------
 
@@ -249,7 +220,7 @@ class Tap:
         parts = self._firings_of(layer, frame, found, initial_state, final_state)
         B, T = writes.right.shape[:2]
         room = B * T * self._fire_per_token
-        if self._record_writes and initial_state is not None:
+        if self._record_writes and writes.initial_state is not None:
             # The cache updates its state in place, and these writes outlive the call.
             writes = replace(writes, initial_state=writes.initial_state.clone())
         pending = self._pending_of(frame)
@@ -273,7 +244,7 @@ class Tap:
 
     @torch.no_grad()
     def _firings_of(self, layer: int, frame: Frame, writes: Writes, initial_state, final_state) -> list:
-        parts = []
+        parts: list[TopK | Coming | Firings] = []
         if layer in self._groups or layer in self._dense:
             columns = Columns.of(writes, frame.start, frame.mask, frame.first_row)
             for i, group in enumerate(self._groups.get(layer, ())):
@@ -340,10 +311,12 @@ class _Pending:
         with tap._lock:
             for layer, writes, start in reversed(self.called):
                 tap.calls[layer] -= 1
-                for now, before in ((tap.writes, writes), (tap.starts, start)):
-                    now.pop(layer, None)
-                    if before is not None:
-                        now[layer] = before
+                tap.writes.pop(layer, None)
+                tap.starts.pop(layer, None)
+                if writes is not None:
+                    tap.writes[layer] = writes
+                if start is not None:
+                    tap.starts[layer] = start
 
 
 def without_tangents(writes: Writes) -> Writes:
@@ -367,7 +340,7 @@ class _Check:
     def of(cls, writes: Writes, frame: Frame) -> _Check:
         bad = (~torch.isfinite(writes.right)).flatten(3).any(-1)  # [B, T, H]
         found = torch.stack([bad.any().long(), bad.flatten().int().argmax()])
-        return cls(ToHost([found]), tuple(bad.shape), _Place.of(writes, frame))
+        return cls(ToHost([found]), (*writes.shape[:3],), _Place.of(writes, frame))
 
     def require(self) -> None:
         some, first = self.transfer.get()[0].tolist()
@@ -420,11 +393,13 @@ def _columns_to_firings(row, position, layer: int, head, feature, value) -> Firi
 
 def _pursued(group: _Group, writes: Writes) -> tuple[Tensor, Tensor]:
     """Codes `[B, T, Hs, k]` of a group's writes by orthogonal matching pursuit."""
+    assert group.atoms is not None
     ratio = writes.right.shape[2] // writes.left.shape[2]
     found = []
     for i, head in enumerate(group.heads):
-        factors = [x[i] for x in (group.v_enc, group.w_enc, *group.atoms)]
-        found.append(ops.pursuit(writes.left[:, :, head // ratio], writes.right[:, :, head], *factors, group.k))
+        left, right = writes.left[:, :, head // ratio], writes.right[:, :, head]
+        v, w = (x[i] for x in group.atoms)
+        found.append(ops.pursuit(left, right, group.v_enc[i], group.w_enc[i], v, w, group.k))
     values, indices = (torch.stack(x, 2) for x in zip(*found, strict=True))
     return values.float(), indices
 

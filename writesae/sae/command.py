@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..files import left_over, make_folder, refuse_links, write_json
-from ..options import add_model
+from ..files import left_over, make_folder, refuse_file, refuse_links, write_json
+from ..options import add_device, add_model, require_device
 from ..text import Corpus
 from ..text.arguments import NAMED, add_options, named, tell_empty, told
 from ..text.tokens import check_vocabulary, tokenizing
@@ -33,9 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--head", type=int, help="value head of a single site, with --layer")
     add("--site", action="append", metavar="LAYER:HEAD", help="a site, 5:* for all heads of a layer, *:3 for one head "
         "of all layers, *:* for all; repeatable. All are trained from the same passes of the model")  # fmt: skip
-    add("--device", default="cpu", help="cpu or cuda: where the model runs and the dictionaries are trained")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the model's weights "
-        "(dictionaries are trained in float32)")  # fmt: skip
+    add_device(parser)
     add("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
     add("--resume", action="store_true", help="go on from the checkpoint in --out; --steps or --tokens may be more "
         "than before")  # fmt: skip
@@ -100,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"{name}: expected >= 1, got {getattr(args, name)}")
     if args.watch_passages < 0:
         raise ValueError(f"watch_passages: expected >= 0, got {args.watch_passages}")
-    _require_device(args.device)
+    require_device(args.device)
     corpus, held_out = _corpora(args)
 
     from ..models import load
@@ -216,14 +214,6 @@ def _steps(args) -> int:
     return TrainConfig.steps if args.steps is None else args.steps
 
 
-def _require_device(name: str) -> None:
-    from .._library import backends
-
-    reason = {"cpu": None, "cuda": backends()["cuda"]}.get(name, "expected cpu or cuda")
-    if reason is not None:
-        raise ValueError(f"device: {name} cannot be used: {reason}")
-
-
 def _patterns(args) -> list[tuple[str, str]]:
     """(layer, head) of every site asked for, each a number or *."""
     found = []
@@ -263,8 +253,7 @@ def _check_out(out: Path, resume: bool) -> None:
     from .checkpoint import CONFIG
     from .train import CHECKPOINT
 
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out: expected a folder, got the file {out}")
+    refuse_file(out)
     refuse_links(out)
     known = {CHECKPOINT, CONFIG, RECORD}
     inside = list(out.iterdir()) if out.is_dir() else []

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..untrusted import first_line
+
 
 def records(dataset: tuple[str, str | None, str], skip: int = 0) -> Iterator[dict]:
     """Records of (name, configuration, split) from number `skip` on. No code of a dataset is run.
@@ -61,12 +63,8 @@ def _told(dataset: tuple[str, str | None, str], at: list[int]) -> Iterator[None]
         yield
     except ConnectionError as error:
         raise ValueError(
-            f"dataset: {name} ({split}) is out of reach, and there is no local copy of it: {_line(error)}. Load it "
-            "once where there is a network, or give files"
+            f"dataset: {name} ({split}) is out of reach, and there is no local copy of it: {first_line(error)}. Load "
+            "it once where there is a network, or give files"
         ) from error
     except Exception as error:
-        raise ValueError(f"dataset: cannot read {name} ({split}), record {at[0]}: {_line(error)}") from error
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"dataset: cannot read {name} ({split}), record {at[0]}: {first_line(error)}") from error

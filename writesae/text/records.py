@@ -16,6 +16,7 @@ from typing import BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..untrusted import first_line
 from .unpack import SNIFF, Damaged, NotText, open_bytes, open_text
 
 LIMIT = 64 * 2**20
@@ -152,7 +153,7 @@ def _parquet(path: Path, name: str) -> Iterator[pq.ParquetFile]:
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
-            why = "not a Parquet file" if _magic(stream) != b"PAR1" else f"damaged: {str(error).splitlines()[0]}"
+            why = "not a Parquet file" if _magic(stream) != b"PAR1" else f"damaged: {first_line(error)}"
             raise Damaged(f"corpus: expected Parquet, got {name}: {why}") from error
 
 

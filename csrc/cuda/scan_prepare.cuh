@@ -1,4 +1,4 @@
-// gated_delta_rule, first kernel: everything of a chunk that does not need the state. See gated_delta_rule.cuh, scan.cuh.
+// A scan, first kernel: everything of a chunk that does not need the state. See scan.cuh.
 //
 // One block per (chunk, key head), a warp per 16 tokens, then one round per value head of the group. K K^T and Q K^T (lower
 // blocks) stay in registers for all value heads. The triangular inverse goes by blocks of 16: forward substitution on the
@@ -11,16 +11,17 @@
 // 248 chunks an SM, one a cycle and scheduler) 0.17 ms. 3 blocks of 128 threads an SM by registers (168), 55 KB shared each.
 #pragma once
 
-#include "gated_delta_rule.cuh"
+#include "scan.cuh"
 
-namespace writesae::cuda::gated_delta_rule {
+namespace writesae::cuda {
 
-template <class T, int KP>
+template <class Rule, class T, int KP>
 struct PrepareShared {
   static constexpr int C = Operand<T>::CHUNK, WARPS = C / 16;
   static constexpr int IMAGE = Triangle<T, C>::SIZE;
   static constexpr int PIECE = KP * C > IMAGE ? KP * C : IMAGE;  // of k or q, and then of an image: elements
-  static constexpr size_t BYTES = 2 * PIECE * sizeof(T) + C * Padded<C>::STRIDE * 4 + 2 * C * 4 + WARPS * 3 * C * 4;
+  static constexpr size_t BYTES =
+      2 * PIECE * sizeof(T) + (Rule::READS ? C * Padded<C>::STRIDE * 4 : 0) + 2 * C * 4 + WARPS * 3 * C * 4;
 };
 
 // One value head's gates in a lane's registers: C / 32 neighbouring tokens a lane.
@@ -104,17 +105,94 @@ __device__ __forceinline__ void invert_diagonal(const Matrix& m, int at, int lan
   tile::sync_warp();
 }
 
-template <class T, int KP>
-__global__ void __launch_bounds__(2 * Operand<T>::CHUNK, KP <= 128 ? 3 : 2) prepare(const __grid_constant__ Problem p) {
+// solve = (I + A)^-1 diag(beta), or without beta where `plain`; a warp per 16 rows of A, which is lost.
+template <class T, int C>
+__device__ __forceinline__ void solve_triangle(const Triangle<T, C>& solve, const Padded<C>& a, const float* beta,
+                                               bool plain, int warp, int lane) {
   using Op = Operand<T>;
   using Op32 = Operand<float>;
+  constexpr int WARPS = C / 16;
+  const int g = lane / 4, c = 2 * (lane % 4);
+  invert_diagonal(a, 16 * warp, lane);
+  tile::sync();
+  const int along_a = a.place(g, c);
+  // Block column `warp` of the inverse, transposed: t[m] is block row warp + m.
+  float t[WARPS][2][4];
+#pragma unroll
+  for (int m = 0; m < WARPS; m++) {
+    if (warp + m >= WARPS) continue;
+    const int row = 16 * (warp + m);
+    if (m == 0) {
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) t[0][i][e] = *a.at(row + 8 * i + c + e % 2, row + g + e / 2 * 8);
+    } else {
+      float sum[2][4] = {};
+      Op32::B b[2];
+#pragma unroll
+      for (int l = 0; l < m; l++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          Op32::load_rows(b, a, along_a, row, 16 * (warp + l) + 8 * i);
+          const auto left = Op32::accumulators(&t[l][i]);
+          Op32::multiply(sum[0], left, b[0]), Op32::multiply(sum[1], left, b[1]);
+        }
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) t[m][i][e] = 0, sum[i][e] = -sum[i][e];
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        Op32::load_rows(b, a, along_a, row, row + 8 * i);
+        const auto left = Op32::accumulators(&sum[i]);
+        Op32::multiply(t[m][0], left, b[0]), Op32::multiply(t[m][1], left, b[1]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const int column = 16 * warp + g + e / 2 * 8;
+        *solve.at(row + 8 * i + c + e % 2, column) = Op::narrow(plain ? t[m][i][e] : t[m][i][e] * beta[column]);
+      }
+  }
+}
+
+// A write that is removed after its read is seen by no token but its own: columns of A and reach end on the diagonal, in the
+// warp's rows, and the state gets nothing of it.
+template <class Rule, class T, int C>
+__device__ __forceinline__ void drop_gone(const Problem& p, const Padded<C>& a, const Triangle<T, C>& reach, int64_t slot,
+                                          int h, int warp, int lane) {
+  using F = Factors<C>;
+  const int64_t slot_here = tile::fresh(slot);
+  const Chunk here = chunk_at<C>(p, slot_here);
+  const uint8_t* gone = p.gone + ((here.s.row * p.T + here.s.origin + here.first) * p.H + h);
+  float* factors = p.factors + (slot_here * p.H + h) * F::SIZE;
+  const int end = 16 * warp + 16;
+#pragma unroll 1
+  for (int column = lane; column < end && column < here.count; column += tile::WARP) {
+    if (gone[static_cast<int64_t>(column) * p.H] == 0) continue;
+    factors[F::WRITE + column] = factors[F::KEPT + column] = 0;
+#pragma unroll 1
+    for (int row = column + 1 > end - 16 ? column + 1 : end - 16; row < end; row++) {
+      if constexpr (Rule::READS) *a.at(row, column) = 0;
+      *reach.at(row, column) = Operand<T>::narrow(0.0f);
+    }
+  }
+  tile::sync_warp();
+}
+
+template <class Rule, class T, int KP>
+__global__ void __launch_bounds__(2 * Operand<T>::CHUNK, KP <= 128 ? 3 : 2) prepare(const __grid_constant__ Problem p) {
+  using Op = Operand<T>;
   constexpr int C = Op::CHUNK, WARPS = C / 16, THREADS = 32 * WARPS, EACH = Tile<T, KP>::EACH;
-  using Size = PrepareShared<T, KP>;
+  using Size = PrepareShared<Rule, T, KP>;
   using F = Factors<C>;
   tile::Shared shared;
   const Tile<T, KP> k = {shared.template take<T>(Size::PIECE)}, q = {shared.template take<T>(Size::PIECE)};
   const Triangle<T, C> solve = {k.data}, reach = {q.data};  // once the products are in registers
-  const Padded<C> a = {shared.template take<float>(C * Padded<C>::STRIDE)};
+  const Padded<C> a = {Rule::READS ? shared.template take<float>(C * Padded<C>::STRIDE) : nullptr};
   float* key = shared.template take<float>(C);    // r_j
   float* query = shared.template take<float>(C);  // scale / |q_j|
   float* gates = shared.template take<float>(WARPS * 3 * C);
@@ -157,7 +235,10 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK, KP <= 128 ? 3 : 2) prep
       typename Op::B b[2];
       Op::load_rows(b, k, along, 16 * j, step);
 #pragma unroll
-      for (int i = 0; i < 2; i++) Op::multiply(kk[2 * j + i], left_k, b[i]), Op::multiply(qk[2 * j + i], left_q, b[i]);
+      for (int i = 0; i < 2; i++) {
+        if constexpr (Rule::READS) Op::multiply(kk[2 * j + i], left_k, b[i]);
+        Op::multiply(qk[2 * j + i], left_q, b[i]);
+      }
     }
   }
 #pragma unroll
@@ -198,7 +279,7 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK, KP <= 128 ? 3 : 2) prep
         at[0] = mine.beta[i], at[C] = whole[i], at[2 * C] = rest[i];
         if (batch + warp >= group) continue;
         const float since = decay_between(whole[i], rest[i], 0, 0);
-        to[F::READ + j] = since * key[j];
+        to[F::READ + j] = Rule::READS ? since * key[j] : mine.beta[i];
         to[F::ASK + j] = since * query[j];
         to[F::WRITE + j] = decay_between(whole_end, rest_end, whole[i], rest[i]) * key[j], to[F::KEPT + j] = key[j];
         to[F::WHOLE + j] = whole[i], to[F::REST + j] = rest[i], to[F::KEY + j] = key[j], to[F::QUERY + j] = query[j];
@@ -225,82 +306,35 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK, KP <= 128 ? 3 : 2) prep
             const int column = 8 * j + c + i;
             const float d =
                 column <= row ? key[column] * decay_between(whole_row, rest_row, whole[column], rest[column]) : 0.0f;
-            *a.at(row, column) = column < row ? in * d * kk[j][e + i] : 0.0f;
+            if constexpr (Rule::READS) *a.at(row, column) = column < row ? in * d * kk[j][e + i] : 0.0f;
             *reach.at(row, column) = Op::narrow(column <= row ? out * d * qk[j][e + i] : 0.0f);
           }
         }
       }
       tile::sync_warp();
-      if (p.gone != nullptr) {  // no token but its own sees such a write; places made anew, or they stay in registers
-        const int64_t slot_here = tile::fresh(slot);
-        const Chunk here = chunk_at<C>(p, slot_here);
-        const uint8_t* gone = p.gone + ((here.s.row * p.T + here.s.origin + here.first) * p.H + h);
-        float* factors = p.factors + (slot_here * p.H + h) * F::SIZE;
-        const int end = 16 * warp + 16;
-#pragma unroll 1
-        for (int column = lane; column < end && column < here.count; column += tile::WARP) {
-          if (gone[static_cast<int64_t>(column) * p.H] == 0) continue;
-          factors[F::WRITE + column] = factors[F::KEPT + column] = 0;
-#pragma unroll 1
-          for (int row = column + 1 > end - 16 ? column + 1 : end - 16; row < end; row++)
-            *a.at(row, column) = 0, *reach.at(row, column) = Op::narrow(0.0f);
-        }
-        tile::sync_warp();
-      }
-      invert_diagonal(a, 16 * warp, lane);
+      if (p.gone != nullptr) drop_gone<Rule, T, C>(p, a, reach, slot, h, warp, lane);
+      if constexpr (Rule::READS) solve_triangle<T, C>(solve, a, beta, p.plain, warp, lane);
       tile::sync();
-      const int along_a = a.place(g, c);
-      // Block column `warp` of the inverse, transposed: t[m] is block row warp + m.
-      float t[WARPS][2][4];
-#pragma unroll
-      for (int m = 0; m < WARPS; m++) {
-        if (warp + m >= WARPS) continue;
-        const int row = 16 * (warp + m);
-        if (m == 0) {
-#pragma unroll
-          for (int i = 0; i < 2; i++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) t[0][i][e] = *a.at(row + 8 * i + c + e % 2, row + g + e / 2 * 8);
-        } else {
-          float sum[2][4] = {};
-          Op32::B b[2];
-#pragma unroll
-          for (int l = 0; l < m; l++)
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-              Op32::load_rows(b, a, along_a, row, 16 * (warp + l) + 8 * i);
-              const auto left = Op32::accumulators(&t[l][i]);
-              Op32::multiply(sum[0], left, b[0]), Op32::multiply(sum[1], left, b[1]);
-            }
-#pragma unroll
-          for (int i = 0; i < 2; i++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) t[m][i][e] = 0, sum[i][e] = -sum[i][e];
-#pragma unroll
-          for (int i = 0; i < 2; i++) {
-            Op32::load_rows(b, a, along_a, row, row + 8 * i);
-            const auto left = Op32::accumulators(&sum[i]);
-            Op32::multiply(t[m][0], left, b[0]), Op32::multiply(t[m][1], left, b[1]);
-          }
-        }
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-#pragma unroll
-          for (int e = 0; e < 4; e++) {
-            const int column = 16 * warp + g + e / 2 * 8;
-            *solve.at(row + 8 * i + c + e % 2, column) = Op::narrow(p.plain ? t[m][i][e] : t[m][i][e] * beta[column]);
-          }
-      }
-      tile::sync();
-      const auto* images = reinterpret_cast<const tile::Vec16*>(solve.data);
-      auto* to = reinterpret_cast<tile::Vec16*>(static_cast<T*>(p.solve) + (slot * p.H + h) * Size::IMAGE);
-      for (int i = thread; i < Size::IMAGE / EACH; i += THREADS) to[i] = images[i];
-      images = reinterpret_cast<const tile::Vec16*>(reach.data);
-      to = reinterpret_cast<tile::Vec16*>(static_cast<T*>(p.reach) + (slot * p.H + h) * Size::IMAGE);
-      for (int i = thread; i < Size::IMAGE / EACH; i += THREADS) to[i] = images[i];
+      const auto leave = [&](const Triangle<T, C>& from, void* images) {
+        const auto* x = reinterpret_cast<const tile::Vec16*>(from.data);
+        auto* to = reinterpret_cast<tile::Vec16*>(static_cast<T*>(images) + (slot * p.H + h) * Size::IMAGE);
+        for (int i = thread; i < Size::IMAGE / EACH; i += THREADS) to[i] = x[i];
+      };
+      if constexpr (Rule::READS) leave(solve, p.solve);
+      leave(reach, p.reach);
     }
     tile::sync();  // before the next gates
   }
 }
 
-}  // namespace writesae::cuda::gated_delta_rule
+// Host: the launch, by key size.
+template <class Rule, class T>
+void launch_prepare(const Problem& p, tile::Stream stream) {
+  with_padded_keys(p.K, [&](auto keys) {
+    constexpr int KP = decltype(keys)::value;
+    tile::launch("scan prepare", prepare<Rule, T, KP>, {static_cast<unsigned>(p.slots * p.Hk), 1, 1}, 2 * Operand<T>::CHUNK,
+                 PrepareShared<Rule, T, KP>::BYTES, stream, p);
+  });
+}
+
+}  // namespace writesae::cuda

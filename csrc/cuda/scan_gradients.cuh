@@ -1,5 +1,5 @@
-// The backward of gated_delta_rule, the kernel after the walks: every gradient of a chunk but the state's, all chunks at once.
-// See gated_delta_rule_backward.cuh.
+// The backward of a scan, the kernel after the walks: every gradient of a chunk but the state's, all chunks at once. See
+// scan_backward.cuh.
 //
 // A block takes (chunk, key head, KT of the keys' columns), a warp 16 tokens. For each value head of the group in turn it goes
 // along the value columns VT at a time
@@ -13,10 +13,10 @@
 // of sm_90 by shared memory, two by registers (255 of 128 threads).
 #pragma once
 
-#include "gated_delta_rule_backward.cuh"
-#include "gated_delta_rule_prepare.cuh"
+#include "scan_backward.cuh"
+#include "scan_prepare.cuh"
 
-namespace writesae::cuda::gated_delta_rule {
+namespace writesae::cuda {
 
 template <class T, int KT>
 struct GradientsShared {
@@ -36,7 +36,7 @@ __device__ __forceinline__ float row_sum(float x) {
   return x + tile::shuffle_xor(x, 2);
 }
 
-template <class T, int KT>
+template <class Rule, class T, int KT>
 __global__ void __launch_bounds__(2 * Operand<T>::CHUNK) gradients(const __grid_constant__ Backward b) {
   using Op = Operand<T>;
   using Size = GradientsShared<T, KT>;
@@ -139,7 +139,10 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK) gradients(const __grid_
         for (int m = 0; m < NK; m += 2) {
           Op::load_columns(r, start, down_states, step, 8 * m);
 #pragma unroll
-          for (int i = 0; i < 2; i++) Op::multiply(x[m + i], left_o, r[i]), Op::multiply(y[m + i], left_y, r[i]);
+          for (int i = 0; i < 2; i++) {
+            Op::multiply(x[m + i], left_o, r[i]);
+            if constexpr (Rule::READS) Op::multiply(y[m + i], left_y, r[i]);
+          }
           Op::load_columns(r, end, down_states, step, 8 * m);
 #pragma unroll
           for (int i = 0; i < 2; i++) Op::multiply(z[m + i], left_u, r[i]);
@@ -149,7 +152,10 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK) gradients(const __grid_
           if (j > warp) continue;
           Op::load_rows(r, u, along_values, 16 * j, step);
 #pragma unroll
-          for (int i = 0; i < 2; i++) Op::multiply(e[2 * j + i], left_o, r[i]), Op::multiply(f[2 * j + i], left_y, r[i]);
+          for (int i = 0; i < 2; i++) {
+            Op::multiply(e[2 * j + i], left_o, r[i]);
+            if constexpr (Rule::READS) Op::multiply(f[2 * j + i], left_y, r[i]);
+          }
         }
       }
 #pragma unroll 2
@@ -193,17 +199,20 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK) gradients(const __grid_
 #pragma unroll
         for (int l = 0; l < 2; l++) {
           const float k_here = tile::load_float(k.at(j, 8 * m + c + l)), q_here = tile::load_float(q.at(j, 8 * m + c + l));
-          qx += q_here * x[m][2 * i + l], ky += k_here * y[m][2 * i + l], kz += k_here * z[m][2 * i + l];
+          qx += q_here * x[m][2 * i + l], kz += k_here * z[m][2 * i + l];
+          if constexpr (Rule::READS) ky += k_here * y[m][2 * i + l];
         }
-      d_beta[i] = -since[j] * key[j] * ky;  // of this lane's columns
-      qx = query[j] * row_sum(qx), ky = key[j] * row_sum(ky), kz = key[j] * row_sum(kz);
-      if (c == 0) on_start[j] = since[j] * (qx - beta[j] * ky), on_end[j] = until[j] * kz;
+      d_beta[i] = Rule::READS ? -since[j] * key[j] * ky : 0.0f;  // of this lane's columns
+      qx = query[j] * row_sum(qx), kz = key[j] * row_sum(kz);
+      if constexpr (Rule::READS) ky = key[j] * row_sum(ky);
+      if (c == 0) on_start[j] = since[j] * (Rule::READS ? qx - beta[j] * ky : qx), on_end[j] = until[j] * kz;
 #pragma unroll
       for (int m = 0; m < NK; m++)
 #pragma unroll
         for (int l = 0; l < 2; l++) {
           x[m][2 * i + l] *= since[j];
-          z[m][2 * i + l] = until[j] * z[m][2 * i + l] - since[j] * beta[j] * y[m][2 * i + l];
+          z[m][2 * i + l] = until[j] * z[m][2 * i + l];
+          if constexpr (Rule::READS) z[m][2 * i + l] -= since[j] * beta[j] * y[m][2 * i + l];
         }
     }
 
@@ -221,7 +230,10 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK) gradients(const __grid_
         typename Op::B r[2];
         Op::load_rows(r, k, along_k, 16 * j, step);
 #pragma unroll
-        for (int i = 0; i < 2; i++) Op::multiply(kk[i], left_k, r[i]), Op::multiply(qk[i], left_q, r[i]);
+        for (int i = 0; i < 2; i++) {
+          if constexpr (Rule::READS) Op::multiply(kk[i], left_k, r[i]);
+          Op::multiply(qk[i], left_q, r[i]);
+        }
       }
       float scores[2][4];
 #pragma unroll
@@ -235,14 +247,16 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK) gradients(const __grid_
             const int from = 16 * j + 8 * i + c + n, at = 2 * l + n;
             const float decay = from <= to ? decay_between(whole[to], rest[to], whole[from], rest[from]) : 0.0f;
             const float asked = from <= to ? decay * e[2 * j + i][at] : 0.0f;
-            const float read = from < to ? decay * f[2 * j + i][at] : 0.0f;
-            const float reading = read * key[to] * key[from] * kk[i][at];
-            d_beta[l] -= reading;
-            pair[n] = from < to ? asked * query[to] * key[from] * qk[i][at] - beta[to] * reading : 0.0f;
             scores[i][at] = asked * key[from];
             *to_keys.at(from, to) = Op::narrow(asked * query[to]);
-            if (from <= to) *between_keys.at(to, from) = Op::narrow(-beta[to] * read * key[from]);
-            if (from < to) *between_keys.at(from, to) = Op::narrow(-beta[to] * read * key[to]);
+            pair[n] = from < to ? asked * query[to] * key[from] * qk[i][at] : 0.0f;
+            if constexpr (Rule::READS) {
+              const float read = from < to ? decay * f[2 * j + i][at] : 0.0f;
+              const float reading = read * key[to] * key[from] * kk[i][at];
+              d_beta[l] -= reading, pair[n] -= beta[to] * reading;
+              if (from <= to) *between_keys.at(to, from) = Op::narrow(-beta[to] * read * key[from]);
+              if (from < to) *between_keys.at(from, to) = Op::narrow(-beta[to] * read * key[to]);
+            }
           }
           // within_jl = the sum over i < l.
           float sum = pair[0] + pair[1];
@@ -322,11 +336,13 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK) gradients(const __grid_
           Op::multiply(z[m], left, r[0]), Op::multiply(z[m + 1], left, r[1]);
         }
       }
-      const auto left = Op::load_left(between_keys, down_image, 16 * warp, step);
+      if constexpr (Rule::READS) {
+        const auto left = Op::load_left(between_keys, down_image, 16 * warp, step);
 #pragma unroll
-      for (int m = 0; m < NK; m += 2) {
-        Op::load_columns(r, k, down_k, step, 8 * m);
-        Op::multiply(z[m], left, r[0]), Op::multiply(z[m + 1], left, r[1]);
+        for (int m = 0; m < NK; m += 2) {
+          Op::load_columns(r, k, down_k, step, 8 * m);
+          Op::multiply(z[m], left, r[0]), Op::multiply(z[m + 1], left, r[1]);
+        }
       }
     }
     leave(z, 1);
@@ -343,4 +359,4 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK) gradients(const __grid_
   }
 }
 
-}  // namespace writesae::cuda::gated_delta_rule
+}  // namespace writesae::cuda

@@ -1,4 +1,4 @@
-// gated_delta_rule, one token for every row, the state updated in place.
+// A scan's step: one token for every row, the state updated in place.
 //
 // A block per (row, value head, 32 x VECTOR value columns), 16 keys a warp: the block's part of the state is loaded once, all
 // of it at once (16 loads of 16 bytes in flight a thread), stays in registers, and is stored once. r = S^T k and S^T q are
@@ -6,15 +6,13 @@
 //
 // Arithmetic at K = V = 128: 64 KB read and written a (row, head), 6 FLOP an element: memory alone. 64 rows of 64 heads:
 // 537 MB, 0.16 ms at an H100's 3.35 TB/s. 256 threads of about 100 registers: 2 blocks, 128 KB in flight an SM.
-#include <stdexcept>
-#include <string>
+#pragma once
 
-#include "gated_delta_rule.cuh"
+#include "scan_call.cuh"
 
-namespace writesae::cuda::gated_delta_rule {
-namespace {
+namespace writesae::cuda {
 
-constexpr int KEYS = 16;  // of a warp
+constexpr int STEP_KEYS = 16;  // of a warp
 
 // The sum over the block in every thread. `box` holds one float a warp.
 __device__ __forceinline__ float block_sum(float x, float* box, int warps) {
@@ -32,9 +30,9 @@ struct alignas(4 * VECTOR) Floats {
   float x[VECTOR];
 };
 
-template <int VECTOR>
+template <class Rule, int VECTOR>
 __global__ void __launch_bounds__(512) step(const __grid_constant__ ScanStepParams p) {
-  constexpr int WIDTH = tile::WARP * VECTOR;
+  constexpr int WIDTH = tile::WARP * VECTOR, KEYS = STEP_KEYS;
   const int K = static_cast<int>(p.K), V = static_cast<int>(p.V);
   const int warps = tile::block_threads() / tile::WARP, warp = tile::warp(), lane = tile::lane();
   const int tiles = (V + WIDTH - 1) / WIDTH, column = tile::block_x() % tiles * WIDTH + lane * VECTOR;
@@ -55,6 +53,7 @@ __global__ void __launch_bounds__(512) step(const __grid_constant__ ScanStepPara
   float* q = shared.take<float>(warps * KEYS);
   float* box = shared.take<float>(warps);
   float* sums = shared.take<float>(warps * 2 * WIDTH);  // [warps][k, q][WIDTH]
+  float* gates = Rule::CHANNEL ? shared.take<float>(warps * KEYS) : nullptr;
   const int i = tile::thread();
   float ki = 0, qi = 0;
   if (i < K) ki = read(p.k, b, hk, i), qi = read(p.q, b, hk, i);
@@ -64,6 +63,9 @@ __global__ void __launch_bounds__(512) step(const __grid_constant__ ScanStepPara
   }
   qi *= p.scale;
   if (i < warps * KEYS) k[i] = ki, q[i] = qi;
+  if constexpr (Rule::CHANNEL) {
+    if (i < warps * KEYS) gates[i] = i < K ? tile::exponential(read(p.g, b, h, i)) : 0.0f;
+  }
   if (p.left != nullptr && i < K && column - lane * VECTOR == 0 && h % (p.H / p.Hk) == 0)
     p.left[(b * p.Hk + hk) * K + i] = ki;
   const float kq = block_sum(ki * qi, box, warps);  // and k, q are there
@@ -72,8 +74,15 @@ __global__ void __launch_bounds__(512) step(const __grid_constant__ ScanStepPara
 #pragma unroll
   for (int j = 0; j < KEYS; j++) {
     const float kj = k[warp * KEYS + j], qj = q[warp * KEYS + j];
+    if constexpr (Rule::CHANNEL) {
 #pragma unroll
-    for (int l = 0; l < VECTOR; l++) r[l] += kj * s[j].x[l], o[l] += qj * s[j].x[l];
+      for (int l = 0; l < VECTOR; l++) s[j].x[l] *= gates[warp * KEYS + j];
+    }
+#pragma unroll
+    for (int l = 0; l < VECTOR; l++) {
+      if constexpr (Rule::READS) r[l] += kj * s[j].x[l];
+      o[l] += qj * s[j].x[l];
+    }
   }
 #pragma unroll
   for (int l = 0; l < VECTOR; l++) {
@@ -100,11 +109,12 @@ __global__ void __launch_bounds__(512) step(const __grid_constant__ ScanStepPara
       native = native && !p.edits.kind(last).removes(), kept = kept && !p.edits.kind(last).removes_after();
     }
   }
-  const float gate = tile::exponential(read(p.g, b, h, 0)), beta = read(p.beta, b, h, 0);
+  const float gate = Rule::CHANNEL ? 1.0f : tile::exponential(read(p.g, b, h, 0)), beta = read(p.beta, b, h, 0);
   float u[VECTOR];
 #pragma unroll
   for (int l = 0; l < VECTOR; l++) {
-    u[l] = inside && native ? beta * (read(p.v, b, h, column + l) - gate * r[l]) : 0.0f;
+    const float old = Rule::READS ? gate * r[l] : 0.0f;
+    u[l] = inside && native ? beta * (read(p.v, b, h, column + l) - old) : 0.0f;
     o[l] = gate * o[l] + kq * u[l];
   }
 #pragma unroll
@@ -141,25 +151,23 @@ __global__ void __launch_bounds__(512) step(const __grid_constant__ ScanStepPara
   }
 }
 
-template <int VECTOR>
+template <class Rule, int VECTOR>
 void launch_step(const ScanStepParams& p, tile::Stream stream) {
-  const int warps = static_cast<int>((p.K + KEYS - 1) / KEYS), width = tile::WARP * VECTOR;
-  const size_t shared =
-      2 * tile::shared_piece(warps * KEYS * 4) + tile::shared_piece(warps * 4) + tile::shared_piece(warps * 2 * width * 4);
-  const auto blocks = static_cast<unsigned>(p.B * p.H * ((p.V + width - 1) / width));
-  tile::launch("gated_delta_rule_step", step<VECTOR>, {blocks, 1, 1}, warps * tile::WARP, shared, stream, p);
+  const int warps = static_cast<int>(parts(p.K, STEP_KEYS)), width = tile::WARP * VECTOR;
+  const size_t shared = 2 * tile::shared_piece(warps * STEP_KEYS * 4) + tile::shared_piece(warps * 4) +
+                        tile::shared_piece(warps * 2 * width * 4) +
+                        (Rule::CHANNEL ? tile::shared_piece(warps * STEP_KEYS * 4) : 0);
+  const auto blocks = static_cast<unsigned>(p.B * p.H * parts(p.V, width));
+  tile::launch("scan step", step<Rule, VECTOR>, {blocks, 1, 1}, warps * tile::WARP, shared, stream, p);
 }
 
-}  // namespace
-
-void step(const ScanStepParams& p, void* stream_of_torch) {
-  if (p.K > 256)
-    throw std::invalid_argument("gated_delta_rule_step: the CUDA kernel takes K up to 256, got K = " + std::to_string(p.K));
-  const auto stream = static_cast<tile::Stream>(stream_of_torch);
+template <class Rule>
+void run_step(const ScanStepParams& p, tile::Stream stream) {
+  check_keys(Rule::NAME, "_step", p.K);
   const bool aligned = reinterpret_cast<uintptr_t>(p.state) % 16 == 0;
-  if (p.V % 4 == 0 && p.V > 64 && aligned) return launch_step<4>(p, stream);
-  if (p.V % 2 == 0 && p.V > 32 && aligned) return launch_step<2>(p, stream);
-  launch_step<1>(p, stream);
+  if (p.V % 4 == 0 && p.V > 64 && aligned) return launch_step<Rule, 4>(p, stream);
+  if (p.V % 2 == 0 && p.V > 32 && aligned) return launch_step<Rule, 2>(p, stream);
+  launch_step<Rule, 1>(p, stream);
 }
 
-}  // namespace writesae::cuda::gated_delta_rule
+}  // namespace writesae::cuda

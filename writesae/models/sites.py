@@ -1,0 +1,148 @@
+"""Where a model has layers with a recurrent state: `layers`. They are found by the functions they call, in the tables
+of all registered families, not by class name."""
+
+from __future__ import annotations
+
+import dis
+import functools
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+
+from . import patch
+from .binding import Binding, LayerSite, Recurrence, bindings
+
+
+@functools.cache
+def _called(function: Callable, binding: Binding) -> tuple[str, ...]:
+    """Names that a function looks up in its globals and that the family stands in for."""
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return ()
+    names = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return tuple(sorted(name for name in names if binding.stands_in_for(name)))
+
+
+def _of_globals(module: nn.Module, binding: Binding) -> list[tuple[dict, str]]:
+    found: dict[tuple[int, str], tuple[dict, str]] = {}
+    for method in binding.methods:
+        function = patch.forward_of(module, method)
+        space = getattr(function, "__globals__", {})
+        for name in _called(function, binding):
+            if callable(space.get(name)):
+                found[id(space), name] = space, name
+    return list(found.values()) if any(binding.recurrence(name) for _, name in found) else []
+
+
+def _of_attributes(module: nn.Module, binding: Binding) -> list[tuple[dict, str]]:
+    own = module.__dict__
+    if not all(callable(own.get(recurrence.name)) for recurrence in binding.recurrences):
+        return []
+    return [(own, recurrence.name) for recurrence in binding.recurrences] + [
+        (own, name) for name in binding.convs if name in own
+    ]
+
+
+def targets_of(module: nn.Module) -> tuple[Binding | None, list[tuple[dict, str]]]:
+    """The family of a module, or None, and the functions that its forward calls: (namespace, name) of each, in the
+    globals of its file or among its own attributes."""
+    for binding in bindings:
+        if binding.home and not type(module).__module__.startswith(binding.home):
+            continue
+        found = _of_attributes(module, binding) or _of_globals(module, binding)
+        if found:
+            own = module.__dict__
+            flags = [(own, name) for name in binding.bypasses if name in own]
+            return binding, [*found, *(flag for flag in flags if flag not in found)]
+    return None, []
+
+
+def unpatched(space: dict, name: str):
+    """What stands under a name when nobody stands in for it."""
+    standing = patch.patches.get((id(space), name))
+    return space.get(name) if standing is None else standing.original
+
+
+def targets(module: nn.Module) -> list[tuple[dict, str]]:
+    """(namespace, name) of the functions that a module's forward calls and its family stands in for."""
+    return targets_of(module)[1]
+
+
+def steps(site: LayerSite) -> list[tuple[Recurrence, Callable]]:
+    """What the layer calls for one token on a cache, without anything that stands in for it."""
+    found = []
+    for space, name in targets(site.module):
+        recurrence = site.binding.recurrence(name)
+        if recurrence is not None and recurrence.step is not None:
+            found.append((recurrence, unpatched(space, name)))
+    return found
+
+
+def layers(model: nn.Module) -> list[LayerSite]:
+    """The model's layers with a recurrent state, in order, wherever they are nested.
+
+    Raises:
+        ValueError: a layer number occurs twice (two text stacks in one model; pass one of them).
+    """
+    found: dict[int, LayerSite] = {}
+    modules = dict(model.named_modules())
+    for path, module in modules.items():
+        binding, _ = targets_of(module)
+        if binding is None:
+            continue
+        index = binding.index(module)
+        if index in found:
+            raise ValueError(
+                f"model: expected one stack of layers, got layer {index} at {found[index].path} and at {path}; "
+                "pass the sub-model you mean"
+            )
+        found[index] = binding.site(module, modules[path.rpartition(".")[0]], path)
+    return [found[i] for i in sorted(found)]
+
+
+def require_layer(model: nn.Module, by_index: Mapping[int, LayerSite], index: int) -> LayerSite:
+    """The site of a layer number, or a ValueError that says what that layer is instead."""
+    if index in by_index:
+        return by_index[index]
+    name = type(model).__name__
+    if not by_index:
+        kinds = " or ".join(f"{b.kind} layers ({', '.join(b.models)}, ...)" for b in bindings)
+        rules = " or ".join(f"the {b.name}" for b in bindings)
+        raise ValueError(f"model: expected a model with {kinds}, got {name}, which calls {rules} nowhere")
+    some = next(iter(by_index.values()))
+    stack = functools.reduce(getattr, [p for p in some.path.split(".")[:-2] if p], model)
+    if isinstance(index, int) and isinstance(stack, nn.ModuleList) and 0 <= index < len(stack):
+        what = f"layer {index}, which is a full-attention layer without a recurrent state"
+    else:
+        what = f"layer {index!r}, which {name} does not have"
+    kinds = " or ".join(dict.fromkeys(site.binding.kind for site in by_index.values()))
+    raise ValueError(f"layer: expected one of the {kinds} layers {sorted(by_index)}, got {what}")
+
+
+def enclosing(model: nn.Module, path: str) -> list[nn.Module]:
+    """The models around a layer, outermost first: everything above the list that holds its block."""
+    chain, at = [model], model
+    parts = path.split(".")
+    for part in parts:
+        at = getattr(at, part)
+        chain.append(at)
+    last = max((i for i, m in enumerate(chain) if isinstance(m, nn.ModuleList)), default=len(chain) - 1)
+    return [m for m in chain[:last] if not isinstance(m, (nn.ModuleList, nn.ModuleDict))]
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the module computes: where its weights are, or (weights that are brought when they are used) will be.
+
+    Raises:
+        ValueError: nobody brings them.
+    """
+    for part in module.modules():  # accelerate's hook
+        device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    tensors = (*module.parameters(), *module.buffers())
+    device = tensors[0].device if tensors else torch.device("cpu")
+    if device.type == "meta":
+        raise ValueError("model: expected weights, got parameters on the meta device without a hook that loads them")
+    return device
