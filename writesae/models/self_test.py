@@ -220,4 +220,4 @@ def _kind(model: nn.Module, sites: Sequence[LayerSite], backend: str | None, con
 
 def _functions(site: LayerSite) -> tuple:
     """The functions that a layer would call by itself, and what would run in their place."""
-    return (site.binding, site.binding.rule, *(unpatched(space, name) for space, name in targets(site.module)))
+    return (site.binding, site.binding.rule.run, *(unpatched(space, name) for space, name in targets(site.module)))
