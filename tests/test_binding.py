@@ -268,8 +268,12 @@ WRONG = {
         "the state of the toy memory",
     ),
     "layout": (MANY, {"answer": lambda given, out: (out.o, out.final_state)}, r"the state of the toy memory .* is \(2"),
-    "step": (ONE, {"answer": lambda given, out: out.o[:, 0]}, "the state of the one-token rule of layer 0 differs"),
-}
+    "step": (
+        ONE, {"step": lambda given, state: (step_one(given, state)[0], {"erased": True})},
+        "the one-token rule of layer 0 cannot be called with 6 positions and erased: got an unexpected keyword",
+    ),
+    "in place": (ONE, {"answer": lambda given, out: out.o[:, 0]}, "the state of the one-token rule of layer 0 differs"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", WRONG)
