@@ -44,8 +44,12 @@ def answer_many(given, output):
     return (output.o, transposed(output.final_state)) if given.get("want_state") else output.o
 
 
+def with_time(given):
+    return {**given, **{name: given[name][:, None] for name in ARGUMENTS}}
+
+
 def bind_one(site, given):
-    return bind_many(site, {name: x if name in ("state", "erase") else x[:, None] for name, x in given.items()})
+    return bind_many(site, with_time(given))
 
 
 def answer_one(given, output):
@@ -82,7 +86,7 @@ def bind_additive(site, given):
 
 
 def bind_additive_one(site, given):
-    return bind_additive(site, {name: x if name in ("state", "erase") else x[:, None] for name, x in given.items()})
+    return bind_additive(site, with_time(given))
 
 
 ADDITIVE = replace(
