@@ -34,8 +34,8 @@ fi
 if [ $dry = 1 ]; then
   twin=${TWIN:-$("$python" scripts/build_twin.py 2>"$out/build.log")} || { tail "$out/build.log"; exit 1; }
   step tests 300 "$python" -m pytest -q -p no:cacheprovider --targets twin --twin "$twin" \
-    tests/test_gated_delta_rule.py tests/test_gated_delta_rule_backward.py tests/test_encode_gradient.py \
-    tests/test_cuda_encode.py -k "test_sizes and (32- or test_cuda_encode)"
+    tests/test_rules.py tests/test_rules_backward.py tests/test_encode_gradient.py tests/test_cuda_encode.py \
+    -k "test_sizes and (32- or test_cuda_encode)"
   echo "skipped compute-sanitizer (dry run)" | tee -a "$out/summary.txt"
   step benchmark 300 "$python" -m writesae.cli bench --gpu --dry "$twin" --fresh --out "$out/rows"
 else
@@ -43,14 +43,14 @@ else
   card=$("$python" -c 'import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}{b}" + "a" * (a >= 9))') || exit 1
   step build 240 env WRITESAE_CUDA=1 WRITESAE_CUDA_ARCHITECTURES="$card" "$python" setup.py build_ext --inplace
   step tests 200 "$python" -m pytest -q -p no:cacheprovider --targets cuda \
-    tests/test_gated_delta_rule.py tests/test_gated_delta_rule_backward.py tests/test_encode.py \
+    tests/test_rules.py tests/test_rules_backward.py tests/test_gated_delta_rule.py tests/test_encode.py \
     tests/test_encode_gradient.py tests/test_cuda_*.py
   # Small cases: the sanitizers run kernels some hundred times slower.
   few='test_lengths or test_packed or test_edit_kinds or (test_against_states and (T65 or edits or few))'
   for tool in memcheck racecheck initcheck; do
     step $tool 90 compute-sanitizer --tool $tool --error-exitcode 9 --target-processes all \
-      "$python" -m pytest -q -x -p no:cacheprovider --targets cuda tests/test_gated_delta_rule.py \
-      tests/test_gated_delta_rule_backward.py tests/test_encode.py -k "$few"
+      "$python" -m pytest -q -x -p no:cacheprovider --targets cuda tests/test_rules.py \
+      tests/test_rules_backward.py tests/test_encode.py -k "$few"
   done
   step benchmark 300 "$python" -m writesae.cli bench --gpu --fresh --out "$out/rows"
 fi

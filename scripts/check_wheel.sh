@@ -24,9 +24,9 @@ assert writesae.__file__.startswith("'"$work"'"), writesae.__file__
 keys = [k for k in ("CPU", "CUDA") if torch._C._dispatch_has_kernel_for_dispatch_key("writesae::gated_delta_rule", k)]
 print("kernels for", ", ".join(keys) + (f" (CUDA: {CUDA_ERROR})" if CUDA_ERROR else ""))
 assert CPU_ERROR is None, CPU_ERROR')
-  (cd "$work" && PYTHONPATH="$work/site" "$python" -m pytest -q -p no:cacheprovider tests/test_gated_delta_rule.py \
-    tests/test_gated_delta_rule_backward.py tests/test_encode.py tests/test_encode_precision.py tests/test_encode_gradient.py \
-    tests/test_causal_conv.py tests/test_rms_norm.py tests/test_sae_training_kernel.py tests/test_writes.py tests/test_ssd.py \
+  (cd "$work" && PYTHONPATH="$work/site" "$python" -m pytest -q -p no:cacheprovider tests/test_rules.py \
+    tests/test_rules_backward.py tests/test_rules_operators.py tests/test_gated_delta_rule.py tests/test_encode.py \
+    tests/test_encode_precision.py tests/test_encode_gradient.py tests/test_causal_conv.py tests/test_rms_norm.py tests/test_sae_training_kernel.py tests/test_writes.py tests/test_ssd.py \
     tests/test_dplr.py tests/test_selective_scan.py \
     2>&1 | tail -1) || failed=1
 done

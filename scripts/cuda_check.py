@@ -25,14 +25,14 @@ from build_twin import build
 
 ROOT = Path(__file__).resolve().parents[1]
 # Those that take longest first, so that all cores are busy to the end.
-OPERATORS = ("encode_gradient", "encode", "gated_delta_rule_backward", "gated_delta_rule")
+OPERATORS = ("rules_backward", "encode_gradient", "encode", "rules", "gated_delta_rule")
 TESTS = [f"tests/test_{x}.py" for x in OPERATORS]
 TESTS += sorted((f"tests/{path.name}" for path in (ROOT / "tests").glob("test_cuda_*.py")), reverse=True)
 LIBRARIES = ROOT / "build" / "cuda-check"
 
 # What each planted fault of the kernels (WRITESAE_PLANT) is, the tests to run, and how it shows there; the one that
 # writes out of bounds needs the sanitizers.
-FORWARD, BACKWARD = "tests/test_gated_delta_rule.py", "tests/test_gated_delta_rule_backward.py"
+FORWARD, BACKWARD = "tests/test_rules.py", "tests/test_rules_backward.py"
 PLANTS = {
     1: ("a wrong carry between segments of a sequence", FORWARD, "relative RMS error"),
     2: ("a missing barrier", FORWARD, "relative RMS error"),

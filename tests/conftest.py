@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import rules
 import targets
 import torch
 
@@ -22,6 +23,12 @@ def pytest_configure(config):
 def pytest_generate_tests(metafunc):
     for name, found in (
         ("target", targets.FEW), ("each_target", targets.ALL), ("device_target", targets.DEVICES),
+    ):  # fmt: skip
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, found, ids=[x.name for x in found])
+    cases = rules.cases(getattr(metafunc.module, "KIND", "all"), getattr(metafunc.module, "GRADIENT", False))
+    for name, found in (
+        ("case", cases), ("step_case", [case for case in cases if case.step]),
     ):  # fmt: skip
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, found, ids=[x.name for x in found])

@@ -20,7 +20,8 @@ from writesae.edits import Edits
 
 @dataclass(frozen=True)
 class Target:
-    """name: "avx512", …, "twin", "twin-reverse" or "cuda". kind: "cpu", "twin" or "cuda", the backend to ask for."""
+    """name: "avx512", …, "twin", "twin-reverse", "cuda" or "reference". kind: "cpu", "twin", "cuda" or "reference", the
+    backend to ask for."""
 
     name: str
     kind: str
@@ -67,6 +68,7 @@ def to_cpu(x):
 ALL: list[Target] = []
 FEW: list[Target] = []  # the best instruction set of the CPU, and all that is not the CPU
 DEVICES: list[Target] = []  # all that is not the CPU
+REFERENCE: list[Target] = []  # the package's own reference, in none of the others: for tests that know better
 
 
 def setup(twin: str | None, names: str | None) -> None:
@@ -77,11 +79,13 @@ def setup(twin: str | None, names: str | None) -> None:
         found += [Target("twin", "twin"), Target("twin-reverse", "twin")]
     if backends()["cuda"] is None:
         found.append(Target("cuda", "cuda"))
-    wanted = names.split(",") if names else [x.kind for x in found]
-    missing = set(wanted) - {x.kind for x in found} - {x.name for x in found}
+    reference = Target("reference", "reference")
+    wanted = names.split(",") if names else ["reference", *(x.kind for x in found)]
+    missing = set(wanted) - {x.kind for x in found} - {x.name for x in found} - {"reference"}
     if missing:
         raise ValueError(f"--targets: {', '.join(sorted(missing))} not here (found {', '.join(x.name for x in found)})")
     ALL[:] = [x for x in found if x.kind in wanted or x.name in wanted]
     cpu = [x for x in ALL if x.kind == "cpu"][:1]
     DEVICES[:] = [x for x in ALL if x.kind != "cpu"]
     FEW[:] = cpu + DEVICES
+    REFERENCE[:] = [reference] if "reference" in wanted else []

@@ -1,20 +1,21 @@
-"""Edits after the read: what token t + 1 meets is edited, what token t read is not. Against a rollout that patches the
-state by hand, and through everything that carries edits: writes, codes, one-token steps, hooked models."""
+"""Edits after the read: what token t + 1 meets is edited, what token t read is not. Through everything that carries
+edits: writes, codes, hooked models. (The rules themselves, and one-token steps: test_rules.py.)"""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from targets import to_cpu
+from rules import EXACT, GATED_DELTA_RULE, edits_for, loop, run
+from targets import Target, to_cpu
 from test_attach import DenseDictionary, dictionary, one_edit
-from test_gated_delta_rule import edits_for, run
+from test_rules import packed
 from tiny_models import families, tiny_model, tokens
 
 from writesae import Edits, attach, ops
 from writesae.edits import KINDS
 from writesae.testing import check_close, gated_delta_rule_inputs
 
-EXACT = 1e-12
+KIND = "reference"
 B, T, HK, H, K, V = 2, 23, 2, 4, 7, 5
 
 
@@ -22,130 +23,47 @@ def inputs(dtype=torch.float64, **options):
     return gated_delta_rule_inputs(B, T, HK, H, K, V, dtype, decay="weak", correlated=True, **options)
 
 
-def added(edits, which):
-    """`[K, V]`: what these edits add."""
-    which = [i for i in which if KINDS[edits.kind[i]] != "delete"]
-    return torch.einsum("ek,ev->kv", edits.left[which].double(), edits.right[which].double())
-
-
-def by_hand(x, lengths, edits, initial=None):
-    """(o, states that the next tokens meet `[tokens, H, K, V]`, states as read) of one packed row, each state patched
-    by hand between two steps; v, g, beta `[1, tokens, H, ...]`, q, k `[1, tokens, HK, K]`."""
-    q, k, v, g, beta = (x[name][0] for name in ("q", "k", "v", "g", "beta"))
-    q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))
-    o, met, read, token = torch.zeros_like(v), [], [], 0
-    for n, length in enumerate(lengths):
-        S = torch.zeros(H, K, V, dtype=v.dtype) if initial is None else initial[n].clone()
-        for t in range(length):
-            seen = torch.empty_like(S)
-            for h in range(H):
-                key, query = k[token, h // (H // HK)], q[token, h // (H // HK)] * K**-0.5
-                here = [i for i in range(len(edits)) if edits.head[i] == h and edits.position[i] == t]
-                here = [i for i in here if int(edits.row[i]) in (n, -1)]
-                first, then = ([i for i in here if edits.when[i] == when] for when in (0, 1))
-                S[h] *= g[token, h].exp()
-                write = torch.outer(key, beta[token, h] * (v[token, h] - S[h].T @ key))
-                without = S[h].clone()
-                removed = any(KINDS[edits.kind[i]] != "add" for i in first)
-                if not removed:
-                    S[h] += write
-                S[h] += added(edits, first)
-                o[token, h] = S[h].T @ query
-                seen[h] = S[h]
-                if any(KINDS[edits.kind[i]] != "add" for i in then) and not removed:
-                    S[h] = without + added(edits, first)
-                S[h] += added(edits, then)
-            met.append(S.clone()), read.append(seen)
-            token += 1
-    return o, torch.stack(met), torch.stack(read)
-
-
 @pytest.mark.parametrize("lengths", [[46], [13, 0, 1, 32]])
-def test_a_rollout_patched_by_hand(lengths):
-    x = {name: y.reshape(1, B * T, *y.shape[2:]) for name, y in inputs().items()}
-    initial = torch.randn(len(lengths), H, K, V).double()
-    edits = edits_for(len(lengths), lengths, H, K, V, count=24)
-    edits = Edits.cat(
-        [edits, Edits.add(-1, 0, 2, torch.randn(K), torch.randn(V), "after")] if 0 not in lengths else [edits]
-    )
-    o, met, read = by_hand(x, lengths, edits, initial)
+def test_codes_are_of_states_as_read(lengths, case):
+    x, offsets = packed(case, lengths, HK, H, K, V, dtype=torch.float64, decay="weak", correlated=True)
+    heads = case.sizes(x)[3]
+    initial = torch.randn(len(lengths), heads, K, V).double()
+    edits = edits_for(len(lengths), lengths, heads, K, V, count=24)
+    if 0 not in lengths:
+        edits = Edits.cat([edits, Edits.add(-1, 0, 0, torch.randn(K), torch.randn(V), "after")])
     places = torch.tensor([[n, t] for n, length in enumerate(lengths) for t in range(length)])
-    out = ops.gated_delta_rule(
-        **x, initial_state=initial, edits=edits, snapshots=places, use_qk_l2norm=True, output_final_state=True,
-        cu_seqlens=torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()]), return_writes=True,
-    )  # fmt: skip
-    check_close("o", out.o[0], o, EXACT)
-    check_close("snapshots", out.snapshots, met, EXACT)
-    last = [sum(lengths[: n + 1]) - 1 for n, length in enumerate(lengths) if length]
-    check_close("final", out.final_state[[n for n, length in enumerate(lengths) if length]], met[last], EXACT)
-    check_close("states", out.writes.states(places), met, EXACT)
-    check_close("states as read", out.writes.states(places, read=True), read, EXACT)
-    assert (read - met).abs().max() > 0.1
-    v, w = torch.randn(H, 9, 1, K).double(), torch.randn(H, 9, 1, V).double()
+    call = {"initial_state": initial, "cu_seqlens": offsets, "edits": edits, "snapshots": places}
+    truth = loop(case, x, **call)
+    assert (truth.read - truth.snapshots).abs().max() > 0.1
+    out = run(case, Target("reference", "reference"), x, **call)
+    check_close("states as read", out.writes.states(places, read=True), truth.read, EXACT)
+    v, w = torch.randn(heads, 9, 1, K).double(), torch.randn(heads, 9, 1, V).double()
+    if case.gate != "scalar":
+        with pytest.raises(ValueError, match="encode supports the scalar gate"):
+            ops.encode(out.writes, v, w, k=9)
+        return
     codes = ops.encode(out.writes, v, w, k=9)
-    expected = torch.einsum("hfk,thkv,hfv->thf", v[:, :, 0], read, w[:, :, 0])
+    expected = torch.einsum("hfk,thkv,hfv->thf", v[:, :, 0], truth.read, w[:, :, 0])
     check_close("codes", codes.values[0], expected.relu().sort(descending=True).values, EXACT)
-    after = torch.einsum("hfk,nhkv,hfv->nhf", v[:, :, 0], out.final_state, w[:, :, 0])
+    after = torch.einsum("hfk,nhkv,hfv->nhf", v[:, :, 0], truth.final_state, w[:, :, 0])
     check_close("carry", codes.carry, after, EXACT)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_token_itself_reads_what_it_read(kind, each_target):
-    """Bit for bit: o up to and with the token, its increment, other heads and rows. Everything after it differs. (On a
-    CPU tokens around an edit go one by one, and so they do around a snapshot.)"""
-    T = 70
-    x = gated_delta_rule_inputs(2, T, 1, 2, 16, 24, decay="weak", correlated=True)
-    for t in (0, 31, 40, T - 1):
-        options = {"use_qk_l2norm": True, "return_writes": True, "output_final_state": True, "snapshots": [40, t]}
-        clean = run(each_target, x, **options)
-        edits = Edits([1], [t], [1], torch.randn(1, 16), torch.randn(1, 24), kind, "after")
-        out = run(each_target, x, edits=edits, **options)
-        for a, b in ((out.o, clean.o), (out.writes.right[:, :, :, 0], clean.writes.right[:, :, :, 0])):
-            assert torch.equal(a[0], b[0]) and torch.equal(a[1, :, 0], b[1, :, 0])
-            assert torch.equal(a[1, : t + 1, 1], b[1, : t + 1, 1])
-            assert t == T - 1 or (a[1, t + 1, 1] != b[1, t + 1, 1]).any()
-        assert not torch.equal(out.final_state[1, 1], clean.final_state[1, 1])
-        assert torch.equal(out.final_state[0], clean.final_state[0])
-        assert torch.equal(out.snapshots[1, 0, 1], clean.snapshots[1, 0, 1]) == (t > 40)
-        check_close("states", out.writes.states([40, t]), out.snapshots, 1e-5)
-
-
-@pytest.mark.parametrize("kinds", [["delete", "add"], ["add", "delete"], ["replace"]])
-def test_the_native_write_put_back(kinds, each_target):
-    x = gated_delta_rule_inputs(2, 70, 1, 2, 16, 24, decay="weak", correlated=True)
-    options = {"use_qk_l2norm": True, "output_final_state": True}
-    clean = run(each_target, x, return_writes=True, **options)
-    p, q = clean.writes.left[1, 33, 0, 0], clean.writes.right[1, 33, 1, 0]
-    n = len(kinds)
-    back = Edits([1] * n, [33] * n, [1] * n, p.expand(n, 16), q.expand(n, 24), kinds, "after")
-    out = run(each_target, x, edits=back, **options)
-    check_close("o", out.o, clean.o, 1e-6)
-    check_close("final state", out.final_state, clean.final_state, 1e-6)
-
-
-def test_an_addition_after_is_one_before_the_next_token_decayed_and_erased():
-    x = inputs()
-    options = {"use_qk_l2norm": True, "output_final_state": True}
-    clean = ops.gated_delta_rule(**x, return_writes=True, **options).writes
+def test_an_addition_after_is_one_before_the_next_token_decayed_and_erased(case):
+    if case.gate == "element":
+        pytest.skip("an addition does not stay of rank one")
+    reference = Target("reference", "reference")
+    x = case.make(B, T, HK, H, K, V, torch.float64, decay="weak", correlated=True)
+    clean = run(case, reference, x).writes
     edits = Edits.add([0, 1], [3, 11], [2, 1], torch.randn(2, K).double(), torch.randn(2, V).double(), "after")
     path = clean.propagate(edits)
     assert not path[:, 0].any()
     early = clean.propagate(Edits(edits.row, edits.position, edits.head, edits.left, edits.right))
     assert torch.equal(path[:, 1:], early[:, 1:]) and torch.equal(early[:, 0], edits.left)
     moved = Edits.add(edits.row, edits.position + 1, edits.head, path[:, 1], edits.right)
-    a, b = (ops.gated_delta_rule(**x, edits=e, **options) for e in (edits, moved))
+    a, b = (run(case, reference, x, edits=e) for e in (edits, moved))
     check_close("o", a.o, b.o, EXACT)
     check_close("final state", a.final_state, b.final_state, EXACT)
-
-
-def test_a_removal_before_the_read_leaves_nothing_to_remove_after(each_target):
-    x = gated_delta_rule_inputs(1, 40, 1, 1, 16, 24)
-    options = {"use_qk_l2norm": True, "output_final_state": True, "return_writes": True}
-    before = Edits.delete(0, 21, 0, 16, 24)
-    both = Edits.cat([Edits.delete(0, 21, 0, 16, 24, when="after"), before])
-    a, b = (run(each_target, x, edits=edits, **options) for edits in (before, both))
-    assert torch.equal(a.o, b.o) and torch.equal(a.final_state, b.final_state)
-    check_close("states", a.writes.states([21]), b.writes.states([21]))
 
 
 def test_gradients_of_writes_and_codes():
@@ -173,13 +91,12 @@ def test_codes_go_on_from_a_carry(each_target):
     x = gated_delta_rule_inputs(2, 30, 1, 2, 8, 6, decay="weak")
     edits = Edits([0, 1, -1], [11, 11, 11], [1, 0, 0], torch.randn(3, 8), torch.randn(3, 6), list(KINDS), "after")
     v, w = torch.randn(2, 20, 1, 8), torch.randn(2, 20, 1, 6)
-    options = {"use_qk_l2norm": True, "output_final_state": True, "return_writes": True}
-    whole = run(each_target, x, edits=edits, **options)
-    first = run(each_target, {name: y[:, :12] for name, y in x.items()}, edits=edits, **options)
+    whole = run(GATED_DELTA_RULE, each_target, x, edits=edits)
+    first = run(GATED_DELTA_RULE, each_target, {name: y[:, :12] for name, y in x.items()}, edits=edits)
     state = first.final_state
-    second = run(each_target, {name: y[:, 12:] for name, y in x.items()}, initial_state=state, **options)
+    second = run(GATED_DELTA_RULE, each_target, {name: y[:, 12:] for name, y in x.items()}, initial_state=state)
     check_close("o", torch.cat([first.o, second.o], 1), whole.o)
-    clean = run(each_target, x, **options)
+    clean = run(GATED_DELTA_RULE, each_target, x)
 
     def codes(writes, **more):
         with each_target.in_use():

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .writes import Writes
 
 # Relative RMS error allowed against the float64 reference on the same (rounded) inputs, by the dtype of the compared
-# tensor. Measured over every case of tests/test_gated_delta_rule.py on AVX-512, AVX2 and portable code (AMD EPYC,
+# tensor. Measured over every case of tests/test_rules.py on AVX-512, AVX2 and portable code (AMD EPYC,
 # g++ 12): float32 at most 1.1e-6, worst element 1.4e-6 of the tensor's largest magnitude; bfloat16 outputs 1.7e-3 and
 # float16 outputs 2.2e-4 (worst 3.1e-3 and 3.8e-4), which is the rounding of the output itself.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}

@@ -159,7 +159,7 @@ inline void dot_panel(const float* const* atoms, const float* x, int64_t size, f
     store(partial[f], total);
   }
   for (int l = 0; l < LANES; l += 4)
-    for (int f = 0; f < PANEL; f += 4) transpose_four(&partial[f][l], LANES, &column[l][f]);
+    for (int f = 0; f < PANEL; f += 4) transpose_four(&partial[f][l], LANES, &column[l][f], PANEL);
   for (int n = 0; n < NV; n++) {
     Vec total = {};
     for (int l = 0; l < LANES; l++) total += load(&column[l][n * LANES]);

@@ -3,6 +3,8 @@
 // A row and an atom are `steps(size)` floats deep. With WRITESAE_PAIRS a step is a pair of bfloat16 (whole tiles of AMX, 16
 // steps, with zeros at the end); else it is one float, rounded to bfloat16 first where that is asked for.
 
+#include "cpu/transpose_kernel.h"
+
 inline void round_to_bfloat(float* x, int64_t n) {
   for (int64_t i = 0; i < n; i++) x[i] = from_bfloat(to_bfloat(x[i]));
 }
@@ -26,28 +28,6 @@ inline void put_row(Element type, const void* from, int64_t size, bool bf16, flo
 }
 #endif
 
-typedef float Four __attribute__((vector_size(16)));
-typedef float UnalignedFour __attribute__((vector_size(16), aligned(4), may_alias));
-#if defined(__clang__)
-#define WRITESAE_SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
-#else
-typedef int32_t IntFour __attribute__((vector_size(16)));
-#define WRITESAE_SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, IntFour{i, j, k, l})
-#endif
-
-// Four rows of x, `size` apart, to four columns of `to`, which has 16: left alone, compilers gather, six times slower.
-inline void transpose_four(const float* x, int64_t size, float* to) {
-  Four row[4];
-  for (int i = 0; i < 4; i++) row[i] = *reinterpret_cast<const UnalignedFour*>(x + i * size);
-  const Four a = WRITESAE_SHUFFLE(row[0], row[1], 0, 4, 1, 5), b = WRITESAE_SHUFFLE(row[2], row[3], 0, 4, 1, 5);
-  const Four c = WRITESAE_SHUFFLE(row[0], row[1], 2, 6, 3, 7), d = WRITESAE_SHUFFLE(row[2], row[3], 2, 6, 3, 7);
-  *reinterpret_cast<UnalignedFour*>(to) = WRITESAE_SHUFFLE(a, b, 0, 1, 4, 5);
-  *reinterpret_cast<UnalignedFour*>(to + PANEL) = WRITESAE_SHUFFLE(a, b, 2, 3, 6, 7);
-  *reinterpret_cast<UnalignedFour*>(to + 2 * PANEL) = WRITESAE_SHUFFLE(c, d, 0, 1, 4, 5);
-  *reinterpret_cast<UnalignedFour*>(to + 3 * PANEL) = WRITESAE_SHUFFLE(c, d, 2, 3, 6, 7);
-}
-#undef WRITESAE_SHUFFLE
-
 // Atoms 16 panel .. 16 panel + 15 of head slot h of x [Hs, F, r, size] to [r][steps(size)][16], zeros past F.
 // `rows` holds SCRATCH_ROWS rows.
 inline void pack_panel(const View& x, int64_t h, int64_t panel, int64_t F, int64_t rank, int64_t size, bool bf16,
@@ -64,7 +44,7 @@ inline void pack_panel(const View& x, int64_t h, int64_t panel, int64_t F, int64
     }
     int64_t i = 0;
     for (; i + 4 <= depth; i += 4)
-      for (int f = 0; f < PANEL; f += 4) transpose_four(rows + f * depth + i, depth, to + i * PANEL + f);
+      for (int f = 0; f < PANEL; f += 4) transpose_four(rows + f * depth + i, depth, to + i * PANEL + f, PANEL);
     for (; i < depth; i++)
       for (int f = 0; f < PANEL; f++) to[i * PANEL + f] = rows[f * depth + i];
   }

@@ -15,6 +15,7 @@
 // common atoms make that cheaper (0.7 M).
 
 #include "cpu/gemm.h"
+#include "cpu/transpose_kernel.h"
 
 // ---- loading ---------------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@
 // A in kk, B in qk; k_end transposed in kt.
 template <class Form>
 inline void channel_products(Work& w, int64_t L, int64_t padded) {
-  transpose(w.k_end, w.ld_k, padded, w.pk, w.kt, PC);
+  transpose(padded, w.pk, w.k_end, w.ld_k, w.kt, PC);
   for (int64_t j = 0; j < padded; j++) {
     const int64_t end = j / STEP * STEP + STEP;
     zero(w.qk + j * PC, end);

@@ -21,6 +21,7 @@
 // in copies of rows that lie a token apart, which nothing prefetches yet.
 
 #include "cpu/scan_gates_kernel.h"
+#include "cpu/transpose_kernel.h"
 
 constexpr int NV = 2;
 constexpr int MT = LANES == 16 ? 8 : 4;  // rows of a register tile: MT x NV accumulators, NV + 1 more registers
@@ -75,32 +76,6 @@ inline void add_upper_transposed(const float* t, const float* b, int64_t ld, int
     multiply(t + m, PC, b, ld, m + rows, c + m * ld, ld, rows, n, true);
   }
 }
-
-typedef float Four __attribute__((vector_size(16)));
-typedef float UnalignedFour __attribute__((vector_size(16), aligned(4), may_alias));
-#if defined(__clang__)
-#define WRITESAE_SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
-#else
-typedef int32_t IntFour __attribute__((vector_size(16)));
-#define WRITESAE_SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, IntFour{i, j, k, l})
-#endif
-
-// to [columns, rows] = x^T; both sizes multiples of 4.
-inline void transpose(const float* x, int64_t ld, int64_t rows, int64_t columns, float* to, int64_t ld_to) {
-  for (int64_t i = 0; i < rows; i += 4)
-    for (int64_t j = 0; j < columns; j += 4) {
-      Four row[4];
-      for (int r = 0; r < 4; r++) row[r] = *reinterpret_cast<const UnalignedFour*>(x + (i + r) * ld + j);
-      const Four a = WRITESAE_SHUFFLE(row[0], row[1], 0, 4, 1, 5), b = WRITESAE_SHUFFLE(row[2], row[3], 0, 4, 1, 5);
-      const Four c = WRITESAE_SHUFFLE(row[0], row[1], 2, 6, 3, 7), d = WRITESAE_SHUFFLE(row[2], row[3], 2, 6, 3, 7);
-      float* at = to + j * ld_to + i;
-      *reinterpret_cast<UnalignedFour*>(at) = WRITESAE_SHUFFLE(a, b, 0, 1, 4, 5);
-      *reinterpret_cast<UnalignedFour*>(at + ld_to) = WRITESAE_SHUFFLE(a, b, 2, 3, 6, 7);
-      *reinterpret_cast<UnalignedFour*>(at + 2 * ld_to) = WRITESAE_SHUFFLE(c, d, 0, 1, 4, 5);
-      *reinterpret_cast<UnalignedFour*>(at + 3 * ld_to) = WRITESAE_SHUFFLE(c, d, 2, 3, 6, 7);
-    }
-}
-#undef WRITESAE_SHUFFLE
 
 inline void scale_row(float* x, float by, int64_t n) {
   for (int64_t i = 0; i < n; i += LANES) store(x + i, load(x + i) * by);
@@ -377,7 +352,7 @@ inline void reverse_scalars(Work& w, const Params& p, const Item& item, const Pi
 // The transposes of keys and queries, and their products, gated: kk strictly lower, qk lower, in steps.
 template <class Form>
 inline void head_products(Work& w, int64_t padded) {
-  transpose(w.k, w.ld_k, padded, w.pk, w.kt, PC), transpose(w.q, w.ld_k, padded, w.pk, w.qt, PC);
+  transpose(padded, w.pk, w.k, w.ld_k, w.kt, PC), transpose(padded, w.pk, w.q, w.ld_k, w.qt, PC);
   if constexpr (Form::READS) multiply_lower(w.kt, w.kt, w.pk, padded, w.kk);
   multiply_lower(w.qt, w.kt, w.pk, padded, w.qk);
   for (int64_t j = 0; j < padded; j++) {
@@ -402,7 +377,7 @@ inline void reverse_rows(Work& w, int64_t padded) {
     scale_row(w.z + j * w.ld_k, w.until[j], w.pk);
     if constexpr (Form::READS) add_scaled(w.z + j * w.ld_k, w.y + j * w.ld_k, -w.since[j] * w.beta[j], w.pk);
   }
-  transpose(w.e, PC, padded, padded, w.et, PC);
+  transpose(padded, padded, w.e, PC, w.et, PC);
   add_upper_transposed(w.et, w.k, w.ld_k, padded, w.x, w.pk);
   add_lower_transposed(w.e, w.q, w.ld_k, padded, w.z, w.pk);
   if constexpr (Form::READS) multiply(w.f, PC, w.k, w.ld_k, padded, w.z, w.ld_k, padded, w.pk, true);
@@ -429,7 +404,7 @@ inline void reverse_piece(Work& w, const Params& p, const Item& item, const Piec
   for (int64_t e = piece.edit; e < piece.edit_end; e++)
     if (p.in.edits.kind(e).removes()) deleted = L - 1;
 
-  transpose(w.u, w.ld_v, padded, w.pv, w.ut, PC), transpose(w.o, w.ld_v, padded, w.pv, w.ot, PC);
+  transpose(padded, w.pv, w.u, w.ld_v, w.ut, PC), transpose(padded, w.pv, w.o, w.ld_v, w.ot, PC);
   if constexpr (Form::CHANNEL) {
     channel_products<Form>(w, L, padded);
   } else {
@@ -449,8 +424,8 @@ inline void reverse_piece(Work& w, const Params& p, const Item& item, const Piec
     convert_out(p.in.v.type, w.line, static_cast<char*>(p.d_v) + at * element_size(p.in.v.type), w.V);
   }
 
-  if constexpr (Form::READS) transpose(w.du, w.ld_v, padded, w.pv, w.dut, PC);
-  transpose(s, w.ld_v, w.pk, w.pv, w.st, w.ld_k), transpose(w.d, w.ld_v, w.pk, w.pv, w.dt, w.ld_k);
+  if constexpr (Form::READS) transpose(padded, w.pv, w.du, w.ld_v, w.dut, PC);
+  transpose(w.pk, w.pv, s, w.ld_v, w.st, w.ld_k), transpose(w.pk, w.pv, w.d, w.ld_v, w.dt, w.ld_k);
   multiply(w.ot, PC, w.st, w.ld_k, w.pv, w.x, w.ld_k, padded, w.pk, false);
   if constexpr (Form::READS) multiply(w.dut, PC, w.st, w.ld_k, w.pv, w.y, w.ld_k, padded, w.pk, false);
   multiply(w.ut, PC, w.dt, w.ld_k, w.pv, w.z, w.ld_k, padded, w.pk, false);
