@@ -28,13 +28,12 @@ void step(const ScanStepParams& p, void* stream);
 // For scan_operators.h.
 struct GatedDeltaRule {
   static constexpr const char* NAME = "gated_delta_rule";
-#if WRITESAE_SIDE == 0
   static constexpr bool CHANNEL_GATE = true;
+#if WRITESAE_SIDE == 0
   static constexpr auto forward = cpu::gated_delta_rule::forward;
   static constexpr auto backward = cpu::gated_delta_rule::backward;
   static constexpr auto step = cpu::gated_delta_rule::step;
 #else
-  static constexpr bool CHANNEL_GATE = false;
   static constexpr auto forward_workspace = cuda::gated_delta_rule::forward_workspace;
   static constexpr auto forward = cuda::gated_delta_rule::forward;
   static constexpr auto backward_workspace = cuda::gated_delta_rule::backward_workspace;

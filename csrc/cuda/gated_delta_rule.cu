@@ -6,18 +6,30 @@
 
 namespace writesae::cuda::gated_delta_rule {
 
-int64_t forward_workspace(const ScanParams& p, Plan plan) { return lay_out<Rule>(p, nullptr, plan).workspace; }
-
-void forward(const ScanParams& p, void* workspace, void* stream, Plan plan) {
-  run_forward<Rule>(p, workspace, static_cast<tile::Stream>(stream), plan);
+int64_t forward_workspace(const ScanParams& p, Plan plan) {
+  return p.channel_gate ? lay_out<ChannelRule>(p, nullptr, plan).workspace : lay_out<Rule>(p, nullptr, plan).workspace;
 }
 
-int64_t backward_workspace(const ScanBackwardParams& p) { return lay_out_backward<Rule>(p, nullptr).workspace; }
+void forward(const ScanParams& p, void* workspace, void* stream, Plan plan) {
+  const auto forward = p.channel_gate ? run_forward<ChannelRule> : run_forward<Rule>;
+  forward(p, workspace, static_cast<tile::Stream>(stream), plan);
+}
+
+int64_t backward_workspace(const ScanBackwardParams& p) {
+  if (p.in.channel_gate)
+    throw std::invalid_argument(
+        "gated_delta_rule_backward: the CUDA kernel takes g [B, T, H], a gate of each head; got a channel axis, K = " +
+        std::to_string(p.in.K));
+  return lay_out_backward<Rule>(p, nullptr).workspace;
+}
 
 void backward(const ScanBackwardParams& p, void* workspace, void* stream) {
   run_scan_backward<Rule>(p, workspace, static_cast<tile::Stream>(stream));
 }
 
-void step(const ScanStepParams& p, void* stream) { run_step<Rule>(p, static_cast<tile::Stream>(stream)); }
+void step(const ScanStepParams& p, void* stream) {
+  const auto step = p.channel_gate ? run_step<ChannelRule> : run_step<Rule>;
+  step(p, static_cast<tile::Stream>(stream));
+}
 
 }  // namespace writesae::cuda::gated_delta_rule

@@ -8,7 +8,7 @@ namespace writesae::cuda::gated_delta_rule {
 
 struct Rule {
   static constexpr const char* NAME = "gated_delta_rule";
-  static constexpr bool READS = true, CHANNEL = false;
+  static constexpr bool READS = true, CHANNEL = false, ALL = true;
 
   // Host: the kernels in one type of computation, gated_delta_rule_<type>.cu and gated_delta_rule_backward_<type>.cu.
   template <class T>
@@ -17,6 +17,16 @@ struct Rule {
   static void run_chunks(const Problem& p, int warps, tile::Stream stream);
   template <class T>
   static void run_backward(const Backward& b, tile::Stream stream);
+};
+
+// With a gate of each channel (Kimi Delta Attention); forward and step.
+struct ChannelRule {
+  static constexpr const char* NAME = "gated_delta_rule";
+  static constexpr bool READS = true, CHANNEL = true, ALL = false;
+
+  // Host: the kernels in one type of computation, gated_delta_rule_channels_<type>.cu.
+  template <class T>
+  static void run_chunks(const ChannelProblem& p, int warps, tile::Stream stream);
 };
 
 }  // namespace writesae::cuda::gated_delta_rule

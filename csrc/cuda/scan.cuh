@@ -16,6 +16,7 @@
 //     NAME     of its operator, for errors
 //     READS    whether what its key finds in the state is subtracted from the value
 //     CHANNEL  whether its gate is of each key channel, a vector of K; otherwise of each head, a number
+//     ALL      whether it is built for f16, which is otherwise computed as float, and for blocks of 128 value columns
 //
 // An added p q^T at token t is one more row: V_j -= D_jt (r_j k_j . p) q for j > t, o_j += D_jt (scale q_j/|q_j| . p) q for
 // j >= t, S += D_Ct p q^T. These factors are made by `edit_factors`, all edits at once, so that a walk's chunk adds rank-1
@@ -85,6 +86,20 @@ struct Problem {
   float* moves;  // [N, H, segments, K, K]  S_end = moves S_start + adds; a number each where the rule does not read
   int stages;    // chunks in shared memory at once, 1 or 2
 };
+
+// With a gate of each channel D_ji is a diagonal matrix, and prepare, which knows the value heads' own gates, makes rows of them:
+//     read_j = r_j e^{G_j} k_j,    ask_j = e^{G_j} scale q_j/|q_j|,    write_j = r_j e^{G_C - G_j} k_j
+// Their exponents are sums of gates, never above 0.
+struct ChannelProblem : Problem {
+  Rows read, ask, write;  // [B, T, H, K]
+  float* decays;          // [slots, H, padded_keys(K)]  e^{G_C}, 0 beyond K
+  float* edit_rows;       // [E, K]  e^{G_C - G_t} p
+  void* shot_rows;        // [P, H, C, read.width]  r_j e^{G_t - G_j} k_j of the place's chunk, for j <= t
+  float* shot_decays;     // [P, H, K]  e^{G_t}
+};
+
+template <class Rule>
+using Given = std::conditional_t<Rule::CHANNEL, ChannelProblem, Problem>;
 
 struct Backward;  // scan_backward.cuh
 
@@ -197,9 +212,10 @@ auto with_padded_keys(int64_t K, const F& f) {
 
 template <class Rule, class T, int KP, int WARPS, bool FULL>
 struct WalkShared {
-  static constexpr int C = Operand<T>::CHUNK, ROWS = FULL ? 2 : 1, IMAGES = (Rule::READS ? 1 : 0) + (FULL ? 1 : 0);
-  static constexpr size_t STAGE =
-      (ROWS * KP * C + IMAGES * Triangle<T, C>::SIZE + WARPS * C * 16) * sizeof(T) + tile::shared_piece(Factors<C>::HOT * 4);
+  static constexpr int C = Operand<T>::CHUNK, ROWS = (FULL ? 2 : 1) + (Rule::CHANNEL ? 1 : 0),
+                       IMAGES = (Rule::READS ? 1 : 0) + (FULL ? 1 : 0);
+  static constexpr size_t STAGE = (ROWS * KP * C + IMAGES * Triangle<T, C>::SIZE + WARPS * C * 16) * sizeof(T) +
+                                  tile::shared_piece(Factors<C>::HOT * 4) + (Rule::CHANNEL ? KP * 4 : 0);
 };
 
 // Shared memory of a walk, in bytes.
@@ -207,7 +223,7 @@ template <class Rule, class T>
 size_t walk_shared(int64_t K, int warps, int stages) {
   return with_padded_keys(K, [&](auto keys) -> size_t {
     constexpr int KP = decltype(keys)::value;
-    if constexpr (KP == 64 || KP == 128) {
+    if constexpr (Rule::ALL && (KP == 64 || KP == 128)) {
       if (warps == 8) return stages * WalkShared<Rule, T, KP, 8, true>::STAGE;
     }
     return stages * WalkShared<Rule, T, KP, 4, true>::STAGE;

@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(32 * BACK_WARPS, KP <= 64 ? 4 : 1) starts(cons
     const EditRange range = edits_at(p.edits, at.n, at.h, cut.first + cut.count - 1);
 #pragma unroll 1
     for (int64_t e = range.begin; e < range.end; e++)
-      if (p.edits.kind(e).adds()) add_edit<KP>(state, p, e, at.column, 1.0f);
+      if (p.edits.kind(e).adds()) add_edit<KP>(state, p, e, p.edits.left + e * p.K, at.column, 1.0f);
   }
 }
 

@@ -15,8 +15,9 @@ inline void check_keys(const char* name, const char* suffix, int64_t K) {
 
 // ---- forward --------------------------------------------------------------------------------------------------------
 
+template <class Rule>
 struct Call {
-  Problem p;
+  Given<Rule> p;
   Element type;  // of computation
   int warps, chunk;
   Packing packing[3];
@@ -24,17 +25,17 @@ struct Call {
 };
 
 template <class Rule>
-Call lay_out(const ScanParams& from, void* workspace, Plan plan) {
+Call<Rule> lay_out(const ScanParams& from, void* workspace, Plan plan) {
   check_keys(Rule::NAME, "", from.K);
-  Call call = {};
-  Problem& p = call.p;
+  Call<Rule> call = {};
+  Given<Rule>& p = call.p;
   p.B = from.B, p.Hk = from.Hk, p.H = from.H, p.K = from.K, p.V = from.V, p.N = from.N, p.T = from.T;
   p.g = from.g, p.beta = from.beta, p.scale = from.scale, p.initial_state = from.initial_state;
   p.cu_seqlens = from.cu_seqlens, p.edits = from.edits, p.P = from.P, p.places = from.places;
   p.o = from.o, p.o_type = from.o_type, p.final_state = from.final_state;
   p.left = from.left, p.right = from.right, p.snapshots = from.snapshots;
   const bool alike = from.q.type == from.k.type && from.k.type == from.v.type;
-  call.type = alike ? from.v.type : Element::f32;
+  call.type = alike && (Rule::ALL || from.v.type != Element::f16) ? from.v.type : Element::f32;
   const int64_t bytes = element_size(call.type);
   const int C = call.chunk = call.type == Element::f32 ? Operand<float>::CHUNK : Operand<bf16>::CHUNK;
   p.slots = p.cu_seqlens == nullptr ? p.B * parts(p.T, C) : p.T / C + p.N;
@@ -66,18 +67,33 @@ Call lay_out(const ScanParams& from, void* workspace, Plan plan) {
     p.adds = space.take<float>(heads * p.segments * p.K * p.V);
     p.moves = space.take<float>(heads * p.segments * (Rule::READS ? p.K * p.K : 1));
   }
+  if constexpr (Rule::CHANNEL) {
+    const int64_t width = up(p.K, 16 / bytes);
+    for (Rows* rows : {&p.read, &p.ask, &p.write})
+      *rows = {space.take<char>(p.B * p.T * p.H * width * bytes),
+               {p.T * p.H * width, p.H * width, width},
+               static_cast<int>(width)};
+    p.decays = space.take<float>(p.slots * p.H * padded_keys(p.K));
+    p.edit_rows = space.take<float>(p.edits.count * p.K);
+    p.shot_rows = space.take<char>(p.P * p.H * C * width * bytes);
+    p.shot_decays = space.take<float>(p.P * p.H * p.K);
+  }
   call.workspace = space.used;
   return call;
 }
 
 template <class Rule>
 void run_forward(const ScanParams& from, void* workspace, tile::Stream stream, Plan plan) {
-  const Call call = lay_out<Rule>(from, workspace, plan);
-  const Problem& p = call.p;
+  const Call<Rule> call = lay_out<Rule>(from, workspace, plan);
+  const Given<Rule>& p = call.p;
   const Rows* const targets[3] = {&p.q, &p.k, &p.v};
   for (int i = 0; i < 3; i++) run_packing(call.packing[i], call.type, p.B, p.T, *targets[i], stream);
   run_marks(p, call.chunk, stream);
-  with_type(call.type, [&](auto x) { Rule::template run_chunks<decltype(x)>(p, call.warps, stream); });
+  if (call.type == Element::bf16) return Rule::template run_chunks<bf16>(p, call.warps, stream);
+  if constexpr (Rule::ALL) {
+    if (call.type == Element::f16) return Rule::template run_chunks<f16>(p, call.warps, stream);
+  }
+  Rule::template run_chunks<float>(p, call.warps, stream);
 }
 
 // ---- backward -------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "scan_join.cuh"
-#include "scan_prepare.cuh"
+#include "scan_prepare_channels.cuh"
 #include "scan_walk.cuh"
 
 namespace writesae::cuda {
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(128) edit_factors(const __grid_constant__ Prob
 }
 
 template <class Rule, class T, int KP, int WARPS, bool FULL>
-void launch_walk(const Problem& p, tile::Stream stream) {
+void launch_walk(const Given<Rule>& p, tile::Stream stream) {
   constexpr int COLUMNS = 16 * WARPS;
   const int64_t tiles = (p.V + COLUMNS - 1) / COLUMNS + (FULL || !Rule::READS ? 0 : (p.K + COLUMNS - 1) / COLUMNS);
   const auto blocks = static_cast<unsigned>(tiles * p.H * p.segments * p.N);
@@ -66,22 +66,26 @@ void launch_join(const Problem& p, int chunk, tile::Stream stream) {
 }
 
 template <class Rule, class T, int KP>
-void launch_walks(const Problem& p, int warps, tile::Stream stream) {
+void launch_walks(const Given<Rule>& p, int warps, tile::Stream stream) {
   if (p.segments > 1) {
     launch_walk<Rule, T, KP, 4, false>(p, stream);
     launch_join<Rule, KP>(p, Operand<T>::CHUNK, stream);
   }
-  if constexpr (sizeof(T) == 2 && (KP == 64 || KP == 128)) {
+  if constexpr (Rule::ALL && sizeof(T) == 2 && (KP == 64 || KP == 128)) {
     if (warps == 8) return launch_walk<Rule, T, KP, 8, true>(p, stream);
   }
   launch_walk<Rule, T, KP, 4, true>(p, stream);
 }
 
 template <class Rule, class T>
-void launch_chunks(const Problem& p, int warps, tile::Stream stream) {
-  launch_prepare<Rule, T>(p, stream);
-  if (p.edits.count > 0)
-    tile::launch("scan edit_factors", edit_factors<T>, {static_cast<unsigned>(p.edits.count), 1, 1}, 128, 0, stream, p);
+void launch_chunks(const Given<Rule>& p, int warps, tile::Stream stream) {
+  if constexpr (Rule::CHANNEL) {
+    launch_prepare_channels<Rule, T>(p, stream);
+  } else {
+    launch_prepare<Rule, T>(p, stream);
+    if (p.edits.count > 0)
+      tile::launch("scan edit_factors", edit_factors<T>, {static_cast<unsigned>(p.edits.count), 1, 1}, 128, 0, stream, p);
+  }
   with_padded_keys(p.K, [&](auto keys) { launch_walks<Rule, T, decltype(keys)::value>(p, warps, stream); });
 }
 

@@ -99,7 +99,7 @@ template <class Rule>
 int choose_plan(Problem& p, Element type, int C, Plan plan) {
   // Enough blocks for the device first; then fewer, wider blocks, which load k and q less often.
   const int64_t heads = static_cast<int64_t>(p.N) * p.H, cores = tile::multiprocessors();
-  const bool wide = type != Element::f32 && (padded_keys(p.K) == 64 || padded_keys(p.K) == 128);
+  const bool wide = Rule::ALL && type != Element::f32 && (padded_keys(p.K) == 64 || padded_keys(p.K) == 128);
   int warps = plan.warps != 0 ? plan.warps : p.V > 64 && heads * parts(p.V, 128) >= cores ? 8 : 4;
   if (!wide) warps = 4;
   const int64_t chunks = parts(p.T, C), blocks = heads * parts(p.V, 16 * warps);

@@ -53,6 +53,7 @@ __global__ void __launch_bounds__(512) step(const __grid_constant__ ScanStepPara
   float* q = shared.take<float>(warps * KEYS);
   float* box = shared.take<float>(warps);
   float* sums = shared.take<float>(warps * 2 * WIDTH);  // [warps][k, q][WIDTH]
+  float* gates = Rule::CHANNEL ? shared.take<float>(warps * KEYS) : nullptr;
   const int i = tile::thread();
   float ki = 0, qi = 0;
   if (i < K) ki = read(p.k, b, hk, i), qi = read(p.q, b, hk, i);
@@ -62,6 +63,9 @@ __global__ void __launch_bounds__(512) step(const __grid_constant__ ScanStepPara
   }
   qi *= p.scale;
   if (i < warps * KEYS) k[i] = ki, q[i] = qi;
+  if constexpr (Rule::CHANNEL) {
+    if (i < warps * KEYS) gates[i] = i < K ? tile::exponential(read(p.g, b, h, i)) : 0.0f;
+  }
   if (p.left != nullptr && i < K && column - lane * VECTOR == 0 && h % (p.H / p.Hk) == 0)
     p.left[(b * p.Hk + hk) * K + i] = ki;
   const float kq = block_sum(ki * qi, box, warps);  // and k, q are there
@@ -70,6 +74,10 @@ __global__ void __launch_bounds__(512) step(const __grid_constant__ ScanStepPara
 #pragma unroll
   for (int j = 0; j < KEYS; j++) {
     const float kj = k[warp * KEYS + j], qj = q[warp * KEYS + j];
+    if constexpr (Rule::CHANNEL) {
+#pragma unroll
+      for (int l = 0; l < VECTOR; l++) s[j].x[l] *= gates[warp * KEYS + j];
+    }
 #pragma unroll
     for (int l = 0; l < VECTOR; l++) {
       if constexpr (Rule::READS) r[l] += kj * s[j].x[l];
@@ -101,7 +109,7 @@ __global__ void __launch_bounds__(512) step(const __grid_constant__ ScanStepPara
       native = native && !p.edits.kind(last).removes(), kept = kept && !p.edits.kind(last).removes_after();
     }
   }
-  const float gate = tile::exponential(read(p.g, b, h, 0)), beta = read(p.beta, b, h, 0);
+  const float gate = Rule::CHANNEL ? 1.0f : tile::exponential(read(p.g, b, h, 0)), beta = read(p.beta, b, h, 0);
   float u[VECTOR];
 #pragma unroll
   for (int l = 0; l < VECTOR; l++) {
@@ -147,7 +155,8 @@ template <class Rule, int VECTOR>
 void launch_step(const ScanStepParams& p, tile::Stream stream) {
   const int warps = static_cast<int>(parts(p.K, STEP_KEYS)), width = tile::WARP * VECTOR;
   const size_t shared = 2 * tile::shared_piece(warps * STEP_KEYS * 4) + tile::shared_piece(warps * 4) +
-                        tile::shared_piece(warps * 2 * width * 4);
+                        tile::shared_piece(warps * 2 * width * 4) +
+                        (Rule::CHANNEL ? tile::shared_piece(warps * STEP_KEYS * 4) : 0);
   const auto blocks = static_cast<unsigned>(p.B * p.H * parts(p.V, width));
   tile::launch("scan step", step<Rule, VECTOR>, {blocks, 1, 1}, warps * tile::WARP, shared, stream, p);
 }

@@ -18,7 +18,7 @@
 //   1 x 8192, 16 / 16 heads: 32 blocks of 4 warps; 4 segments: 0.10 ms + 0.03 + 0.02 (join).
 #pragma once
 
-#include "scan.cuh"
+#include "scan_channels.cuh"
 
 namespace writesae::cuda {
 
@@ -53,9 +53,10 @@ __device__ __forceinline__ void add_tokens(float (&state)[KP / 8][4], const Tile
   }
 }
 
-// S^T += factor times what edit e adds, in the warp's value columns from `column`.
+// S^T += factor times what edit e adds, in the warp's value columns from `column`; `left_side`: that of the keys.
 template <int KP>
-__device__ __forceinline__ void add_edit(float (&state)[KP / 8][4], const Problem& p, int64_t e, int column, float factor) {
+__device__ __forceinline__ void add_edit(float (&state)[KP / 8][4], const Problem& p, int64_t e, const float* left_side,
+                                         int column, float factor) {
   const int lane = tile::fresh(tile::lane()), g = lane / 4, c = 2 * (lane % 4), columns = p.V - column;
   const float* right = p.edits.right + e * p.V + column;
   const float w[2] = {g < columns ? factor * right[g] : 0.0f, g + 8 < columns ? factor * right[g + 8] : 0.0f};
@@ -64,10 +65,16 @@ __device__ __forceinline__ void add_edit(float (&state)[KP / 8][4], const Proble
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const int k = 8 * m + c + i;
-      const float left = k < p.K ? p.edits.left[e * p.K + k] : 0.0f;
+      const float left = k < p.K ? left_side[k] : 0.0f;
       state[m][i] += left * w[0], state[m][2 + i] += left * w[1];
     }
 }
+
+// The rows that a walk multiplies states with.
+__device__ __forceinline__ const Rows& read_rows(const Problem& p) { return p.k; }
+__device__ __forceinline__ const Rows& read_rows(const ChannelProblem& p) { return p.read; }
+__device__ __forceinline__ const Rows& ask_rows(const Problem& p) { return p.q; }
+__device__ __forceinline__ const Rows& ask_rows(const ChannelProblem& p) { return p.ask; }
 
 // The edits of one (sequence, value head), passed in order of position.
 struct EditWalk {
@@ -83,15 +90,16 @@ struct EditWalk {
 // FULL: outputs and everything asked for. Otherwise only the state at the end of each segment from a zero start (`adds`), and
 // the end of a unit start without values (`moves`; of a rule that does not read only what it decays by), for `join`.
 template <class Rule, class T, int KP, int WARPS, bool FULL>
-__global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __grid_constant__ Problem p) {
+__global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __grid_constant__ Given<Rule> p) {
   using Op = Operand<T>;
   constexpr int C = Op::CHUNK, STEP = Op::STEP, THREADS = 32 * WARPS, EACH = Tile<T, KP>::EACH;
   constexpr int IMAGE = Triangle<T, C>::SIZE, FACTORS = (Factors<C>::HOT + 31) / 32 * 32, NC = C / 8, NK = KP / 8;
   constexpr int PART = KP > 128 ? (NC >= 8 ? NC / 4 : NC / 2) : NC;  // outputs at a time: a large state leaves few registers
   using F = Factors<C>;
   using E = EditFactors<C>;
+  constexpr int VECTORS = FACTORS + (Rule::CHANNEL ? KP : 0);
   struct Stage {
-    Tile<T, KP> k, q;
+    Tile<T, KP> k, q, write;  // keys to read by, queries, keys to write by
     Triangle<T, C> solve, reach;
     Tile<T, 16> v;  // of the warp
     float* factors;
@@ -100,17 +108,19 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
   T* const shared_k = shared.template take<T>(p.stages * KP * C);
   T* const shared_solve = Rule::READS ? shared.template take<T>(p.stages * IMAGE) : nullptr;
   T* const shared_v = shared.template take<T>(p.stages * WARPS * C * 16);
-  float* const shared_factors = shared.template take<float>(p.stages * FACTORS);
+  float* const shared_factors = shared.template take<float>(p.stages * VECTORS);
   T* const shared_q = FULL ? shared.template take<T>(p.stages * KP * C) : nullptr;
   T* const shared_reach = FULL ? shared.template take<T>(p.stages * IMAGE) : nullptr;
+  T* const shared_write = Rule::CHANNEL ? shared.template take<T>(p.stages * KP * C) : shared_k;
   const auto stage = [&](int i) -> Stage {
     const int at = i * KP * C, image = i * IMAGE;
     return {{shared_k, at},
             {shared_q, at},
+            {shared_write, at},
             {shared_solve, image},
             {shared_reach, image},
             {shared_v, (i * WARPS + tile::warp()) * C * 16},
-            shared_factors + i * FACTORS};
+            shared_factors + i * VECTORS};
   };
 
   // ---- where -------------------------------------------------------------------------------------------------------
@@ -122,7 +132,7 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
   rest_of /= tiles;
   const int h = rest_of % p.H, value_head = h;
   rest_of /= p.H;
-  const int segment = rest_of % p.segments, n = rest_of / p.segments, key_head = h / (p.H / p.Hk);
+  const int segment = rest_of % p.segments, n = rest_of / p.segments, key_head = Rule::CHANNEL ? h : h / (p.H / p.Hk);
   const Sequence s = sequence<C>(p, n);
   const int64_t origin = s.row * p.T + s.origin;  // the sequence's first token, of all tokens
   const int length = static_cast<int>(s.length), chunks = (length + C - 1) / C, begin = segment * p.segment_chunks;
@@ -163,7 +173,8 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
         if (i + THREADS <= IMAGE / EACH || i + thread < IMAGE / EACH)
           tile::copy_16(to.data + to.start + (i + thread) * EACH, x + i * EACH);
     };
-    rows(to.k, p.k);
+    rows(to.k, read_rows(p));
+    if constexpr (Rule::CHANNEL) rows(to.write, p.write);
     if constexpr (Rule::READS) image(to.solve, p.solve);
     if (!moves) {
       const int row = lane / SLAB_UNITS, unit = lane % SLAB_UNITS * EACH;
@@ -175,11 +186,25 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
     }
     const float* factors = p.factors + at * F::SIZE;
     if (thread < F::HOT / 4) tile::copy_16(to.factors + 4 * thread, factors + 4 * thread);
+    if constexpr (Rule::CHANNEL) {
+      if (thread < KP / 4) tile::copy_16(to.factors + FACTORS + 4 * thread, p.decays + at * KP + 4 * thread);
+    }
     if constexpr (FULL) {
-      rows(to.q, p.q);
+      rows(to.q, ask_rows(p));
       image(to.reach, p.reach);
     }
     tile::commit_copies();
+  };
+  // The rows of a place that a state is asked for.
+  const auto issue_shot = [&](const Tile<T, KP>& to, int place) {
+    if constexpr (Rule::CHANNEL) {
+      const T* x = static_cast<const T*>(p.shot_rows) + (static_cast<int64_t>(place) * p.H + h) * C * p.read.width;
+      for (int i = tile::thread(); i < C * (KP / EACH); i += THREADS) {
+        const int row = i / (KP / EACH), unit = i % (KP / EACH) * EACH;
+        tile::copy_16(to.at(row, unit), x + row * p.read.width + unit, unit < p.read.width);
+      }
+      tile::commit_copies();
+    }
   };
   if (begin < end) issue(stage(0), begin);
 
@@ -364,8 +389,15 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
       const int token = static_cast<int>(p.places[2 * static_cast<int64_t>(place) + 1]) - first;
       const float whole = factors[F::WHOLE + token], rest = factors[F::REST + token];
       const auto since = [&](int j) {
+        if constexpr (Rule::CHANNEL) return 1.0f;
         return tile::exponential((whole - factors[F::WHOLE + j]) + (rest - factors[F::REST + j]));
       };
+      if constexpr (Rule::CHANNEL) {  // the place's rows, where the keys to read by were
+        tile::sync();
+        issue_shot(now.k, place);
+        tile::wait_copies<0>();
+        tile::sync();
+      }
       const int64_t apart = tile::fresh(static_cast<int64_t>(p.V));
       float* const from = p.snapshots + (static_cast<int64_t>(place) * p.H + h) * p.K * apart + column + c * apart + g;
       typename Op::A part[C / STEP];
@@ -391,7 +423,15 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
 #pragma unroll
         for (int i = 0; i < 2; i++)
 #pragma unroll
-          for (int e = 0; e < 4; e++) shot[i][e] = decay * state[m + i][e];
+          for (int e = 0; e < 4; e++) {
+            if constexpr (Rule::CHANNEL) {
+              const int k = 8 * (m + i) + c + e % 2;
+              shot[i][e] =
+                  k < p.K ? p.shot_decays[(static_cast<int64_t>(place) * p.H + h) * p.K + k] * state[m + i][e] : 0.0f;
+            } else {
+              shot[i][e] = decay * state[m + i][e];
+            }
+          }
 #pragma unroll
         for (int step = 0; step < C; step += STEP) {
           typename Op::B b[2];
@@ -410,10 +450,13 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
         if (at > token || !p.edits.kind(x).adds()) continue;
         const float d = since(at);
 #pragma unroll 1
-        for (int k = c; k < p.K; k += k % 2 == 0 ? 1 : 7)
+        for (int k = c; k < p.K; k += k % 2 == 0 ? 1 : 7) {
+          float decayed = d;
+          if constexpr (Rule::CHANNEL) decayed = tile::exponential(channel_sum(p, s, first + at + 1, first + token, h, k));
 #pragma unroll 1
           for (int v = g; v < 16 && v < columns; v += 8)
-            from[(k - c) * apart + v - g] += d * p.edits.left[x * p.K + k] * p.edits.right[x * p.V + column + v];
+            from[(k - c) * apart + v - g] += decayed * p.edits.left[x * p.K + k] * p.edits.right[x * p.V + column + v];
+        }
       }
     }
 
@@ -423,16 +466,22 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
 #pragma unroll
     for (int m = 0; m < NK; m++)
 #pragma unroll
-      for (int e = 0; e < 4; e++) state[m][e] *= decay;
+      for (int e = 0; e < 4; e++) state[m][e] *= Rule::CHANNEL ? now.factors[FACTORS + 8 * m + c + e % 2] : decay;
 #pragma unroll
     for (int j = 0; j < NC; j++)
 #pragma unroll
       for (int e = 0; e < 4; e++) u[j][e] *= now.factors[F::WRITE + 8 * j + c + e % 2];
-    add_tokens<T, KP, C>(state, now.k, down, 0, u);
+    add_tokens<T, KP, C>(state, now.write, down, 0, u);
     if (edited) {
 #pragma unroll 1
       for (int64_t e = edits_begin; e < edits_end; e++)
-        if (p.edits.kind(e).adds()) add_edit<KP>(state, p, e, column, p.edit_factors[e * E::SIZE + E::END]);
+        if (p.edits.kind(e).adds()) {
+          if constexpr (Rule::CHANNEL) {
+            add_edit<KP>(state, p, e, p.edit_rows + e * p.K, column, 1.0f);
+          } else {
+            add_edit<KP>(state, p, e, p.edits.left + e * p.K, column, p.edit_factors[e * E::SIZE + E::END]);
+          }
+        }
     }
     if (p.stages == 1 && chunk + 1 < end) {
       tile::sync();

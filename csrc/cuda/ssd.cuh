@@ -8,7 +8,7 @@ namespace writesae::cuda::ssd {
 
 struct Rule {
   static constexpr const char* NAME = "ssd";
-  static constexpr bool READS = false, CHANNEL = false;
+  static constexpr bool READS = false, CHANNEL = false, ALL = false;
 
   // Host: the kernels in one type of computation, ssd_<type>.cu and ssd_backward_<type>.cu.
   template <class T>
