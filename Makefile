@@ -7,7 +7,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/
 # The CUDA kernels take minutes to compile: here they are built only for a torch that can run them (cuda-check builds all).
 HAS_CUDA = $(shell $(BIN)/python -c 'import torch; print(int(torch.version.cuda is not None))')
 
-.PHONY: demo test test-transformers fuzz bench sanitize cuda-check lint format info clean
+.PHONY: demo test test-transformers fuzz bench sanitize cuda-check lint format docs info clean
 
 demo: $(VENV)/.built
 	$(BIN)/writesae demo
@@ -49,6 +49,11 @@ lint: $(VENV)/.built
 format: $(VENV)/.built
 	$(BIN)/ruff format .
 	git ls-files csrc | grep -E '\.(h|cpp|cu|cuh)$$' | xargs $(BIN)/clang-format -i
+
+# The API reference, HTML from docstrings, in build/docs; not kept in the repository.
+docs: $(VENV)/.built
+	$(PIP) install -q -c constraints.txt pdoc
+	$(BIN)/python scripts/api_reference.py
 
 info: $(VENV)/.built
 	$(BIN)/writesae info

@@ -85,6 +85,8 @@ def main() -> None:
             sys.exit(process.returncode)
         summary = json.loads(process.stdout.read())
         after = forward_only()
+    if shards < 20:
+        sys.exit(f"expected at least 20 shards, to look at a tenth of them, got {shards}: take more --tokens")
     growth = (peak - early) / early
     at_10 = statistics.median(rss for share, rss in samples if 0.05 <= share <= 0.15)
     at_100 = statistics.median(rss for share, rss in samples if 0.9 <= share)

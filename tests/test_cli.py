@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from writesae import cli, info
+from writesae import cli, info, ops
 from writesae.models import versions
 
 ROOT = Path(__file__).parents[1]
@@ -115,6 +115,22 @@ def test_info_says_what_is_tested_and_what_an_extra_lacks(monkeypatch, capsys):
     told = json.loads(capsys.readouterr().out)
     assert told["transformers"]["tested"] == list(versions.TESTED)
     assert set(told["extras"]) >= {"jinja2", "pandas", "datasets", "matplotlib"}
+
+
+def test_info_lists_the_write_rules(capsys):
+    """With what of them has kernels, as each op declares it."""
+    assert cli.main(["info"]) == 0
+    lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("rule ")]
+    assert [x.split()[1].removesuffix(":") for x in lines] == list(ops.RULES)
+    assert "channel gate" in lines[0] and "kernels: cpu" in lines[0] and lines[-1].endswith("reference only")
+    assert cli.main(["info", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["rules"]
+    for name, rule in ops.RULES.items():
+        assert told[name]["gates"] == list(rule.gates) and told[name]["transition"] == rule.transition
+        assert told[name]["backends"]["reference"] == {"error": None, "gates": told[name]["gates"],
+                                                       "gradient": told[name]["gates"]}  # fmt: skip
+        assert ("gates" in told[name]["backends"]["cpu"]) == ("cpu" in rule.limits)
+    assert told["dplr"]["backends"]["cpu"] == {"error": "dplr has no cpu kernel in this version"}
 
 
 @pytest.mark.parametrize(

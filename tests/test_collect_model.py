@@ -1,5 +1,6 @@
 """`writesae collect` with a real (tiny, random) model: the command, its questions and its refusals."""
 
+import argparse
 import json
 import shutil
 
@@ -10,9 +11,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 import writesae
+from writesae import options
 from writesae.cli import main
 from writesae.collect import ModelSource, Store
-from writesae.collect import command as command_module
 
 
 @pytest.fixture(scope="module")
@@ -240,10 +241,10 @@ def test_full_disk(folder, tmp_path, capsys, monkeypatch):
     "text, size", [("5", 5), ("1kB", 1000), ("2.5M", 2_500_000), ("3gb", 3 * 10**9), ("1TB", 10**12)]
 )
 def test_sizes(text, size):
-    assert command_module._size(text) == size
+    assert options.size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "much", "GB"])
+@pytest.mark.parametrize("text", ["", "much", "GB", "inf"])
 def test_sizes_that_are_none(text):
-    with pytest.raises(command_module.argparse.ArgumentTypeError, match="expected a size such as 500MB"):
-        command_module._size(text)
+    with pytest.raises(argparse.ArgumentTypeError, match="expected a size such as 500MB"):
+        options.size(text)

@@ -11,7 +11,7 @@ import threading
 import pytest
 
 from writesae import cli
-from writesae.interrupt import SIGNALS, finishing, held
+from writesae.interrupt import SIGNALS, finishing, held, script
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -57,6 +57,18 @@ def test_a_child_is_held_from_what_its_parent_gets():
         child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert child.communicate()[0] == "lives\n" and child.returncode == 0
     assert not set(SIGNALS) & signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_an_interrupted_script_ends_as_the_commands_do(capsys):
+    def main():
+        with finishing("step") as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        stop.check()
+
+    with pytest.raises(SystemExit) as end:
+        script(main)
+    assert end.value.code == 130 and "the same command goes on" in capsys.readouterr().err
+    script(lambda: None)
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

@@ -330,14 +330,14 @@ def test_second_derivatives_are_never_lost():
     v.requires_grad_(False)
 
 
-@pytest.mark.parametrize("name", ["gated_delta_rule", "encode", "factored_loss", "training_loss"])
+@pytest.mark.parametrize("name", [*SCANS, "gated_delta_rule, channel gate", "encode", "factored_loss", "training_loss"])
 def test_backward_passes_mapped(name):
     """torch.autograd.functional.jacobian(vectorize=True) maps the backward pass alone."""
     case = CASES[name]
     inputs = [x.clone().requires_grad_() for x in case.inputs]
     (y, *_) = case.run(None, *inputs)
     grads = torch.eye(y.numel()).view(-1, *y.shape)[:3]
-    if name != "gated_delta_rule":
+    if not name.startswith(SCANS):
         with pytest.raises(RuntimeError, match="no vmap of a backward pass"):
             torch.autograd.grad(y, inputs, grads, is_grads_batched=True)
         return

@@ -82,6 +82,7 @@ class Firings:
         return self[order]
 
     def columns(self) -> dict[str, Tensor]:
+        """`{name: [n]}` of the six columns, in this order."""
         return {name: getattr(self, name) for name in _DTYPES}
 
     def to_pandas(self):

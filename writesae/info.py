@@ -16,14 +16,18 @@ EXTRAS = {
     "pandas": ("pandas",),
 }
 
+_TRANSITIONS = {"none": "nothing erased", "delta": "erases what its key reads", "low rank": "low-rank erase"}
+
 
 def gather() -> dict:
-    """Versions, backends (`{name: None when usable, else the reason}`) and the CPU's instruction sets."""
+    """Versions, backends (`{name: None when usable, else the reason}`), write rules with their kernels, and the CPU's
+    instruction sets."""
     import torch
 
     from . import __version__
     from ._library import backends, cpu_isa
     from .models import versions
+    from .ops import RULES
 
     return {
         "writesae": __version__,
@@ -35,12 +39,29 @@ def gather() -> dict:
         },
         "extras": {name: version_of(name) for names in EXTRAS.values() for name in names},
         "backends": backends(),
+        "rules": {name: _rule(rule) for name, rule in RULES.items()},
         "cpu": {
             "cores": os.cpu_count(), "torch_threads": torch.get_num_threads(),
             "torch_capability": torch.backends.cpu.get_cpu_capability(), **cpu_isa(),
         },
         "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }  # fmt: skip
+
+
+def _rule(rule) -> dict:
+    """Of each backend: the reason it is not usable, and, where it has a kernel, what gates that takes and which of them
+    with a gradient. The reference runs what it does not take."""
+    from .ops._dispatch import BACKENDS, kernel_error
+
+    found: dict[str, dict] = {}
+    for backend in BACKENDS:
+        found[backend] = {"error": kernel_error(rule.name, backend)}
+        limits = rule.limits.get(backend)
+        if backend == "reference":
+            found[backend] |= {"gates": rule.gates, "gradient": rule.gates}
+        elif limits is not None:
+            found[backend] |= {"gates": limits.gates, "gradient": limits.gradient, "largest": dict(limits.largest)}
+    return {"gates": rule.gates, "transition": rule.transition, "arguments": rule.arguments, "backends": found}
 
 
 def configure(parser) -> None:
@@ -63,9 +84,25 @@ def run(args) -> int:
         print(f"extra {extra + ':':13}" + _listed(found) + missing)
     for name, reason in info["backends"].items():
         print(f"backend {name + ':':11}{'usable' if reason is None else reason}")
+    for name, rule in info["rules"].items():
+        gates = " or ".join(rule["gates"])
+        print(f"rule {name + ':':18}{gates} gate, {_TRANSITIONS[rule['transition']]}; {_kernels(rule)}")
     print(f"{'cpu:':19}" + _listed(info["cpu"]))
     print(f"{'gpu:':19}{info['cuda_device'] or 'none seen by torch'}")
     return 0
+
+
+def _kernels(rule: dict) -> str:
+    """Which backends have a kernel, and what that does not take, in words."""
+    words = []
+    for backend, found in rule["backends"].items():
+        if backend == "reference" or "gates" not in found:
+            continue
+        lacks = [] if found["error"] is None else ["not usable here"]
+        lacks += [f"no {gate} gate" for gate in rule["gates"] if gate not in found["gates"]]
+        lacks += [f"no gradient of a {gate} gate" for gate in found["gates"] if gate not in found["gradient"]]
+        words.append(backend + (f" ({', '.join(lacks)})" if lacks else ""))
+    return f"kernels: {', '.join(words)}" if words else "reference only"
 
 
 def _listed(versions: dict) -> str:

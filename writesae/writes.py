@@ -128,6 +128,7 @@ class Writes:
 
     @property
     def num_sequences(self) -> int:
+        """N: rows, or sequences packed into one."""
         return self.right.shape[0] if self.cu_seqlens is None else len(self.cu_seqlens) - 1
 
     @property

@@ -71,7 +71,8 @@ def _edits(draw: random.Random, lengths: list[int], H: int, K: int, V: int) -> E
     return Edits(row, position, head, left, right, draw.choices(KINDS, k=len(row)), draw.choices(WHENS, k=len(row)))
 
 
-def _scan_case(draw: random.Random):
+def _scan_case(draw: random.Random, rule: str = "gated_delta_rule"):
+    """(inputs, options) of a rule's public function."""
     Hk = draw.choice((1, 1, 2, 3))
     H, T = Hk * draw.choice((1, 1, 2, 4)), draw.choice(LENGTHS)
     packed = draw.random() < 0.3
@@ -84,11 +85,14 @@ def _scan_case(draw: random.Random):
     cu = _cuts(draw, T) if packed else None
     lengths = [T] * B if cu is None else cu.diff().tolist()
     state = torch.randn(len(lengths), H, K, V, generator=_seed(draw)) if draw.random() < 0.5 else None
-    options = dict(
-        use_qk_l2norm=draw.random() < 0.7, cu_seqlens=cu, edits=_edits(draw, lengths, H, K, V), initial_state=state,
-        scale=draw.choice((None, 1.0, 0.3)),
-    )  # fmt: skip
-    return x, options
+    options: dict = dict(cu_seqlens=cu, edits=_edits(draw, lengths, H, K, V), initial_state=state)
+    if rule == "ssd":
+        skip = {} if draw.random() < 0.5 else {"D": torch.randn(H, generator=_seed(draw))}
+        rates = {"A": -torch.rand(H, generator=_seed(draw)) * draw.choice((1e-3, 1.0, 20.0))}
+        return {"x": x["v"], "dt": x["beta"].float(), **rates, "B": x["k"], "C": x["q"], **skip}, options
+    if draw.random() < 0.3:
+        x["g"] = x["g"][..., None] * torch.rand(H, K, generator=_seed(draw)).to(x["g"])
+    return x, options | dict(use_qk_l2norm=draw.random() < 0.7, scale=draw.choice((None, 1.0, 0.3)))
 
 
 def _wide(x: dict, options: dict) -> tuple[dict, dict]:
@@ -103,14 +107,16 @@ def _blown_up(expected: Tensor) -> bool:
 
 
 def _scan(draw: random.Random) -> None:
-    x, options = _scan_case(draw)
+    rule = draw.choice(("gated_delta_rule", "gated_delta_rule", "ssd"))
+    run = ops.RULES[rule].run
+    x, options = _scan_case(draw, rule)
     with poisoned_memory(), cpu_isa(draw.choice(ISA)):
-        got = ops.gated_delta_rule(
+        got = run(
             **{n: _strided(draw, v) for n, v in x.items()}, **options, output_final_state=True, return_writes=True,
             backend="cpu",
         )  # fmt: skip
     wide, options = _wide(x, options)
-    expected = ops.gated_delta_rule(**wide, **options, output_final_state=True, return_writes=True, backend="reference")
+    expected = run(**wide, **options, output_final_state=True, return_writes=True, backend="reference")
     if _blown_up(expected.final_state) or _blown_up(expected.o):
         return
     for name in ("o", "final_state"):
@@ -121,21 +127,24 @@ def _scan(draw: random.Random) -> None:
 
 
 def _gradient(draw: random.Random) -> None:
-    x, options = _scan_case(draw)
-    options["use_qk_l2norm"] = True
+    rule = draw.choice(("gated_delta_rule", "gated_delta_rule", "ssd"))
+    x, options = _scan_case(draw, rule)
+    if rule == "gated_delta_rule":
+        options["use_qk_l2norm"] = True
     x = {n: v.float() for n, v in x.items()}
-    weight = torch.randn(x["v"].shape, generator=_seed(draw))
+    weight = torch.randn(x["x" if rule == "ssd" else "v"].shape, generator=_seed(draw))
     found = []
-    for backend, wide in (("cpu", False), ("reference", True)):
+    kernel = None if x.get("g") is not None and x["g"].ndim == 4 else "cpu"  # a channel gate's backward may lack
+    for backend, wide in ((kernel, False), ("reference", True)):
         inputs, rest = _wide(x, options) if wide else (x, options)
         leaves = {n: v.clone().requires_grad_() for n, v in inputs.items()}
-        out = ops.gated_delta_rule(**leaves, **rest, backend=backend)
+        out = ops.RULES[rule].run(**leaves, **rest, backend=backend)
         found.append(torch.autograd.grad((out.o * weight.to(out.o.dtype)).sum(), list(leaves.values())))
         if wide and _blown_up(out.o):
             return
     for name, got, expected in zip(x, *found, strict=True):
         # Of a key of one or two numbers, normalising leaves next to nothing of the gradient but rounding.
-        if x["q"].shape[-1] >= 5 or name not in "qk":
+        if name not in ("q", "k") or x["q"].shape[-1] >= 5:
             check_close(f"gradient of {name}", got, expected, 1e-4)
 
 

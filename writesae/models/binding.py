@@ -164,9 +164,11 @@ class Binding:
         return next((r for r in self.recurrences if name.endswith(r.name)), None)
 
     def stands_in_for(self, name: str) -> bool:
+        """Whether it is the name of a recurrence, a short convolution or a bypass of the family."""
         return self.recurrence(name) is not None or name in self.convs or name in self.bypasses
 
     def index(self, module: nn.Module) -> int:
+        """A layer's number in its model."""
         return self._of(module, "layer_index")
 
     def site(self, module: nn.Module, block: nn.Module, path: str) -> LayerSite:

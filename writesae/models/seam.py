@@ -78,7 +78,7 @@ def intercept(
 
 
 def intercept_conv(model: nn.Module, convs: Mapping[int, ConvHandler]):
-    """`intercept` for convolutions alone: see there."""
+    """`intercept(model, convs=convs)`, for convolutions alone: see there."""
     return intercept(model, convs=convs)
 
 

@@ -127,7 +127,7 @@ def gated_delta_rule_step(
 
 
 LIMITS = SCAN.declare(
-    cpu=Limits("gated_delta_rule"),
+    cpu=Limits("gated_delta_rule", gates=("scalar", "channel"), gradient=("scalar", "channel")),
     cuda=Limits("gated_delta_rule", largest={"k": 256}),
 )
 ARGUMENTS = ("q", "k", "v", "g", "beta")

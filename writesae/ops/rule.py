@@ -70,7 +70,7 @@ class Rule:
     transition: str
     arguments: tuple[str, ...]
     run: Callable[..., RuleOutput] = field(repr=False)
-    limits: Mapping[str, Limits] = field(default_factory=dict, repr=False)
+    limits: Mapping[str, Limits] = field(default_factory=dict, repr=False, hash=False)
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ class RuleCall:
         output_final_state: bool = False,
         backend: str | None = None,
     ) -> RuleOutput:
+        """Runs it; arguments and errors as of the rule's public function."""
         return self.rule.run(
             **self.inputs, **self.options, initial_state=self.initial_state, cu_seqlens=self.cu_seqlens, edits=edits,
             snapshots=snapshots, return_writes=return_writes, output_final_state=output_final_state, backend=backend,

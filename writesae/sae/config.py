@@ -139,4 +139,5 @@ class TrainConfig:
         return self.lr_end + (self.lr - self.lr_end) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
     def record(self) -> dict:
+        """As checkpoints and result files keep it: `{name: number or string}`."""
         return asdict(self)

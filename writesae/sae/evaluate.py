@@ -59,8 +59,10 @@ def evaluate(sae: SAE, block: Block, states: int | None = None, seed: int = 0) -
     """Evaluates a dictionary on the writes of its head in a block of held-out passages, on the block's device.
 
     Args:
+        sae: the dictionary, of a size and target that go with the block.
         block: of the dictionary's target. With a root, of a dictionary seen through it (`readers.seen_through`).
         states: how many tokens to use, drawn at random; default every token.
+        seed: of that draw.
 
     Returns:
         A dictionary of numbers:

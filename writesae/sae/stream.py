@@ -126,6 +126,7 @@ class Passages:
 
     @property
     def length(self) -> int:
+        """Tokens of a passage."""
         return self.ids.shape[1]
 
 
@@ -153,6 +154,7 @@ class ModelStream:
 
     @property
     def length(self) -> int:
+        """Tokens of a passage."""
         return self.passages.length
 
     def digests(self) -> dict[str, str | None]:
