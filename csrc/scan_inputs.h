@@ -29,14 +29,6 @@ Params scan_common(const char* op, bool channel_gates, const Tensor& q, const Te
   return p;
 }
 
-// A gate of each head, or of each channel of it.
-template <class Params>
-void check_gate(const char* op, const Tensor& g, const Params& p, std::initializer_list<int64_t> shape) {
-  if (!p.channel_gate) return check_shape(op, "g", g, shape);
-  STD_TORCH_CHECK(g.size(g.dim() - 1) == p.K, op, ": g has ", g.size(g.dim() - 1), " channels, expected K = ", p.K);
-  check_shape(op, "g without its channels", torch::stable::select(g, g.dim() - 1, 0), shape);
-}
-
 // Everything but the outputs. Shapes are checked again here, though the Python wrapper says more.
 inline ScanParams scan_inputs(const char* op, bool channel_gates, const Tensor& q, const Tensor& k, const Tensor& v,
                               const Tensor& g, const Tensor& beta, double scale, const std::optional<Tensor>& initial_state,
@@ -50,7 +42,11 @@ inline ScanParams scan_inputs(const char* op, bool channel_gates, const Tensor& 
   p.T = T, p.N = B;
   check_shape(op, "k", k, {B, T, Hk, K});
   check_shape(op, "q", q, {B, T, Hk, K});
-  check_gate(op, g, p, {B, T, H});
+  if (p.channel_gate) {
+    check_shape(op, "g", g, {B, T, H, K});
+  } else {
+    check_shape(op, "g", g, {B, T, H});
+  }
   check_shape(op, "beta", beta, {B, T, H});
   std::vector<int64_t> lengths(B, T);
   if (cu_seqlens.has_value()) {

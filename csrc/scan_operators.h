@@ -102,7 +102,11 @@ std::tuple<Tensor, Tensor, Tensor> scan_step_operator(Tensor q, Tensor k, Tensor
   const int64_t B = p.B, Hk = p.Hk, H = p.H, K = p.K, V = p.V;
   check_shape(op, "k", k, {B, Hk, K});
   check_shape(op, "q", q, {B, Hk, K});
-  check_gate(op, g, p, {B, H});
+  if (p.channel_gate) {
+    check_shape(op, "g", g, {B, H, K});
+  } else {
+    check_shape(op, "g", g, {B, H});
+  }
   check_shape(op, "beta", beta, {B, H});
   check_shape(op, "state", state, {B, H, K, V});
   check_side(op, "state", state);

@@ -264,6 +264,22 @@ def test_interrupt_finishes_the_shard(text, tmp_path):
     assert_same(tmp_path / "out", rows(tmp_path / "whole"))
 
 
+def test_interrupt_in_the_last_shard(text, tmp_path):
+    """It is finished, the index is not begun, and the same call makes it."""
+
+    class Last(FakeSource):
+        def firings(self, tokens, mask):
+            os.kill(os.getpid(), signal.SIGINT)
+            return super().firings(tokens, mask)
+
+    options = {**SETTINGS, "shard_passages": 10**6, "batch": 10**6}  # one batch, one shard
+    summary = collect(Corpus.from_path(text), words, Last(), tmp_path / "out", **options)
+    assert not summary["complete"] and summary["shards"] == 1 and not list((tmp_path / "out" / "index").iterdir())
+    source = FakeSource()
+    summary = collect(Corpus.from_path(text), words, source, tmp_path / "out", **options)
+    assert summary["complete"] and source.calls == 0
+
+
 def test_second_interrupt_stops_at_once(text, tmp_path):
     class Impatient(FakeSource):
         def firings(self, tokens, mask):

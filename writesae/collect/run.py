@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from .._installed import version_of
 from ..files import entry, make_folder, read_sealed, refuse_links, sync_folder, write_bytes, write_sealed
-from ..interrupt import finishing
+from ..interrupt import Stop, finishing
 from ..models.identity import shown_name, tokenizer_digest
 from ..text.corpus import Corpus
 from ..text.passages import Cursor, Passage, passages
@@ -135,10 +135,11 @@ def collect(
         session = _Session(tokenize, first, source, context, batch, max_tokens, progress)
         state = Progress(out, features, selection, digest, lambda shard: _check_text(watched, shard))
         repaired = session.load(corpus, state, content["shard_passages"])
-        session.run(corpus, state, content["shard_passages"], (content["estimate"] or {}).get("tokens"))
-        if not state.last:
-            return session.summary(state, False, repaired)
-        session.finish(state, n)
+        with finishing("shard") as stop:
+            session.run(corpus, state, content["shard_passages"], (content["estimate"] or {}).get("tokens"), stop)
+            if stop or not state.last:
+                return session.summary(state, False, repaired)
+            session.finish(state, n, stop)
         summary = session.summary(state, True, repaired)
         left = [out / "documents.parquet", out / "features.parquet"]
         entries = {path.name: entry(path) for path in left}
@@ -167,7 +168,7 @@ class _Session:
         self.forward = self.write = self.wait = 0.0
         self.tokens = 0
 
-    def run(self, corpus: Corpus, state: Progress, shard_passages: int, expected: int | None) -> None:
+    def run(self, corpus: Corpus, state: Progress, shard_passages: int, expected: int | None, stop: Stop) -> None:
         if state.last:
             return
         bar = tqdm(
@@ -180,7 +181,6 @@ class _Session:
         try:
             with ExitStack() as stack:
                 stack.enter_context(bar)
-                stop = stack.enter_context(finishing("shard"))
                 for shard in _shards(self._events(corpus, state.cursor), state.shards, shard_passages):
                     under_way: list = []  # on a device, the batch before: fetched once the next one runs
                     for rows, tokens, mask in batches(shard.passages, self.batch, self.context):
@@ -237,16 +237,15 @@ class _Session:
     def _events(self, corpus: Corpus, cursor: Cursor | None):
         return passages(corpus, self.tokenize, self.context, self.bos, self.max_tokens, cursor)
 
-    def finish(self, state: Progress, n: int) -> None:
-        with finishing("shard") as stop:
-            bar = tqdm(unit="shard", disable=not self.progress, desc="indexing")
+    def finish(self, state: Progress, n: int, stop: Stop) -> None:
+        bar = tqdm(unit="shard", disable=not self.progress, desc="indexing")
 
-            def step() -> None:
-                bar.update()
-                stop.check()
+        def step() -> None:
+            bar.update()
+            stop.check()
 
-            with bar:
-                finish(state, n, step)
+        with bar:
+            finish(state, n, step)
 
     def summary(self, state: Progress, complete: bool, repaired: list[str]) -> dict:
         # What is removed once the summary stands does not count, nor does the copy of the tokenizer.
