@@ -30,6 +30,10 @@ def operators(x: Tensor, writes: Writes, edits: Edits) -> None:
     out = writesae.ops.gated_delta_rule(x, x, x, x, x, edits=edits, return_writes=True)
     assert_type(out.o, Tensor)
     assert_type(writesae.ops.encode(writes, x, x, k=8), writesae.ops.Codes)
+    assert_type(writes.native(0, 0, x), tuple[Tensor, Tensor])
+    assert_type(writes.head(0).rank_one("here"), tuple[Tensor, Tensor])
+    assert_type(writes.left_head(3), int)
+    assert_type(writes.left_head(x), Tensor)
 
 
 def files(folder: Path) -> None:

@@ -48,6 +48,7 @@ class Case:
         fixed: inputs without an axis of tokens.
         optional: inputs that may be left out, one by one.
         step: the rule's one-token function.
+        widened: operands' types that its CUDA kernels compute in float32.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Case:
     fixed: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     step: Callable | None = field(default=None, repr=False)
+    widened: tuple[torch.dtype, ...] = ()
 
     def make(
         self, B, T, Hk, H, K, V, dtype=torch.float32, decay="usual", correlated=False, seed=0
@@ -242,10 +244,10 @@ GATED_DELTA_RULE = Case(
     "gated_delta_rule", ops.RULES["gated_delta_rule"], "scalar", _delta_inputs, _delta, ("q", "k", "v"),
     close=_close_g, mix=_mix_g, options=_NORMALISED, others=_AS_GIVEN, step=ops.gated_delta_rule_step,
 )  # fmt: skip
-KDA = replace(GATED_DELTA_RULE, name="kda", gate="channel", inputs=_channel_delta_inputs)
+KDA = replace(GATED_DELTA_RULE, name="kda", gate="channel", inputs=_channel_delta_inputs, widened=(torch.float16,))
 SSD = Case(
     "ssd", ops.RULES["ssd"], "scalar", _ssd_inputs, _ssd, ("C", "B", "x"), skip=_ssd_skip, close=_close_dt, mix=_mix_dt,
-    fixed=("A", "D"), optional=("D",), step=ops.ssd_step,
+    fixed=("A", "D"), optional=("D",), step=ops.ssd_step, widened=(torch.float16,),
 )  # fmt: skip
 DPLR = Case(
     "dplr", ops.RULES["dplr"], "channel", _dplr_inputs, _dplr, ("q", "k", "v"), "own", close=_close_g, mix=_mix_g
@@ -381,7 +383,9 @@ def _added(S, edits, which) -> Tensor:
 def operator_inputs(case: Case, *sizes) -> dict[str, Tensor]:
     """q, k, v, g, beta, which the operator of every rule with kernels takes; of the gate's shape."""
     x = gated_delta_rule_inputs(*sizes)
-    return {**x, "g": -torch.rand(*x["g"].shape, x["k"].shape[-1])} if case.gate == "channel" else x
+    if case.gate == "channel":
+        x["g"] = _log_decay(torch.Generator().manual_seed(0), *x["g"].shape, x["k"].shape[-1], decay="usual")
+    return x
 
 
 # ---- running and comparing ------------------------------------------------------------------------------------------
@@ -400,7 +404,7 @@ def allowed(case: Case, target: Target, x, dtype: torch.dtype) -> float:
     """Of a tensor's error. CPU kernels compute in float32, the others in the operands' type where they share one."""
     if target.kind == "reference":
         return EXACT
-    kinds = {x[name].dtype for name in case.operands}
+    kinds = {torch.float32 if x[name].dtype in case.widened else x[name].dtype for name in case.operands}
     if target.kind == "cpu" or len(kinds) > 1:
         return TOLERANCE[dtype]
     return max(TOLERANCE[dtype], DEVICE_TOLERANCE[kinds.pop()])

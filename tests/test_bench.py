@@ -126,12 +126,12 @@ def test_an_interrupted_run_of_something_else_is_not_kept(tmp_path, capsys, monk
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("writesae.bench.run._measure", stop)
-        bench(tmp_path, "product")
+        bench(tmp_path, "later")
     state = json.loads((tmp_path / "unfinished.json").read_text())
     if change == "code":
         monkeypatch.setattr("writesae.bench.record.source_digest", lambda: "other")
-    assert bench(tmp_path, "product", *{"options": ["--repeats", "2"], "fresh": ["--fresh"], "code": []}[change]) == 0
-    assert json.loads((tmp_path / "product.json").read_text())["run"] != state["run"]
+    assert bench(tmp_path, "later", *{"options": ["--repeats", "2"], "fresh": ["--fresh"], "code": []}[change]) == 0
+    assert json.loads((tmp_path / "later.json").read_text())["run"] != state["run"]
     assert "going on" not in capsys.readouterr().out
 
 

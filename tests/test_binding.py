@@ -15,6 +15,7 @@ from writesae.models import attach, binding, hf_gated_delta, intercept, layers, 
 from writesae.models.binding import Binding, Recurrence
 from writesae.ops import gated_delta_rule
 from writesae.ops.rule import Rule, RuleCall
+from writesae.ops.ssd import RULE as SSD
 
 # ---- the table ------------------------------------------------------------------------------------------------
 
@@ -43,8 +44,12 @@ def answer_many(given, output):
     return (output.o, transposed(output.final_state)) if given.get("want_state") else output.o
 
 
+def with_time(given):
+    return {**given, **{name: given[name][:, None] for name in ARGUMENTS}}
+
+
 def bind_one(site, given):
-    return bind_many(site, {name: x if name == "state" else x[:, None] for name, x in given.items()})
+    return bind_many(site, with_time(given))
 
 
 def answer_one(given, output):
@@ -53,7 +58,7 @@ def answer_one(given, output):
 
 
 def step_one(given, state):
-    return (transposed(state).contiguous(), *(given[name][:, -1] for name in ARGUMENTS)), {}
+    return (transposed(state).contiguous(), *(given[name][:, -1] for name in ARGUMENTS)), {"erase": given["erase"]}
 
 
 MANY = Recurrence("remember_many", ARGUMENTS, bind_many, answer_many, asks_state="want_state", optional=("state",))
@@ -72,6 +77,24 @@ TOY = Binding(
 )  # fmt: skip
 
 
+def bind_additive(site, given):
+    """Without erase: S = exp(dt A) S + B (dt x)^T."""
+    query, key, value, keep, rate = (given[name] for name in ARGUMENTS)
+    dt = -keep.log()
+    inputs = {"x": rate[..., None] * value / dt[..., None], "dt": dt, "A": -dt.new_ones(H), "B": key, "C": query}
+    return RuleCall(site.binding.rule, inputs, initial_state=transposed(given.get("state")))
+
+
+def bind_additive_one(site, given):
+    return bind_additive(site, with_time(given))
+
+
+ADDITIVE = replace(
+    TOY, rule=SSD, recurrences=(replace(MANY, bind=bind_additive), replace(ONE, bind=bind_additive_one)), value="x",
+    strength="dt", queries=lambda call: call.inputs["C"],
+)  # fmt: skip
+
+
 # ---- models ---------------------------------------------------------------------------------------------------
 
 
@@ -83,13 +106,18 @@ def table(monkeypatch):
         monkeypatch.setattr(sites, "bindings", [*binding.bindings, wanted])
         self_test._passed.clear()
 
-    use(TOY)
     return use
 
 
-@pytest.fixture
-def model():
-    made = toy_model.Model().eval()
+@pytest.fixture(params=[TOY, ADDITIVE], ids=["delta", "additive"])
+def model(request, table):
+    """A random model of either kind of layers, bound."""
+    table(request.param)
+    return random_model(erase=request.param is TOY)
+
+
+def random_model(erase: bool = True):
+    made = toy_model.Model(erase).eval()
     for parameter in made.parameters():
         parameter.data.normal_(0, 1.5 * parameter.shape[-1] ** -0.5)
     return made
@@ -116,13 +144,12 @@ def own_states(model, text):
 # ---- what attach does with it ---------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("table")
 def test_layers_are_found_by_the_table(model):
     found = layers(model)
     assert [(s.layer_index, s.path) for s in found] == [(0, "blocks.0.memory"), (1, "blocks.1.memory")]
     site = found[0]
     assert (site.num_k_heads, site.num_v_heads, site.K, site.V, site.conv_kernel_size) == (HK, H, K, V, 1)
-    assert site.binding is TOY and site.norm is None and site.out_proj is model.blocks[0].memory.out_proj
+    assert site.binding in (TOY, ADDITIVE) and site.norm is None and site.out_proj is model.blocks[0].memory.out_proj
     message = r"expected a model with gated-delta layers \(.*\) or toy layers \(Toy, ...\), got Linear, which calls"
     with pytest.raises(ValueError, match=message):
         with attach(torch.nn.Linear(1, 1), {(0, 0): None}):
@@ -132,7 +159,6 @@ def test_layers_are_found_by_the_table(model):
             pass
 
 
-@pytest.mark.usefixtures("table")
 @torch.no_grad()
 def test_writes_are_those_of_the_models_own_states(model):
     text = ids()
@@ -151,7 +177,6 @@ def test_writes_are_those_of_the_models_own_states(model):
     assert toy_model.remember_many.__name__ == "remember_many" and not hasattr(toy_model.remember_many, "__wrapped__")
 
 
-@pytest.mark.usefixtures("table")
 @torch.no_grad()
 def test_an_edit_is_what_it_does_to_the_models_own_state(model):
     text, t = ids(), 4
@@ -169,7 +194,6 @@ def test_an_edit_is_what_it_does_to_the_models_own_state(model):
     assert (edited - plain).abs().max() > 1e-2 and tap.applied[0].all()
 
 
-@pytest.mark.usefixtures("table")
 def test_gradients_of_writes(model):
     """Of an increment: as of an edit that adds to it."""
     text, (b, t, h) = ids(), (1, 3, 2)
@@ -183,10 +207,10 @@ def test_gradients_of_writes(model):
     assert right.grad.abs().max() > 1e-3
 
 
-@pytest.mark.usefixtures("table")
 @torch.no_grad()
-def test_handlers_of_both_kinds(model):
-    text, seen = ids(), []
+def test_handlers_of_both_kinds(table):
+    table(TOY)
+    model, text, seen = random_model(), ids(), []
     plain = model(text)["logits"]
 
     def by_arguments(reads, writes, content, fade, force, initial_state, output_final_state, cu_seqlens):
@@ -211,7 +235,7 @@ def test_handlers_of_both_kinds(model):
             pass
 
 
-@pytest.mark.usefixtures("table", "one_thread")
+@pytest.mark.usefixtures("one_thread")
 @torch.no_grad()
 def test_forks_know_no_rule(model):
     text, places = ids(1, 12), Places(torch.tensor([0, 0]), torch.tensor([2, 6]), torch.tensor([3, 1]))
@@ -227,10 +251,8 @@ def test_forks_know_no_rule(model):
         close(logits["baseline"][i], plain[0, t : t + 4])
         close(logits["delete"][i], deleted[i, t : t + 4])
     assert (logits["delete"] - logits["baseline"]).abs().max() > 1e-2
-    with intercept(model, calls={0: lambda call, state: keep.append(call) or NotImplemented}) as _:
-        keep = []
-        model(text)
-    written = keep[0].inputs["content"] * keep[0].inputs["force"][..., None]
+    *_, value, _, rate = model.blocks[0].memory.project(model.embedding(text))
+    written = rate[..., None] * value
     close(clean.outer_right, torch.stack([written[0, 2, 3], written[0, 6, 1]]))
 
 
@@ -250,30 +272,34 @@ WRONG = {
         "the state of the toy memory",
     ),
     "layout": (MANY, {"answer": lambda given, out: (out.o, out.final_state)}, r"the state of the toy memory .* is \(2"),
-    "step": (ONE, {"answer": lambda given, out: out.o[:, 0]}, "the state of the one-token rule of layer 0 differs"),
-}
+    "step": (
+        ONE, {"step": lambda given, state: (step_one(given, state)[0], {"erased": True})},
+        "the one-token rule of layer 0 cannot be called with 6 positions and erased: got an unexpected keyword",
+    ),
+    "in place": (ONE, {"answer": lambda given, out: out.o[:, 0]}, "the state of the one-token rule of layer 0 differs"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_the_self_test_catches_a_wrong_table(model, table, name):
+def test_the_self_test_catches_a_wrong_table(table, name):
     of, change, message = WRONG[name]
     table(replace(TOY, recurrences=tuple(replace(r, **change) if r is of else r for r in TOY.recurrences)))
     with pytest.raises(RuntimeError, match=f"attach: self-test failed: {message}"):
-        with attach(model, {(0, 0): None}):
+        with attach(random_model(), {(0, 0): None}):
             pass
 
 
-def test_a_bypass_that_is_not_in_the_table_is_found_out(model, table):
+def test_a_bypass_that_is_not_in_the_table_is_found_out(table):
     table(replace(TOY, bypasses={}))
     with pytest.raises(RuntimeError, match=r"layers \[0\] ran without calling the toy memory where their class does"):
-        with attach(model, {(0, 0): None}):
+        with attach(random_model(), {(0, 0): None}):
             pass
 
 
 @torch.no_grad()
-def test_a_flag_of_the_layer_is_a_bypass_too(model, table):
+def test_a_flag_of_the_layer_is_a_bypass_too(table):
     table(replace(TOY, bypasses={"fast": False}))
-    text = ids()
+    model, text = random_model(), ids()
     plain = model(text)["logits"]
     with attach(model, {(1, 0): None}) as tap:
         close(model(text)["logits"], plain)
@@ -281,10 +307,11 @@ def test_a_flag_of_the_layer_is_a_bypass_too(model, table):
     assert "fast" not in toy_model.Memory.__dict__
 
 
-def test_a_table_takes_layers_of_its_home_with_all_they_need(model, table):
+def test_a_table_takes_layers_of_its_home_with_all_they_need(table):
     table(replace(TOY, home=("other_model", "toy_models")))
+    model = random_model()
     assert layers(model) == []
     table(replace(TOY, layer={**TOY.layer, "V": ("value_size_", "v_size")}))
     with pytest.raises(ValueError, match="Memory calls the toy memory but has none of value_size_, v_size"):
         layers(model)
-    assert binding.bindings == [hf_gated_delta.BINDING]
+    assert hf_gated_delta.BINDING in binding.bindings and TOY not in binding.bindings

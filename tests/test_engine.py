@@ -191,15 +191,18 @@ def test_the_model_is_left_as_it_was():
     assert torch.equal(model(tokens(1, 12)).logits, expected)
 
 
-@pytest.mark.parametrize("gate", ["scalar", "channel"])
-def test_readers_are_the_propagator_from_behind(gate):
+@pytest.mark.parametrize("gate, transition", [(g, t) for g in ("scalar", "channel") for t in ("delta", "none", "low")])
+def test_readers_are_the_propagator_from_behind(gate, transition):
     """`p_s . q_s` of an addition carried forward is `p . r_s`, r_s the query carried back."""
     L, K, V = 12, 5, 3
     decay = -torch.rand(1, L, 1, *((K,) if gate == "channel" else ())).double()
     k = torch.nn.functional.normalize(torch.randn(1, L, 1, 1, K).double(), dim=-1)
-    writes = Writes(decay, k, torch.zeros(1, L, 1, 1, V).double(), beta=torch.rand(1, L, 1).double())
+    beta = torch.rand(1, L, 1).double() if transition == "delta" else None
+    erase = tuple(0.5 * torch.randn(1, L, 1, K).double() for _ in range(2)) if transition == "low" else None
+    writes = Writes(decay, k, torch.zeros(1, L, 1, 1, V).double(), beta=beta, erase=erase)
     assert writes.gate == gate
     p, q = torch.randn(K).double(), torch.randn(1, L, K).double()
     path = writes.propagate(Edits.add(0, 0, 0, p, torch.zeros(V).double()))
-    back = reader(q, k[:, :, 0, 0], decay[:, :, 0], writes.beta[:, :, 0])
+    beta, erase = None if beta is None else beta[:, :, 0], None if erase is None else tuple(x[:, :, 0] for x in erase)
+    back = reader(q, k[:, :, 0, 0], decay[:, :, 0], beta, erase)
     torch.testing.assert_close(back @ p, (path * q).sum(-1))

@@ -159,7 +159,7 @@ def test_tracing_autocast_and_subclasses(name, transform):
     def run(*inputs):
         return case.run("reference" if transform == "autocast_reference" else None, *inputs)
 
-    if transform == "autocast_backward" and name in ("dplr", "selective_scan", "gated_delta_rule, channel gate"):
+    if transform == "autocast_backward" and name in ("dplr", "selective_scan"):
         return  # no kernel: torch's own backward of torch's own operations
     refusal = case.refused.get(transform)
     if refusal is None and transform == "autocast_backward":
@@ -330,14 +330,14 @@ def test_second_derivatives_are_never_lost():
     v.requires_grad_(False)
 
 
-@pytest.mark.parametrize("name", ["gated_delta_rule", "encode", "factored_loss", "training_loss"])
+@pytest.mark.parametrize("name", [*SCANS, "gated_delta_rule, channel gate", "encode", "factored_loss", "training_loss"])
 def test_backward_passes_mapped(name):
     """torch.autograd.functional.jacobian(vectorize=True) maps the backward pass alone."""
     case = CASES[name]
     inputs = [x.clone().requires_grad_() for x in case.inputs]
     (y, *_) = case.run(None, *inputs)
     grads = torch.eye(y.numel()).view(-1, *y.shape)[:3]
-    if name != "gated_delta_rule":
+    if not name.startswith(SCANS):
         with pytest.raises(RuntimeError, match="no vmap of a backward pass"):
             torch.autograd.grad(y, inputs, grads, is_grads_batched=True)
         return

@@ -161,7 +161,7 @@ def _cases() -> dict[str, Case]:
         "factored_loss": Case(loss, (normal(*at.shape), *floats(v_dec, w_dec, offset)), once),
         "training_loss": Case(train, floats(v, w, b, v_dec, w_dec, offset), once),
         "gated_delta_rule, channel gate": Case(
-            of("gated_delta_rule"), (x["q"], x["k"], x["v"], channel, x["beta"], state), {},
+            of("gated_delta_rule"), (x["q"], x["k"], x["v"], channel, x["beta"], state), rule,
         ),
         "ssd": Case(
             of("ssd"), mamba, dict.fromkeys(("double_backward", "forward_over_reverse"), "ssd_backward: no"),

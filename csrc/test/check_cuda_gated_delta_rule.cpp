@@ -3,7 +3,8 @@
 #include <functional>
 
 #include "cuda/tile.cuh"
-#include "gated_delta_rule_plain.h"
+#include "gated_delta_rule.h"
+#include "scan_plain.h"
 
 using namespace writesae;
 using namespace writesae::test;

@@ -104,6 +104,12 @@ class ForkEngine:
         self.model, self.layer, self.first = model, layer, int(read == "after")
         self.horizon, self.length = horizon, horizon + 1 - self.first
         self.site = self.stack.sites[layer]
+        rule = self.site.binding.rule
+        if "element" in rule.gates:
+            raise ValueError(
+                f"layer: expected a gate that fades a state by heads or key channels, got layer {layer}, whose "
+                f"{rule.name} fades every entry by itself, so that no vector says how a token reads it"
+            )
         self.above = [i for i in range(layer + 1, len(self.stack.blocks))]
         self.linear = [i for i in self.above if i in self.stack.sites]
         self.full = [i for i in self.above if i not in self.stack.sites]
@@ -232,7 +238,9 @@ class ForkEngine:
             places, self.first, valid, seen[self.layer]["input"][rows, at], keep["o"][rows, at],
             reader(
                 keep["q"][rows, every, writes.left_head(heads)], keys,  # the queries' heads are the keys'
-                writes.decay[rows, every, heads], writes.beta[rows, every, heads],
+                writes.decay[rows, every, heads],
+                None if writes.beta is None else writes.beta[rows, every, heads],
+                None if writes.erase is None else tuple(x[rows, every, heads] for x in writes.erase),
             )[:, self.first :],
             left, right, outer, writes,
             at, {i: rotary(seen[i]["position_embeddings"]) for i in seen}, states, conv_left, prefixes,
@@ -336,18 +344,26 @@ def reader(
     q: Tensor,  # [n, L, K]
     k: Tensor,  # [n, L, K]
     decay: Tensor,  # [n, L], of a channel gate [n, L, K]
-    beta: Tensor,  # [n, L]
+    beta: Tensor | None = None,  # [n, L]
+    erase: tuple[Tensor, Tensor] | None = None,  # read and write [n, L, K]
 ) -> Tensor:
     """`[n, L, K]`: how token t + s reads an addition made to the state after token t (the transposed propagator on q).
 
-    q scaled and normalised as used; column 0 is token t itself, whose own gates act before the addition.
+    q scaled and normalised as used; column 0 is token t itself, whose own gates act before the addition. beta and erase
+    as in `Writes`.
     """
     out = q.clone()
     gate = decay.exp().reshape(*decay.shape[:2], -1)
     for j in range(q.shape[1] - 1, 0, -1):
         tail = out[:, j:]  # every later token's reading passes back through the gates of token j
-        erased = tail - beta[:, j, None, None] * (tail @ k[:, j, :, None]) * k[:, j, None]
-        out[:, j:] = gate[:, j, None] * erased
+        now = tail
+        if beta is not None:
+            now = now - beta[:, j, None, None] * (tail @ k[:, j, :, None]) * k[:, j, None]
+        now = gate[:, j, None] * now
+        if erase is not None:
+            read, write = (x[:, j] for x in erase)
+            now = now + (tail @ write[:, :, None]) * read[:, None]
+        out[:, j:] = now
     return out
 
 

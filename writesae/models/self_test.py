@@ -8,6 +8,7 @@ its heads.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -123,6 +124,8 @@ class _Trial:
         recurrence = met.recurrence
         args, kwargs = arguments()
         kwargs = recurrence.asking(kwargs)
+        where = f"the {what} of layer {site.layer_index}"
+        _require_callable(where, met.original, args, kwargs)
         try:
             returned = met.original(*args, **kwargs)
         except Exception:  # bound to a kernel that cannot run here, say: then against the definition
@@ -134,7 +137,7 @@ class _Trial:
             mine = recurrence.parts(given, recurrence.answer(given, ours))
         runs = site.binding.factors(call)[0].dtype
         for part, a, b in zip(("output", "state"), mine, theirs, strict=True):
-            _compare(f"the {part} of the {what} of layer {site.layer_index}", a, b, runs)
+            _compare(f"the {part} of {where}", a, b, runs)
 
     def conv(self, x, weight, bias, activation, *, cu_seqlens, channels):
         frame = running()
@@ -147,6 +150,19 @@ class _Trial:
     def norm(self, module: nn.Module, ours: Tensor, theirs: Tensor) -> None:
         if self._first("norm", type(module), module.weight.shape):
             _compare(f"a {type(module).__name__}", ours, theirs, ours.dtype)
+
+
+def _require_callable(where: str, original: Callable, args: tuple, kwargs: dict) -> None:
+    """Raises RuntimeError for arguments that a function cannot take, as far as it says what it takes."""
+    try:
+        inspect.signature(original).bind(*args, **kwargs)
+    except TypeError as error:
+        raise RuntimeError(
+            f"attach: self-test failed: {where} cannot be called with {len(args)} positions and {', '.join(kwargs)}: "
+            f"{error}"
+        ) from None
+    except ValueError:  # it does not say
+        pass
 
 
 def _double(call: RuleCall) -> RuleCall:
@@ -220,4 +236,4 @@ def _kind(model: nn.Module, sites: Sequence[LayerSite], backend: str | None, con
 
 def _functions(site: LayerSite) -> tuple:
     """The functions that a layer would call by itself, and what would run in their place."""
-    return (site.binding, site.binding.rule, *(unpatched(space, name) for space, name in targets(site.module)))
+    return (site.binding, site.binding.rule.run, *(unpatched(space, name) for space, name in targets(site.module)))

@@ -21,9 +21,10 @@ class Block:
     """Writes of one head over N passages of T tokens, float32 (or the writes' own wider dtype), on the writes' device.
 
     Args:
-        writes: batches of passages of one length, unpacked, scalar gate, no edits; concatenated in order.
+        writes: batches of passages of one length, unpacked, no edits; concatenated in order. For states of a scalar
+            gate.
         head: value head.
-        target: what `examples` are, "state" or "write". Of the latter no states can be asked for.
+        target: what `examples` are, "state" or "write". Of the latter no states can be asked for, and any gate will do.
         root: `[K, K]` symmetric; multiplies the key side of all writes and states, or None. See `readers.py`.
 
     Raises:
@@ -36,10 +37,11 @@ class Block:
         right: list[Tensor] = []
         first: list[Tensor] = []
         for part in writes:
-            part.require_scalar("writes")
+            if target == "state":
+                part.require_scalar("writes")
             if part.cu_seqlens is not None or (part.edits is not None and len(part.edits)):
                 raise ValueError("writes: training needs plain passages, got a packed batch or edits")
-            one = part.head(head)
+            one = part.head(head) if target == "state" else part.head(head).memoryless()
             dtype = torch.promote_types(one.right.dtype, torch.float32)
             for found, x in ((decay, one.decay), (left, one.left), (right, one.right)):
                 found.append(x.squeeze(2).to(dtype))

@@ -1,7 +1,7 @@
-// gated_delta_rule by its definition, token by token in double: what the C++ checks of its kernels compare with.
+// A scan by its definition (scan.h), token by token in double: what the C++ checks of its kernels compare with.
 #pragma once
 
-#include "gated_delta_rule.h"
+#include "scan.h"
 
 #include <algorithm>
 #include <array>
@@ -26,12 +26,27 @@ inline double value(const View& x, int64_t a, int64_t b, int64_t c, int64_t d = 
   return bits & 0x8000 ? -y : y;
 }
 
+// beta in (0, 1) from normal numbers, and weak gates from the same; of channels, some strong and some closed as well. Sets
+// p.g to what it returns.
+inline std::vector<float> gates(ScanParams& p, bool channels, std::vector<float>& beta) {
+  std::vector<float> g = channels ? normal(beta.size() * p.K) : beta;
+  for (size_t i = 0; i < g.size(); i++) {
+    g[i] = -0.2f * std::abs(g[i]);
+    if (channels && i % 7 == 3) g[i] *= 40;
+    if (channels && i % 59 == 5) g[i] = -std::numeric_limits<float>::infinity();
+  }
+  for (float& x : beta) x = 1 / (1 + std::exp(-x));
+  const int64_t size = channels ? p.K : 1;
+  p.channel_gate = channels, p.g = view(g, p.T * p.H * size, p.H * size, size, channels ? 1 : 0);
+  return g;
+}
+
 struct Expected {
   std::vector<double> o, final_state, left, right, snapshots;
 };
 
-// The definition, token by token.
-inline Expected plain(const ScanParams& p, const std::vector<std::array<int64_t, 3>>& sequences) {
+// The definition, token by token. `reads`: of a delta rule, which erases what its key finds.
+inline Expected plain(const ScanParams& p, const std::vector<std::array<int64_t, 3>>& sequences, bool reads = true) {
   const int64_t K = p.K, V = p.V;
   Expected out;
   out.o.resize(p.B * p.T * p.H * V), out.right.resize(p.B * p.T * p.H * V), out.left.resize(p.B * p.T * p.Hk * K);
@@ -69,10 +84,12 @@ inline Expected plain(const ScanParams& p, const std::vector<std::array<int64_t,
                 for (int64_t c = 0; c < V; c++)
                   S[i * V + c] += static_cast<double>(p.edits.left[e * K + i]) * p.edits.right[e * V + c];
         };
-        const double gate = std::exp(value(p.g, b, at, h));
         for (int64_t c = 0; c < V; c++) {
           double read = 0;
-          for (int64_t i = 0; i < K; i++) read += (S[i * V + c] *= gate) * k[i];
+          for (int64_t i = 0; i < K; i++) {
+            S[i * V + c] *= std::exp(value(p.g, b, at, h, p.channel_gate ? i : 0));
+            read += reads ? S[i * V + c] * k[i] : 0.0;
+          }
           u[c] = native ? value(p.beta, b, at, h) * (value(p.v, b, at, h, c) - read) : 0.0;
           for (int64_t i = 0; i < K; i++) S[i * V + c] += k[i] * u[c];
         }

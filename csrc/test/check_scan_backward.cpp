@@ -1,5 +1,5 @@
-// The backward of gated_delta_rule, the CPU's and the CUDA kernels under the host twin, against a plain reverse loop in double,
-// over awkward sizes, packed rows, edits and snapshots.
+// Every write rule's backward, the CPU's, with a gate of the head and one of each channel, and the CUDA kernels under the host
+// twin, against a plain reverse loop in double, over awkward sizes, packed rows, edits and snapshots.
 #include <algorithm>
 #include <array>
 #include <cstdlib>
@@ -7,13 +7,28 @@
 
 #include "cuda/tile.cuh"
 #include "gated_delta_rule.h"
-#include "harness.h"
+#include "scan_plain.h"
+#include "ssd.h"
 
 using namespace writesae;
 using namespace writesae::test;
 namespace tile = writesae::tile;
 
 namespace {
+
+struct Rule {
+  const char* name;
+  bool reads;
+  decltype(&cpu::gated_delta_rule::backward) on_cpu;
+  decltype(&cuda::gated_delta_rule::backward_workspace) workspace;
+  decltype(&cuda::gated_delta_rule::backward) on_cuda;
+};
+
+const Rule RULES[] = {
+    {"gated_delta_rule", true, cpu::gated_delta_rule::backward, cuda::gated_delta_rule::backward_workspace,
+     cuda::gated_delta_rule::backward},
+    {"ssd", false, cpu::ssd::backward, cuda::ssd::backward_workspace, cuda::ssd::backward},
+};
 
 struct Case {
   int64_t B, Hk, H, K, V;
@@ -28,17 +43,18 @@ struct Gradients {
 
 using Sequences = std::vector<std::array<int64_t, 3>>;  // batch row, first token, length
 
-double value(const View& x, int64_t a, int64_t b, int64_t c, int64_t d = 0) {
-  return x.data == nullptr ? 0.0 : static_cast<double>(*static_cast<const float*>(x.at(a, b, c, d)));
+double value_or_zero(const View& x, int64_t a, int64_t b, int64_t c, int64_t d) {
+  return x.data == nullptr ? 0.0 : value(x, a, b, c, d);
 }
 
 // Forward and reverse, token by token, every state kept. Fills `right` (the increments) on the way.
-Gradients plain(const ScanBackwardParams& p, const Sequences& sequences, std::vector<float>& right) {
+Gradients plain(const ScanBackwardParams& p, const Sequences& sequences, bool reads, std::vector<float>& right) {
   const ScanParams& in = p.in;
   const int64_t K = in.K, V = in.V, T = in.T, H = in.H, Hk = in.Hk, E = in.edits.count;
   Gradients out;
   out.q.assign(in.B * T * Hk * K, 0), out.k = out.q, out.v.assign(in.B * T * H * V, 0);
-  out.g.assign(in.B * T * H, 0), out.beta = out.g, out.initial.assign(in.N * H * K * V, 0);
+  out.g.assign(in.B * T * H * (in.channel_gate ? K : 1), 0), out.beta.assign(in.B * T * H, 0),
+      out.initial.assign(in.N * H * K * V, 0);
   out.left.assign(E * K, 0), out.right.assign(E * V, 0);
   if (p.d_left != nullptr) std::copy_n(p.d_left, out.k.size(), out.k.begin());
   const auto unit = [&](const View& x, int64_t b, int64_t t, int64_t h, double scale) {
@@ -52,6 +68,9 @@ Gradients plain(const ScanBackwardParams& p, const Sequences& sequences, std::ve
   const auto edit_at = [&](int64_t e, int64_t n, int64_t t, int64_t h) {
     const int64_t* x = in.edits.index + 4 * e;
     return x[0] == n && x[1] == t && x[2] == h;
+  };
+  const auto gate_of = [&](int64_t b, int64_t t, int64_t h, int64_t i) {
+    return std::exp(value(in.g, b, t, h, in.channel_gate ? i : 0));
   };
   for (int64_t n = 0; n < in.N; n++)
     for (int64_t h = 0; h < H; h++) {
@@ -67,11 +86,11 @@ Gradients plain(const ScanBackwardParams& p, const Sequences& sequences, std::ve
             native[t] = native[t] && !in.edits.kind(e).removes();
             kept[t] = kept[t] && !in.edits.kind(e).removes_after();
           }
-        for (double& x : S) x *= std::exp(value(in.g, b, origin + t, h));
+        for (int64_t i = 0; i < K * V; i++) S[i] *= gate_of(b, origin + t, h, i / V);
         decayed[t] = S;
         for (int64_t c = 0; c < V; c++) {
           double read = 0;
-          for (int64_t i = 0; i < K; i++) read += S[i * V + c] * k[i];
+          for (int64_t i = 0; i < K && reads; i++) read += S[i * V + c] * k[i];
           u[t][c] = native[t] ? value(in.beta, b, origin + t, h) * (value(in.v, b, origin + t, h, c) - read) : 0.0;
           right[((b * T + origin + t) * H + h) * V + c] = u[t][c];
           for (int64_t i = 0; i < K; i++) S[i * V + c] += k[i] * u[t][c];
@@ -90,7 +109,7 @@ Gradients plain(const ScanBackwardParams& p, const Sequences& sequences, std::ve
       if (p.d_final_state != nullptr) std::copy_n(p.d_final_state + (n * H + h) * K * V, K * V, D.begin());
       for (int64_t t = length - 1; t >= 0; t--) {
         const auto k = unit(in.k, b, origin + t, hk, 1), q = unit(in.q, b, origin + t, hk, in.scale);
-        const double gate = std::exp(value(in.g, b, origin + t, h)), beta = value(in.beta, b, origin + t, h);
+        const double beta = value(in.beta, b, origin + t, h);
         for (int64_t i = 0; i < in.P && p.d_snapshots != nullptr; i++)
           if (in.places[2 * i] == n && in.places[2 * i + 1] == t)
             for (int64_t x = 0; x < K * V; x++) D[x] += p.d_snapshots[(i * H + h) * K * V + x];
@@ -107,7 +126,7 @@ Gradients plain(const ScanBackwardParams& p, const Sequences& sequences, std::ve
         std::fill(dk.begin(), dk.end(), 0.0), std::fill(dq.begin(), dq.end(), 0.0);
         for (int64_t i = 0; i < K; i++)
           for (int64_t c = 0; c < V; c++) {
-            const double d_o = value(p.d_o, b, origin + t, h, c);
+            const double d_o = value_or_zero(p.d_o, b, origin + t, h, c);
             dq[i] += read_of[t][i * V + c] * d_o;
             D[i * V + c] += q[i] * d_o;
           }
@@ -115,9 +134,9 @@ Gradients plain(const ScanBackwardParams& p, const Sequences& sequences, std::ve
         const int64_t at = (b * T + origin + t) * H + h;
         for (int64_t c = 0; c < V; c++) {
           double read = 0;
-          du[c] = value(p.d_right, b, origin + t, h, c);
+          du[c] = value_or_zero(p.d_right, b, origin + t, h, c);
           for (int64_t i = 0; i < K; i++) {
-            read += decayed[t][i * V + c] * k[i];
+            read += reads ? decayed[t][i * V + c] * k[i] : 0.0;
             const double on_write = D[i * V + c] - (kept[t] ? 0.0 : later[i * V + c]);
             du[c] += on_write * k[i];
             dk[i] += on_write * u[t][c];
@@ -128,10 +147,10 @@ Gradients plain(const ScanBackwardParams& p, const Sequences& sequences, std::ve
         }
         for (int64_t i = 0; i < K; i++)
           for (int64_t c = 0; c < V; c++) {
-            dk[i] -= decayed[t][i * V + c] * dw[c];
-            D[i * V + c] -= k[i] * dw[c];
-            out.g[at] += decayed[t][i * V + c] * D[i * V + c];
-            D[i * V + c] *= gate;
+            dk[i] -= reads ? decayed[t][i * V + c] * dw[c] : 0.0;
+            D[i * V + c] -= reads ? k[i] * dw[c] : 0.0;
+            out.g[in.channel_gate ? at * K + i : at] += decayed[t][i * V + c] * D[i * V + c];
+            D[i * V + c] *= gate_of(b, origin + t, h, i);
           }
         const int64_t row = ((b * T + origin + t) * Hk + hk) * K;
         for (int64_t i = 0; i < K; i++) out.q[row + i] += dq[i], out.k[row + i] += dk[i];
@@ -152,7 +171,7 @@ Gradients plain(const ScanBackwardParams& p, const Sequences& sequences, std::ve
 }
 
 // threads: of the CPU's kernels; 0 for the CUDA kernels.
-void check(const Case& c, int thread_count) {
+void check(const Rule& rule, bool channels, const Case& c, int thread_count) {
   ScanBackwardParams p = {};
   ScanParams& in = p.in;
   in.B = c.B, in.Hk = c.Hk, in.H = c.H, in.K = c.K, in.V = c.V, in.N = c.B > 1 ? c.B : c.lengths.size();
@@ -168,9 +187,9 @@ void check(const Case& c, int thread_count) {
   const auto fused = normal(c.B * in.T * wide, c.l2norm ? 1.0f : 0.15f);
   in.q = view(fused, in.T * wide, wide, c.K, 1), in.k = in.q, in.v = view(fused, in.T * wide, wide, c.V, 1);
   in.k.data = fused.data() + c.Hk * c.K, in.v.data = fused.data() + 2 * c.Hk * c.K;
-  auto g = normal(c.B * in.T * c.H), beta = g;
-  for (size_t i = 0; i < g.size(); i++) beta[i] = 1 / (1 + std::exp(-g[i])), g[i] = -0.2f * std::abs(g[i]);
-  in.g = view(g, in.T * c.H, c.H, 1, 0), in.beta = view(beta, in.T * c.H, c.H, 1, 0);
+  auto beta = normal(c.B * in.T * c.H);
+  const auto g = gates(in, channels, beta);
+  in.beta = view(beta, in.T * c.H, c.H, 1, 0);
   in.scale = 0.3f, in.use_qk_l2norm = c.l2norm;
   const int64_t states = in.N * c.H * c.K * c.V, rows = c.B * in.T * c.H * c.V;
   const auto initial = normal(states);
@@ -201,20 +220,21 @@ void check(const Case& c, int thread_count) {
     p.d_final_state = d_final.data(), p.d_snapshots = d_shots.data();
   }
   auto right = poison(rows);
-  const Gradients expected = plain(p, sequences, right);
+  const Gradients expected = plain(p, sequences, rule.reads, right);
   p.right = view(right, in.T * c.H * c.V, c.H * c.V, c.V, 1);
-  auto q = poison(d_left.size()), k = q, v = poison(rows), dg = poison(g.size()), db = dg, start = poison(states);
+  auto q = poison(d_left.size()), k = q, v = poison(rows), dg = poison(g.size()), db = poison(beta.size()),
+       start = poison(states);
   auto left = poison(edit_left.size()), added = poison(edit_right.size());
   p.d_q = q.data(), p.d_k = k.data(), p.d_v = v.data(), p.d_g = dg.data(), p.d_beta = db.data();
   p.d_initial_state = start.data(), p.d_edit_left = left.data(), p.d_edit_right = added.data();
   if (thread_count > 0) {
-    cpu::gated_delta_rule::backward(p, threads(thread_count));
+    rule.on_cpu(p, threads(thread_count));
   } else {
     // Exactly as many bytes as asked for, full of NaN.
-    const int64_t bytes = cuda::gated_delta_rule::backward_workspace(p);
+    const int64_t bytes = rule.workspace(p);
     auto* workspace = static_cast<char*>(std::aligned_alloc(256, bytes));
     std::memset(workspace, 0xff, bytes);
-    cuda::gated_delta_rule::backward(p, workspace, nullptr);
+    rule.on_cuda(p, workspace, nullptr);
     std::free(workspace);
   }
   expect_close("d_q", q, expected.q);
@@ -238,13 +258,19 @@ int main() {
       {1, 2, 8, 8, 8, {1100}, 15, true, true, true},
   };
   each_isa([&](const std::string& name) {
-    for (const Case& c : cases)
-      for (int thread_count : {1, 3}) check(c, thread_count);
-    std::printf("gated_delta_rule_backward, %s: %zu cases agree\n", name.c_str(), cases.size());
+    for (const Rule& rule : RULES) {
+      for (bool channels : {false, true})
+        for (const Case& c : cases)
+          for (int thread_count : {1, 3}) check(rule, channels, c, thread_count);
+      std::printf("%s_backward, %s: %zu cases agree, and as many with a gate of each channel\n", rule.name, name.c_str(),
+                  cases.size());
+    }
   });
-  for (const auto schedule : {tile::twin::Schedule::forward, tile::twin::Schedule::reverse}) {
-    tile::twin::schedule = schedule;
-    for (const Case& c : cases) check(c, 0);
+  for (const Rule& rule : RULES) {
+    for (const auto schedule : {tile::twin::Schedule::forward, tile::twin::Schedule::reverse}) {
+      tile::twin::schedule = schedule;
+      for (const Case& c : cases) check(rule, false, c, 0);
+    }
+    std::printf("%s_backward, CUDA kernels under the host twin: %zu cases agree\n", rule.name, cases.size());
   }
-  std::printf("gated_delta_rule_backward, CUDA kernels under the host twin: %zu cases agree\n", cases.size());
 }

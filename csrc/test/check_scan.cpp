@@ -1,10 +1,25 @@
-// gated_delta_rule and its step against a plain loop in double, over awkward sizes, packed rows, edits and snapshots.
-#include "gated_delta_rule_plain.h"
+// Every write rule's scan and step, with a gate of the head and one of each channel, against a plain loop in double, over
+// awkward sizes, packed rows, edits and snapshots.
+#include "gated_delta_rule.h"
+#include "scan_plain.h"
+#include "ssd.h"
 
 using namespace writesae;
 using namespace writesae::test;
 
 namespace {
+
+struct Rule {
+  const char* name;
+  bool reads;
+  decltype(&cpu::gated_delta_rule::forward) forward;
+  decltype(&cpu::gated_delta_rule::step) step;
+};
+
+constexpr Rule RULES[] = {
+    {"gated_delta_rule", true, cpu::gated_delta_rule::forward, cpu::gated_delta_rule::step},
+    {"ssd", false, cpu::ssd::forward, cpu::ssd::step},
+};
 
 struct Case {
   int64_t B, Hk, H, K, V;
@@ -13,7 +28,7 @@ struct Case {
   bool initial, writes, l2norm;
 };
 
-void check(const Case& c, int thread_count) {
+void check(const Rule& rule, bool channels, const Case& c, int thread_count) {
   ScanParams p = {};
   p.B = c.B, p.Hk = c.Hk, p.H = c.H, p.K = c.K, p.V = c.V, p.N = c.B > 1 ? c.B : c.lengths.size();
   std::vector<int64_t> offsets = {0};
@@ -30,9 +45,9 @@ void check(const Case& c, int thread_count) {
   const auto fused = normal(c.B * p.T * wide, c.l2norm ? 1.0f : 0.15f);
   p.q = view(fused, p.T * wide, wide, c.K, 1), p.k = p.q, p.v = view(fused, p.T * wide, wide, c.V, 1);
   p.k.data = fused.data() + c.Hk * c.K, p.v.data = fused.data() + 2 * c.Hk * c.K;
-  auto g = normal(c.B * p.T * c.H), beta = g;
-  for (size_t i = 0; i < g.size(); i++) beta[i] = 1 / (1 + std::exp(-g[i])), g[i] = -0.2f * std::abs(g[i]);
-  p.g = view(g, p.T * c.H, c.H, 1, 0), p.beta = view(beta, p.T * c.H, c.H, 1, 0);
+  auto beta = normal(c.B * p.T * c.H);
+  const auto g = gates(p, channels, beta);
+  p.beta = view(beta, p.T * c.H, c.H, 1, 0);
   p.scale = 0.3f, p.use_qk_l2norm = c.l2norm;
   const auto initial = normal(p.N * c.H * c.K * c.V);
   p.initial_state = c.initial ? initial.data() : nullptr;
@@ -58,8 +73,8 @@ void check(const Case& c, int thread_count) {
   auto left = poison(c.B * p.T * c.Hk * c.K), snapshots = poison(p.P * c.H * c.K * c.V);
   p.o = o.data(), p.o_type = Element::f32, p.final_state = final_state.data(), p.snapshots = snapshots.data();
   p.left = c.writes ? left.data() : nullptr, p.right = c.writes ? right.data() : nullptr;
-  cpu::gated_delta_rule::forward(p, threads(thread_count));
-  const Expected expected = plain(p, sequences);
+  rule.forward(p, threads(thread_count));
+  const Expected expected = plain(p, sequences, rule.reads);
   expect_close("o", o, expected.o);
   expect_close("final_state", final_state, expected.final_state);
   expect_close("snapshots", snapshots, expected.snapshots);
@@ -77,7 +92,7 @@ void check(const Case& c, int thread_count) {
              first_right.data()};
   p.P = 0, p.initial_state = initial.data();
   for (auto& sequence : sequences) sequence[2] = 1;
-  const Expected once = plain(p, sequences);
+  const Expected once = plain(p, sequences, rule.reads);
   std::vector<double> want_o, want_right;
   for (int64_t b = 0; b < c.B; b++) {
     const int64_t at = b * p.T * c.H * c.V;
@@ -91,18 +106,18 @@ void check(const Case& c, int thread_count) {
     return x;
   };
   s.q = drop_time(p.q), s.k = drop_time(p.k), s.v = drop_time(p.v), s.g = drop_time(p.g), s.beta = drop_time(p.beta);
-  s.scale = p.scale, s.use_qk_l2norm = p.use_qk_l2norm, s.edits = p.edits;
+  s.channel_gate = channels, s.scale = p.scale, s.use_qk_l2norm = p.use_qk_l2norm, s.edits = p.edits;
   auto state = initial, step_o = poison(want_o.size()), step_right = step_o, step_left = poison(c.B * c.Hk * c.K);
   s.state = state.data(), s.o = step_o.data(), s.o_type = Element::f32;
   s.left = step_left.data(), s.right = step_right.data();
-  cpu::gated_delta_rule::step(s, threads(thread_count));
+  rule.step(s, threads(thread_count));
   expect_close("step o", step_o, want_o);
   expect_close("step right", step_right, want_right);
   expect_close("step state", state, once.final_state);
 }
 
 // Half-precision inputs and outputs: every bit pattern passes through the conversions, values untouched.
-void check_halves() {
+void check_halves(const Rule& rule) {
   for (Element type : {Element::bf16, Element::f16}) {
     const int64_t T = 65536;
     std::vector<uint16_t> v(T), o(T);
@@ -118,7 +133,7 @@ void check_halves() {
       if ((bits & exponent) == exponent) bits = 0;
     std::vector<float> final_state(1);
     p.final_state = final_state.data();
-    cpu::gated_delta_rule::forward(p, threads(1));
+    rule.forward(p, threads(1));
     for (int64_t i = 0; i < T; i++)
       if (o[i] != v[i] && (v[i] & 0x7fff) != 0) {
         std::fprintf(stderr, "half conversion: %04x became %04x\n", v[i], o[i]);
@@ -138,9 +153,13 @@ int main() {
       {1, 1, 1, 8, 8, {2500}, 15, true, true, true},
   };
   each_isa([&](const std::string& name) {
-    for (const Case& c : cases)
-      for (int thread_count : {1, 3}) check(c, thread_count);
-    check_halves();
-    std::printf("gated_delta_rule, %s: %zu cases agree\n", name.c_str(), cases.size());
+    for (const Rule& rule : RULES) {
+      for (bool channels : {false, true})
+        for (const Case& c : cases)
+          for (int thread_count : {1, 3}) check(rule, channels, c, thread_count);
+      check_halves(rule);
+      std::printf("%s, %s: %zu cases agree, and as many with a gate of each channel\n", rule.name, name.c_str(),
+                  cases.size());
+    }
   });
 }
