@@ -5,10 +5,8 @@
 
 #include "cpu/bf16.h"
 #include "cpu/isa.h"
-#include "gated_delta_rule.h"
 #include "operators.h"
 #include "schemas.h"
-#include "ssd.h"
 
 namespace writesae {
 namespace {
@@ -57,8 +55,7 @@ STABLE_TORCH_LIBRARY_IMPL(writesae, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(writesae, CPU, m) {
   m.impl("causal_conv", TORCH_BOX(&writesae::causal_conv));
-  writesae::implement_scan<writesae::GatedDeltaRule>(m);
-  writesae::implement_scan<writesae::Ssd>(m);
+  writesae::for_each_scan([&](auto rule) { writesae::implement_scan<decltype(rule)>(m); });
   m.impl("encode_topk", TORCH_BOX(&writesae::encode_topk));
   m.impl("encode_threshold", TORCH_BOX(&writesae::encode_threshold));
   m.impl("encode_at", TORCH_BOX(&writesae::encode_at));

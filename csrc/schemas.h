@@ -2,13 +2,13 @@
 #pragma once
 
 #include "scan_operators.h"
+#include "scans.h"
 
 namespace writesae {
 
 template <class Module>
 void define_device_operators(Module& m) {
-  define_scan(m, "gated_delta_rule");
-  define_scan(m, "ssd");
+  for_each_scan([&](auto rule) { define_scan(m, decltype(rule)::NAME); });
   m.def(
       "encode_topk(Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc, Tensor w_enc, Tensor? b_enc, "
       "int k, Tensor? carry, Tensor? cu_seqlens, Tensor? edit_index, Tensor? edit_left, Tensor? edit_right, "

@@ -17,7 +17,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE, CSRC = ROOT / "writesae", ROOT / "csrc"
 OPS = sorted(p.stem for p in (PACKAGE / "ops" / "reference").glob("*.py") if p.stem not in ("__init__", "scan"))
-RULES = ("dplr", "gated_delta_rule", "selective_scan", "ssd")  # the ops that make writes
+RULES = tuple(x for x in OPS if "\nRULE = Rule(" in (PACKAGE / "ops" / f"{x}.py").read_text())  # ops that make writes
 MACHINERY = ("scan", "tile", "operand", "host_twin", "library")  # files of csrc/cuda that serve every op
 
 # folder or module -> what of writesae it may import (itself always)
@@ -164,7 +164,7 @@ def code(path: Path) -> str:
 
 
 SOURCES = sorted(x for x in CSRC.rglob("*") if x.suffix in (".cpp", ".h", ".cu", ".cuh"))
-TABLES = {"library.cpp", "operators.h", "schemas.h"}  # of all operators, in csrc and csrc/cuda
+TABLES = {"library.cpp", "operators.h", "schemas.h", "scans.h"}  # of all operators, in csrc and csrc/cuda
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(CSRC)))

@@ -6,10 +6,8 @@
 #include <vector>
 
 #include "encode.h"
-#include "gated_delta_rule.h"
 #include "operators.h"
 #include "schemas.h"
-#include "ssd.h"
 #if WRITESAE_SIDE == 2
 #include "cuda/tile.cuh"
 #endif
@@ -18,8 +16,7 @@ namespace writesae {
 
 template <class Module>
 void implement_device_operators(Module& m) {
-  implement_scan<GatedDeltaRule>(m);
-  implement_scan<Ssd>(m);
+  for_each_scan([&](auto rule) { implement_scan<decltype(rule)>(m); });
   m.impl("encode_topk", TORCH_BOX(&encode_topk));
   m.impl("encode_threshold", TORCH_BOX(&encode_threshold));
   m.impl("encode_at", TORCH_BOX(&encode_at));

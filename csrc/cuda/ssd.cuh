@@ -10,7 +10,7 @@ struct Rule {
   static constexpr const char* NAME = "ssd";
   static constexpr bool READS = false, CHANNEL = false, ALL = false;
 
-  // Host: the kernels in one type of computation, ssd_<type>.cu and ssd_backward_<type>.cu.
+  // Host: the kernels in one type of computation, ssd_<type>.cu.
   template <class T>
   static void run_prepare(const Problem& p, tile::Stream stream);
   template <class T>
