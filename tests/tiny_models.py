@@ -100,8 +100,8 @@ _MAMBA2 = {
         "Zamba2",
         dict(
             num_attention_heads=4, num_key_value_heads=4, attention_head_dim=16, mamba_headdim=16, mamba_d_state=8,
-            mamba_ngroups=2, n_mamba_heads=4, mamba_expand=2, chunk_size=8, layers_block_type=["mamba", "hybrid", "mamba"],
-            num_mem_blocks=1, use_shared_attention_adapter=False,
+            mamba_ngroups=2, n_mamba_heads=4, mamba_expand=2, chunk_size=8,
+            layers_block_type=["mamba", "hybrid", "mamba"], num_mem_blocks=1, use_shared_attention_adapter=False,
         ),
     ),
 }  # fmt: skip

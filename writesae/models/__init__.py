@@ -1,6 +1,5 @@
 """Hooks into transformers models: `attach`, `load`, `stopping_after`; and the seam under them, `layers`, `intercept`,
-`running`, with a table a family of models (`Binding`,
-`hf_gated_delta`, `hf_mamba2`)."""
+`running`, with a table a family of models (`Binding`, `hf_gated_delta`, `hf_mamba2`)."""
 
 from . import hf_gated_delta, hf_mamba2
 from .attach import attach

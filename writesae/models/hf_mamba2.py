@@ -1,4 +1,4 @@
-"""Mamba-2 (SSD) in transformers since 5.15: Mamba-2, Bamba, Nemotron-H, Granite-4 (GraniteMoeHybrid), Falcon-H1, Zamba2.
+"""Mamba-2 in transformers since 5.15: Mamba-2, Bamba, Nemotron-H, Granite-4 (GraniteMoeHybrid), Falcon-H1, Zamba2.
 
 A layer's forward calls `mamba2_chunk_scan` for whole sequences and `mamba2_selective_state_update` for one token on a
 cache, by their names in its own file. Both keep states as `[B, H, V, K]`, the transpose of ours. What they do around
@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -72,7 +71,9 @@ def _of_heads(given: Given, name: str, axes: int) -> Tensor:
             f"model: expected {name} of mamba2_selective_state_update to be one value a head (expanded), got shape "
             f"{tuple(x.shape)} with strides {x.stride()}"
         )
-    return x[(..., *[0] * axes)]
+    for _ in range(axes):
+        x = x[..., 0]
+    return x
 
 
 def _bind_one(site: LayerSite, given: Given) -> RuleCall:
@@ -134,7 +135,7 @@ BINDING = register(
     Binding(
         name="Mamba-2 recurrence",
         kind="Mamba-2",
-        models=("Mamba-2", "Nemotron-H", "Granite-4", "Falcon-H1", "Bamba", "Zamba2"),
+        models=("Mamba-2 in transformers >= 5.15", "Nemotron-H", "Granite-4", "Falcon-H1", "Bamba", "Zamba2"),
         rule=RULE,
         recurrences=(_SCAN, _STEP),
         layer={

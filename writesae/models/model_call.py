@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from . import generation
 from .columns import columns_held, note_columns
 
+# Models (`config.model_type`) that make their attention masks without position_ids.
+_MIXES_WHATEVER = ("granitemoehybrid",)
+
 
 class Stopped(Exception):
     """The last layer wanted has run: raised through a model's forward to end it early, on purpose."""
@@ -147,6 +150,11 @@ class ModelCall:
             raise ValueError(
                 f"packed batch: {type(self.root).__name__} reads n-grams across sequences in its per-layer embeddings, "
                 "which nothing here can keep apart; feed the sequences as rows of a padded batch"
+            )
+        if self._mixes_in_attention() and getattr(text_config(self.root), "model_type", None) in _MIXES_WHATEVER:
+            raise ValueError(
+                f"packed batch: the full-attention layers of {type(self.root).__name__} mix the sequences whatever "
+                "position_ids say; feed the sequences as rows of a padded batch"
             )
         if (
             stated is not None

@@ -136,8 +136,8 @@ class _Trial:
             given = recurrence.read(met.args, recurrence.asking(met.kwargs))
             mine = recurrence.parts(given, recurrence.answer(given, ours))
         # The coarsest dtype given: the rule may have been handed more than the model works with.
-        given = [recurrence.read(args, kwargs)[name].dtype for name in recurrence.arguments]
-        runs = max(given, key=lambda dtype: torch.finfo(dtype).eps)
+        dtypes = [recurrence.read(args, kwargs)[name].dtype for name in recurrence.arguments]
+        runs = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
         for part, a, b in zip(("output", "state"), mine, theirs, strict=True):
             _compare(f"the {part} of {where}", a, b, runs)
 
