@@ -113,6 +113,31 @@ def test_generate_with_pads(family):
     assert len(mine) == int((pre.topk(3).values > 0).sum()) > 10
 
 
+@family_all
+@torch.no_grad()
+def test_padded_rows(family):
+    model, text = tiny_mamba2(family), tokens(3, 9)
+    mask = torch.ones_like(text)
+    mask[0, :4], mask[1, 6:] = 0, 0
+    layer = layers(model)[-1].layer_index
+    plain = model(text, attention_mask=mask).logits
+    with attach(model, {(layer, 0): None}, accelerate=True) as tap:
+        close(model(text, attention_mask=mask).logits[mask.bool()], plain[mask.bool()])
+    right = tap.writes[layer].right.flatten(2).abs().amax(-1)
+    assert not right[mask == 0].any() and right[mask == 1].min() > 0
+    close(model(text[:1, 4:], position_ids=torch.arange(4, 9)[None]).logits, plain[:1, 4:], 1e-4)
+
+
+def test_under_autocast():
+    model, text = tiny_mamba2(), tokens(2, 9)
+    self_test._passed.clear()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        plain = model(text).logits
+        with attach(model, {(1, 0): None}) as tap:
+            close(model(text).logits.float(), plain.float(), 0.1)
+    assert tap.calls == {1: 1}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @torch.no_grad()
 def test_other_dtypes(dtype):
@@ -351,6 +376,15 @@ def test_a_cache_filled_before(family):
 
 
 @torch.no_grad()
+def test_a_cache_filled_before_will_do_where_no_column_is_asked_for():
+    model, text = tiny_mamba2(), tokens(2, 6)
+    plain = model(text).logits
+    cache = cache_of(model(text[:, :4], use_cache=True))
+    with attach(model, {}, accelerate=True):
+        close(model(text[:, 4:], use_cache=True, **given_cache(model, cache)).logits, plain[:, 4:])
+
+
+@torch.no_grad()
 def test_columns_of_copies_and_of_a_cache_that_was_used_elsewhere():
     model, text = tiny_mamba2(), tokens(2, 8)
     plain = model(text).logits
@@ -404,6 +438,7 @@ WRONG = {
     "dt": (SCAN, "dt", lambda dt: dt + 0.1, "the output of the Mamba-2 recurrence of layer 0 differs"),
     "A": (SCAN, "A", lambda A: 1.5 * A, "the output of the Mamba-2 recurrence of layer 0 differs"),
     "x of a step": (STEP, "x", lambda x: x.flip(2), "the output of the one-token rule of layer 0 differs"),
+    "state of a step": (STEP, "A", lambda A: 0.5 * A, "the output of the one-token rule of layer 0 differs"),
     "dt of a step": (STEP, "dt", lambda dt: dt.clamp(min=5.0), "the output of the one-token rule of layer 0 differs"),
 }
 
@@ -425,6 +460,15 @@ def test_the_self_test_catches_a_state_that_lies_otherwise(monkeypatch):
     monkeypatch.setattr(sites, "bindings", [replace(table, recurrences=(scan, STEP))])
     self_test._passed.clear()
     with pytest.raises(RuntimeError, match="attach: self-test failed: the .* of the Mamba-2 recurrence of layer 0"):
+        with attach(tiny_mamba2(), {(0, 0): None}):
+            pass
+
+
+def test_the_self_test_catches_a_forgotten_gate(monkeypatch):
+    step = replace(STEP, answer=lambda given, output: STEP.answer({**given, "z": None}, output))
+    monkeypatch.setattr(sites, "bindings", [replace(hf_mamba2.BINDING, recurrences=(SCAN, step))])
+    self_test._passed.clear()
+    with pytest.raises(RuntimeError, match="self-test failed: the output of the one-token rule of layer 0 differs"):
         with attach(tiny_mamba2(), {(0, 0): None}):
             pass
 

@@ -9,11 +9,11 @@ from torch import Tensor
 _NOTE = "_writesae_columns"  # attribute of a cache: (columns it held, state that went with them)
 
 
-def columns_held(cache) -> int:
-    """Columns that a cache holds.
+def columns_held(cache) -> int | None:
+    """Columns that a cache holds; None where it does not say, and was filled or changed while nobody counted.
 
     Raises:
-        ValueError: it does not say, and was filled or changed while nothing was attached that could count.
+        ValueError: it is no cache that could say.
     """
     length = getattr(cache, "get_seq_length", None)
     if length is None:
@@ -26,13 +26,7 @@ def columns_held(cache) -> int:
     if state is None or not cache.has_previous_state():
         return 0
     columns, known = getattr(cache, _NOTE, (0, None))
-    if known is None or not _same_rows(state, known):
-        raise ValueError(
-            "cache: expected one that was empty or filled while attached, got one of recurrent layers alone, which "
-            "does not say how many columns it holds, filled or changed while nothing was attached; attach before the "
-            "first call"
-        )
-    return columns
+    return columns if known is not None and _same_rows(state, known) else None
 
 
 def note_columns(cache, columns: int) -> None:

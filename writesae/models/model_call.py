@@ -74,9 +74,16 @@ class ModelCall:
     # ---- columns ----------------------------------------------------------------------------------------------
 
     def start(self, cache) -> int:
-        """Columns the cache held before this call; this call's first column is that one."""
+        """Columns the cache held before this call; this call's first column is that one. Raises ValueError where nobody
+        knows."""
         if self.cache is None:  # no cache, or one made inside this very call
             self.cache, self._past = cache, 0
+        if self._past is None:
+            raise ValueError(
+                "cache: expected one that was empty or filled while attached, got one of recurrent layers alone, which "
+                "does not say how many columns it holds, filled or changed while nothing was attached; attach before "
+                "the first call"
+            )
         return self._past
 
     def feed(self, cache, T: int) -> None:
@@ -208,7 +215,9 @@ class ModelCall:
             (part.keep if keep else part.undo)()
         if keep and self._fed is not None:
             cache, T = self._fed
-            note_columns(cache, self.start(cache) + T)
+            past = 0 if self.cache is None else self._past  # 0: made inside this call
+            if past is not None:
+                note_columns(cache, past + T)
         if keep and self._stop and self.generation is not None:
             self.generation.recorded(self._stop)
 
