@@ -179,9 +179,9 @@ def test_chained_calls_are_one_call(lengths, target):
     torch.testing.assert_close(carry, whole.carry, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["T1", "T65", "packed", "edits", "packed edits", "rank 2", "few tokens"])
-def test_threshold_mode(case):
-    writes, v, w, b, _, heads = build(CASES[case])
+@pytest.mark.parametrize("which", ["T1", "T65", "packed", "edits", "packed edits", "rank 2", "few tokens"])
+def test_threshold_mode(which):
+    writes, v, w, b, _, heads = build(CASES[which])
     given = writes.to(torch.float32), *(x.float() for x in (v, w, b))
     each = torch.rand(len(heads), v.shape[1]) * 3
     pre, _ = preactivations(writes, v, w, heads, writes.initial_state)

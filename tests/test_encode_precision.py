@@ -48,9 +48,9 @@ CASES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_against_rounded_reference(case):
-    writes, v, w, b = problem(**case)
+@pytest.mark.parametrize("sizes", CASES, ids=str)
+def test_against_rounded_reference(sizes):
+    writes, v, w, b = problem(**sizes)
     F = v.shape[1]
     expected = exact(writes, v, w, b, k=F)
     pre = torch.zeros(*expected.values.shape, dtype=torch.float64).scatter(-1, expected.indices, expected.values)
