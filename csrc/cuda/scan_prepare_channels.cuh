@@ -222,9 +222,6 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK, 2)
     }
 
     // ---- pairs of tokens of one 16 ------------------------------------------------------------------------------------------
-    float keys[16];
-#pragma unroll
-    for (int i = 0; i < 16; i++) keys[i] = tile::load_float(k.at(top + i, lane));
 #pragma unroll 1
     for (int j = 0; j < 16; j++) {
       const float own = tile::load_float(k.at(top + j, lane)), asked = tile::load_float(q.at(top + j, lane));
@@ -233,7 +230,7 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK, 2)
       for (int i = 15; i >= 0; i--) {
         x[i] = x[16 + i] = 0;
         if (i > j) continue;
-        const float decayed = tile::exponential(between) * keys[i];
+        const float decayed = tile::exponential(between) * tile::load_float(k.at(top + i, lane));
         x[i] = own * decayed, x[16 + i] = asked * decayed;
         between += gates[i];
       }
