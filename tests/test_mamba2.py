@@ -173,6 +173,36 @@ def test_wide_heads():
     assert tap.writes[0].left.shape[-1] == 64 and tap.writes[0].right.shape[-1] == 640
 
 
+@torch.no_grad()
+def test_falcon_with_a_norm_has_no_gate_in_its_step():
+    if "falcon_h1" not in FAMILIES:
+        pytest.skip("no Falcon-H1")
+    model, text = tiny_mamba2("falcon_h1", mamba_rms_norm=True), tokens(2, 5)
+    plain, states = model(text).logits, own_states(model, text, 0)
+    with attach(model, {(0, 0): None}):
+        out = go_on(model, text[:, :4], 0)
+        out = go_on(model, text[:, 4:], 4, cache_of(out))
+    close(out.logits, plain[:, 4:])
+    close(recurrent_state(cache_of(out), 0), states[:, -1])
+
+
+@torch.no_grad()
+def test_kernels_of_the_model_that_cannot_run_here(monkeypatch):
+    """With mamba_ssm installed and no GPU, the model's own functions fail; ours are held against the definition."""
+    model, text = tiny_mamba2(), tokens(2, 5)
+    plain = model(text).logits
+
+    def no_driver(*args, **kwargs):
+        raise RuntimeError("0 active drivers")
+
+    for name in ("mamba2_chunk_scan", "mamba2_selective_state_update"):
+        monkeypatch.setattr(functions(model), name, no_driver)
+    self_test._passed.clear()
+    with attach(model, {(0, 0): None}, accelerate=True):
+        out = go_on(model, text[:, :4], 0)
+        close(go_on(model, text[:, 4:], 4, cache_of(out)).logits, plain[:, 4:])
+
+
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f in ("nemotron_h", "zamba2")])
 @torch.no_grad()
 def test_step_sizes_are_limited_where_the_model_limits_them(family):
