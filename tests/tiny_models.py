@@ -1,4 +1,5 @@
-"""Tiny random models of every family on the gated delta rule: K != V, grouped heads, linear and full layers mixed."""
+"""Tiny random models of every family on the gated delta rule, and of those on Mamba-2's: K != V, grouped heads, linear
+and full layers mixed."""
 
 from __future__ import annotations
 
@@ -67,6 +68,76 @@ def tiny_model(
                 parameter.data.uniform_(-4.0, -1.0)
             elif parameter.ndim >= 2:
                 parameter.data.normal_(0.0, 0.25 if "conv" in parameter_name else parameter.shape[-1] ** -0.5)
+    return model.to(dtype)
+
+
+# ---- Mamba-2 ---------------------------------------------------------------------------------------------------
+
+_ATTENTION = dict(num_attention_heads=4, num_key_value_heads=2)
+_MAMBA = dict(
+    mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_n_groups=2, mamba_expand=2, mamba_chunk_size=8,
+)  # fmt: skip
+_MAMBA2 = {
+    "mamba2": ("Mamba2", dict(num_heads=4, head_dim=16, state_size=8, n_groups=2, expand=2, chunk_size=8)),
+    "bamba": ("Bamba", dict(**_ATTENTION, **_MAMBA, attn_layer_indices=[1])),
+    "nemotron_h": (
+        "NemotronH",
+        dict(
+            **_ATTENTION, head_dim=8, mamba_num_heads=4, mamba_head_dim=16, ssm_state_size=8, n_groups=2, expand=2,
+            chunk_size=8, layers_block_type=["mamba", "attention", "mlp"], n_routed_experts=4, moe_intermediate_size=16,
+            moe_shared_expert_intermediate_size=16,
+        ),
+    ),
+    "granitemoehybrid": (
+        "GraniteMoeHybrid",
+        dict(
+            **_ATTENTION, **_MAMBA, layer_types=["mamba", "attention", "mamba"], num_local_experts=0,
+            shared_intermediate_size=32,
+        ),
+    ),
+    "falcon_h1": ("FalconH1", dict(**_ATTENTION, **_MAMBA, head_dim=8, mamba_d_ssm=64)),
+    "zamba2": (
+        "Zamba2",
+        dict(
+            num_attention_heads=4, num_key_value_heads=4, attention_head_dim=16, mamba_headdim=16, mamba_d_state=8,
+            mamba_ngroups=2, n_mamba_heads=4, mamba_expand=2, chunk_size=8,
+            layers_block_type=["mamba", "hybrid", "mamba"], num_mem_blocks=1, use_shared_attention_adapter=False,
+        ),
+    ),
+}  # fmt: skip
+
+
+def mamba2_families() -> list[str]:
+    """Families on Mamba-2's rule that this transformers has with functions to stand in for (since 5.15)."""
+    try:
+        from transformers.models.mamba2 import modeling_mamba2
+    except ImportError:
+        return []
+    return list(_MAMBA2) if hasattr(modeling_mamba2, "mamba2_chunk_scan") else []
+
+
+def tiny_mamba2(family="mamba2", seed=0, dtype=torch.float32, **overrides):
+    """A random model in eval mode of four heads in two groups with K=8, V=16 whose states are felt in the logits."""
+    import transformers
+
+    name, sizes = _MAMBA2[family]
+    common = dict(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=3, intermediate_size=48, pad_token_id=0, bos_token_id=2,
+        eos_token_id=1, tie_word_embeddings=False,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = getattr(transformers, f"{name}Config")(**{**common, **sizes, **overrides})
+        model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("A_log"):
+                parameter.data.uniform_(-3.0, -1.0)
+            elif parameter_name.endswith("dt_bias"):
+                parameter.data.uniform_(-1.0, 1.0)
+            elif parameter_name.endswith(".D"):
+                parameter.data.uniform_(0.2, 1.0)
+            elif parameter.ndim >= 2:
+                parameter.data.normal_(0.0, 0.4 if "conv" in parameter_name else parameter.shape[-1] ** -0.5)
     return model.to(dtype)
 
 

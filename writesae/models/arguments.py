@@ -20,7 +20,7 @@ NAMES = {
     "attention_mask": ("attention_mask",),
     "position_ids": ("position_ids",),
     "hidden_states": ("hidden_states",),
-    "cu_seq_lens": ("cu_seq_lens_q",),
+    "cu_seq_lens": ("cu_seq_lens_q", "cu_seqlens"),
     "seq_idx": ("seq_idx",),
 }
 _CACHE_METHODS = ("get_seq_length", "update_recurrent_state", "has_previous_state")

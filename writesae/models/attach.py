@@ -1,4 +1,4 @@
-"""`attach`: runs a transformers model's gated-delta layers on `ops.gated_delta_rule`, to record, encode and edit."""
+"""`attach`: runs a transformers model's recurrent layers on our ops, to record, encode and edit."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def attach(
     Prefill, cached decoding, chunked continuation and `generate` (greedy, sampling, beams) work as without; so do
     padded batches, where nothing fires on a pad or on the pads that `generate` feeds to a finished row. Packed batches
     (one row, use_cache=False, no attention_mask, position_ids that restart, with or without cu_seq_lens_q) are kept
-    apart in every gated-delta layer of the model, hooked or not. Several attaches may be nested: each records, and the
+    apart in every recurrent layer of the model, hooked or not. Several attaches may be nested: each records, and the
     edits of all apply, outer ones first.
 
     An attach serves the calls of its own thread, and of threads that have never attached to this model themselves (a
@@ -71,13 +71,14 @@ def attach(
         effect = (tap.writes[9].right[:, :, :, 0] * tap.write_gradients[9]).sum(-1)     # [B, T, H], of every write
 
     Args:
-        model: a transformers model (or inner text model) that runs the gated delta rule.
+        model: a transformers model (or inner text model) with layers of a family that is known: the gated delta rule,
+            Mamba-2.
         sites: `{(layer, head): dictionary}`; head is a value head. None in place of a dictionary: writes only. May be
             empty with `edits` or `accelerate`.
         edits: `{layer: Edits}`; row is the row of the batch (with beams: of batch x beams; of a packed batch: the
             sequence), position the column in that row as fed, cached columns counted. An edit after the read leaves
             that column's output and codes as they are, and shows from the next column on.
-        accelerate: run all the model's gated-delta layers on our op, not only the hooked ones, and, on a CPU where no
+        accelerate: run all the model's recurrent layers on our op, not only the hooked ones, and, on a CPU where no
             gradient is asked, on our kernels the short convolution before it and the model's RMS norms.
         any_model: also with dictionaries that name another model than this one.
         strict: raise, instead of warning, where an edit's position never came; see `tap.applied`.
@@ -88,7 +89,8 @@ def attach(
             looking at once would stop it, when the tap is next asked for firings, cleared, or the context ends.
         record_writes: keep the `Writes` of the latest call of every hooked layer.
         write_gradients: let every backward pass fill `tap.write_gradients`.
-        backend: of `ops.gated_delta_rule` and `ops.encode`; None is the kernel of the model's device.
+        backend: of the rule (`ops.gated_delta_rule`, `ops.ssd`) and of `ops.encode`; None is the kernel of the model's
+            device.
         precision: of the products of `ops.encode`, "fp32" or "bf16"; see there. The model's own numbers stay as they
             are. No matter to dictionaries with a dense encoder.
 
@@ -98,8 +100,9 @@ def attach(
     Raises:
         ValueError: before anything runs, for a model without such layers, a layer or head it does not have, a
             full-attention layer, a dictionary or edit of other sizes than the head, a dictionary of another model;
-            while running, for a NaN in a state, an edit of a row that the batch does not have, or a call that cannot be
-            read; at the end, for a site that never ran or (`strict`) an edit whose position never came.
+            while running, for a NaN in a state, an edit of a row that the batch does not have, a call that cannot be
+            read, or a cache of recurrent layers alone (it does not count its columns) that was filled before attaching;
+            at the end, for a site that never ran or (`strict`) an edit whose position never came.
         RuntimeError: the self-test failed; the model is compiled; a hooked model recomputes its layers in the backward
             (gradient checkpointing).
 

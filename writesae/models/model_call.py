@@ -13,6 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from . import generation
+from .columns import columns_held, note_columns
+
+# Models (`config.model_type`) that make their attention masks without position_ids.
+_MIXES_WHATEVER = ("granitemoehybrid",)
 
 
 class Stopped(Exception):
@@ -36,6 +40,7 @@ class ModelCall:
         self.attention_mask = self.position_ids = None
         self.cache = self.cu_seq_lens = self.seq_idx = None
         self._past: int | None = None
+        self._fed: tuple | None = None
         self._packed: tuple[Tensor | None] | None = None
         self._generation: tuple[generation.Generation | None] | None = None
         self._stop = 0
@@ -69,10 +74,22 @@ class ModelCall:
     # ---- columns ----------------------------------------------------------------------------------------------
 
     def start(self, cache) -> int:
-        """Columns the cache held before this call; this call's first column is that one."""
+        """Columns the cache held before this call; this call's first column is that one. Raises ValueError where nobody
+        knows."""
         if self.cache is None:  # no cache, or one made inside this very call
             self.cache, self._past = cache, 0
+        if self._past is None:
+            raise ValueError(
+                "cache: expected one that was empty or filled while attached, got one of recurrent layers alone, which "
+                "does not say how many columns it holds, filled or changed while nothing was attached; attach before "
+                "the first call"
+            )
         return self._past
+
+    def feed(self, cache, T: int) -> None:
+        """A layer is given T columns with this cache."""
+        if cache is not None:
+            self._fed = cache, T
 
     def first_row(self, B: int) -> int:
         """Row number of this call's first row: 0, but for what guidance feeds beside the text, which comes after it."""
@@ -141,6 +158,11 @@ class ModelCall:
                 f"packed batch: {type(self.root).__name__} reads n-grams across sequences in its per-layer embeddings, "
                 "which nothing here can keep apart; feed the sequences as rows of a padded batch"
             )
+        if self._mixes_in_attention() and getattr(text_config(self.root), "model_type", None) in _MIXES_WHATEVER:
+            raise ValueError(
+                f"packed batch: the full-attention layers of {type(self.root).__name__} mix the sequences whatever "
+                "position_ids say; feed the sequences as rows of a padded batch"
+            )
         if (
             stated is not None
             and self._mixes_in_attention()
@@ -191,6 +213,11 @@ class ModelCall:
         pending, self.pending = self.pending, {}
         for part in pending.values():
             (part.keep if keep else part.undo)()
+        if keep and self._fed is not None:
+            cache, T = self._fed
+            past = 0 if self.cache is None else self._past  # 0: made inside this call
+            if past is not None:
+                note_columns(cache, past + T)
         if keep and self._stop and self.generation is not None:
             self.generation.recorded(self._stop)
 
@@ -209,16 +236,6 @@ def _on_purpose(error: BaseException) -> bool:
     )
 
 
-def columns_held(cache) -> int:
-    """Columns that a cache holds. Raises ValueError where it does not say."""
-    length = getattr(cache, "get_seq_length", None)
-    if length is None:
-        raise ValueError(
-            f"cache: expected one that says how many columns it holds (get_seq_length), got {type(cache).__name__}"
-        )
-    return int(length())
-
-
 def text_config(model: nn.Module):
     """The text part of a model's config, or None."""
     text = getattr(getattr(model, "config", None), "get_text_config", None)
@@ -226,7 +243,7 @@ def text_config(model: nn.Module):
 
 
 def has_attention(model: nn.Module) -> bool:
-    """Whether some layer is not linear. Without one, transformers' caches cannot be used."""
+    """Whether some layer is not linear."""
     types = getattr(text_config(model), "layer_types", None)
     return types is None or any(t != "linear_attention" for t in types)
 

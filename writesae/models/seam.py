@@ -165,6 +165,8 @@ def _layer_body(entry, call, args, kwargs):
         serving[0].site, ModelCall.current(), given.get("cache"), given.get("attention_mask"), given["hidden_states"],
         tuple(h.rule for h in serving if h.rule is not None), tuple(h.conv for h in serving if h.conv is not None),
     )  # fmt: skip
+    if frame.call is not None:
+        frame.call.feed(frame.cache, frame.hidden.shape[1])
     return frame.run(call, args, kwargs)
 
 

@@ -1,0 +1,64 @@
+"""How many columns a cache holds. Caches of attention layers say so; one of recurrent layers alone does not, and is
+counted here: what each call fed is noted on the cache itself, so that its copies know, too."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_NOTE = "_writesae_columns"  # attribute of a cache: (columns it held, state that went with them)
+
+
+def columns_held(cache) -> int | None:
+    """Columns that a cache holds; None where it does not say, and was filled or changed while nobody counted.
+
+    Raises:
+        ValueError: it is no cache that could say.
+    """
+    length = getattr(cache, "get_seq_length", None)
+    if length is None:
+        raise ValueError(
+            f"cache: expected one that says how many columns it holds (get_seq_length), got {type(cache).__name__}"
+        )
+    if not _is_silent(cache):
+        return int(length())
+    state = _last_state(cache)
+    if state is None or not cache.has_previous_state():
+        return 0
+    columns, known = getattr(cache, _NOTE, (0, None))
+    return columns if known is not None and _same_rows(state, known) else None
+
+
+def note_columns(cache, columns: int) -> None:
+    """Remembers what a cache holds now, if it does not say so itself."""
+    if not _is_silent(cache):
+        return
+    state = _last_state(cache)
+    if state is not None:
+        setattr(cache, _NOTE, (columns, state.detach().clone()))
+
+
+def _is_silent(cache) -> bool:
+    """Whether no layer of a cache counts columns."""
+    layers = getattr(cache, "layers", None) or ()
+    return bool(layers) and not any(callable(getattr(layer, "get_seq_length", None)) for layer in layers)
+
+
+def _last_state(cache) -> Tensor | None:
+    """What the last layer that has one keeps for its convolution, `[B, D, W]`: the latest few tokens of every row."""
+    for layer in reversed(cache.layers):
+        kept = getattr(layer, "conv_states", None)
+        for state in kept.values() if isinstance(kept, dict) else (kept,):
+            if isinstance(state, Tensor):
+                return state
+    return None
+
+
+def _same_rows(state: Tensor, known: Tensor) -> bool:
+    """Whether every row is one of those known: beams are chosen among rows, and samples repeat them."""
+    if state.shape[1:] != known.shape[1:] or state.dtype != known.dtype:
+        return False
+    known = known.to(state.device)
+    if state.shape == known.shape and torch.equal(state, known):
+        return True
+    return all(bool((known == row).flatten(1).all(1).any()) for row in state)
