@@ -132,6 +132,8 @@ class Binding:
         value, strength: names of rule inputs. A token writes `strength [B, T, H] * (value [B, T, H, V] - what is
             erased)`; strength None is 1.
         queries: `queries(call)`, `[B, T, Hk, K]`: what reads the states, normalised and scaled, in the dtype given.
+        gate: kind of gate of its calls, one of `rule.gates`. Dictionaries of states encode from writes under "scalar"
+            alone.
         home: prefixes of the modules (files) in which its layers are defined; () is any.
         methods: methods of a layer, forward first, whose globals are looked through for the functions.
         roles: arguments of a layer's forward that have to be found (`arguments.NAMES`).
@@ -152,6 +154,7 @@ class Binding:
     value: str
     queries: Callable[[RuleCall], Tensor]
     strength: str | None = None
+    gate: str = "scalar"
     home: tuple[str, ...] = ()
     methods: tuple[str, ...] = ("forward",)
     roles: tuple[str, ...] = ("hidden_states", "cache", "attention_mask")
