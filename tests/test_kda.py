@@ -11,6 +11,7 @@ import torch
 from tiny_models import kda_families, tiny_kda, tokens
 
 from writesae import SAE, Edits
+from writesae.experiments.engine import ForkEngine, Places, read
 from writesae.models import attach, binding, hf_kda, layers, self_test, sites
 from writesae.models.arguments import cache_of, given_cache
 
@@ -398,3 +399,36 @@ def test_the_self_test_catches_a_wrong_table(monkeypatch, name):
     with pytest.raises(RuntimeError, match=f"attach: self-test failed: {message}"):
         with attach(tiny_kda(), {(LAYER, 0): None}):
             pass
+
+
+# ---- experiments ----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_forks_are_refused_below_latent_attention():
+    """Which caches latents, not keys and values."""
+    text, places = tokens(1, 12), Places(torch.tensor([0]), torch.tensor([2]), torch.tensor([1]))
+    engine = ForkEngine(model_of(), LAYER, 3)
+    clean = engine.clean(text, torch.tensor([12]), lambda writes: places)
+    with pytest.raises(
+        ValueError, match=r"caches its keys as it reads them, 3 heads of 12, got 1 of 8 from KimiLinear"
+    ):
+        engine.run(clean, {"baseline": None})
+
+
+@torch.no_grad()
+def test_forks_above_all_attention():
+    model, text = tiny_kda(layer_types=["full_attention", "linear_attention", "linear_attention"]), tokens(1, 12)
+    places = Places(torch.tensor([0, 0]), torch.tensor([2, 6]), torch.tensor([2, 1]))
+    engine = ForkEngine(model, LAYER, 3)
+    clean = engine.clean(text, torch.tensor([12]), lambda writes: places)
+    native = read(clean, clean.left, clean.right)
+    hidden = engine.run(clean, {"baseline": None, "delete": -native})
+    logits = {name: engine.logits(x) for name, x in hidden.items()}
+    plain = model(text).logits
+    with attach(model, {}, edits={LAYER: Edits.delete([0, 1], [2, 6], [2, 1], K, V)}):
+        deleted = model(text.expand(2, -1)).logits
+    for i, t in enumerate((2, 6)):
+        close(logits["baseline"][i], plain[0, t : t + 4])
+        close(logits["delete"][i], deleted[i, t : t + 4])
+    assert (logits["delete"] - logits["baseline"]).abs().max() > 1e-3
