@@ -38,7 +38,8 @@ def show_shapes(module: ModuleType) -> None:
     for name in module.__all__:
         function = getattr(module, name)
         if inspect.isfunction(function):
-            source = inspect.getsource(inspect.unwrap(function)).partition('"""')[0]
+            function = inspect.unwrap(function)  # whose docstring pdoc takes
+            source = inspect.getsource(function).partition('"""')[0]
             lines = [
                 f"- {x}: `{shape}`" for x, shape in re.findall(r"^    (\w+): .*?# (.*\].*)$", source, re.MULTILINE)
             ]

@@ -76,6 +76,7 @@ __global__ void __launch_bounds__(128) shot_rows(const __grid_constant__ Channel
   T* to = static_cast<T*>(p.shot_rows) + (place * p.H + h) * C * p.read.width;
   for (int k = tile::thread(); k < p.read.width; k += 128) {
     double sum = 0;
+#pragma unroll 1
     for (int j = C - 1; j >= 0; j--) {
       float x = 0;
       if (j <= token && k < p.K) {

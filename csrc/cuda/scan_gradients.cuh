@@ -199,20 +199,22 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK) gradients(const __grid_
 #pragma unroll
         for (int l = 0; l < 2; l++) {
           const float k_here = tile::load_float(k.at(j, 8 * m + c + l)), q_here = tile::load_float(q.at(j, 8 * m + c + l));
-          qx += q_here * x[m][2 * i + l], kz += k_here * z[m][2 * i + l];
+          qx += q_here * x[m][2 * i + l];
           if constexpr (Rule::READS) ky += k_here * y[m][2 * i + l];
+          kz += k_here * z[m][2 * i + l];
         }
       d_beta[i] = Rule::READS ? -since[j] * key[j] * ky : 0.0f;  // of this lane's columns
-      qx = query[j] * row_sum(qx), kz = key[j] * row_sum(kz);
+      qx = query[j] * row_sum(qx);
       if constexpr (Rule::READS) ky = key[j] * row_sum(ky);
+      kz = key[j] * row_sum(kz);
       if (c == 0) on_start[j] = since[j] * (Rule::READS ? qx - beta[j] * ky : qx), on_end[j] = until[j] * kz;
 #pragma unroll
       for (int m = 0; m < NK; m++)
 #pragma unroll
         for (int l = 0; l < 2; l++) {
           x[m][2 * i + l] *= since[j];
-          z[m][2 * i + l] = until[j] * z[m][2 * i + l];
-          if constexpr (Rule::READS) z[m][2 * i + l] -= since[j] * beta[j] * y[m][2 * i + l];
+          const float end = until[j] * z[m][2 * i + l];
+          z[m][2 * i + l] = Rule::READS ? end - since[j] * beta[j] * y[m][2 * i + l] : end;
         }
     }
 
@@ -247,13 +249,14 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK) gradients(const __grid_
             const int from = 16 * j + 8 * i + c + n, at = 2 * l + n;
             const float decay = from <= to ? decay_between(whole[to], rest[to], whole[from], rest[from]) : 0.0f;
             const float asked = from <= to ? decay * e[2 * j + i][at] : 0.0f;
+            const float read = Rule::READS && from < to ? decay * f[2 * j + i][at] : 0.0f;
+            const float reading = Rule::READS ? read * key[to] * key[from] * kk[i][at] : 0.0f;
+            if constexpr (Rule::READS) d_beta[l] -= reading;
+            const float asking = asked * query[to] * key[from] * qk[i][at];
+            pair[n] = from < to ? (Rule::READS ? asking - beta[to] * reading : asking) : 0.0f;
             scores[i][at] = asked * key[from];
             *to_keys.at(from, to) = Op::narrow(asked * query[to]);
-            pair[n] = from < to ? asked * query[to] * key[from] * qk[i][at] : 0.0f;
             if constexpr (Rule::READS) {
-              const float read = from < to ? decay * f[2 * j + i][at] : 0.0f;
-              const float reading = read * key[to] * key[from] * kk[i][at];
-              d_beta[l] -= reading, pair[n] -= beta[to] * reading;
               if (from <= to) *between_keys.at(to, from) = Op::narrow(-beta[to] * read * key[from]);
               if (from < to) *between_keys.at(from, to) = Op::narrow(-beta[to] * read * key[to]);
             }

@@ -105,87 +105,10 @@ __device__ __forceinline__ void invert_diagonal(const Matrix& m, int at, int lan
   tile::sync_warp();
 }
 
-// solve = (I + A)^-1 diag(beta), or without beta where `plain`; a warp per 16 rows of A, which is lost.
-template <class T, int C>
-__device__ __forceinline__ void solve_triangle(const Triangle<T, C>& solve, const Padded<C>& a, const float* beta,
-                                               bool plain, int warp, int lane) {
-  using Op = Operand<T>;
-  using Op32 = Operand<float>;
-  constexpr int WARPS = C / 16;
-  const int g = lane / 4, c = 2 * (lane % 4);
-  invert_diagonal(a, 16 * warp, lane);
-  tile::sync();
-  const int along_a = a.place(g, c);
-  // Block column `warp` of the inverse, transposed: t[m] is block row warp + m.
-  float t[WARPS][2][4];
-#pragma unroll
-  for (int m = 0; m < WARPS; m++) {
-    if (warp + m >= WARPS) continue;
-    const int row = 16 * (warp + m);
-    if (m == 0) {
-#pragma unroll
-      for (int i = 0; i < 2; i++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) t[0][i][e] = *a.at(row + 8 * i + c + e % 2, row + g + e / 2 * 8);
-    } else {
-      float sum[2][4] = {};
-      Op32::B b[2];
-#pragma unroll
-      for (int l = 0; l < m; l++)
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-          Op32::load_rows(b, a, along_a, row, 16 * (warp + l) + 8 * i);
-          const auto left = Op32::accumulators(&t[l][i]);
-          Op32::multiply(sum[0], left, b[0]), Op32::multiply(sum[1], left, b[1]);
-        }
-#pragma unroll
-      for (int i = 0; i < 2; i++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) t[m][i][e] = 0, sum[i][e] = -sum[i][e];
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        Op32::load_rows(b, a, along_a, row, row + 8 * i);
-        const auto left = Op32::accumulators(&sum[i]);
-        Op32::multiply(t[m][0], left, b[0]), Op32::multiply(t[m][1], left, b[1]);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-#pragma unroll
-      for (int e = 0; e < 4; e++) {
-        const int column = 16 * warp + g + e / 2 * 8;
-        *solve.at(row + 8 * i + c + e % 2, column) = Op::narrow(plain ? t[m][i][e] : t[m][i][e] * beta[column]);
-      }
-  }
-}
-
-// A write that is removed after its read is seen by no token but its own: columns of A and reach end on the diagonal, in the
-// warp's rows, and the state gets nothing of it.
-template <class Rule, class T, int C>
-__device__ __forceinline__ void drop_gone(const Problem& p, const Padded<C>& a, const Triangle<T, C>& reach, int64_t slot,
-                                          int h, int warp, int lane) {
-  using F = Factors<C>;
-  const int64_t slot_here = tile::fresh(slot);
-  const Chunk here = chunk_at<C>(p, slot_here);
-  const uint8_t* gone = p.gone + ((here.s.row * p.T + here.s.origin + here.first) * p.H + h);
-  float* factors = p.factors + (slot_here * p.H + h) * F::SIZE;
-  const int end = 16 * warp + 16;
-#pragma unroll 1
-  for (int column = lane; column < end && column < here.count; column += tile::WARP) {
-    if (gone[static_cast<int64_t>(column) * p.H] == 0) continue;
-    factors[F::WRITE + column] = factors[F::KEPT + column] = 0;
-#pragma unroll 1
-    for (int row = column + 1 > end - 16 ? column + 1 : end - 16; row < end; row++) {
-      if constexpr (Rule::READS) *a.at(row, column) = 0;
-      *reach.at(row, column) = Operand<T>::narrow(0.0f);
-    }
-  }
-  tile::sync_warp();
-}
-
 template <class Rule, class T, int KP>
 __global__ void __launch_bounds__(2 * Operand<T>::CHUNK, KP <= 128 ? 3 : 2) prepare(const __grid_constant__ Problem p) {
   using Op = Operand<T>;
+  using Op32 = Operand<float>;
   constexpr int C = Op::CHUNK, WARPS = C / 16, THREADS = 32 * WARPS, EACH = Tile<T, KP>::EACH;
   using Size = PrepareShared<Rule, T, KP>;
   using F = Factors<C>;
@@ -312,8 +235,70 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK, KP <= 128 ? 3 : 2) prep
         }
       }
       tile::sync_warp();
-      if (p.gone != nullptr) drop_gone<Rule, T, C>(p, a, reach, slot, h, warp, lane);
-      if constexpr (Rule::READS) solve_triangle<T, C>(solve, a, beta, p.plain, warp, lane);
+      if (p.gone != nullptr) {  // no token but its own sees such a write; places made anew, or they stay in registers
+        const int64_t slot_here = tile::fresh(slot);
+        const Chunk here = chunk_at<C>(p, slot_here);
+        const uint8_t* gone = p.gone + ((here.s.row * p.T + here.s.origin + here.first) * p.H + h);
+        float* factors = p.factors + (slot_here * p.H + h) * F::SIZE;
+        const int end = 16 * warp + 16;
+#pragma unroll 1
+        for (int column = lane; column < end && column < here.count; column += tile::WARP) {
+          if (gone[static_cast<int64_t>(column) * p.H] == 0) continue;
+          factors[F::WRITE + column] = factors[F::KEPT + column] = 0;
+#pragma unroll 1
+          for (int row = column + 1 > end - 16 ? column + 1 : end - 16; row < end; row++) {
+            if constexpr (Rule::READS) *a.at(row, column) = 0;
+            *reach.at(row, column) = Op::narrow(0.0f);
+          }
+        }
+        tile::sync_warp();
+      }
+      if constexpr (Rule::READS) {
+        invert_diagonal(a, 16 * warp, lane);
+        tile::sync();
+        const int along_a = a.place(g, c);
+        // Block column `warp` of the inverse, transposed: t[m] is block row warp + m.
+        float t[WARPS][2][4];
+#pragma unroll
+        for (int m = 0; m < WARPS; m++) {
+          if (warp + m >= WARPS) continue;
+          const int row = 16 * (warp + m);
+          if (m == 0) {
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+#pragma unroll
+              for (int e = 0; e < 4; e++) t[0][i][e] = *a.at(row + 8 * i + c + e % 2, row + g + e / 2 * 8);
+          } else {
+            float sum[2][4] = {};
+            Op32::B b[2];
+#pragma unroll
+            for (int l = 0; l < m; l++)
+#pragma unroll
+              for (int i = 0; i < 2; i++) {
+                Op32::load_rows(b, a, along_a, row, 16 * (warp + l) + 8 * i);
+                const auto left = Op32::accumulators(&t[l][i]);
+                Op32::multiply(sum[0], left, b[0]), Op32::multiply(sum[1], left, b[1]);
+              }
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+#pragma unroll
+              for (int e = 0; e < 4; e++) t[m][i][e] = 0, sum[i][e] = -sum[i][e];
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+              Op32::load_rows(b, a, along_a, row, row + 8 * i);
+              const auto left = Op32::accumulators(&sum[i]);
+              Op32::multiply(t[m][0], left, b[0]), Op32::multiply(t[m][1], left, b[1]);
+            }
+          }
+#pragma unroll
+          for (int i = 0; i < 2; i++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+              const int column = 16 * warp + g + e / 2 * 8;
+              *solve.at(row + 8 * i + c + e % 2, column) = Op::narrow(p.plain ? t[m][i][e] : t[m][i][e] * beta[column]);
+            }
+        }
+      }
       tile::sync();
       const auto leave = [&](const Triangle<T, C>& from, void* images) {
         const auto* x = reinterpret_cast<const tile::Vec16*>(from.data);

@@ -26,17 +26,100 @@ struct ChannelShared {
       2 * PIECE * sizeof(T) + 3 * SUMS * 4 + C * Padded<C>::STRIDE * 4 + 3 * C * 4 + tile::shared_piece(WARPS * WIDTH * 4);
 };
 
-// x[l], summed over the warp, in lane l.
-__device__ __forceinline__ float sum_by_lane(float (&x)[tile::WARP], int lane) {
+// x[l], summed over the warp, in lane l. By recursion: a loop over STEP would put x into memory.
+template <int STEP = tile::WARP / 2>
+__device__ __forceinline__ float sum_by_lane(float (&x)[2 * STEP], int lane) {
+  const bool high = (lane & STEP) != 0;
+  float half[STEP];
 #pragma unroll
-  for (int step = tile::WARP / 2; step > 0; step /= 2)
+  for (int i = 0; i < STEP; i++) {
+    const float mine = high ? x[i + STEP] : x[i], theirs = high ? x[i] : x[i + STEP];
+    half[i] = mine + tile::shuffle_xor(theirs, STEP);
+  }
+  if constexpr (STEP == 1) {
+    return half[0];
+  } else {
+    return sum_by_lane<STEP / 2>(half, lane);
+  }
+}
+
+// solve = (I + A)^-1 diag(beta); a warp per 16 rows of A, which is lost. As in `prepare`, which has it and `drop_gone` in place: of
+// a function it made spills.
+template <class T, int C>
+__device__ __forceinline__ void solve_triangle(const Triangle<T, C>& solve, const Padded<C>& a, const float* beta, int warp,
+                                               int lane) {
+  using Op = Operand<T>;
+  using Op32 = Operand<float>;
+  constexpr int WARPS = C / 16;
+  const int g = lane / 4, c = 2 * (lane % 4);
+  invert_diagonal(a, 16 * warp, lane);
+  tile::sync();
+  const int along_a = a.place(g, c);
+  // Block column `warp` of the inverse, transposed: t[m] is block row warp + m.
+  float t[WARPS][2][4];
 #pragma unroll
-    for (int i = 0; i < step; i++) {
-      const bool high = (lane & step) != 0;
-      const float mine = high ? x[i + step] : x[i], theirs = high ? x[i] : x[i + step];
-      x[i] = mine + tile::shuffle_xor(theirs, step);
+  for (int m = 0; m < WARPS; m++) {
+    if (warp + m >= WARPS) continue;
+    const int row = 16 * (warp + m);
+    if (m == 0) {
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) t[0][i][e] = *a.at(row + 8 * i + c + e % 2, row + g + e / 2 * 8);
+    } else {
+      float sum[2][4] = {};
+      Op32::B b[2];
+#pragma unroll
+      for (int l = 0; l < m; l++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          Op32::load_rows(b, a, along_a, row, 16 * (warp + l) + 8 * i);
+          const auto left = Op32::accumulators(&t[l][i]);
+          Op32::multiply(sum[0], left, b[0]), Op32::multiply(sum[1], left, b[1]);
+        }
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) t[m][i][e] = 0, sum[i][e] = -sum[i][e];
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        Op32::load_rows(b, a, along_a, row, row + 8 * i);
+        const auto left = Op32::accumulators(&sum[i]);
+        Op32::multiply(t[m][0], left, b[0]), Op32::multiply(t[m][1], left, b[1]);
+      }
     }
-  return x[0];
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const int column = 16 * warp + g + e / 2 * 8;
+        *solve.at(row + 8 * i + c + e % 2, column) = Op::narrow(t[m][i][e] * beta[column]);
+      }
+  }
+}
+
+// A write that is removed after its read is seen by no token but its own: columns of A and reach end on the diagonal, in the
+// warp's rows, and the state gets nothing of it.
+template <class T, int C>
+__device__ __forceinline__ void drop_gone(const Problem& p, const Padded<C>& a, const Triangle<T, C>& reach, int64_t slot,
+                                          int h, int warp, int lane) {
+  using F = Factors<C>;
+  const int64_t slot_here = tile::fresh(slot);
+  const Chunk here = chunk_at<C>(p, slot_here);
+  const uint8_t* gone = p.gone + ((here.s.row * p.T + here.s.origin + here.first) * p.H + h);
+  float* factors = p.factors + (slot_here * p.H + h) * F::SIZE;
+  const int end = 16 * warp + 16;
+#pragma unroll 1
+  for (int column = lane; column < end && column < here.count; column += tile::WARP) {
+    if (gone[static_cast<int64_t>(column) * p.H] == 0) continue;
+    factors[F::WRITE + column] = factors[F::KEPT + column] = 0;
+#pragma unroll 1
+    for (int row = column + 1 > end - 16 ? column + 1 : end - 16; row < end; row++) {
+      *a.at(row, column) = 0;
+      *reach.at(row, column) = Operand<T>::narrow(0.0f);
+    }
+  }
+  tile::sync_warp();
 }
 
 template <class Rule, class T>
@@ -139,9 +222,6 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK, 2)
     }
 
     // ---- pairs of tokens of one 16 ------------------------------------------------------------------------------------------
-    float keys[16];
-#pragma unroll
-    for (int i = 0; i < 16; i++) keys[i] = tile::load_float(k.at(top + i, lane));
 #pragma unroll 1
     for (int j = 0; j < 16; j++) {
       const float own = tile::load_float(k.at(top + j, lane)), asked = tile::load_float(q.at(top + j, lane));
@@ -150,7 +230,7 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK, 2)
       for (int i = 15; i >= 0; i--) {
         x[i] = x[16 + i] = 0;
         if (i > j) continue;
-        const float decayed = tile::exponential(between) * keys[i];
+        const float decayed = tile::exponential(between) * tile::load_float(k.at(top + i, lane));
         x[i] = own * decayed, x[16 + i] = asked * decayed;
         between += gates[i];
       }
@@ -206,8 +286,8 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK, 2)
     *reach.at(j, l) = Operand<T>::narrow(l <= j ? query[j] * key[l] * *pairs.at(j, 16 + i % 16) : 0.0f);
   }
   tile::sync_warp();
-  if (p.gone != nullptr) drop_gone<Rule, T, C>(p, a, reach, slot, h, warp, lane);
-  solve_triangle<T, C>(solve, a, beta, false, warp, lane);
+  if (p.gone != nullptr) drop_gone<T, C>(p, a, reach, slot, h, warp, lane);
+  solve_triangle<T, C>(solve, a, beta, warp, lane);
   tile::sync();
   const auto leave = [&](const Triangle<T, C>& from, void* images) {
     const auto* x = reinterpret_cast<const tile::Vec16*>(from.data);
