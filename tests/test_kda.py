@@ -12,8 +12,9 @@ from tiny_models import kda_families, tiny_kda, tokens
 
 from writesae import SAE, Edits
 from writesae.experiments.engine import ForkEngine, Places, read
-from writesae.models import attach, binding, hf_kda, layers, self_test, sites
+from writesae.models import attach, binding, hf_kda, intercept_conv, layers, self_test, sites
 from writesae.models.arguments import cache_of, given_cache
+from writesae.ops import causal_conv
 
 FAMILIES = kda_families()
 pytestmark = [
@@ -35,15 +36,13 @@ def model_of(family="kimi_linear"):
 
 
 def result(model, text, **given):
-    """What the model makes of it: logits, or of an inner model the last hidden states."""
-    out = model(text, **given)
-    return out.logits if hasattr(out, "logits") else out.last_hidden_state
+    return model(text, **given).logits
 
 
 def fed_on(model, text, cache):
-    """Output and cache of a call that goes on from a cache, or None."""
+    """Logits and cache of a call that goes on from a cache, or None."""
     out = model(text, use_cache=True, **({} if cache is None else given_cache(model, cache)))
-    return (out.logits if hasattr(out, "logits") else out.last_hidden_state), cache_of(out)
+    return out.logits, cache_of(out)
 
 
 def cached(cache, layer=LAYER):
@@ -96,6 +95,26 @@ def test_outputs_and_writes_are_the_models_own(family, accelerate):
 
 @family_all
 @torch.no_grad()
+def test_the_short_convolution_is_stood_in_for(family):
+    """One for q, k and v side by side, in prefill; a single token on a cache keeps the model's own."""
+    model, text, seen = model_of(family), tokens(2, 6), []
+
+    def conv(x, weight, bias, activation, *, cu_seqlens, channels):
+        seen.append((tuple(x.shape), tuple(weight.shape), bias, activation))
+        return causal_conv(x.transpose(1, 2), weight, bias, activation).transpose(1, 2)
+
+    plain, cache = fed_on(model, text, None)
+    step, _ = fed_on(model, text[:, :1], cache)
+    with intercept_conv(model, {LAYER: conv}):
+        ours, cache = fed_on(model, text, None)
+        ours_step, _ = fed_on(model, text[:, :1], cache)
+    close(ours, plain)
+    close(ours_step, step)
+    assert len(seen) == 1 and seen[0][1:] == ((3 * H * K, 4), None, "silu") and seen[0][0][:2] == (2, 3 * H * K)
+
+
+@family_all
+@torch.no_grad()
 def test_over_several_chunks(family):
     model, text = model_of(family), tokens(1, 70)
     plain, (_, cache) = result(model, text), fed_on(model, text, None)
@@ -104,7 +123,7 @@ def test_over_several_chunks(family):
     close(tap.writes[LAYER].states([69])[:, 0], cached(cache))
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "glm5_next"])  # whose text model generates nothing
+@family_all
 @pytest.mark.parametrize("accelerate", [False, True])
 @torch.no_grad()
 def test_generate_with_pads(family, accelerate):
@@ -160,7 +179,9 @@ def test_packed_equals_each_sequence_alone(family, accelerate):
 def test_packed_is_refused_where_the_indexer_mixes():
     positions = torch.cat([torch.arange(5), torch.arange(4)])[None]
     with attach(model_of("glm5_next"), {(LAYER, 0): None}, accelerate=True) as tap:
-        with pytest.raises(ValueError, match="packed batch: Glm5NextTextModel pools and looks up keys across"):
+        with pytest.raises(
+            ValueError, match="packed batch: Glm5NextForConditionalGeneration pools and looks up keys across"
+        ):
             model_of("glm5_next")(tokens(1, 9), position_ids=positions, use_cache=False)
         result(model_of("glm5_next"), tokens(1, 9))
         assert tap.calls == {LAYER: 1}
@@ -251,7 +272,6 @@ def test_edits_while_decoding(family):
 
 def gradients(model, text):
     model.zero_grad(set_to_none=True)
-    # Not of squares: those of normed states are constant.
     result(model, text, use_cache=False)[:, -3:].sin().mean().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 

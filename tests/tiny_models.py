@@ -87,7 +87,7 @@ _KDA = {
         "BailingHybrid", dict(head_dim=8, short_conv_kernel_size=4, num_local_experts=4, qk_rope_head_dim=4),
     ),
     "glm5_next": (
-        "Glm5NextText",
+        "Glm5Next",
         dict(
             linear_num_heads=3, linear_head_dim=8, n_routed_experts=4, qk_rope_head_dim=0, hc_mult=2, index_topk=64,
             index_head_dim=8, index_n_heads=2, index_kpool=2,
@@ -96,13 +96,18 @@ _KDA = {
 }  # fmt: skip
 
 
+_VISION = dict(
+    depth=1, hidden_size=16, num_heads=2, out_hidden_size=32, intermediate_size=16, projection_intermediate_size=16
+)
+
+
 def kda_families() -> list[str]:
     """Families with Kimi Delta Attention that this transformers has."""
     return [f for f in _KDA if importlib.util.find_spec(f"transformers.models.{f}") is not None]
 
 
 def tiny_kda(family="kimi_linear", seed=0, dtype=torch.float32, **overrides):
-    """A random model in eval mode (of GLM the inner text model): K = V = 8, three heads, the last of three layers full
+    """A random model in eval mode (of GLM with its vision tower): K = V = 8, three heads, the last of three layers full
     attention. The gates are spread, over channels too."""
     import transformers
 
@@ -113,12 +118,15 @@ def tiny_kda(family="kimi_linear", seed=0, dtype=torch.float32, **overrides):
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        config = getattr(transformers, f"{name}Config")(**{**common, **_MLA, **sizes, **overrides})
+        text = {**common, **_MLA, **sizes, **overrides}
         if family == "glm5_next":
-            from transformers.models.glm5_next.modeling_glm5_next import Glm5NextTextModel as make
+            ids = ("image", "video", "image_start", "image_end", "video_start", "video_end")
+            marks = {f"{name}_token_id": VOCAB + i for i, name in enumerate(ids)}
+            config = transformers.Glm5NextConfig(text_config=text, vision_config=_VISION, **marks)
+            model = transformers.Glm5NextForConditionalGeneration(config).eval()
         else:
-            make = getattr(transformers, f"{name}ForCausalLM")
-        model = make(config).eval()
+            config = getattr(transformers, f"{name}Config")(**text)
+            model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith("A_log"):  # after a softplus, or in a sigmoid times a lower bound
                 parameter.data.uniform_(*((-3.0, -1.0) if family == "kimi_linear" else (0.0, 0.5)))

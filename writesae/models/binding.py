@@ -6,6 +6,7 @@ To add a family, write one file `models/NAME.py` that holds its table, in this o
    sequences and one for a single token on a cache. They must be looked up by name when the layer runs, in the globals
    of the layer's file or in attributes of the layer. Whatever does all in one call and goes past them is a bypass.
 2. **Choose the rule** in `writesae.ops` that computes the same, up to names, layouts and what is done before and after.
+   Where its gate is not one a head, say so (`gate`).
 3. **Write `bind(site, given) -> RuleCall`** for each function: `given` are its arguments by name, the answer is the
    same call in the rule's terms. Tensors `[B, T, H, ...]` (T = 1 for one token), states `[N, H, K, V]`, key heads as
    they are and not repeated to value heads, gates as the rule wants them (softplus, bias, clamp done). Views rather
