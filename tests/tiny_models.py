@@ -1,5 +1,5 @@
-"""Tiny random models of every family on the gated delta rule, and of those on Mamba-2's: K != V, grouped heads, linear
-and full layers mixed."""
+"""Tiny random models of every family on the gated delta rule, on Mamba-2's and on Kimi Delta Attention: K != V, grouped
+heads, linear and full layers mixed, where the family has it."""
 
 from __future__ import annotations
 
@@ -136,6 +136,72 @@ def tiny_mamba2(family="mamba2", seed=0, dtype=torch.float32, **overrides):
                 parameter.data.uniform_(-1.0, 1.0)
             elif parameter_name.endswith(".D"):
                 parameter.data.uniform_(0.2, 1.0)
+            elif parameter.ndim >= 2:
+                parameter.data.normal_(0.0, 0.4 if "conv" in parameter_name else parameter.shape[-1] ** -0.5)
+    return model.to(dtype)
+
+
+# ---- Kimi Delta Attention --------------------------------------------------------------------------------------
+
+_MLA = dict(
+    num_attention_heads=3, num_key_value_heads=3, kv_lora_rank=8, q_lora_rank=8, qk_nope_head_dim=8, v_head_dim=8,
+    n_shared_experts=1, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=16,
+    mlp_layer_types=["dense", "sparse", "dense"],
+)  # fmt: skip
+_KDA = {
+    "kimi_linear": (
+        "KimiLinear",
+        dict(linear_num_heads=3, linear_head_dim=8, num_local_experts=4, qk_rope_head_dim=4, first_k_dense_replace=1),
+    ),
+    "bailing_hybrid": (
+        "BailingHybrid", dict(head_dim=8, short_conv_kernel_size=4, num_local_experts=4, qk_rope_head_dim=4),
+    ),
+    "glm5_next": (
+        "Glm5Next",
+        dict(
+            linear_num_heads=3, linear_head_dim=8, n_routed_experts=4, qk_rope_head_dim=0, hc_mult=2, index_topk=64,
+            index_head_dim=8, index_n_heads=2, index_kpool=2,
+        ),
+    ),
+}  # fmt: skip
+
+
+_VISION = dict(
+    depth=1, hidden_size=16, num_heads=2, out_hidden_size=32, intermediate_size=16, projection_intermediate_size=16
+)
+
+
+def kda_families() -> list[str]:
+    """Families with Kimi Delta Attention that this transformers has."""
+    return [f for f in _KDA if importlib.util.find_spec(f"transformers.models.{f}") is not None]
+
+
+def tiny_kda(family="kimi_linear", seed=0, dtype=torch.float32, **overrides):
+    """A random model in eval mode (of GLM with its vision tower): K = V = 8, three heads, the last of three layers full
+    attention. The gates are spread, over channels too."""
+    import transformers
+
+    name, sizes = _KDA[family]
+    common = dict(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=3, intermediate_size=48, pad_token_id=0, bos_token_id=2,
+        eos_token_id=1, layer_types=["linear_attention", "linear_attention", "full_attention"],
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        text = {**common, **_MLA, **sizes, **overrides}
+        if family == "glm5_next":
+            ids = ("image", "video", "image_start", "image_end", "video_start", "video_end")
+            marks = {f"{name}_token_id": VOCAB + i for i, name in enumerate(ids)}
+            config = transformers.Glm5NextConfig(text_config=text, vision_config=_VISION, **marks)
+            model = transformers.Glm5NextForConditionalGeneration(config).eval()
+        else:
+            config = getattr(transformers, f"{name}Config")(**text)
+            model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("A_log"):  # after a softplus, or in a sigmoid times a lower bound
+                parameter.data.uniform_(*((-3.0, -1.0) if family == "kimi_linear" else (0.0, 0.5)))
+            elif parameter_name.endswith("dt_bias"):
+                parameter.data.uniform_(-4.0, 0.0)
             elif parameter.ndim >= 2:
                 parameter.data.normal_(0.0, 0.4 if "conv" in parameter_name else parameter.shape[-1] ** -0.5)
     return model.to(dtype)

@@ -6,6 +6,7 @@ To add a family, write one file `models/NAME.py` that holds its table, in this o
    sequences and one for a single token on a cache. They must be looked up by name when the layer runs, in the globals
    of the layer's file or in attributes of the layer. Whatever does all in one call and goes past them is a bypass.
 2. **Choose the rule** in `writesae.ops` that computes the same, up to names, layouts and what is done before and after.
+   Where its gate is not one a head, say so (`gate`).
 3. **Write `bind(site, given) -> RuleCall`** for each function: `given` are its arguments by name, the answer is the
    same call in the rule's terms. Tensors `[B, T, H, ...]` (T = 1 for one token), states `[N, H, K, V]`, key heads as
    they are and not repeated to value heads, gates as the rule wants them (softplus, bias, clamp done). Views rather
@@ -132,6 +133,8 @@ class Binding:
         value, strength: names of rule inputs. A token writes `strength [B, T, H] * (value [B, T, H, V] - what is
             erased)`; strength None is 1.
         queries: `queries(call)`, `[B, T, Hk, K]`: what reads the states, normalised and scaled, in the dtype given.
+        gate: kind of gate of its calls, one of `rule.gates`. Dictionaries of states encode from writes under "scalar"
+            alone.
         home: prefixes of the modules (files) in which its layers are defined; () is any.
         methods: methods of a layer, forward first, whose globals are looked through for the functions.
         roles: arguments of a layer's forward that have to be found (`arguments.NAMES`).
@@ -152,6 +155,7 @@ class Binding:
     value: str
     queries: Callable[[RuleCall], Tensor]
     strength: str | None = None
+    gate: str = "scalar"
     home: tuple[str, ...] = ()
     methods: tuple[str, ...] = ("forward",)
     roles: tuple[str, ...] = ("hidden_states", "cache", "attention_mask")

@@ -49,7 +49,7 @@ def _answer(given: Given, output: RuleOutput) -> tuple[Tensor, Tensor | None]:
     return output.o.to(given["value"].dtype), output.final_state
 
 
-def _step(given: Given, state: Tensor) -> tuple[tuple, dict]:
+def step(given: Given, state: Tensor) -> tuple[tuple, dict]:
     q, k, v, g, beta = (given[name][:, -1:] for name in _INPUTS)
     settings = {"use_qk_l2norm_in_kernel": bool(given.get("use_qk_l2norm_in_kernel"))}
     return (q, k, v), {"g": g, "beta": beta, "initial_state": state, "output_final_state": True, **settings}
@@ -69,7 +69,7 @@ def _short_convs(module: nn.Module) -> list[nn.Conv1d]:
     return [m for m in module.children() if isinstance(m, nn.Conv1d) and type(m).forward is not nn.Conv1d.forward]
 
 
-_recurrence = functools.partial(
+recurrence = functools.partial(
     Recurrence, arguments=_INPUTS, bind=_bind, answer=_answer, known=frozenset(_KNOWN), changes=frozenset(_CHANGES)
 )
 
@@ -79,7 +79,7 @@ BINDING = register(
         kind="gated-delta",
         models=("Qwen3-Next", "Qwen3.5", "OLMo-Hybrid"),
         rule=RULE,
-        recurrences=(_recurrence("chunk_gated_delta_rule"), _recurrence("recurrent_gated_delta_rule", step=_step)),
+        recurrences=(recurrence("chunk_gated_delta_rule"), recurrence("recurrent_gated_delta_rule", step=step)),
         layer={
             "layer_index": ("layer_idx",),
             "num_k_heads": ("num_k_heads",),

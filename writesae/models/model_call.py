@@ -163,6 +163,11 @@ class ModelCall:
                 f"packed batch: the full-attention layers of {type(self.root).__name__} mix the sequences whatever "
                 "position_ids say; feed the sequences as rows of a padded batch"
             )
+        if getattr(text_config(self.root), "index_kpool", None):
+            raise ValueError(
+                f"packed batch: {type(self.root).__name__} pools and looks up keys across sequences in its indexer, "
+                "which nothing here can keep apart; feed the sequences as rows of a padded batch"
+            )
         if (
             stated is not None
             and self._mixes_in_attention()

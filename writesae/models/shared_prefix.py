@@ -52,6 +52,13 @@ def shared_prefix_attention(
         raise ValueError("model: full attention expected above the edited layer, got a sliding window")
     n, Hq, L, D = query.shape
     Hkv = key.shape[1]
+    for name, x in (("keys", shared_prefix.key), ("values", shared_prefix.value)):
+        if (x.shape[1], x.shape[3]) != (Hkv, D) or value.shape[3] != D:
+            raise ValueError(
+                f"model: expected full attention that caches its {name} as it reads them, {Hkv} heads of {D}, got "
+                f"{x.shape[1]} of {x.shape[3]} from {type(module).__name__} (latent attention), above "
+                "the edited layer; forks cannot share a prefix there"
+            )
     scaling = D**-0.5 if scaling is None else scaling
     grouped = query.reshape(n, Hkv, Hq // Hkv, L, D)  # query heads of one key head side by side
     later = torch.ones(L, L, dtype=torch.bool, device=query.device).triu(1)
