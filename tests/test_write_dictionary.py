@@ -10,13 +10,13 @@ import torch
 from targets import to_cpu
 from test_replace import Letters
 from test_sae_training import SITE, K, Planted, V, config
-from tiny_models import tiny_model, tokens
+from tiny_models import kda_families, mamba2_families, tiny_kda, tiny_mamba2, tiny_model, tokens
 
 from writesae import SAE, Edits, attach, ops
 from writesae.experiments import passages_of, run_replacement
 from writesae.experiments.codebook import codebook
 from writesae.experiments.firing import top_codes
-from writesae.models.hf_gated_delta import intercept
+from writesae.models import intercept, layers
 from writesae.sae import Trainer, evaluate
 from writesae.sae.block import Block
 from writesae.sae.readers import reader_moments, roots, seen_through
@@ -216,29 +216,36 @@ def test_refusals():
 # ---- the readers' metric --------------------------------------------------------------------------------------------
 
 
-def test_the_metric_is_what_later_outputs_change_by():
+@pytest.mark.parametrize("family", ["gated delta rule", *mamba2_families()[:1], *kda_families()[:1]])
+def test_the_metric_is_what_later_outputs_change_by(family):
     """tr E^T M E, against outputs of the layer with E added to its memory: all later tokens, mean over positions."""
-    model, ids, layer, head = tiny_model(dtype=torch.float64), tokens(2, 36), 3, 2
+    if family == "gated delta rule":
+        model, layer, head = tiny_model(dtype=torch.float64), 3, 2
+    elif family == "mamba2":
+        model, layer, head = tiny_mamba2(dtype=torch.float64), 1, 3
+    else:
+        model, layer, head = tiny_kda(family), 1, 2
+    ids = tokens(2, 36)
     M = reader_moments(model, ids, [0, layer])[layer][head].double()
+    K, V = next((site.K, site.V) for site in layers(model) if site.layer_index == layer)
     g = torch.Generator().manual_seed(2)
-    E = torch.randn(8, 6, generator=g, dtype=torch.float64)
+    E = torch.randn(K, V, generator=g, dtype=torch.float64)
     norms = []
 
-    def rule(q, k, v, g, beta, initial_state, output_final_state, l2norm, cu_seqlens):
-        plain = ops.gated_delta_rule(q, k, v, g, beta, use_qk_l2norm=l2norm).o
-        unit = torch.eye(8, dtype=torch.float64)
+    def rule(call, output_final_state):
+        call = replace(call, inputs={name: None if x is None else x.double() for name, x in call.inputs.items()})
+        plain, unit = call.run(output_final_state=output_final_state), torch.eye(K, dtype=torch.float64)
         for position in range(36 - 32):
-            rows = [Edits.add([0, 1], position, head, unit[i], E[i], when="after") for i in range(8)]
-            changed = ops.gated_delta_rule(q, k, v, g, beta, use_qk_l2norm=l2norm, edits=Edits.cat(rows)).o
-            norms.append((changed - plain).square().sum() / 2)
-        return plain, None
+            rows = [Edits.add([0, 1], position, head, unit[i], E[i], when="after") for i in range(K)]
+            norms.append((call.run(edits=Edits.cat(rows)).o - plain.o).square().sum() / 2)
+        return replace(plain, o=plain.o.to(model.dtype))
 
-    with torch.no_grad(), intercept(model, {layer: rule}, private=True):
+    with torch.no_grad(), intercept(model, calls={layer: rule}, private=True):
         model(input_ids=ids, use_cache=False)
-    torch.testing.assert_close((E.T @ M @ E).trace(), torch.stack(norms).mean(), rtol=1e-5, atol=0)
+    torch.testing.assert_close((E.T @ M @ E).trace(), torch.stack(norms).mean(), rtol=1e-4, atol=0)
     root = roots({layer: M[None].expand(4, -1, -1)}, [(layer, head)])[layer, head].double()
-    floor = 1e-3 * torch.eye(8, dtype=torch.float64)
-    torch.testing.assert_close(root @ root, M / M.trace() * 8 + floor, rtol=1e-5, atol=1e-6)
+    floor = 1e-3 * torch.eye(K, dtype=torch.float64)
+    torch.testing.assert_close(root @ root, M / M.trace() * K + floor, rtol=1e-5, atol=1e-6)
 
 
 def test_seen_through_a_root_it_fires_alike():

@@ -256,6 +256,12 @@ def _check_saes(model, saes: Mapping[Site, SAE]) -> str:
     for (layer, head), sae in saes.items():
         if layer not in known:
             ForkEngine(model, layer)  # says what that layer is instead
+        binding = known[layer].binding
+        if binding.rule.name != "gated_delta_rule" or binding.gate != "scalar":
+            raise ValueError(
+                "saes: expected layers on the gated delta rule with a scalar gate, which the closed loop computes; "
+                f"layer {layer} runs the {binding.name}"
+            )
         (check_sae if target == "write" else check_size)(sae, known[layer], layer, head)
     return target
 

@@ -14,8 +14,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..models.binding import Binding
 from ..models.quiet import quiet
-from ..ops import gated_delta_rule
+from ..ops.rule import RuleCall, RuleOutput
 from .sae import SAE
 
 _FLOOR = 1e-3  # of the mean eigenvalue, added to all: directions that nobody read in the text seen may be read yet
@@ -31,39 +32,40 @@ def reader_moments(model, ids: Tensor, layers: Iterable[int], batch: int = 16) -
     Args:
         model: causal language model in evaluation mode, see `attach`.
         ids: `[N, T]` tokens of passages, T > 32.
-        layers: of it, gated-delta layers.
+        layers: of it, with a recurrent state of one write a token under a scalar or channel gate.
         batch: passages in one forward pass.
 
     Returns:
         {layer: `[H, K, K]` float32, on the layer's device}.
 
     Raises:
-        ValueError: passages too short; a layer of another kind.
+        ValueError: passages too short; a layer of another kind, or with an element gate or two writes a token.
     """
-    from ..models import Stopped, hf_gated_delta, stopping_after
+    from ..models import Stopped, intercept, stopping_after
+    from ..models import layers as find_layers
+    from ..models.sites import device_of
 
     if ids.ndim != 2 or not len(ids) or ids.shape[1] <= _FOLLOWED:
         raise ValueError(f"ids: expected [N, T] of more than {_FOLLOWED} tokens, got shape {tuple(ids.shape)}")
     layers = sorted(set(layers))
     total: dict[int, Tensor] = {}
 
-    def rule(layer: int):
-        def handler(q, k, v, g, beta, initial_state, output_final_state, l2norm, cu_seqlens):
-            out = gated_delta_rule(
-                q, k, v, g, beta, initial_state=initial_state, output_final_state=output_final_state,
-                use_qk_l2norm=l2norm, return_writes=True,
-            )  # fmt: skip
-            q = q.float()
-            q = q * torch.rsqrt((q * q).sum(-1, keepdim=True) + 1e-6) if l2norm else q
-            found = _moments(q * q.shape[-1] ** -0.5, out.writes)
+    def watching(layer: int, binding: Binding):
+        def handler(call: RuleCall, output_final_state: bool) -> RuleOutput:
+            out = call.run(return_writes=True, output_final_state=output_final_state)
+            found = _moments(binding.queries(call).float(), out.writes)
             total[layer] = found if layer not in total else total[layer] + found
-            return out.o.to(v.dtype), out.final_state
+            return out
 
         return handler
 
-    device = hf_gated_delta.device_of(model.get_input_embeddings())
-    rules = {layer: rule(layer) for layer in layers}
-    with hf_gated_delta.intercept(model, rules, private=True), stopping_after(model, layers[-1]):
+    device = device_of(model.get_input_embeddings())
+    calls = {site.layer_index: watching(site.layer_index, site.binding) for site in find_layers(model)}
+    missing = [layer for layer in layers if layer not in calls]
+    if missing:
+        raise ValueError(f"layers: expected layers with a recurrent state, {sorted(calls)}, got {missing}")
+    calls = {layer: calls[layer] for layer in layers}
+    with intercept(model, private=True, calls=calls), stopping_after(model, layers[-1]):
         for part in ids.split(batch):
             try:
                 model(input_ids=part.long().to(device), use_cache=False)
@@ -75,26 +77,29 @@ def reader_moments(model, ids: Tensor, layers: Iterable[int], batch: int = 16) -
 def _moments(q: Tensor, writes) -> Tensor:
     """`[H, K, K]` float64: sums over the tokens that count. q `[B, T, Hk, K]` as it reads.
 
-    Backwards: what the tokens from t on see of the memory before t is `A_t (q_t q_t^T + R_t) A_t`, R_t what those after
-    t see, `A_t = alpha_t (I - beta_t k_t k_t^T)`.
+    Backwards: what the tokens from t on see of the memory before t is `A_t^T (q_t q_t^T + R_t) A_t`, R_t what those
+    after t see, `A_t = (I - beta_t k_t k_t^T) Diag(alpha_t)`, without the erase where the rule has none.
     """
-    writes.require_scalar("readers")
+    if writes.gate == "element" or writes.transition == "low rank":
+        raise ValueError(f"readers: expected one write a token under a scalar or channel gate, got {writes!r}")
     B, T, H, K, _ = writes.shape
     q = q[:, :, writes.left_head(torch.arange(H, device=q.device))]  # the queries' heads are the keys'
     keys = writes.rank_one("readers")[0].float()
-    alpha, beta = writes.decay.float().exp(), writes.beta.float()
+    alpha = writes.decay.float().exp()
+    alpha = alpha[..., None] if writes.gate == "scalar" else alpha  # [B, T, H, 1 or K]
     seen = q.new_zeros(B, H, K, K)
     total = torch.zeros(H, K, K, dtype=torch.float64, device=q.device)
     for t in range(T - 1, -1, -1):
         if t < T - _FOLLOWED:
             total += seen.sum(0)
         seen = seen + q[:, t, :, :, None] * q[:, t, :, None]
-        k, b = keys[:, t], beta[:, t, :, None]
-        on = b * (seen @ k[..., None])[..., 0]  # [B, H, K]
-        twice = (b * (on * k).sum(-1, keepdim=True))[..., None]
-        cross = on[..., :, None] * k[..., None, :]
-        seen = seen - cross - cross.mT + twice * k[..., :, None] * k[..., None, :]
-        seen = seen * alpha[:, t, :, None, None].square()
+        if writes.beta is not None:
+            k, b = keys[:, t], writes.beta[:, t, :, None].float()
+            on = b * (seen @ k[..., None])[..., 0]  # [B, H, K]
+            twice = (b * (on * k).sum(-1, keepdim=True))[..., None]
+            cross = on[..., :, None] * k[..., None, :]
+            seen = seen - cross - cross.mT + twice * k[..., :, None] * k[..., None, :]
+        seen = seen * alpha[:, t, :, :, None] * alpha[:, t, :, None, :]
     return total
 
 
