@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import distributions, version
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def tests() -> list[str]:
 def main(releases: list[str]) -> int:
     done = {version("transformers")}
     print(f"transformers {version('transformers')}: by `make test`, with all the tests", flush=True)
-    failed = []
+    runs = []
     for release in releases:
         if release in done:
             continue
@@ -55,13 +56,28 @@ def main(releases: list[str]) -> int:
             print(f"transformers {number}, the {release}: tested already", flush=True)
             continue
         done.add(number)
-        print(f"transformers {number}:", flush=True)
-        environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
-        run = subprocess.run([sys.executable, "-m", "pytest", "-q", *tests()], cwd=ROOT, env=environment)
-        failed += [number] * (run.returncode != 0)
+        runs.append((number, folder))
+    # Side by side, as many as there are cores: most of a test is one thread.
+    threads = max(1, (os.cpu_count() or 1) // max(len(runs), 1))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = pool.map(lambda run: one(*run, threads), runs)
+        failed = [number for (number, _), passed in zip(runs, results, strict=True) if not passed]
     if failed:
         print(f"failed under transformers {', '.join(failed)}")
     return int(bool(failed))
+
+
+def one(number: str, folder: Path, threads: int) -> bool:
+    """Whether the tests pass under a release. Prints what pytest says when it is done."""
+    environment = {
+        **os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": str(threads),
+    }  # fmt: skip
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests()]
+    run = subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    print(f"transformers {number}:\n{run.stdout}", flush=True)
+    return run.returncode == 0
 
 
 if __name__ == "__main__":
