@@ -76,6 +76,18 @@ class Case:
         x = self.inputs(torch.Generator().manual_seed(seed), B, T, Hk, H, K, V, decay, correlated)
         return {name: value.to(dtype) for name, value in x.items()}
 
+    def variants(self):
+        """(inputs, options): without each argument that may be left out, and with each set of other options."""
+        for name in self.optional:
+            x = self.make(2, 21, 1, 2, 16, 24)
+            del x[name]
+            yield x, {}
+        for options in self.others:
+            x = self.make(2, 50, 1, 2, 24, 40, correlated=True)
+            if not options.get("use_qk_l2norm", True):
+                x["k"] = torch.nn.functional.normalize(x["k"], dim=-1)
+            yield x, options
+
     def fit(self, Hk: int, H: int) -> tuple[int, int]:
         """The nearest numbers of heads that the rule has."""
         return {"grouped": (Hk, H), "own": (H, H), "one": (1, 1)}[self.heads]

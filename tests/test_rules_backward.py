@@ -111,15 +111,8 @@ def test_grouped_heads(Hk, H, case, compare):
 
 
 def test_other_options(case, compare):
-    for name in case.optional:
-        x = case.make(2, 21, 1, 2, 16, 24)
-        del x[name]
-        compare(x, which="few")
-    for options in case.others:
-        x = case.make(2, 50, 1, 2, 24, 40, correlated=True)
-        if not options.get("use_qk_l2norm", True):
-            x["k"] = torch.nn.functional.normalize(x["k"], dim=-1)
-        compare(x, **options)
+    for x, options in case.variants():
+        compare(x, **(options or {"which": "few"}))
 
 
 @pytest.mark.parametrize("correlated", [False, True])
