@@ -46,14 +46,9 @@ std::vector<float> widen(const std::vector<uint16_t>& x, Element type) {
 void check(const Case& c) {
   const double tolerance = allowed(c.type);
   ScanParams p = {};
-  p.B = c.B, p.Hk = c.Hk, p.H = c.H, p.K = c.K, p.V = c.V, p.N = c.B > 1 ? c.B : c.lengths.size();
-  std::vector<int64_t> offsets = {0};
-  for (int64_t length : c.lengths) offsets.push_back(offsets.back() + length);
-  p.T = c.B > 1 ? c.lengths[0] : offsets.back();
-  if (c.B == 1 && c.lengths.size() > 1) p.cu_seqlens = offsets.data();
-  std::vector<std::array<int64_t, 3>> sequences;
-  for (int64_t n = 0; n < p.N; n++)
-    sequences.push_back(c.B > 1 ? std::array<int64_t, 3>{n, 0, p.T} : std::array<int64_t, 3>{0, offsets[n], c.lengths[n]});
+  p.Hk = c.Hk, p.H = c.H, p.K = c.K, p.V = c.V;
+  std::vector<int64_t> offsets;
+  Sequences sequences = lay_sequences(p, c.B, c.lengths, offsets);
 
   // q, k and v as a fused projection holds them; without normalisation keys of length below 1.
   const int64_t wide = 2 * c.Hk * c.K + c.H * c.V;
@@ -77,23 +72,11 @@ void check(const Case& c) {
   const auto initial = normal(p.N * c.H * c.K * c.V);
   p.initial_state = c.initial ? initial.data() : nullptr;
 
-  std::vector<std::array<int64_t, 4>> index;
-  std::vector<std::array<int64_t, 2>> places;
-  const auto pick = [](int64_t n) { return static_cast<int64_t>(generator()() % n); };
-  while (static_cast<int64_t>(index.size()) < c.edits) {
-    const int64_t n = pick(p.N), length = sequences[n][2];
-    if (length == 0) continue;
+  const Picked edits = pick_edits(p, sequences, c.edits, 1 / std::sqrt(static_cast<float>(c.K)), [](int64_t length) {
     const int64_t border = std::min(length - 1, pick(length) / 64 * 64 + pick(2) * 63);
-    const int64_t t = std::array<int64_t, 4>{0, length - 1, pick(length), border}[pick(4)];
-    index.push_back({n, t, pick(c.H), pick(3) + 4 * pick(2)});
-    places.push_back({n, t});
-  }
-  std::stable_sort(index.begin(), index.end(), [](const auto& x, const auto& y) {
-    return std::array<int64_t, 3>{x[0], x[2], x[1]} < std::array<int64_t, 3>{y[0], y[2], y[1]};
+    return std::array<int64_t, 4>{0, length - 1, pick(length), border}[pick(4)];
   });
-  const auto edit_left = normal(c.edits * c.K, 1 / std::sqrt(static_cast<float>(c.K))), edit_right = normal(c.edits * c.V);
-  p.edits = {c.edits, index.empty() ? nullptr : index[0].data(), edit_left.data(), edit_right.data()};
-  p.P = places.size(), p.places = places.empty() ? nullptr : places[0].data();
+  edits.give(p);
 
   const int64_t values = c.B * p.T * c.H * c.V;
   auto o = poison(values), right = o, final_state = poison(initial.size());
@@ -126,7 +109,7 @@ void check(const Case& c) {
   // The step, over the first token of every row, from the same state.
   if (c.B == 1 && c.lengths.size() > 1) return;
   std::vector<std::array<int64_t, 4>> once_index;
-  for (const auto& edit : index)
+  for (const auto& edit : edits.index)
     if (edit[1] == 0) once_index.push_back(edit);
   p.edits.count = once_index.size(), p.edits.index = once_index.empty() ? nullptr : once_index[0].data();
   p.P = 0, p.initial_state = initial.data();

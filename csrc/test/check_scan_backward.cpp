@@ -41,8 +41,6 @@ struct Gradients {
   std::vector<double> q, k, v, g, beta, initial, left, right;
 };
 
-using Sequences = std::vector<std::array<int64_t, 3>>;  // batch row, first token, length
-
 double value_or_zero(const View& x, int64_t a, int64_t b, int64_t c, int64_t d) {
   return x.data == nullptr ? 0.0 : value(x, a, b, c, d);
 }
@@ -174,14 +172,9 @@ Gradients plain(const ScanBackwardParams& p, const Sequences& sequences, bool re
 void check(const Rule& rule, bool channels, const Case& c, int thread_count) {
   ScanBackwardParams p = {};
   ScanParams& in = p.in;
-  in.B = c.B, in.Hk = c.Hk, in.H = c.H, in.K = c.K, in.V = c.V, in.N = c.B > 1 ? c.B : c.lengths.size();
-  std::vector<int64_t> offsets = {0};
-  for (int64_t length : c.lengths) offsets.push_back(offsets.back() + length);
-  in.T = c.B > 1 ? c.lengths[0] : offsets.back();
-  if (c.B == 1 && c.lengths.size() > 1) in.cu_seqlens = offsets.data();
-  Sequences sequences;
-  for (int64_t n = 0; n < in.N; n++)
-    sequences.push_back(c.B > 1 ? std::array<int64_t, 3>{n, 0, in.T} : std::array<int64_t, 3>{0, offsets[n], c.lengths[n]});
+  in.Hk = c.Hk, in.H = c.H, in.K = c.K, in.V = c.V;
+  std::vector<int64_t> offsets;
+  const Sequences sequences = lay_sequences(in, c.B, c.lengths, offsets);
 
   const int64_t wide = 2 * c.Hk * c.K + c.H * c.V;
   const auto fused = normal(c.B * in.T * wide, c.l2norm ? 1.0f : 0.15f);
@@ -195,22 +188,8 @@ void check(const Rule& rule, bool channels, const Case& c, int thread_count) {
   const auto initial = normal(states);
   in.initial_state = c.initial ? initial.data() : nullptr;
 
-  std::vector<std::array<int64_t, 4>> index;
-  std::vector<std::array<int64_t, 2>> places;
-  const auto pick = [](int64_t n) { return static_cast<int64_t>(generator()() % n); };
-  while (static_cast<int64_t>(index.size()) < c.edits) {
-    const int64_t n = pick(in.N), length = sequences[n][2];
-    if (length == 0) continue;
-    const int64_t t = std::array<int64_t, 3>{0, length - 1, pick(length)}[pick(3)];
-    index.push_back({n, t, pick(c.H), pick(3) + 4 * pick(2)});
-    places.push_back({n, t});
-  }
-  std::stable_sort(index.begin(), index.end(), [](const auto& x, const auto& y) {
-    return std::array<int64_t, 3>{x[0], x[2], x[1]} < std::array<int64_t, 3>{y[0], y[2], y[1]};
-  });
-  const auto edit_left = normal(c.edits * c.K), edit_right = normal(c.edits * c.V);
-  in.edits = {c.edits, index.empty() ? nullptr : index[0].data(), edit_left.data(), edit_right.data()};
-  in.P = places.size(), in.places = places.empty() ? nullptr : places[0].data();
+  const Picked edits = pick_edits(in, sequences, c.edits);
+  edits.give(in);
 
   const auto d_o = normal(rows), d_right = normal(rows), d_left = normal(c.B * in.T * c.Hk * c.K);
   const auto d_final = normal(states), d_shots = normal(in.P * c.H * c.K * c.V);
@@ -224,7 +203,7 @@ void check(const Rule& rule, bool channels, const Case& c, int thread_count) {
   p.right = view(right, in.T * c.H * c.V, c.H * c.V, c.V, 1);
   auto q = poison(d_left.size()), k = q, v = poison(rows), dg = poison(g.size()), db = poison(beta.size()),
        start = poison(states);
-  auto left = poison(edit_left.size()), added = poison(edit_right.size());
+  auto left = poison(edits.left.size()), added = poison(edits.right.size());
   p.d_q = q.data(), p.d_k = k.data(), p.d_v = v.data(), p.d_g = dg.data(), p.d_beta = db.data();
   p.d_initial_state = start.data(), p.d_edit_left = left.data(), p.d_edit_right = added.data();
   if (thread_count > 0) {

@@ -11,6 +11,59 @@
 
 namespace writesae::test {
 
+// Of each sequence: batch row, first token, length.
+using Sequences = std::vector<std::array<int64_t, 3>>;
+
+// B rows of lengths[0] tokens, or one row of all of them, packed where there are several. `offsets` must outlive p.
+inline Sequences lay_sequences(ScanParams& p, int64_t B, const std::vector<int64_t>& lengths,
+                               std::vector<int64_t>& offsets) {
+  p.B = B, p.N = B > 1 ? B : lengths.size();
+  offsets = {0};
+  for (int64_t length : lengths) offsets.push_back(offsets.back() + length);
+  p.T = B > 1 ? lengths[0] : offsets.back();
+  if (B == 1 && lengths.size() > 1) p.cu_seqlens = offsets.data();
+  Sequences sequences;
+  for (int64_t n = 0; n < p.N; n++)
+    sequences.push_back(B > 1 ? std::array<int64_t, 3>{n, 0, p.T} : std::array<int64_t, 3>{0, offsets[n], lengths[n]});
+  return sequences;
+}
+
+inline int64_t pick(int64_t n) { return static_cast<int64_t>(generator()() % n); }
+
+// A place of some length: the first, the last, or any.
+inline int64_t pick_position(int64_t length) { return std::array<int64_t, 3>{0, length - 1, pick(length)}[pick(3)]; }
+
+// Edits of all kinds at random places, sorted, and a snapshot at each.
+struct Picked {
+  std::vector<std::array<int64_t, 4>> index;
+  std::vector<std::array<int64_t, 2>> places;
+  std::vector<float> left, right;
+
+  // Gives them to a call that they outlive.
+  void give(ScanParams& p) const {
+    const int64_t count = index.size();
+    p.edits = {count, index.empty() ? nullptr : index[0].data(), left.data(), right.data()};
+    p.P = places.size(), p.places = places.empty() ? nullptr : places[0].data();
+  }
+};
+
+inline Picked pick_edits(const ScanParams& p, const Sequences& sequences, int64_t count, float left_scale = 1,
+                         int64_t (*position)(int64_t) = pick_position) {
+  Picked out;
+  while (static_cast<int64_t>(out.index.size()) < count) {
+    const int64_t n = pick(p.N), length = sequences[n][2];
+    if (length == 0) continue;
+    const int64_t t = position(length);
+    out.index.push_back({n, t, pick(p.H), pick(3) + 4 * pick(2)});
+    out.places.push_back({n, t});
+  }
+  std::stable_sort(out.index.begin(), out.index.end(), [](const auto& x, const auto& y) {
+    return std::array<int64_t, 3>{x[0], x[2], x[1]} < std::array<int64_t, 3>{y[0], y[2], y[1]};
+  });
+  out.left = normal(count * p.K, left_scale), out.right = normal(count * p.V);
+  return out;
+}
+
 inline double value(const View& x, int64_t a, int64_t b, int64_t c, int64_t d = 0) {
   const void* at = x.at(a, b, c, d);
   if (x.type == Element::f32) return *static_cast<const float*>(at);
