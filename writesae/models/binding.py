@@ -129,12 +129,13 @@ class Binding:
         recurrences: the functions. A layer of the family calls at least one; one that keeps functions in attributes of
             its own has all of them.
         layer: fields of `LayerSite` (all but module, block, path and binding): the layer's attributes that hold them,
-            the first that is there, or the value itself.
+            the first that is there, or the value itself (also as the last of them).
         value, strength: names of rule inputs. A token writes `strength [B, T, H] * (value [B, T, H, V] - what is
-            erased)`; strength None is 1.
+            erased)`; strength None is 1. Of a rule without an axis of heads both are `[B, T, V]`.
         queries: `queries(call)`, `[B, T, Hk, K]`: what reads the states, normalised and scaled, in the dtype given.
         gate: kind of gate of its calls, one of `rule.gates`. Dictionaries of states encode from writes under "scalar"
             alone.
+        one_head_a_call: a layer calls the functions once for each of its value heads, in order, with that head alone.
         home: prefixes of the modules (files) in which its layers are defined; () is any.
         methods: methods of a layer, forward first, whose globals are looked through for the functions.
         roles: arguments of a layer's forward that have to be found (`arguments.NAMES`).
@@ -156,6 +157,7 @@ class Binding:
     queries: Callable[[RuleCall], Tensor]
     strength: str | None = None
     gate: str = "scalar"
+    one_head_a_call: bool = False
     home: tuple[str, ...] = ()
     methods: tuple[str, ...] = ("forward",)
     roles: tuple[str, ...] = ("hidden_states", "cache", "attention_mask")
@@ -185,13 +187,13 @@ class Binding:
         if not isinstance(where, tuple):
             return where
         for attribute in where:
-            found = getattr(module, attribute, None)
+            found = getattr(module, attribute, None) if isinstance(attribute, str) else attribute
             if found is not None:
                 return found
         raise ValueError(f"model: {type(module).__name__} calls the {self.name} but has none of {', '.join(where)}")
 
     def factors(self, call: RuleCall) -> tuple[Tensor, Tensor | None]:
-        """Value `[B, T, H, V]` and strength `[B, T, H]` of what each token writes."""
+        """Value `[B, T, H, V]` and strength `[B, T, H]` of what each token writes (without heads: both `[B, T, V]`)."""
         value = call.inputs[self.value]
         assert value is not None
         return value, None if self.strength is None else call.inputs[self.strength]
