@@ -183,6 +183,18 @@ def _spread(name: str, sizes: dict, seed: int):
     return model
 
 
+# ---- Lightning Attention ---------------------------------------------------------------------------------------
+
+
+def tiny_minimax(seed=0, dtype=torch.float32, **overrides):
+    """A random model in eval mode: three heads of K = V = 8, blocks of four tokens, full attention in the middle."""
+    sizes = dict(
+        num_attention_heads=3, num_key_value_heads=1, head_dim=8, block_size=4, num_local_experts=4,
+        num_experts_per_tok=2, layer_types=["linear_attention", "full_attention", "linear_attention"],
+    )  # fmt: skip
+    return _spread("MiniMax", {**sizes, **overrides}, seed).to(dtype)
+
+
 # ---- Kimi Delta Attention --------------------------------------------------------------------------------------
 
 _MLA = dict(

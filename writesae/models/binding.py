@@ -5,6 +5,7 @@ To add a family, write one file `models/NAME.py` that holds its table, in this o
 1. **Find the functions.** Open the layer's forward and note what runs its recurrence: usually one function for whole
    sequences and one for a single token on a cache. They must be looked up by name when the layer runs, in the globals
    of the layer's file or in attributes of the layer. Whatever does all in one call and goes past them is a bypass.
+   A recurrence that is written out in the forward has none: `inline` (`hf_minimax.py`).
 2. **Choose the rule** in `writesae.ops` that computes the same, up to names, layouts and what is done before and after.
    Where its gate is not one a head, say so (`gate`).
 3. **Write `bind(site, given) -> RuleCall`** for each function: `given` are its arguments by name, the answer is the
@@ -136,6 +137,9 @@ class Binding:
         gate: kind of gate of its calls, one of `rule.gates`. Dictionaries of states encode from writes under "scalar"
             alone.
         one_head_a_call: a layer calls the functions once for each of its value heads, in order, with that head alone.
+        inline: classes of layers that have the recurrence written out in their forward. The forward itself is the one
+            of `recurrences` then, for whole sequences and for one token: `bind` and `answer` do what it does around the
+            rule, and the self-test compares forwards.
         home: prefixes of the modules (files) in which its layers are defined; () is any.
         methods: methods of a layer, forward first, whose globals are looked through for the functions.
         roles: arguments of a layer's forward that have to be found (`arguments.NAMES`).
@@ -158,6 +162,7 @@ class Binding:
     strength: str | None = None
     gate: str = "scalar"
     one_head_a_call: bool = False
+    inline: tuple[str, ...] = ()
     home: tuple[str, ...] = ()
     methods: tuple[str, ...] = ("forward",)
     roles: tuple[str, ...] = ("hidden_states", "cache", "attention_mask")
