@@ -167,6 +167,8 @@ def _layer_body(entry, call, args, kwargs):
     )  # fmt: skip
     if frame.call is not None:
         frame.call.feed(frame.cache, frame.hidden.shape[1])
+    if frame.site.binding.inline:
+        call = _rule_shim(frame.site.binding.recurrences[0], call)
     return frame.run(call, args, kwargs)
 
 
