@@ -48,11 +48,12 @@ class Frame:
         site: the layer.
         call: the model's forward call around it, None when the layer was called on its own.
         cache: the cache handed to the layer, or None.
-        layer_mask: `[B, T]` mask handed to the layer, or None.
+        layer_mask: `[B, T]` mask handed to the layer (of cached columns too, in some families), or None.
         hidden: `[B, T, hidden]` what the layer was given.
         rules, convs: what stands in for its functions and its convolution, the latest installed first.
         met: the call that rules stand in for at the moment, if any.
         own_conv: calls the convolution that a handler stands in for, as the layer called it.
+        helpless: the layer's own functions cannot run on this machine; see `Binding.stand_ins`.
     """
 
     site: LayerSite
@@ -64,6 +65,7 @@ class Frame:
     convs: tuple[Callable, ...]
     met: Met | None = field(default=None, repr=False)
     own_conv: Callable[[], Tensor] | None = field(default=None, repr=False)
+    helpless: bool = False
 
     @functools.cached_property
     def cu_seqlens(self) -> Tensor | None:
@@ -85,7 +87,9 @@ class Frame:
     @functools.cached_property
     def mask(self) -> Tensor | None:
         """`[B, T]` bool, False at pads and at what `generate` feeds past a row's end; None when all are real tokens."""
-        real = None if self.layer_mask is None or self.layer_mask.ndim != 2 else self.layer_mask.bool()
+        real = None
+        if self.layer_mask is not None and self.layer_mask.ndim == 2:
+            real = self.layer_mask[:, -self.hidden.shape[1] :].bool()  # some layers are given cached columns' too
         if self.call is None:
             return real
         shape = (self.hidden.shape[0], self.hidden.shape[1])
