@@ -7,8 +7,10 @@ from tiny_models import families, kda_families, mamba2_families, tiny_kda, tiny_
 import writesae
 from writesae.edits import Edits
 from writesae.experiments.divergence import kl_pair
-from writesae.experiments.engine import ForkEngine, Places, read, read_matrix, reader, unread
+from writesae.experiments.engine import ForkEngine, Later, Places, read, read_matrix, reader, unread
 from writesae.models import layers
+from writesae.ops.rule import RuleCall
+from writesae.ops.selective_scan import RULE
 from writesae.writes import Writes
 
 LINEAR, FULL = "linear_attention", "full_attention"
@@ -243,3 +245,25 @@ def test_readers_are_the_propagator_from_behind(gate, transition):
     beta, erase = None if beta is None else beta[:, :, 0], None if erase is None else tuple(x[:, :, 0] for x in erase)
     back = reader(q, k[:, :, 0, 0], decay[:, :, 0], beta, erase)
     torch.testing.assert_close(back @ p, (path * q).sum(-1))
+
+
+@pytest.mark.filterwarnings("ignore:selective_scan. running the slow")
+@pytest.mark.parametrize("when", ["after", "before"])
+def test_a_recurrence_run_on_an_addition_alone_says_how_it_is_read(when):
+    """Under a gate for every entry, where no reader exists: against the scan with the edit in it."""
+    T, V, K, t = 9, 6, 4, 3
+    x = {
+        "x": torch.randn(1, T, V), "dt": torch.rand(1, T, V), "A": -torch.rand(V, K), "B": torch.randn(1, T, K),
+        "C": torch.randn(1, T, K), "D": torch.randn(V),
+    }  # fmt: skip
+    left, right = torch.randn(K), torch.randn(V)
+    edit = Edits([0], [t], [0], left[None], right[None], when=when)
+    changed = [RuleCall(RULE, x).run(edits=e, backend="reference").o for e in (None, edit)]
+    after = {name: value if value.ndim < 3 else value[:, t + 1 :] for name, value in x.items()}
+    call = RuleCall(RULE, {**after, "x": torch.zeros_like(after["x"])})
+    found = Later(call, x["C"][:, t], torch.tensor([0]), 1).read(torch.outer(left, right)[None])
+    expected = (changed[1] - changed[0])[:, t:]
+    assert (expected[:, 0] == 0).all() == (when == "after")
+    if when == "after":
+        found[:, 0] = 0
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
