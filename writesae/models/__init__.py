@@ -1,7 +1,8 @@
 """Hooks into transformers models: `attach`, `load`, `stopping_after`; and the seam under them, `layers`, `intercept`,
-`running`, with a table a family of models (`Binding`, `hf_gated_delta`, `hf_kda`, `hf_mamba2`)."""
+`running`, with a table a family of models (`Binding`, `hf_gated_delta`, `hf_kda`, `hf_mamba2`,
+`mamba_ssm`)."""
 
-from . import hf_gated_delta, hf_kda, hf_mamba2
+from . import hf_gated_delta, hf_kda, hf_mamba2, mamba_ssm
 from .attach import attach
 from .binding import Binding, LayerSite
 from .frame import running
@@ -14,5 +15,5 @@ from .tap import Tap
 
 __all__ = [
     "Binding", "LayerSite", "Stopped", "Tap", "attach", "hf_gated_delta", "hf_kda", "hf_mamba2", "intercept",
-    "intercept_conv", "layers", "load", "running", "stopping_after",
+    "intercept_conv", "layers", "load", "mamba_ssm", "running", "stopping_after",
 ]  # fmt: skip

@@ -52,6 +52,7 @@ class Frame:
         hidden: `[B, T, hidden]` what the layer was given.
         rules, convs: what stands in for its functions and its convolution, the latest installed first.
         met: the call that rules stand in for at the moment, if any.
+        ran: whether the layer has called one of its functions.
         own_conv: calls the convolution that a handler stands in for, as the layer called it.
     """
 
@@ -63,6 +64,7 @@ class Frame:
     rules: tuple[Callable, ...]
     convs: tuple[Callable, ...]
     met: Met | None = field(default=None, repr=False)
+    ran: bool = False
     own_conv: Callable[[], Tensor] | None = field(default=None, repr=False)
 
     @functools.cached_property
