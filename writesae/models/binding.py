@@ -137,8 +137,7 @@ class Binding:
         value, strength: names of rule inputs. A token writes `strength [B, T, H] * (value [B, T, H, V] - what is
             erased)`; strength None is 1. Of a rule without an axis of heads both are `[B, T, V]`.
         queries: `queries(call)`, `[B, T, Hk, K]`: what reads the states, normalised and scaled, in the dtype given.
-        gate: kind of gate of its calls, one of `rule.gates`. Dictionaries of states encode from writes under "scalar"
-            alone.
+        gate: kind of gate of its calls, one of `rule.gates`.
         one_head_a_call: a layer calls the functions once for each of its value heads, in order, with that head alone.
         inline: classes of layers that have the recurrence written out in their forward. The forward itself is the one
             of `recurrences` then, for whole sequences and for one token: `bind` and `answer` do what it does around the
