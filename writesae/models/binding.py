@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from ..ops.rule import Rule, RuleCall, RuleOutput
 from .arguments import rule_call
+from .patch import Owner
 
 Given = Mapping[str, Any]  # arguments of one call by name
 
@@ -130,7 +131,7 @@ class Binding:
         recurrences: the functions. A layer of the family calls at least one; one that keeps functions in attributes of
             its own has all of them.
         layer: fields of `LayerSite` (all but module, block, path and binding): the layer's attributes that hold them,
-            the first that is there, or the value itself (also as the last of them).
+            the first that is there, or a function of the layer, or the value itself (also as the last of them).
         value, strength: names of rule inputs. A token writes `strength [B, T, H] * (value [B, T, H, V] - what is
             erased)`; strength None is 1. Of a rule without an axis of heads both are `[B, T, V]`.
         queries: `queries(call)`, `[B, T, Hk, K]`: what reads the states, normalised and scaled, in the dtype given.
@@ -149,6 +150,9 @@ class Binding:
             use_precomputed) -> (y, kept)` of their own.
         bypasses: names that would go past the functions, of globals or of the layer's attributes, with what stands
             there while the layer is intercepted (a function that answers None, a flag that is False).
+        stand_ins: `stand_ins(owner)`, for layers whose own code cannot run on every machine: where it cannot, has owner
+            put in place what they need beside their functions, and answers True. Then all layers run on the rule,
+            whoever is intercepted.
     """
 
     name: str
@@ -169,6 +173,7 @@ class Binding:
     convs: tuple[str, ...] = ()
     conv_modules: Callable[[nn.Module], list[nn.Conv1d]] = lambda module: []
     bypasses: Mapping[str, Any] = field(default_factory=dict)
+    stand_ins: Callable[[Owner], bool] | None = None
 
     def recurrence(self, name: str) -> Recurrence | None:
         """The function that layers look up by this name."""
@@ -190,7 +195,7 @@ class Binding:
     def _of(self, module: nn.Module, name: str) -> Any:
         where = self.layer[name]
         if not isinstance(where, tuple):
-            return where
+            return where(module) if callable(where) else where
         for attribute in where:
             found = getattr(module, attribute, None) if isinstance(attribute, str) else attribute
             if found is not None:

@@ -57,13 +57,14 @@ class Frame:
         site: the layer.
         call: the model's forward call around it, None when the layer was called on its own.
         cache: the cache handed to the layer, or None.
-        layer_mask: `[B, T]` mask handed to the layer, or None.
+        layer_mask: `[B, T]` mask handed to the layer (of cached columns too, in some families), or None.
         hidden: `[B, T, hidden]` what the layer was given.
         head: the value head whose call rules stand in for, where a layer makes a call a head (`one_head_a_call`).
         gradients: `[B, T, 1, V]` of such a layer's heads in the backward that is running, until they are all there.
         rules, convs: what stands in for its functions and its convolution, the latest installed first.
         met: the call that rules stand in for at the moment, if any.
         own_conv: calls the convolution that a handler stands in for, as the layer called it.
+        helpless: the layer's own functions cannot run on this machine; see `Binding.stand_ins`.
     """
 
     site: LayerSite
@@ -78,6 +79,7 @@ class Frame:
     head: int | None = None
     gradients: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _parts: list[Recorded] = field(default_factory=list, repr=False)
+    helpless: bool = False
 
     @functools.cached_property
     def cu_seqlens(self) -> Tensor | None:
@@ -99,12 +101,12 @@ class Frame:
     @functools.cached_property
     def mask(self) -> Tensor | None:
         """`[B, T]` bool, False at pads and at what `generate` feeds past a row's end; None when all are real tokens."""
-        shape = (self.hidden.shape[0], self.hidden.shape[1])
-        real = None if self.layer_mask is None or self.layer_mask.ndim != 2 else self.layer_mask.bool()
-        if real is not None:
-            real = real[:, -shape[1] :]  # some releases hand over the columns that the cache holds, too
+        real = None
+        if self.layer_mask is not None and self.layer_mask.ndim == 2:
+            real = self.layer_mask[:, -self.hidden.shape[1] :].bool()  # some layers are given cached columns' too
         if self.call is None:
             return real
+        shape = (self.hidden.shape[0], self.hidden.shape[1])
         known = self.call.real_tokens(shape, self.start, self.hidden.device)
         return known if real is None else real if known is None else real & known.to(real.device)
 

@@ -104,6 +104,7 @@ class _Handlers:
     site: LayerSite
     rule: CallHandler | None
     conv: ConvHandler | None
+    helpless: bool  # the layer's own functions cannot run on this machine
 
 
 def install(
@@ -119,11 +120,16 @@ def install(
         require_layer(model, by_index, index)
     with patch.lock:
         owner.mark(site.module for site in sites)
-        for index in sorted({*rules, *convs}):
-            _install_layer(owner, model, by_index[index], rules.get(index), convs.get(index))
+        families = dict.fromkeys(site.binding for site in sites if site.binding.stand_ins is not None)
+        helpless = {family for family in families if family.stand_ins(owner)}
+        for index, site in sorted(by_index.items()):
+            if index in rules or index in convs or site.binding in helpless:
+                handlers = _Handlers(site, rules.get(index), convs.get(index), site.binding in helpless)
+                _install_layer(owner, model, handlers)
 
 
-def _install_layer(owner: Owner, model: nn.Module, site: LayerSite, rule, conv) -> None:
+def _install_layer(owner: Owner, model: nn.Module, handlers: _Handlers) -> None:
+    site = handlers.site
     around = enclosing(model, site.path)
     for i, module in enumerate(around):
         owner.join(module, "forward", model_body, tuple(around[:i]))
@@ -141,7 +147,7 @@ def _install_layer(owner: Owner, model: nn.Module, site: LayerSite, rule, conv) 
     for child in site.binding.conv_modules(site.module):
         channels = slice(start, start := start + child.in_channels)
         owner.join(child, "forward", short_conv.module_body, channels)
-    owner.join(site.module, "forward", _layer_body, _Handlers(site, rule, conv))
+    owner.join(site.module, "forward", _layer_body, handlers)
     patch.entries[id(site.module)].reader.require(*site.binding.roles)
 
 
@@ -164,6 +170,7 @@ def _layer_body(entry, call, args, kwargs):
     frame = Frame(
         serving[0].site, ModelCall.current(), given.get("cache"), given.get("attention_mask"), given["hidden_states"],
         tuple(h.rule for h in serving if h.rule is not None), tuple(h.conv for h in serving if h.conv is not None),
+        helpless=serving[0].helpless,
     )  # fmt: skip
     if frame.call is not None:
         frame.call.feed(frame.cache, frame.hidden.shape[1])
@@ -187,7 +194,7 @@ def _rule_shim(recurrence: Recurrence, original: Callable) -> Callable:
     def stand_in(*args, **kwargs):
         frame = running()
         # Met already: an original that is called in a stand-in's course, and calls others of the functions itself.
-        if frame is None or not frame.rules or frame.met is not None:
+        if frame is None or not (frame.rules or frame.helpless) or frame.met is not None:
             return original(*args, **kwargs)
         given = recurrence.read(args, kwargs)
         frame.met = Met(recurrence, original, args, kwargs, given)
@@ -197,6 +204,8 @@ def _rule_shim(recurrence: Recurrence, original: Callable) -> Callable:
                 output = handler(call, wants_state)
                 if output is not NotImplemented:
                     return recurrence.answer(given, output)
+            if frame.helpless:
+                return recurrence.answer(given, call.run(output_final_state=wants_state))
             return original(*args, **kwargs)
         finally:
             frame.met = None
