@@ -159,6 +159,15 @@ def steps(site: LayerSite) -> list[tuple[Recurrence, Callable]]:
     return found
 
 
+def _block(modules: Mapping[str, nn.Module], path: str) -> nn.Module:
+    """The decoder layer that holds a module: the one of a list, however deep the module lies in it (Zamba's)."""
+    inside = path.split(".")[:-1]
+    for i in range(len(inside), 0, -1):
+        if isinstance(modules[".".join(inside[: i - 1])], nn.ModuleList):
+            return modules[".".join(inside[:i])]
+    return modules[".".join(inside)]
+
+
 def layers(model: nn.Module) -> list[LayerSite]:
     """The model's layers with a recurrent state, in order, wherever they are nested.
 
@@ -177,7 +186,7 @@ def layers(model: nn.Module) -> list[LayerSite]:
                 f"model: expected one stack of layers, got layer {index} at {found[index].path} and at {path}; "
                 "pass the sub-model you mean"
             )
-        found[index] = binding.site(module, modules[path.rpartition(".")[0]], path)
+        found[index] = binding.site(module, _block(modules, path), path)
     return [found[i] for i in sorted(found)]
 
 
