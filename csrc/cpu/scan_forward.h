@@ -83,7 +83,7 @@ void one_token(const ScanStepParams& p, const Parallel& parallel, const Fill& fi
 template <class Form>
 void scan_one_token(const ScanParams& p, const Parallel& parallel) {
   const auto row = [](const View& x) { return View{x.data, x.type, {x.stride[0], x.stride[2], x.stride[3]}}; };
-  ScanStepParams step;
+  ScanStepParams step = {};
   step.B = p.B, step.Hk = p.Hk, step.H = p.H, step.K = p.K, step.V = p.V;
   step.q = row(p.q), step.k = row(p.k), step.v = row(p.v), step.g = row(p.g), step.beta = row(p.beta);
   step.channel_gate = p.channel_gate;

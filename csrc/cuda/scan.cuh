@@ -102,6 +102,7 @@ template <class Rule>
 using Given = std::conditional_t<Rule::CHANNEL, ChannelProblem, Problem>;
 
 struct Backward;  // scan_backward.cuh
+struct ChannelBackward;
 
 // One chunk's factors by token. The first HOT floats are what every chunk needs.
 template <int C>

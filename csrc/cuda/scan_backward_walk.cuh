@@ -17,16 +17,17 @@ namespace writesae::cuda {
 
 constexpr int BACK_WARPS = 4;  // of a walk's block
 
-template <class T, int KP>
+template <class Rule, class T, int KP>
 struct StartsShared {
   static constexpr int C = Operand<T>::CHUNK;
-  static constexpr size_t BYTES = (KP * C + BACK_WARPS * 16 * KP) * sizeof(T) + tile::shared_piece(Factors<C>::SIZE * 4);
+  static constexpr size_t BYTES =
+      (KP * C + BACK_WARPS * 16 * KP) * sizeof(T) + tile::shared_piece(Factors<C>::SIZE * 4) + (Rule::CHANNEL ? KP * 4 : 0);
 };
 template <class Rule, class T, int KP>
 struct ReverseShared {
   static constexpr int C = Operand<T>::CHUNK, IMAGES = Rule::READS ? 2 : 1;
   static constexpr size_t BYTES =
-      StartsShared<T, KP>::BYTES + (KP * C + IMAGES * Triangle<T, C>::SIZE + BACK_WARPS * C * 16) * sizeof(T);
+      StartsShared<Rule, T, KP>::BYTES + (KP * C + IMAGES * Triangle<T, C>::SIZE + BACK_WARPS * C * 16) * sizeof(T);
 };
 
 // Where a walk's block and warp are.
@@ -62,6 +63,13 @@ __device__ __forceinline__ void issue_factors(float* to, const Problem& p, int64
   for (int i = 4 * tile::thread(); i < Factors<C>::SIZE; i += 4 * 32 * BACK_WARPS) tile::copy_16(to + i, from + i);
 }
 
+// e^{G_C} of each channel.
+template <int KP>
+__device__ __forceinline__ void issue_decays(float* to, const ChannelBackward& b, int64_t slot, int h) {
+  for (int i = 4 * tile::thread(); i < KP; i += 4 * 32 * BACK_WARPS)
+    tile::copy_16(to + i, b.decays + (slot * b.p.H + h) * KP + i);
+}
+
 // The warp's columns of a state, transposed, to [V, width] in memory.
 template <class T, int KP>
 __device__ __forceinline__ void leave_state(const float (&state)[KP / 8][4], const Tile<T, KP>& slab, T* to, int width,
@@ -83,8 +91,8 @@ __device__ __forceinline__ void leave_state(const float (&state)[KP / 8][4], con
   }
 }
 
-template <class T, int KP>
-__global__ void __launch_bounds__(32 * BACK_WARPS, KP <= 64 ? 4 : 1) starts(const __grid_constant__ Backward b) {
+template <class Rule, class T, int KP>
+__global__ void __launch_bounds__(32 * BACK_WARPS, KP <= 64 ? 4 : 1) starts(const __grid_constant__ GivenBack<Rule> b) {
   using Op = Operand<T>;
   constexpr int C = Op::CHUNK, NK = KP / 8;
   using F = Factors<C>;
@@ -93,6 +101,7 @@ __global__ void __launch_bounds__(32 * BACK_WARPS, KP <= 64 ? 4 : 1) starts(cons
   const Tile<T, KP> k = {shared.template take<T>(KP * C)};
   const Tile<T, KP> slab = {shared.template take<T>(BACK_WARPS * 16 * KP), tile::warp() * 16 * KP};
   float* const factors = shared.template take<float>(F::SIZE);
+  float* const decays = Rule::CHANNEL ? shared.template take<float>(KP) : nullptr;
   const Lane at(p);
   const Span span = span_of<C>(b, at.n);
 
@@ -107,7 +116,12 @@ __global__ void __launch_bounds__(32 * BACK_WARPS, KP <= 64 ? 4 : 1) starts(cons
     const bool last = chunk + 1 == span.chunks;
     tile::sync();
     if (!last) {
-      issue_rows<T, KP>(k, p.k, span.s.row, token, at.hk, cut.count);
+      if constexpr (Rule::CHANNEL) {
+        issue_rows<T, KP>(k, b.write, span.s.row, token, at.h, cut.count);
+        issue_decays<KP>(decays, b, slot, at.h);
+      } else {
+        issue_rows<T, KP>(k, p.k, span.s.row, token, at.hk, cut.count);
+      }
       issue_factors<C>(factors, p, slot, at.h);
       tile::commit_copies();
     }
@@ -129,7 +143,7 @@ __global__ void __launch_bounds__(32 * BACK_WARPS, KP <= 64 ? 4 : 1) starts(cons
 #pragma unroll
     for (int m = 0; m < NK; m++)
 #pragma unroll
-      for (int e = 0; e < 4; e++) state[m][e] *= decay;
+      for (int e = 0; e < 4; e++) state[m][e] *= Rule::CHANNEL ? decays[8 * m + c + e % 2] : decay;
     const auto down = Op::lane_place_down(k);
 #pragma unroll
     for (int j = 0; j < C / 8; j++)
@@ -145,7 +159,7 @@ __global__ void __launch_bounds__(32 * BACK_WARPS, KP <= 64 ? 4 : 1) starts(cons
 
 template <class Rule, class T, int KP>
 __global__ void __launch_bounds__(32 * BACK_WARPS, KP <= 64 ? (Rule::READS || sizeof(T) == 2 ? 3 : 2) : 1)
-    reverse(const __grid_constant__ Backward b) {
+    reverse(const __grid_constant__ GivenBack<Rule> b) {
   using Op = Operand<T>;
   constexpr int C = Op::CHUNK, STEP = Op::STEP, NK = KP / 8, NC = C / 8, EACH = Tile<T, KP>::EACH;
   constexpr int IMAGE = Triangle<T, C>::SIZE, SLAB_UNITS = 16 / EACH;
@@ -158,6 +172,9 @@ __global__ void __launch_bounds__(32 * BACK_WARPS, KP <= 64 ? (Rule::READS || si
   const Tile<T, 16> rows = {shared.template take<T>(BACK_WARPS * C * 16), tile::warp() * C * 16};  // of dO, then of dY
   const Tile<T, KP> slab = {shared.template take<T>(BACK_WARPS * 16 * KP), tile::warp() * 16 * KP};
   float* const factors = shared.template take<float>(F::SIZE);
+  float* const decays = Rule::CHANNEL ? shared.template take<float>(KP) : nullptr;
+  // Of a gate of each channel: its keys to read by, over the slabs once states are out; k are those to write by.
+  const Tile<T, KP> keys = {Rule::CHANNEL ? slab.data : k.data};
   const Lane at(p);
   const Span span = span_of<C>(b, at.n);
 
@@ -170,8 +187,14 @@ __global__ void __launch_bounds__(32 * BACK_WARPS, KP <= 64 ? (Rule::READS || si
     const Cut cut = cut_of<C>(b, span, chunk);
     const int64_t slot = span.first_slot + chunk, token = span.s.origin + cut.first;
     tile::sync();
-    issue_rows<T, KP>(k, p.k, span.s.row, token, at.hk, cut.count);
-    issue_rows<T, KP>(q, p.q, span.s.row, token, at.hk, cut.count);
+    if constexpr (Rule::CHANNEL) {
+      issue_rows<T, KP>(k, b.write, span.s.row, token, at.h, cut.count);
+      issue_rows<T, KP>(q, b.ask, span.s.row, token, at.h, cut.count);
+      issue_decays<KP>(decays, b, slot, at.h);
+    } else {
+      issue_rows<T, KP>(k, p.k, span.s.row, token, at.hk, cut.count);
+      issue_rows<T, KP>(q, p.q, span.s.row, token, at.hk, cut.count);
+    }
     issue_factors<C>(factors, p, slot, at.h);
     const auto image = [&](const Triangle<T, C>& to, const void* from) {
       const T* x = static_cast<const T*>(from) + (slot * p.H + at.h) * IMAGE;
@@ -202,6 +225,10 @@ __global__ void __launch_bounds__(32 * BACK_WARPS, KP <= 64 ? (Rule::READS || si
 #if WRITESAE_PLANT != 4  // a missing barrier
     tile::sync();
 #endif
+    if constexpr (Rule::CHANNEL && Rule::READS) {
+      issue_rows<T, KP>(keys, b.read, span.s.row, token, at.h, cut.count);
+      tile::commit_copies();
+    }
     const int lane = tile::fresh(tile::lane()), g = lane / 4, c = 2 * (lane % 4);
     const int along = Op::lane_place_along(k), along_rows = Op::lane_place_along(rows);
     const auto down = Op::lane_place_down(k), down_image = Op::lane_place_down(Rule::READS ? inverse : reach);
@@ -253,7 +280,7 @@ __global__ void __launch_bounds__(32 * BACK_WARPS, KP <= 64 ? (Rule::READS || si
 #pragma unroll
     for (int m = 0; m < NK; m++)
 #pragma unroll
-      for (int e = 0; e < 4; e++) state[m][e] *= decay;
+      for (int e = 0; e < 4; e++) state[m][e] *= Rule::CHANNEL ? decays[8 * m + c + e % 2] : decay;
     const auto add_rows = [&](const Tile<T, KP>& from, int token, const float (*x)[4]) {
       tile::sync_warp();  // 16 tokens after the others: or all loads come first, and fill the registers
       add_tokens<T, KP, 16>(state, from, down, token, x);
@@ -308,8 +335,12 @@ __global__ void __launch_bounds__(32 * BACK_WARPS, KP <= 64 ? (Rule::READS || si
           const int i = 8 * j + c + e % 2;
           y[j][e] *= -factors[F::READ + i] * factors[F::BETA + i];
         }
+      if constexpr (Rule::CHANNEL) {
+        tile::wait_copies<0>();
+        tile::sync();
+      }
 #pragma unroll
-      for (int j = 0; j < C; j += 16) add_rows(k, j, &y[j / 8]);
+      for (int j = 0; j < C; j += 16) add_rows(keys, j, &y[j / 8]);
     }
   }
   float* to = b.d_initial_state + at.head * p.K * p.V;

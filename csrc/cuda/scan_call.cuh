@@ -24,6 +24,16 @@ struct Call {
   int64_t workspace;
 };
 
+// What prepare makes of a gate of each channel: `to` is the call's problem, or its backward.
+template <class To>
+void lay_channels(const Problem& p, To& to, int64_t bytes, Workspace& space) {
+  const int64_t width = up(p.K, 16 / bytes);
+  for (Rows* rows : {&to.read, &to.ask, &to.write})
+    *rows = {
+        space.take<char>(p.B * p.T * p.H * width * bytes), {p.T * p.H * width, p.H * width, width}, static_cast<int>(width)};
+  to.decays = space.take<float>(p.slots * p.H * padded_keys(p.K));
+}
+
 template <class Rule>
 Call<Rule> lay_out(const ScanParams& from, void* workspace, Plan plan) {
   check_keys(Rule::NAME, "", from.K);
@@ -69,11 +79,7 @@ Call<Rule> lay_out(const ScanParams& from, void* workspace, Plan plan) {
   }
   if constexpr (Rule::CHANNEL) {
     const int64_t width = up(p.K, 16 / bytes);
-    for (Rows* rows : {&p.read, &p.ask, &p.write})
-      *rows = {space.take<char>(p.B * p.T * p.H * width * bytes),
-               {p.T * p.H * width, p.H * width, width},
-               static_cast<int>(width)};
-    p.decays = space.take<float>(p.slots * p.H * padded_keys(p.K));
+    lay_channels(p, p, bytes, space);
     p.edit_rows = space.take<float>(p.edits.count * p.K);
     p.shot_rows = space.take<char>(p.P * p.H * C * width * bytes);
     p.shot_decays = space.take<float>(p.P * p.H * p.K);
@@ -98,8 +104,9 @@ void run_forward(const ScanParams& from, void* workspace, tile::Stream stream, P
 
 // ---- backward -------------------------------------------------------------------------------------------------------
 
+template <class Rule>
 struct BackwardCall {
-  Backward b;
+  GivenBack<Rule> b;
   Element type;  // of computation
   int chunk;
   Packing packing[4];
@@ -108,18 +115,18 @@ struct BackwardCall {
 };
 
 template <class Rule>
-BackwardCall lay_out_backward(const ScanBackwardParams& from, void* workspace) {
+BackwardCall<Rule> lay_out_backward(const ScanBackwardParams& from, void* workspace) {
   const ScanParams& in = from.in;
   check_keys(Rule::NAME, "_backward", in.K);
-  BackwardCall call = {};
-  Backward& b = call.b;
+  BackwardCall<Rule> call = {};
+  GivenBack<Rule>& b = call.b;
   Problem& p = b.p;
   p.B = in.B, p.Hk = in.Hk, p.H = in.H, p.K = in.K, p.V = in.V, p.N = in.N, p.T = in.T;
   p.g = in.g, p.beta = in.beta, p.scale = in.scale, p.normalise = in.use_qk_l2norm, p.initial_state = in.initial_state;
   p.cu_seqlens = in.cu_seqlens, p.edits = in.edits, p.P = in.P, p.places = in.places, p.plain = true;
   b.right = from.right, b.d_right = from.d_right, b.q = in.q, b.k = in.k;
   b.d_left = from.d_left, b.d_final_state = from.d_final_state, b.d_snapshots = from.d_snapshots;
-  b.v_type = in.v.type, b.g_type = in.g.type, b.beta_type = in.beta.type;
+  b.v_type = in.v.type, b.g_type = in.g.type, b.beta_type = in.beta.type, b.channel_gate = Rule::CHANNEL;
   b.d_q = from.d_q, b.d_k = from.d_k, b.d_v = from.d_v, b.d_g = from.d_g, b.d_beta = from.d_beta;
   b.d_initial_state = from.d_initial_state, b.d_edit_left = from.d_edit_left, b.d_edit_right = from.d_edit_right;
   if (b.d_snapshots == nullptr) p.P = 0;
@@ -156,14 +163,15 @@ BackwardCall lay_out_backward(const ScanBackwardParams& from, void* workspace) {
   b.d_y = space.take<char>(tokens * p.H * b.value_width * bytes);
   b.parts = space.take<float>(tokens * p.Hk * 2 * p.K);
   b.scalars = space.take<float>(tokens * p.H * 2 * key_tiles(p.K));
+  if constexpr (Rule::CHANNEL) lay_channels(p, b, bytes, space);
   call.workspace = space.used;
   return call;
 }
 
 template <class Rule>
 void run_scan_backward(const ScanBackwardParams& from, void* workspace, tile::Stream stream) {
-  const BackwardCall call = lay_out_backward<Rule>(from, workspace);
-  const Backward& b = call.b;
+  const BackwardCall<Rule> call = lay_out_backward<Rule>(from, workspace);
+  const GivenBack<Rule>& b = call.b;
   const Problem& p = b.p;
   const Rows* const targets[4] = {&p.q, &p.k, &p.v, &b.d_o};
   for (int i = 0; i < 4; i++) run_packing(call.packing[i], call.type, p.B, p.T, *targets[i], stream);

@@ -81,6 +81,9 @@ template <class Rule, class T>
 void launch_chunks(const Given<Rule>& p, int warps, tile::Stream stream) {
   if constexpr (Rule::CHANNEL) {
     launch_prepare_channels<Rule, T>(p, stream);
+    if (p.edits.count > 0)
+      tile::launch("scan edit_rows", edit_rows<T>, {static_cast<unsigned>(p.edits.count), 1, 1}, 128, 0, stream, p);
+    if (p.P > 0) tile::launch("scan shot_rows", shot_rows<T>, {static_cast<unsigned>(p.P * p.H), 1, 1}, 128, 0, stream, p);
   } else {
     launch_prepare<Rule, T>(p, stream);
     if (p.edits.count > 0)

@@ -43,11 +43,11 @@ __device__ __forceinline__ float sum_by_lane(float (&x)[2 * STEP], int lane) {
   }
 }
 
-// solve = (I + A)^-1 diag(beta); a warp per 16 rows of A, which is lost. As in `prepare`, which has it and `drop_gone` in place: of
+// solve = (I + A)^-1 diag(beta), without beta where it is plain; a warp per 16 rows of A, which is lost. As in `prepare`, which has it and `drop_gone` in place: of
 // a function it made spills.
 template <class T, int C>
-__device__ __forceinline__ void solve_triangle(const Triangle<T, C>& solve, const Padded<C>& a, const float* beta, int warp,
-                                               int lane) {
+__device__ __forceinline__ void solve_triangle(const Triangle<T, C>& solve, const Padded<C>& a, const float* beta,
+                                               bool plain, int warp, int lane) {
   using Op = Operand<T>;
   using Op32 = Operand<float>;
   constexpr int WARPS = C / 16;
@@ -93,7 +93,7 @@ __device__ __forceinline__ void solve_triangle(const Triangle<T, C>& solve, cons
 #pragma unroll
       for (int e = 0; e < 4; e++) {
         const int column = 16 * warp + g + e / 2 * 8;
-        *solve.at(row + 8 * i + c + e % 2, column) = Op::narrow(t[m][i][e] * beta[column]);
+        *solve.at(row + 8 * i + c + e % 2, column) = Op::narrow(plain ? t[m][i][e] : t[m][i][e] * beta[column]);
       }
   }
 }
@@ -287,7 +287,7 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK, 2)
   }
   tile::sync_warp();
   if (p.gone != nullptr) drop_gone<T, C>(p, a, reach, slot, h, warp, lane);
-  solve_triangle<T, C>(solve, a, beta, warp, lane);
+  solve_triangle<T, C>(solve, a, beta, p.plain, warp, lane);
   tile::sync();
   const auto leave = [&](const Triangle<T, C>& from, void* images) {
     const auto* x = reinterpret_cast<const tile::Vec16*>(from.data);
@@ -297,14 +297,11 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK, 2)
   leave(solve, p.solve), leave(reach, p.reach);
 }
 
-// Host: the launch, and those of the rows of edits and of states asked for.
+// Host: the launch.
 template <class Rule, class T>
 void launch_prepare_channels(const ChannelProblem& p, tile::Stream stream) {
   tile::launch("scan prepare_channels", prepare_channels<Rule, T>, {static_cast<unsigned>(p.slots * p.H), 1, 1},
                2 * Operand<T>::CHUNK, ChannelShared<T>::BYTES, stream, p, padded_keys(p.K));
-  if (p.edits.count > 0)
-    tile::launch("scan edit_rows", edit_rows<T>, {static_cast<unsigned>(p.edits.count), 1, 1}, 128, 0, stream, p);
-  if (p.P > 0) tile::launch("scan shot_rows", shot_rows<T>, {static_cast<unsigned>(p.P * p.H), 1, 1}, 128, 0, stream, p);
 }
 
 }  // namespace writesae::cuda

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 import transformers
 from torch import Tensor
 
+from ..ops._dispatch import say_once
 from .versions import TESTED
 
 # role -> the names it goes by, the newest of transformers first, then those of mamba-ssm
@@ -55,6 +56,23 @@ class Reader:
     def name_of(self, role: str) -> str:
         """The name by which the function takes a role: the newest that its signature knows."""
         return next((name for name in NAMES[role] if name in self.parameters), NAMES[role][0])
+
+    def handed_on(self, kwargs: dict) -> dict:
+        """The same, with a cache given under a name newer than the function knows under its own name for it.
+
+        A forward with **kwargs drops it else: flash-linear-attention 0.6 takes past_key_values, and `generate` of
+        transformers 5.24 hands over `cache`, so that every token is decoded from that token alone. Says so once.
+        """
+        own = self.name_of("cache")
+        for name in NAMES["cache"][: NAMES["cache"].index(own)]:
+            if kwargs.get(name) is not None and kwargs.get(own) is None and own in self.parameters:
+                say_once(
+                    f"attach: transformers {transformers.__version__} hands its cache to {self.where} as {name!r}, "
+                    f"which takes it as {own!r} and would leave it out; while attached it is handed on. Without, "
+                    "cached decoding of this model is wrong: use a release of transformers that fits it"
+                )
+                kwargs = {**{key: value for key, value in kwargs.items() if key != name}, own: kwargs[name]}
+        return kwargs
 
     def named(self, args: tuple, kwargs: dict) -> dict:
         """All that was given, by name; more positions than the signature has are left out (the call will fail)."""

@@ -211,6 +211,8 @@ class ModelCall:
     def _mixes_in_attention(self) -> bool:
         """Whether the model has attention layers that tell packed sequences apart by position_ids only."""
         config = text_config(self.root)
+        if type(config).__module__.startswith("fla."):
+            return False  # every layer of flash-linear-attention goes by cu_seqlens
         flash = "flash" in (getattr(config, "_attn_implementation", None) or "")
         return not flash and has_attention(self.root)
 
@@ -282,6 +284,7 @@ def offsets(cu_seq_lens: Tensor | None, seq_idx: Tensor | None, T: int) -> Tenso
 
 def model_body(entry, call, args, kwargs):
     """Runs a model's forward: a new call, or the inner part of the call of a model around it."""
+    kwargs = entry.reader.handed_on(kwargs)
     current, given = ModelCall.current(), entry.reader(args, kwargs)
     outer = entry.members.values()
     if current is not None and any(current.root is m for chain in tuple(outer) for m in chain):

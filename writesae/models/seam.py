@@ -104,6 +104,7 @@ class _Handlers:
     site: LayerSite
     rule: CallHandler | None
     conv: ConvHandler | None
+    helpless: bool  # the layer's own functions cannot run on this machine
 
 
 def install(
@@ -119,14 +120,19 @@ def install(
         require_layer(model, by_index, index)
     with patch.lock:
         owner.mark(site.module for site in sites)
-        wanted = [by_index[index] for index in sorted({*rules, *convs})]
-        for binding in dict.fromkeys(site.binding for site in wanted):
-            binding.prepare(owner, [site.module for site in wanted if site.binding is binding])
-        for index in sorted({*rules, *convs}):
-            _install_layer(owner, model, by_index[index], rules.get(index), convs.get(index))
+        helpless = set()
+        for family in dict.fromkeys(site.binding for site in sites):
+            of_it = [site.module for site in sites if site.binding is family]
+            if family.stand_ins is not None and family.stand_ins(owner, of_it):
+                helpless.add(family)
+        for index, site in sorted(by_index.items()):
+            if index in rules or index in convs or site.binding in helpless:
+                handlers = _Handlers(site, rules.get(index), convs.get(index), site.binding in helpless)
+                _install_layer(owner, model, handlers)
 
 
-def _install_layer(owner: Owner, model: nn.Module, site: LayerSite, rule, conv) -> None:
+def _install_layer(owner: Owner, model: nn.Module, handlers: _Handlers) -> None:
+    site = handlers.site
     around = enclosing(model, site.path)
     for i, module in enumerate(around):
         owner.join(module, "forward", model_body, tuple(around[:i]))
@@ -144,7 +150,7 @@ def _install_layer(owner: Owner, model: nn.Module, site: LayerSite, rule, conv) 
     for child in site.binding.conv_modules(site.module):
         channels = slice(start, start := start + child.in_channels)
         owner.join(child, "forward", short_conv.module_body, channels)
-    owner.join(site.module, "forward", _layer_body, _Handlers(site, rule, conv))
+    owner.join(site.module, "forward", _layer_body, handlers)
     roles = site.binding.roles if is_of_library(type(site.module)) else ("hidden_states",)
     patch.entries[id(site.module)].reader.require(*roles)
 
@@ -171,9 +177,12 @@ def _layer_body(entry, call, args, kwargs):
     frame = Frame(
         serving[0].site, ModelCall.current(), given.get("cache"), given.get("attention_mask"), given["hidden_states"],
         tuple(h.rule for h in serving if h.rule is not None), tuple(h.conv for h in serving if h.conv is not None),
+        helpless=serving[0].helpless,
     )  # fmt: skip
     if frame.call is not None:
         frame.call.feed(frame.cache, frame.hidden.shape[1])
+    if frame.site.binding.inline:
+        call = _rule_shim(frame.site.binding.recurrences[0], call)
     output = frame.run(call, args, kwargs)
     if not frame.ran and any(getattr(rule, "records", False) for rule in frame.rules):
         site = frame.site
@@ -199,7 +208,7 @@ def _rule_shim(recurrence: Recurrence, original: Callable) -> Callable:
     def stand_in(*args, **kwargs):
         frame = running()
         # Met already: an original that is called in a stand-in's course, and calls others of the functions itself.
-        if frame is None or not frame.rules or frame.met is not None:
+        if frame is None or not (frame.rules or frame.helpless) or frame.met is not None:
             return original(*args, **kwargs)
         given = recurrence.read(args, kwargs)
         frame.met, frame.ran = Met(recurrence, original, args, kwargs, given), True
@@ -209,6 +218,8 @@ def _rule_shim(recurrence: Recurrence, original: Callable) -> Callable:
                 output = handler(call, wants_state)
                 if output is not NotImplemented:
                     return recurrence.answer(given, output)
+            if frame.helpless:
+                return recurrence.answer(given, call.run(output_final_state=wants_state))
             return original(*args, **kwargs)
         finally:
             frame.met = None

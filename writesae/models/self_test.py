@@ -96,7 +96,7 @@ class _Trial:
         site, met = frame.site, frame.met
         self.ran.add(site.layer_index)
         ours = call.run(output_final_state=True, backend=self._backend)
-        sizes = (type(site.module), site.K, site.V, site.num_k_heads, site.num_v_heads)
+        sizes = (type(site.module), site.K, site.V, site.num_k_heads, site.num_v_heads, frame.head)
         if site.layer_index in self._layers and self._first(*sizes):
             self._both(site.binding.name, site, met, call, ours, lambda: (met.args, met.kwargs))
             assert ours.final_state is not None

@@ -117,6 +117,10 @@ def targets_of(module: nn.Module) -> tuple[Binding | None, list[tuple[dict, str]
     for binding in bindings:
         if binding.home and not type(module).__module__.startswith(binding.home):
             continue
+        if binding.inline:
+            if patch.forward_of(module).__qualname__.partition(".")[0] in binding.inline:
+                return binding, []
+            continue
         found = _of_attributes(module, binding) or _of_globals(module, binding)
         if found:
             own = module.__dict__
@@ -143,6 +147,9 @@ def known_as(binding: Binding, space: dict, name: str) -> str:
 
 def steps(site: LayerSite) -> list[tuple[Recurrence, Callable]]:
     """What the layer calls for one token on a cache, without anything that stands in for it."""
+    if site.binding.inline:
+        forward = functools.partial(patch.forward_of(site.module), site.module)
+        return [(recurrence, forward) for recurrence in site.binding.recurrences]
     found = []
     for space, name in targets(site.module):
         known = known_as(site.binding, space, name)
@@ -174,6 +181,32 @@ def layers(model: nn.Module) -> list[LayerSite]:
     return [found[i] for i in sorted(found)]
 
 
+_SHORT = "whose short convolutions keep the last few tokens and no state"
+_VECTOR = "whose recurrence keeps a number a channel and no matrix"
+_WRITTEN_OUT = "whose recurrence is written out in its forward before transformers 5.15"
+_WHY_NOT = {  # family of transformers: why its layers are not attached to
+    **dict.fromkeys(("lfm2", "lfm2_moe", "lfm3", "inkling", "inkling2", "inkling2_loop"), _SHORT),
+    **dict.fromkeys(("recurrent_gemma", "rwkv"), _VECTOR),
+    "zaya": "whose attention keeps the last few tokens of its convolutions and a delayed value beside keys and values, "
+    "and no state",
+    "xlstm": "whose mLSTM divides its matrix by a sum of its own (a normaliser and a running maximum), which no rule "
+    "here computes",
+    **dict.fromkeys(
+        ("mamba", "falcon_mamba", "jamba", "zamba", "mamba2", "bamba", "nemotron_h", "granitemoehybrid", "falcon_h1",
+         "zamba2"), _WRITTEN_OUT,
+    ),
+}  # fmt: skip
+
+
+def _why_not(model: nn.Module) -> str:
+    """What is said of a model without layers to attach to."""
+    for module in model.modules():
+        place = type(module).__module__.split(".")
+        if place[:2] == ["transformers", "models"] and place[2] in _WHY_NOT:
+            return _WHY_NOT[place[2]]
+    return f"which calls {' or '.join(f'the {b.name}' for b in bindings)} nowhere"
+
+
 def require_layer(model: nn.Module, by_index: Mapping[int, LayerSite], index: int) -> LayerSite:
     """The site of a layer number, or a ValueError that says what that layer is instead."""
     if index in by_index:
@@ -181,8 +214,7 @@ def require_layer(model: nn.Module, by_index: Mapping[int, LayerSite], index: in
     name = type(model).__name__
     if not by_index:
         kinds = " or ".join(f"{b.kind} layers ({', '.join(b.models)}, ...)" for b in bindings)
-        rules = " or ".join(f"the {b.name}" for b in bindings)
-        raise ValueError(f"model: expected a model with {kinds}, got {name}, which calls {rules} nowhere")
+        raise ValueError(f"model: expected a model with {kinds}, got {name}, {_why_not(model)}")
     some = next(iter(by_index.values()))
     stack = functools.reduce(getattr, [p for p in some.path.split(".")[:-2] if p], model)
     if isinstance(index, int) and isinstance(stack, nn.ModuleList) and 0 <= index < len(stack):

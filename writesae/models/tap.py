@@ -199,9 +199,9 @@ class Tap:
         if self._dense:
             where = ", ".join(f"layer {layer} head {head}" for layer, by in self._dense.items() for head in by)
             warnings.warn(
-                f"attach: slow path for {where}: a dense encoder, and any encoder of states under a channel gate, "
-                'reads whole states, which have to be rebuilt token by token; dictionaries of kind "bilinear" do '
-                "without under a gate a head, and those of writes under any",
+                f"attach: slow path for {where}: a dense encoder, and any encoder of states under a channel gate or an "
+                "element gate, reads whole states, which have to be rebuilt token by token; dictionaries of kind "
+                '"bilinear" do without under a gate a head, and those of writes under any',
                 RuntimeWarning,
                 stacklevel=5,
             )
@@ -428,36 +428,33 @@ def _columns_to_firings(row, position, layer: int, head, feature, value) -> Firi
 def _pursued(group: _Group, writes: Writes) -> tuple[Tensor, Tensor]:
     """Codes `[B, T, Hs, k]` of a group's writes by orthogonal matching pursuit."""
     assert group.atoms is not None
-    ratio = writes.right.shape[2] // writes.left.shape[2]
     found = []
     for i, head in enumerate(group.heads):
-        left, right = writes.left[:, :, head // ratio], writes.right[:, :, head]
+        one = writes.head(head)
         v, w = (x[i] for x in group.atoms)
-        found.append(ops.pursuit(left, right, group.v_enc[i], group.w_enc[i], v, w, group.k))
+        found.append(
+            ops.pursuit(one.left.squeeze(2), one.right.squeeze(2), group.v_enc[i], group.w_enc[i], v, w, group.k)
+        )
     values, indices = (torch.stack(x, 2) for x in zip(*found, strict=True))
     return values.float(), indices
 
 
 def _dense_firings(sae, writes: Writes, head: int, columns: Columns, layer: int) -> Iterator[Firings]:
     """Firings of a dictionary with a dense encoder, from states rebuilt a block at a time."""
-    group = writes.right.shape[2] // writes.left.shape[2]
     if getattr(sae, "target", "state") == "write":
         writes = writes.memoryless()
+    writes = writes.head(head)
     planned = writes.edits
     for n, b, start, stop in writes.sequences():
-        state = None if writes.initial_state is None else writes.initial_state[n : n + 1, head : head + 1]
+        state = None if writes.initial_state is None else writes.initial_state[n : n + 1]
         for lo in range(start, stop, _DENSE_BLOCK):
             hi = min(lo + _DENSE_BLOCK, stop)
             edits = None
             if planned is not None:
                 at = planned.position + start
-                e = planned[((planned.row == n) | (planned.row < 0)) & (planned.head == head) & (at >= lo) & (at < hi)]
-                edits = e._with(row=e.row * 0, position=e.position + start - lo, head=e.head * 0)
-            block = Writes(
-                writes.decay[b : b + 1, lo:hi, head : head + 1],
-                writes.left[b : b + 1, lo:hi, head // group : head // group + 1],
-                writes.right[b : b + 1, lo:hi, head : head + 1], initial_state=state, edits=edits,
-            )  # fmt: skip
+                e = planned[((planned.row == n) | (planned.row < 0)) & (at >= lo) & (at < hi)]
+                edits = e._with(row=e.row * 0, position=e.position + start - lo)
+            block = replace(writes.tokens(b, lo, hi), initial_state=state, edits=edits)
             states = block.states(range(hi - lo))[0, :, 0]  # [t, K, V]
             state = states[-1:, None]
             if edits is not None and edits.any_after:  # codes are of what the queries read
