@@ -151,13 +151,12 @@ class Binding:
             use_precomputed) -> (y, kept)` of their own.
         bypasses: names that would go past the functions, of globals or of the layer's attributes, with what stands
             there while the layer is intercepted (a function that answers None, a flag that is False).
-        stand_ins: `stand_ins(owner)`, for layers whose own code cannot run on every machine: where it cannot, has owner
-            put in place what they need beside their functions, and answers True. Then all layers run on the rule,
-            whoever is intercepted.
         origin: prefixes of the modules in which the functions are defined. A layer that no known library defines (code
             that comes with a model) is of the family if it calls one of those, by whatever name.
         on_cpu: names of functions that run on GPUs alone, with the same in torch, called where tensors are on a CPU.
-        prepare: `prepare(owner, layers)`, what else has to stand in while some of its layers are intercepted.
+        stand_ins: `stand_ins(owner, layers)`, for layers whose own code cannot run on every machine: where it cannot,
+            has owner put in place what they need beside their functions, and answers True. Then all layers run on the
+            rule, whoever is intercepted.
     """
 
     name: str
@@ -178,10 +177,9 @@ class Binding:
     convs: tuple[str, ...] = ()
     conv_modules: Callable[[nn.Module], list[nn.Conv1d]] = lambda module: []
     bypasses: Mapping[str, Any] = field(default_factory=dict)
-    stand_ins: Callable[[Owner], bool] | None = None
     origin: tuple[str, ...] = ("transformers.models.",)
     on_cpu: Mapping[str, Callable] = field(default_factory=dict)
-    prepare: Callable[[Any, list[nn.Module]], None] = lambda owner, layers: None
+    stand_ins: Callable[[Owner, list[nn.Module]], bool] | None = None
 
     def recurrence(self, name: str) -> Recurrence | None:
         """The function that layers look up by this name."""

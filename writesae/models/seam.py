@@ -120,11 +120,11 @@ def install(
         require_layer(model, by_index, index)
     with patch.lock:
         owner.mark(site.module for site in sites)
-        wanted = [by_index[index] for index in sorted({*rules, *convs})]
-        for binding in dict.fromkeys(site.binding for site in wanted):
-            binding.prepare(owner, [site.module for site in wanted if site.binding is binding])
-        families = dict.fromkeys(site.binding for site in sites if site.binding.stand_ins is not None)
-        helpless = {family for family in families if family.stand_ins(owner)}
+        helpless = set()
+        for family in dict.fromkeys(site.binding for site in sites):
+            of_it = [site.module for site in sites if site.binding is family]
+            if family.stand_ins is not None and family.stand_ins(owner, of_it):
+                helpless.add(family)
         for index, site in sorted(by_index.items()):
             if index in rules or index in convs or site.binding in helpless:
                 handlers = _Handlers(site, rules.get(index), convs.get(index), site.binding in helpless)
