@@ -129,7 +129,9 @@ def _sequences(x: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
 def _convolved(x: Tensor, weight: Tensor, bias, left: Tensor, activation) -> tuple[Tensor, Tensor]:
     """`[N, T, D]`, and the last W inputs `[N, D, W]`; left: those before."""
     wide = torch.cat([left.to(x.dtype), x.transpose(1, 2)], -1)
-    y = F.conv1d(wide[..., 1:].float(), weight.float()[:, None], None if bias is None else bias.float(), groups=len(weight))
+    y = F.conv1d(
+        wide[..., 1:].float(), weight.float()[:, None], None if bias is None else bias.float(), groups=len(weight)
+    )
     y = y if activation is None else F.silu(y)
     return y.transpose(1, 2), wide[..., -left.shape[-1] :].contiguous()
 
