@@ -20,6 +20,7 @@ from writesae.edits import Edits
 from writesae.experiments.divergence import kl_pair
 from writesae.experiments.engine import ForkEngine, Later, Places, read, read_matrix, reader, unread
 from writesae.models import layers
+from writesae.ops.dplr import dplr
 from writesae.ops.rule import RuleCall
 from writesae.ops.selective_scan import RULE
 from writesae.writes import Writes
@@ -283,3 +284,19 @@ def test_a_recurrence_run_on_an_addition_alone_says_how_it_is_read(when):
     if when == "after":
         found[:, 0] = 0
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:dplr. running the slow")
+def test_readers_of_a_low_rank_transition():
+    """Against `ops.dplr` with the edit in it."""
+    T, K, V, t = 8, 4, 3, 2
+    q, k, a, b = (torch.randn(1, T, 1, K, dtype=torch.float64) for _ in range(4))
+    v, g = torch.randn(1, T, 1, V, dtype=torch.float64), -torch.rand(1, T, 1, K, dtype=torch.float64)
+    left, right = torch.randn(K).double(), torch.randn(V).double()
+    edit = Edits([0], [t], [0], left[None], right[None])
+    plain = dplr(q, k, v, g, a, b, return_writes=True, backend="reference")
+    changed = dplr(q, k, v, g, a, b, edits=edit, backend="reference")
+    later = slice(t, T)
+    erase = tuple(x[:, later, 0] for x in plain.writes.erase)
+    r = reader(q[:, later, 0], k[:, later, 0], plain.writes.decay[:, later, 0], None, erase)
+    torch.testing.assert_close((r @ left)[..., None] * right, (changed.o - plain.o)[:, later, 0])
