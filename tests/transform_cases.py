@@ -175,7 +175,10 @@ def _cases() -> dict[str, Case]:
             mamba_step, (*(y if y.ndim == 1 else y[:, 0] for y in mamba[:-1]), state),
             dict.fromkeys(DERIVATIVES, "ssd_step"),
         ),
-        "dplr": Case(of("dplr"), (*low_rank, state), {"vmap_under_backward": "dplr_backward: no backward"}),
+        "dplr": Case(
+            of("dplr"), (*low_rank, state),
+            dict.fromkeys(("double_backward", "forward_over_reverse"), "dplr_backward: no"),
+        ),
         "dplr_step": Case(
             low_rank_step, (*(y[:, 0] for y in low_rank), state), dict.fromkeys(DERIVATIVES, "dplr_step"),
         ),
