@@ -8,7 +8,7 @@ namespace writesae {
 
 template <class Module>
 void define_device_operators(Module& m) {
-  for_each_scan([&](auto rule) { define_scan(m, decltype(rule)::NAME); });
+  for_each_scan([&](auto rule) { define_scan<decltype(rule)>(m); });
   m.def(
       "selective_scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? initial_state, "
       "Tensor? cu_seqlens, Tensor? edit_index, Tensor? edit_left, Tensor? edit_right, Tensor? snapshots, "

@@ -12,18 +12,20 @@ from collections.abc import Callable, Collection, Mapping
 import transformers
 from torch import Tensor
 
+from ..ops._dispatch import say_once
 from .versions import TESTED
 
-# role -> the names it goes by, the newest first
+# role -> the names it goes by, the newest of transformers first, then those of mamba-ssm
 NAMES = {
-    "cache": ("cache", "past_key_values", "cache_params"),
+    "cache": ("cache", "past_key_values", "cache_params", "inference_params"),
     "attention_mask": ("attention_mask",),
     "position_ids": ("position_ids",),
-    "hidden_states": ("hidden_states",),
+    "hidden_states": ("hidden_states", "u", "x"),
     "cu_seq_lens": ("cu_seq_lens_q", "cu_seqlens"),
     "seq_idx": ("seq_idx",),
 }
 _CACHE_METHODS = ("get_seq_length", "update_recurrent_state", "has_previous_state")
+_CACHE_COLUMNS = "seqlen_offset"  # of mamba-ssm's InferenceParams: how many columns it holds
 
 
 class Reader:
@@ -54,6 +56,23 @@ class Reader:
     def name_of(self, role: str) -> str:
         """The name by which the function takes a role: the newest that its signature knows."""
         return next((name for name in NAMES[role] if name in self.parameters), NAMES[role][0])
+
+    def handed_on(self, kwargs: dict) -> dict:
+        """The same, with a cache given under a name newer than the function knows under its own name for it.
+
+        A forward with **kwargs drops it else: flash-linear-attention 0.6 takes past_key_values, and `generate` of
+        transformers 5.24 hands over `cache`, so that every token is decoded from that token alone. Says so once.
+        """
+        own = self.name_of("cache")
+        for name in NAMES["cache"][: NAMES["cache"].index(own)]:
+            if kwargs.get(name) is not None and kwargs.get(own) is None and own in self.parameters:
+                say_once(
+                    f"attach: transformers {transformers.__version__} hands its cache to {self.where} as {name!r}, "
+                    f"which takes it as {own!r} and would leave it out; while attached it is handed on. Without, "
+                    "cached decoding of this model is wrong: use a release of transformers that fits it"
+                )
+                kwargs = {**{key: value for key, value in kwargs.items() if key != name}, own: kwargs[name]}
+        return kwargs
 
     def named(self, args: tuple, kwargs: dict) -> dict:
         """All that was given, by name; more positions than the signature has are left out (the call will fail)."""
@@ -97,10 +116,16 @@ def given_cache(model, cache) -> dict:
     return {Reader(model.forward, type(model).__name__).name_of("cache"): cache}
 
 
+def without_cache(model) -> dict:
+    """The argument by which a model is told not to make a cache; nothing for one that uses what it is given alone."""
+    parameters = Reader(model.forward, type(model).__name__).parameters
+    return {} if "inference_params" in parameters else {"use_cache": False}
+
+
 def _is_cache(value) -> bool:
     if value is None or isinstance(value, (Tensor, bool, int, float, str, list, tuple, dict)):
         return False
-    return any(callable(getattr(value, name, None)) for name in _CACHE_METHODS)
+    return hasattr(value, _CACHE_COLUMNS) or any(callable(getattr(value, name, None)) for name in _CACHE_METHODS)
 
 
 def rule_call(
