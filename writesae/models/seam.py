@@ -121,8 +121,8 @@ def install(
         require_layer(model, by_index, index)
     with patch.lock:
         owner.mark(site.module for site in sites)
-        families = dict.fromkeys(site.binding for site in sites if site.binding.stand_ins is not None)
-        helpless = {family for family in families if family.stand_ins(owner)}
+        families = dict.fromkeys(site.binding for site in sites)
+        helpless = {family for family in families if family.stand_ins is not None and family.stand_ins(owner)}
         for index, site in sorted(by_index.items()):
             if index in rules or index in convs or site.binding in helpless:
                 handlers = _Handlers(site, rules.get(index), convs.get(index), site.binding in helpless)
