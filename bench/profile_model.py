@@ -13,7 +13,7 @@ from collections import Counter
 import torch
 
 import writesae
-from writesae.bench.bench_model import TOKENS, every_head, full_size
+from writesae.bench.bench_model import QWEN3_5, TOKENS
 
 # Operators that do the work themselves; the rest goes by its own name.
 KINDS = {
@@ -46,10 +46,10 @@ def profile(what: str, run) -> None:
 
 @torch.no_grad()
 def main(dtype: str = "bfloat16", precision: str = "fp32") -> None:
-    model = full_size(getattr(torch, dtype))
+    model = QWEN3_5.random(getattr(torch, dtype))
     ids = torch.randint(model.config.vocab_size, (1, TOKENS), generator=torch.Generator().manual_seed(1))
     profile(f"{dtype}, plain", lambda: model(ids, logits_to_keep=1))
-    sites = every_head(model)
+    sites = QWEN3_5.dictionaries()
 
     def hooked():
         with writesae.attach(model, sites, accelerate=True, self_test=False, precision=precision) as tap:

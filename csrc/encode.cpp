@@ -21,6 +21,7 @@ Precision precision_of(const char* op, const std::string& name) {
 
 void check_limits(const char* op, const EncodeParams& p) {
   constexpr int64_t most = std::numeric_limits<int32_t>::max();
+  refuse_channels(op, p);
   STD_TORCH_CHECK(p.K <= 256 && p.V <= 256, op, ": the CUDA kernel takes K and V up to 256, got ", p.K, " and ", p.V);
   STD_TORCH_CHECK(p.B * p.T * p.Hs <= most && p.B * p.T * p.R + p.edits.count <= most - 65536, op,
                   ": B * T * Hs and the rows of the writes must be below 2^31");
@@ -159,6 +160,7 @@ std::tuple<Tensor, Tensor, Tensor> encode_backward(Tensor decay, Tensor left, Te
   Tensor dw = empty({e.Hs, e.F, e.rank, e.V}, ScalarType::Float);
   Tensor d_carry = empty({e.N, e.Hs, e.F}, ScalarType::Float);
 #if WRITESAE_SIDE == 0
+  refuse_channels(op, e);
   SaeTrainingParams p = {};
   p.rows = e, p.grad = d_values;
   p.encoder = p.gradients = true;

@@ -1,4 +1,5 @@
-// encode: a_i(t) = e^g a_i(t-1) + sum_r sum_x (v_ix . left_r)(right_r . w_ix) for every atom i of every encoded head, and of
+// encode: a_i(t) = sum_x v_ix^T S_t w_ix for every atom i of every encoded head, which under one gate a head is
+// e^g a_i(t-1) + sum_r sum_x (v_ix . left_r)(right_r . w_ix), under one a key channel what encode_channels_kernel.h says, and of
 // each token the k largest of a + b, or those above a threshold, or those at given features. Letters: B row, T position,
 // Hl left heads, H value heads, Hs encoded heads, R writes a token, K key size, V value size, F features, r rank of an
 // atom, N sequences.
@@ -15,14 +16,16 @@ namespace writesae {
 
 struct EncodeParams {
   int64_t B, T, Hl, H, Hs, R, K, V, F, rank, N;
-  const float* decay;         // [B, T, H]
+  bool channels;              // a gate for every key channel
+  const float* decay;         // [B, T, H], or [B, T, H, K] with channels
   View left;                  // [B, T, Hl, R, K]  four strides; the last axis has stride 1
   View right;                 // [B, T, H, R, V]   likewise
   const int64_t* heads;       // [Hs]
   View v_enc;                 // [Hs, F, r, K]  last stride 1
   View w_enc;                 // [Hs, F, r, V]  last stride 1
   const float* b_enc;         // [Hs, F] or null (zero)
-  const float* carry_in;      // [N, Hs, F] or null (zero)
+  const float* carry_in;      // [N, Hs, F] or null (zero); null with channels
+  const float* states;        // with channels, [N, Hs, K, V] before each sequence's first token, or null (zero)
   const int64_t* cu_seqlens;  // [N + 1] or null; then B = 1
   EditList edits;             // all of kind add, before the read
   bool bf16;                  // operands of the products rounded to bfloat16, sums in float32

@@ -40,7 +40,12 @@ inline EncodeParams encode_arguments(const char* op, const Tensor& decay, const 
   STD_TORCH_CHECK(p.K > 0 && p.V > 0 && p.R > 0 && p.T > 0 && p.F > 0 && p.rank > 0, op, ": sizes must be positive");
   STD_TORCH_CHECK(p.F < (int64_t{1} << 30), op, ": F must be below 2^30");
   check_shape(op, "left", left, {p.B, p.T, p.Hl, p.R, p.K});
-  check_shape(op, "decay", decay, {p.B, p.T, p.H});
+  p.channels = decay.dim() == 4;
+  if (p.channels) {
+    check_shape(op, "decay", decay, {p.B, p.T, p.H, p.K});
+  } else {
+    check_shape(op, "decay", decay, {p.B, p.T, p.H});
+  }
   check_shape(op, "heads", heads, {p.Hs});
   check_shape(op, "v_enc", v_enc, {p.Hs, p.F, p.rank, p.K});
   check_shape(op, "w_enc", w_enc, {p.Hs, p.F, p.rank, p.V});
@@ -61,8 +66,14 @@ inline EncodeParams encode_arguments(const char* op, const Tensor& decay, const 
     lengths.clear();
     for (int64_t n = 0; READABLE && n < p.N; n++) lengths.push_back(p.cu_seqlens[n + 1] - p.cu_seqlens[n]);
   }
-  if (carry.has_value()) check_shape(op, "carry", *carry, {p.N, p.Hs, p.F});
-  p.carry_in = static_cast<const float*>(data_as(op, "carry", carry, ScalarType::Float, keep));
+  const auto* before = static_cast<const float*>(data_as(op, "carry", carry, ScalarType::Float, keep));
+  if (p.channels) {
+    if (carry.has_value()) check_shape(op, "carry", *carry, {p.N, p.Hs, p.K, p.V});
+    p.states = before;
+  } else {
+    if (carry.has_value()) check_shape(op, "carry", *carry, {p.N, p.Hs, p.F});
+    p.carry_in = before;
+  }
   p.edits = edit_list(op, edit_index, edit_left, edit_right, p.N, lengths, p.H, p.K, p.V, keep);
   for (int64_t e = 0; READABLE && e < p.edits.count; e++)
     STD_TORCH_CHECK(p.edits.kind(e).code == EditKind::ADD, op, ": edit ", e, " is no addition before its token's read");
@@ -78,6 +89,10 @@ inline void take_indices(const char* op, const Tensor& indices, EncodeParams& p,
   p.at = static_cast<const int64_t*>(data_as(op, "indices", indices, ScalarType::Long, keep));
   for (int64_t i = 0; READABLE && i < p.B * p.T * p.Hs * p.m; i++)
     STD_TORCH_CHECK(p.at[i] >= 0 && p.at[i] < p.F, op, ": index ", p.at[i], " is out of range");
+}
+
+inline void refuse_channels(const char* op, const EncodeParams& p) {
+  STD_TORCH_CHECK(!p.channels, op, ": expected decay [B, T, H], one gate a head, got one a key channel");
 }
 
 inline const float* take_floats(const char* op, const char* name, const std::optional<Tensor>& x,

@@ -17,6 +17,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   p.rows = encode_arguments(op, decay, left, right, heads, v_dec, w_dec, std::nullopt, std::nullopt, cu_seqlens,
                             std::nullopt, std::nullopt, std::nullopt, keep);
   EncodeParams& e = p.rows;
+  refuse_channels(op, e);
   take_indices(op, indices, e, keep);
   STD_TORCH_CHECK(v_enc.has_value() == w_enc.has_value(), op, ": v_enc and w_enc go together");
   STD_TORCH_CHECK(gradients || !v_enc.has_value(), op, ": v_enc and w_enc are for gradients");

@@ -2,8 +2,9 @@
 // a diagonal matrix with a channel gate) and k, q as used, after normalisation and scale:
 //     S_t = G_t S_{t-1} + k u^T      u = beta (v - (G_t S_{t-1})^T k)  of a delta rule,   u = beta v  of an additive one
 //     o_t = S_t^T q_t
-// with its writes, snapshots and edits. Letters as everywhere: B row, T position, Hk key heads, H value heads, K key size, V
-// value size, N sequences.
+// with its writes, snapshots and edits. A low-rank erase is a second write, S_t = G_t S_{t-1} + b (a^T S_{t-1}) + k u^T: a
+// reads the state before its gate, and what edits delete or replace is k u^T alone. Letters as everywhere: B row, T position,
+// Hk key heads, H value heads, K key size, V value size, N sequences.
 #pragma once
 
 #include <cstdint>
@@ -19,6 +20,7 @@ struct ScanParams {
   View q, k;     // [B, T, Hk, K]  last stride 1
   View v;        // [B, T, H, V]   last stride 1
   View g, beta;  // [B, T, H]; g [B, T, H, K], last stride 1, with a channel gate
+  View a, b;     // [B, T, H, K]  last stride 1: the low-rank erase; data null without one
   bool channel_gate;
   float scale;
   bool use_qk_l2norm;
@@ -32,6 +34,7 @@ struct ScanParams {
   float* final_state;  // [N, H, K, V]
   float* left;         // [B, T, Hk, K] or null
   float* right;        // [B, T, H, V] or null
+  float* erased;       // [B, T, H, V] a_t^T S_{t-1}, the right side of the erase's write, whose left is b; or null
   float* snapshots;    // [P, H, K, V]
 };
 
@@ -40,12 +43,15 @@ struct ScanParams {
 struct ScanBackwardParams {
   ScanParams in;                         // as the forward had it; its outputs are not looked at
   View right;                            // [B, T, H, V]  float32, contiguous: the forward's increments
+  View erased;                           // [B, T, H, V]  the same, of its low-rank erase; data null without one
   View d_o;                              // [B, T, H, V]  last stride 1; data null where there is no gradient, as below
   View d_right;                          // [B, T, H, V]  last stride 1
+  View d_erased;                         // [B, T, H, V]  last stride 1
   const float* d_left;                   // [B, T, Hk, K]
   const float* d_final_state;            // [N, H, K, V]
   const float* d_snapshots;              // [P, H, K, V]
   void *d_q, *d_k, *d_v, *d_g, *d_beta;  // contiguous, each of its input's type
+  void *d_a, *d_b;                       // the same; null without a low-rank erase
   float* d_initial_state;                // [N, H, K, V]
   float* d_edit_left;                    // [E, K]
   float* d_edit_right;                   // [E, V]
@@ -57,6 +63,7 @@ struct ScanStepParams {
   View q, k;     // [B, Hk, K]  last stride 1
   View v;        // [B, H, V]   last stride 1
   View g, beta;  // [B, H]; g [B, H, K], last stride 1, with a channel gate
+  View a, b;     // [B, H, K]  last stride 1: the low-rank erase; data null without one
   bool channel_gate;
   float scale;
   bool use_qk_l2norm;
@@ -64,8 +71,9 @@ struct ScanStepParams {
   EditList edits;  // position ignored
   void* o;         // [B, H, V] of o_type
   Element o_type;
-  float* left;   // [B, Hk, K] or null
-  float* right;  // [B, H, V] or null
+  float* left;    // [B, Hk, K] or null
+  float* right;   // [B, H, V] or null
+  float* erased;  // [B, H, V] or null
 };
 
 namespace cuda {

@@ -1,11 +1,17 @@
-"""Train the default language model on the Python standard library and write ``writesae/default/model/``.
+"""Train the default language model, or a stand-in of another family, on the Python standard library.
 
-The model is a small hybrid of the Qwen3.5 architecture: three gated delta-rule layers, one full-attention layer, and
-again. Key and value sizes differ (32 and 64) and two value heads share a key head, so that nothing which confuses
-them can pass unnoticed. It is trained from scratch, tokenizer included, on the ``"train"`` split of
+The default model is a small hybrid of the Qwen3.5 architecture: three gated delta-rule layers, one full-attention
+layer, and again. Key and value sizes differ (32 and 64) and two value heads share a key head, so that nothing which
+confuses them can pass unnoticed. It is trained from scratch, tokenizer included, on the ``"train"`` split of
 :mod:`writesae.default.corpus` (library and test suite; the held-out losses are those of the library alone).
 
-    python scripts/train_default_model.py --minutes 72 --work /tmp/default_model --out writesae/default/model
+    python scripts/train_default_model.py --minutes 72 --work runs/default_model --out writesae/default/model
+
+With ``--family`` it is one of the models in ``families_models.py``, smaller and of recurrent layers alone, trained in
+the same way on our kernels' forward and backward instead of transformers' slow fallback, one core being enough:
+
+    python scripts/train_default_model.py --family mamba2 --minutes 30 --tokenizer writesae/default/model \\
+        --work runs/mamba2 --out writesae/default/families/mamba2
 
 Runs on two CPU cores with a C++ compiler (``--no-compile`` without one). The learning rate follows the wall clock, so
 the run always ends fully decayed at ``--minutes``; the order of the data depends on the seed alone, but how many steps
@@ -15,12 +21,14 @@ Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/), everything els
 """
 
 import argparse
+import contextlib
 import datetime
 import json
 import math
 import os
 import platform
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +36,19 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
+from families_models import (
+    FAMILIES,
+    VOCAB,
+    build_model,
+    check_kernels,
+    fast_conv,
+    loss_and_gradient,
+    our_kernels,
+    report,
+)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch._inductor import config as inductor_config
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3_5ForCausalLM, Qwen3_5TextConfig
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3_5ForCausalLM
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from writesae.default.corpus import stdlib_files, stdlib_folder
@@ -39,8 +57,9 @@ from writesae.interrupt import Stop, finishing, script
 from writesae.text import Corpus
 
 END = "<|endoftext|>"
-VOCAB = 4096
-LAYERS = 8
+# Maps to gates, strengths and their low ranks: small or wide, and not made orthogonal.
+GATES = tuple(f"{name}.weight" for name in ("in_proj_a", "in_proj_b", "f_a_proj", "f_b_proj", "g_a_proj", "g_b_proj",
+                                            "b_proj", "x_proj", "dt_proj"))  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------- tokenizer, data
@@ -94,43 +113,7 @@ def one_pass(library: list[np.ndarray], suite: list[np.ndarray], number: int, se
     return rows[torch.from_numpy(rng.permutation(len(rows)))]
 
 
-# -------------------------------------------------------------------------------------------- model and fast operators
-
-
-def build_model() -> Qwen3_5ForCausalLM:
-    """Return the untrained model, with decay rates spread as Mamba-2 spreads them (half-lives of 1 to 700 tokens)."""
-    config = Qwen3_5TextConfig(
-        vocab_size=VOCAB,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=LAYERS,
-        layer_types=["full_attention" if i % 4 == 3 else "linear_attention" for i in range(LAYERS)],
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        linear_key_head_dim=32,
-        linear_value_head_dim=64,
-        linear_conv_kernel_dim=4,
-        max_position_embeddings=4096,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    model = Qwen3_5ForCausalLM(config)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name.endswith(("out_proj.weight", "o_proj.weight", "down_proj.weight")):
-                p.zero_()
-            elif name.endswith("A_log"):
-                p.uniform_(1, 16).log_()
-            elif name.endswith("dt_bias"):
-                dt = torch.empty_like(p).uniform_(math.log(1e-3), math.log(1e-1)).exp()
-                p.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
-    return model
+# ------------------------------------------------------------------------------------- fast operators of Qwen3.5
 
 
 class UnitLowerInverse(torch.autograd.Function):
@@ -199,35 +182,29 @@ def fast_delta_rule(
     return out.permute(0, 2, 3, 1, 4).reshape(B, T, H, V).to(query.dtype), None
 
 
-def fast_conv(x, weight, bias=None, activation=None, **_):
-    """Causal depthwise convolution and SiLU as a sum of shifted products: x ``[B, D, T]``, weight ``[D, width]``."""
-    width, T = weight.shape[-1], x.shape[-1]
-    padded, weight = F.pad(x, (width - 1, 0)), weight.to(x.dtype)
-    return F.silu(sum(padded[..., i : i + T] * weight[:, i, None] for i in range(width)))
-
-
-def install_fast_operators(model: Qwen3_5ForCausalLM) -> None:
-    """Replace transformers' delta rule and convolution, having checked that loss and gradients stay the same."""
+@contextlib.contextmanager
+def fast_operators(model: Qwen3_5ForCausalLM) -> Iterator[None]:
+    """Within, transformers' delta rule and convolution are replaced, having been checked: same loss, same gradients."""
+    original = modeling_qwen3_5.torch_chunk_gated_delta_rule, modeling_qwen3_5.causal_conv1d_fn
     ids = torch.randint(VOCAB, (2, 128), generator=torch.Generator().manual_seed(1))
-    probe = Qwen3_5ForCausalLM(model.config)  # its output projections are not zero, as the model's are
+    try:
+        with torch.random.fork_rng():
+            probe = Qwen3_5ForCausalLM(model.config)  # its output projections are not zero, as the model's are
+            plain = loss_and_gradient(probe, ids)
+            modeling_qwen3_5.torch_chunk_gated_delta_rule = fast_delta_rule
+            modeling_qwen3_5.causal_conv1d_fn = fast_conv
+            report(*plain, *loss_and_gradient(probe, ids))
+        yield
+    finally:
+        modeling_qwen3_5.torch_chunk_gated_delta_rule, modeling_qwen3_5.causal_conv1d_fn = original
 
-    def loss_and_gradient():
-        probe.zero_grad()
-        loss = probe(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        return loss.detach(), torch.cat([p.grad.flatten() for p in probe.parameters()])
 
-    with torch.random.fork_rng():
-        loss, gradient = loss_and_gradient()
-        modeling_qwen3_5.torch_chunk_gated_delta_rule = fast_delta_rule
-        modeling_qwen3_5.causal_conv1d_fn = fast_conv
-        fast_loss, fast_gradient = loss_and_gradient()
-    error = (fast_gradient - gradient).norm() / gradient.norm()
-    print(
-        f"fast operators: loss differs by {abs(fast_loss - loss):.1e}, gradient by {error:.1e} (relative)", flush=True
-    )
-    if abs(fast_loss - loss) > 1e-4 or error > 1e-4:
-        raise RuntimeError("the fast operators disagree with transformers' own")
+@contextlib.contextmanager
+def checked_kernels(model) -> Iterator[None]:
+    """Within, the recurrent layers of a model of any other family run on the package's own kernels."""
+    check_kernels(model)
+    with our_kernels(model):
+        yield
 
 
 # ----------------------------------------------------------------------------------------------------------- optimizer
@@ -273,9 +250,7 @@ def build_optimizers(model, muon_lr: float, adam_lr: float) -> list[torch.optim.
     """Muon for the projections, AdamW for embeddings, norms, convolutions, gates and decay parameters."""
     matrices, rest = [], []
     for name, p in model.named_parameters():
-        is_projection = (
-            p.ndim == 2 and "embed" not in name and not name.endswith(("in_proj_a.weight", "in_proj_b.weight"))
-        )
+        is_projection = p.ndim == 2 and "proj" in name and not name.endswith(GATES)
         (matrices if is_projection else rest).append(p)
     optimizers = [
         Muon(matrices, lr=muon_lr),
@@ -301,7 +276,7 @@ def mean_loss(model, rows: torch.Tensor, batch: int = 16) -> float:
     model.eval()
     total = 0.0
     for part in rows.split(batch):
-        hidden = model.model(part[:, :-1], use_cache=False).last_hidden_state
+        hidden = model.base_model(part[:, :-1], use_cache=False).last_hidden_state
         logits = (hidden @ model.lm_head.weight.T).float()
         total += F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum").item()
     model.train()
@@ -352,7 +327,7 @@ class CountModels:
 
 def export(model, tokenizer, folder: Path, record: dict) -> None:
     """Write model (bfloat16), tokenizer and ``training.json`` to ``folder``, which appears complete or not at all."""
-    stored = Qwen3_5ForCausalLM(model.config)
+    stored = type(model)(model.config)
     stored.load_state_dict(model.state_dict())
     with whole_folder(folder) as fresh:
         stored.to(torch.bfloat16).save_pretrained(fresh)
@@ -369,6 +344,7 @@ def describe(args, state: dict, model, **losses) -> dict:
     """Return what ``training.json`` says about a run."""
     return {
         "script": "scripts/train_default_model.py",
+        "family": args.family,
         "date": datetime.date.today().isoformat(),
         "seed": args.seed,
         "steps": state["step"],
@@ -439,7 +415,7 @@ def train(args, model, library, suite, held_out, tokenizer, stop: Stop) -> dict:
 
     def loss_of(rows):
         with torch.autocast("cpu", torch.bfloat16):
-            hidden = model.model(rows[:, :-1], use_cache=False).last_hidden_state
+            hidden = model.base_model(rows[:, :-1], use_cache=False).last_hidden_state
             return head_loss(hidden, model.lm_head.weight, rows[:, 1:])
 
     def head_loss(hidden, weight, targets):
@@ -453,8 +429,9 @@ def train(args, model, library, suite, held_out, tokenizer, stop: Stop) -> dict:
     if args.compile:
         inductor_config.cpp.dynamic_threads = True
         head_loss = torch.compile(head_loss)
-        for layer in model.model.layers:
-            layer.forward = torch.compile(layer.forward)
+        if args.family == "qwen3_5":  # a compiled layer would not call what stands in for its recurrence
+            for layer in model.model.layers:
+                layer.forward = torch.compile(layer.forward)
 
     rows = one_pass(library, suite, state["pass"], args.seed, args.length)
     before, started = state["elapsed"], time.time()
@@ -503,15 +480,19 @@ def train(args, model, library, suite, held_out, tokenizer, stop: Stop) -> dict:
     return state
 
 
-def final_losses(model, folder: Path, held_out: dict, text_bytes: dict, counts: CountModels) -> dict:
+def final_losses(family: str, model, folder: Path, held_out: dict, text_bytes: dict, counts: CountModels) -> dict:
     """Return the losses of ``model``, of the stored copy in ``folder`` and of the two count models."""
     stored = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+    quick = contextlib.nullcontext if family == "qwen3_5" else our_kernels
     losses = {}
     for split, rows in held_out.items():
-        after = mean_loss(stored, rows)
+        with quick(model):
+            before = mean_loss(model, rows)
+        with quick(stored):
+            after = mean_loss(stored, rows)
         losses[split] = {
             "tokens": rows[:, 1:].numel(),
-            "loss_before_rounding": round(mean_loss(model, rows), 5),
+            "loss_before_rounding": round(before, 5),
             "loss": round(after, 5),
             "bits_per_byte": round(after / math.log(2) * text_bytes[split][1] / text_bytes[split][0], 5),
             "unigram_loss": round(counts.unigram(rows), 5),
@@ -522,6 +503,8 @@ def final_losses(model, folder: Path, held_out: dict, text_bytes: dict, counts: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=FAMILIES, default="qwen3_5", help="family of write rules")
+    parser.add_argument("--tokenizer", type=Path, help="folder of a tokenizer to take (default: one is trained)")
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and intermediate exports")
     parser.add_argument("--out", type=Path, help="folder for the finished model (default: WORK/export)")
     parser.add_argument("--minutes", type=float, default=72, help="wall time of training")
@@ -540,7 +523,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
 
     texts = {suite: sources("train", suite) for suite in (False, True)}
-    folder = args.work / "tokenizer"
+    folder = args.tokenizer or args.work / "tokenizer"
     if (folder / "tokenizer.json").exists():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
     else:
@@ -564,20 +547,19 @@ def main() -> None:
         flush=True,
     )
 
-    model = build_model()
-    original = modeling_qwen3_5.torch_chunk_gated_delta_rule, modeling_qwen3_5.causal_conv1d_fn
-    install_fast_operators(model)
+    model = build_model(args.family)
     print(f"parameters: {sum(p.numel() for p in model.parameters()):,}", flush=True)
-    with finishing("step") as stop:
+    fast = fast_operators if args.family == "qwen3_5" else checked_kernels
+    with fast(model), finishing("step") as stop:
         state = train(args, model, library, suite, held_out["validation"], tokenizer, stop)
     stop.check()
-    modeling_qwen3_5.torch_chunk_gated_delta_rule, modeling_qwen3_5.causal_conv1d_fn = original
-    for layer in model.model.layers:
-        layer.__dict__.pop("forward", None)
+    if args.family == "qwen3_5":
+        for layer in model.model.layers:
+            layer.__dict__.pop("forward", None)
 
     out = args.out or args.work / "export"
     export(model, tokenizer, out, describe(args, state, model, complete=False))
-    losses = final_losses(model, out, held_out, text_bytes, counts)
+    losses = final_losses(args.family, model, out, held_out, text_bytes, counts)
     record = describe(args, state, model, complete=True, dtype="bfloat16", **losses)
     write_json(out / "training.json", record)
     print(json.dumps(record, indent=2), flush=True)

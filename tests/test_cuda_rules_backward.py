@@ -12,7 +12,6 @@ from test_rules import HALVES, packed, state_for
 from test_rules_backward import compare_gradients, gradients
 
 from writesae.edits import Edits
-from writesae.ops._dispatch import operators
 
 KIND, GRADIENT = "devices", True  # cases that have a backward there
 
@@ -114,13 +113,3 @@ def test_no_bank_conflicts(dtype, case):
     gradients(case, twin, case.make(1, 130, 1, 2, 128, 128, dtype))
     _, _, _, products, _, conflicts, _, shared = torch.ops.writesae_twin.statistics()
     assert products > 1000 and conflicts == 0 and shared < 163 * 1024
-
-
-def test_a_gate_of_each_channel_is_refused_by_the_operator(device_targets):
-    target = device_targets[0]
-    q, k, v, g = (target.put(torch.randn(1, 3, 1, 8)) for _ in range(4))
-    beta = target.put(torch.rand(1, 3, 1))
-    with target.in_use(), pytest.raises(ValueError, match=r"gated_delta_rule_backward: .* g \[B, T, H\].*channel"):
-        operators(target.kind).gated_delta_rule_backward(
-            q, k, v, g, beta, 1.0, None, False, *[None] * 5, torch.zeros_like(v), torch.ones_like(v), *[None] * 4
-        )

@@ -406,9 +406,6 @@ def test_bad_input_by_name():
     for message, change in bad.items():
         with pytest.raises(ValueError, match=message):
             encode(writes, **{"v_enc": v, "w_enc": w, "b_enc": b, "k": k, **change})
-    channel = Writes(torch.zeros(2, 70, 2, 16), writes.left, writes.right)
-    with pytest.raises(ValueError, match="writes: encode supports the scalar gate"):
-        encode(channel, v, w, b, k=k)
     with pytest.raises(ValueError, match="edits.position"):
         encode(replace(writes, edits=Edits([0], [70], [0], torch.zeros(1, 16), torch.zeros(1, 8))), v, w, b, k=k)
     with pytest.raises(ValueError, match="indices: expected 0 <= index < F=50"):

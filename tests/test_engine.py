@@ -2,12 +2,27 @@
 
 import pytest
 import torch
-from tiny_models import families, tiny_model, tokens
+from tiny_models import (
+    families,
+    kda_families,
+    mamba2_families,
+    mamba_families,
+    tiny_kda,
+    tiny_mamba,
+    tiny_mamba2,
+    tiny_minimax,
+    tiny_model,
+    tokens,
+)
 
 import writesae
 from writesae.edits import Edits
 from writesae.experiments.divergence import kl_pair
-from writesae.experiments.engine import ForkEngine, Places, read, read_matrix, reader, unread
+from writesae.experiments.engine import ForkEngine, Later, Places, read, read_matrix, reader, unread
+from writesae.models import layers
+from writesae.ops.dplr import dplr
+from writesae.ops.rule import RuleCall
+from writesae.ops.selective_scan import RULE
 from writesae.writes import Writes
 
 LINEAR, FULL = "linear_attention", "full_attention"
@@ -57,13 +72,42 @@ CASES = [
 ]
 
 
+def made(family, **settings):
+    """A tiny model of any family."""
+    if family == "minimax":
+        return tiny_minimax(**settings)
+    every = {tiny_model: families, tiny_mamba2: mamba2_families, tiny_kda: kda_families, tiny_mamba: mamba_families}
+    for make, known in every.items():
+        if family in known():
+            return make(family, **settings)
+    pytest.skip(f"this transformers has no {family}")
+
+
+# Other rules and other stacks: no attention at all, attention beside the recurrence in one block, attention that every
+# block shares and that reads the embeddings again, latent attention, blocks without either, several residual streams.
+OF_OTHER_RULES = [
+    ("mamba2", 0), ("bamba", 0), ("nemotron_h", 0), ("granitemoehybrid", 0), ("falcon_h1", 1), ("zamba2", 1),
+    ("kimi_linear", 0), ("glm5_next", 1), ("minimax", 0), ("mamba", 0), ("jamba", 0),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("family, layer_types, layer", CASES, ids=lambda x: x if isinstance(x, str) else None)
 def test_forks_equal_whole_forward_passes(family, layer_types, layer):
-    if family not in families():
-        pytest.skip(f"this transformers has no {family}")
-    model = tiny_model(family, layer_types)
+    compare_with_whole_passes(made(family, layer_types=layer_types), layer)
+
+
+@pytest.mark.filterwarnings("ignore:selective_scan. running the slow")
+@pytest.mark.parametrize("family, layer", OF_OTHER_RULES)
+def test_forks_equal_whole_forward_passes_of_other_rules(family, layer):
+    compare_with_whole_passes(made(family), layer)
+
+
+def compare_with_whole_passes(model, layer):
+    site = next(s for s in layers(model) if s.layer_index == layer)
+    H = site.num_v_heads
     # First and last position, an end that cuts the horizon short, two heads of one key head, two places in a row.
-    lengths, places, horizon = [23, 17], [(0, 0, 0), (0, 9, 3), (0, 10, 2), (0, 22, 1), (1, 3, 1), (1, 14, 0)], 4
+    lengths, horizon = [23, 17], 4
+    places = [(0, 0, 0), (0, 9, H - 1), (0, 10, max(H - 2, 0)), (0, 22, H // 2), (1, 3, 1 % H), (1, 14, 0)]
     engine, clean, ids, hidden, left, right = run_engine(model, layer, lengths, places, horizon)
     logits = {name: engine.logits(x) for name, x in hidden.items()}
     # A model of random weights passes rounding errors on enlarged: 2.3e-5 is the worst seen.
@@ -73,7 +117,7 @@ def test_forks_equal_whole_forward_passes(family, layer_types, layer):
         passage = ids[row, :length]
         clean_logits = model(passage[None]).logits[0]
         rows, at, heads = range(len(mine)), [places[i][1] for i in mine], [places[i][2] for i in mine]
-        deleted = plain(model, layer, passage, Edits.delete(rows, at, heads, 8, 6))
+        deleted = plain(model, layer, passage, Edits.delete(rows, at, heads, site.K, site.V))
         replaced = plain(model, layer, passage, Edits(rows, at, heads, left[mine], right[mine], "replace"))
         for j, i in enumerate(mine):
             t, stop = at[j], min(at[j] + horizon + 1, length)
@@ -84,10 +128,16 @@ def test_forks_equal_whole_forward_passes(family, layer_types, layer):
     assert torch.equal(logits["native"], logits["baseline"])  # bit for bit
 
 
-@pytest.mark.parametrize("family, layer_types, layer", [CASES[0], *CASES[2:4]])
-def test_forks_that_begin_after_the_token_are_the_rest_of_those_that_begin_at_it(family, layer_types, layer):
-    model = tiny_model(family, layer_types)
-    lengths, places = [23, 17], [(0, 0, 0), (0, 9, 3), (0, 10, 2), (0, 22, 1), (1, 3, 1), (1, 14, 0)]
+@pytest.mark.parametrize(
+    "family, settings, layer",
+    [(f, {"layer_types": types}, layer) for f, types, layer in [CASES[0], *CASES[2:4]]]
+    + [("mamba2", {}, 1), ("bamba", {}, 0), ("kimi_linear", {}, 0), ("mamba", {}, 0)],
+)
+@pytest.mark.filterwarnings("ignore:selective_scan. running the slow")
+def test_forks_that_begin_after_the_token_are_the_rest_of_those_that_begin_at_it(family, settings, layer):
+    model = made(family, **settings)
+    H = next(s for s in layers(model) if s.layer_index == layer).num_v_heads
+    lengths, places = [23, 17], [(0, 0, 0), (0, 9, H - 1), (0, 10, 0), (0, 22, H // 2), (1, 3, H - 1), (1, 14, 0)]
     ids = tokens(2, 23)
     row, position, head = (torch.tensor(x) for x in zip(*places, strict=True))
     found = []
@@ -103,6 +153,12 @@ def test_forks_that_begin_after_the_token_are_the_rest_of_those_that_begin_at_it
         torch.testing.assert_close(after[name][rest], at[name][:, 1:][rest], atol=1e-4, rtol=1e-4)
     assert torch.equal(after["native"], after["baseline"])
     assert (after["delete"][0] - after["baseline"][0]).abs().max() > 1e-2
+
+
+def test_a_model_whose_blocks_read_more_than_forks_give_them_is_refused():
+    """Qwen4's per-layer embeddings read n-grams of tokens before the fork."""
+    with pytest.raises(RuntimeError, match="forks of Qwen4Exp.* without a change differ from its clean pass"):
+        run_engine(made("qwen4_exp"), 0, [19], [(0, 9, 0)], 4)
 
 
 def test_divergences_are_those_of_the_logits():
@@ -206,3 +262,41 @@ def test_readers_are_the_propagator_from_behind(gate, transition):
     beta, erase = None if beta is None else beta[:, :, 0], None if erase is None else tuple(x[:, :, 0] for x in erase)
     back = reader(q, k[:, :, 0, 0], decay[:, :, 0], beta, erase)
     torch.testing.assert_close(back @ p, (path * q).sum(-1))
+
+
+@pytest.mark.filterwarnings("ignore:selective_scan. running the slow")
+@pytest.mark.parametrize("when", ["after", "before"])
+def test_a_recurrence_run_on_an_addition_alone_says_how_it_is_read(when):
+    """Under a gate for every entry, where no reader exists: against the scan with the edit in it."""
+    T, V, K, t = 9, 6, 4, 3
+    x = {
+        "x": torch.randn(1, T, V), "dt": torch.rand(1, T, V), "A": -torch.rand(V, K), "B": torch.randn(1, T, K),
+        "C": torch.randn(1, T, K), "D": torch.randn(V),
+    }  # fmt: skip
+    left, right = torch.randn(K), torch.randn(V)
+    edit = Edits([0], [t], [0], left[None], right[None], when=when)
+    changed = [RuleCall(RULE, x).run(edits=e, backend="reference").o for e in (None, edit)]
+    after = {name: value if value.ndim < 3 else value[:, t + 1 :] for name, value in x.items()}
+    call = RuleCall(RULE, {**after, "x": torch.zeros_like(after["x"])})
+    found = Later(call, x["C"][:, t], torch.tensor([0]), 1).read(torch.outer(left, right)[None])
+    expected = (changed[1] - changed[0])[:, t:]
+    assert (expected[:, 0] == 0).all() == (when == "after")
+    if when == "after":
+        found[:, 0] = 0
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:dplr. running the slow")
+def test_readers_of_a_low_rank_transition():
+    """Against `ops.dplr` with the edit in it."""
+    T, K, V, t = 8, 4, 3, 2
+    q, k, a, b = (torch.randn(1, T, 1, K, dtype=torch.float64) for _ in range(4))
+    v, g = torch.randn(1, T, 1, V, dtype=torch.float64), -torch.rand(1, T, 1, K, dtype=torch.float64)
+    left, right = torch.randn(K).double(), torch.randn(V).double()
+    edit = Edits([0], [t], [0], left[None], right[None])
+    plain = dplr(q, k, v, g, a, b, return_writes=True, backend="reference")
+    changed = dplr(q, k, v, g, a, b, edits=edit, backend="reference")
+    later = slice(t, T)
+    erase = tuple(x[:, later, 0] for x in plain.writes.erase)
+    r = reader(q[:, later, 0], k[:, later, 0], plain.writes.decay[:, later, 0], None, erase)
+    torch.testing.assert_close((r @ left)[..., None] * right, (changed.o - plain.o)[:, later, 0])

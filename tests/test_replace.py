@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_models import tiny_model
+from tiny_models import kda_families, mamba2_families, tiny_kda, tiny_mamba2, tiny_model
 
 import writesae
 from writesae.experiments import passages_of, replace, run_replacement
@@ -180,6 +180,46 @@ def test_memory_is_that_of_the_decay(model):
             fades.setdefault((layer, head), []).append(tap.writes[layer].decay[0, :, head])
     for site, parts in fades.items():
         assert found[site] == pytest.approx(-1 / float(torch.cat(parts).double().mean()), rel=1e-5)
+
+
+def other(family):
+    """A tiny model on another rule."""
+    if family not in (*mamba2_families(), *kda_families()):
+        pytest.skip(f"this transformers has no {family}")
+    return tiny_mamba2(family) if family in mamba2_families() else tiny_kda(family)
+
+
+@pytest.mark.parametrize("family", ["mamba2", "kimi_linear"])
+def test_other_rules_are_tested_in_the_same_way(family):
+    model = other(family)
+    site = layers(model)[0]
+    sae = SAE(site.K, site.V, 12, 3, "bilinear", layer=site.layer_index, head=1, target="write")
+    select = passages_of(texts(2, seed=1), Letters(), 50)
+    conditions = ("native", "atom", "delete", "codebook", "singular", "reconstruction", "zero")
+    result = run(model, sae, n=3, firings=6, select=select, min_selected=1, conditions=conditions, read="both")
+    assert len(result) == 6
+    for name, column in result.table.items():
+        if name.startswith(("forward:", "reverse:")):
+            later = column[:, 1:]
+            assert (column == 0).all() if name.endswith(".native") else (later > 0).all(), name
+    same = all(
+        np.array_equal(result.kl("increment", c, s, read=r), result.kl("outer", c, s, read=r))
+        for r in ("before", "after") for c, s in (("delete", None), ("atom", "coef"))
+    )  # fmt: skip
+    assert same == (family == "mamba2")  # without an erase, the increment is the outer product
+
+
+@pytest.mark.parametrize("family, gate", [("mamba2", 3), ("kimi_linear", 4)])
+def test_memory_of_other_rules(family, gate):
+    model = other(family)
+    [passage] = passages_of(texts(1, 49), Letters(), 50)
+    found = memory(model, [passage.tokens])
+    with torch.no_grad(), writesae.attach(model, {(1, 0): None}) as tap:
+        model(torch.from_numpy(passage.tokens)[None])
+    decay = tap.writes[1].decay
+    assert decay.ndim == gate
+    for head in range(decay.shape[2]):
+        assert found[1, head] == pytest.approx(-1 / float(decay[0, :, head].double().mean()), rel=1e-5)
 
 
 def test_a_site_chosen_by_its_outcome_says_so(model):

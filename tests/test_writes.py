@@ -327,6 +327,10 @@ def test_one_head_and_some_heads(name):
         check_close("norms", one.norms()[:, :, 0], norms[:, :, h], EXACT)
         assert one.right.data_ptr() == writes.right[:, :, h].data_ptr()  # a view
         same(writes.heads([h]), one)
+    whole = Writes.of_heads([writes.head(h) for h in range(heads)])
+    check_close("states", whole.states([0, 5, 22]), states, EXACT)
+    some = replace(writes.tokens(1, 6, 23), initial_state=states[1, 1:2])
+    check_close("states", some.states([16])[0, 0], states[1, 2], EXACT)
     few = writes.heads([heads - 1, 0, 0])
     check_close("states", few.states([5]), states[:, 1:2, [heads - 1, 0, 0]], EXACT)
     if writes.gate != "element":
@@ -348,6 +352,8 @@ def test_heads_keep_their_own_edits(packed):
         one = writes.head(h)
         check_close("states", one.states(places)[:, 0], states[:, h], EXACT)
         assert (one.edits is None) == (h > 1)
+    whole = Writes.of_heads([writes.head(h) for h in range(H)])
+    check_close("states", whole.states(places), states, EXACT)
     few = writes.heads([1, 0, 1])
     check_close("states", few.states(places), states[:, [1, 0, 1]], EXACT)
     assert few.edits.head.tolist() == [0, 1, 1, 2] and few.edits.position.tolist() == [38, 3, 5, 38]

@@ -1,5 +1,5 @@
-"""Tiny random models of every family on the gated delta rule, on Mamba-2's and on Kimi Delta Attention: K != V, grouped
-heads, linear and full layers mixed, where the family has it."""
+"""Tiny random models of every family on the gated delta rule, on Mamba-2's and Mamba-1's and on Kimi Delta Attention:
+K != V, grouped heads, linear and full layers mixed, where the family has it."""
 
 from __future__ import annotations
 
@@ -118,27 +118,81 @@ def mamba2_families() -> list[str]:
 
 def tiny_mamba2(family="mamba2", seed=0, dtype=torch.float32, **overrides):
     """A random model in eval mode of four heads in two groups with K=8, V=16 whose states are felt in the logits."""
+    name, sizes = _MAMBA2[family]
+    return _spread(name, {**sizes, **overrides}, seed).to(dtype)
+
+
+# ---- Mamba-1 ---------------------------------------------------------------------------------------------------
+
+_MAMBA1 = {
+    "mamba": ("Mamba", dict(state_size=4, expand=2, num_hidden_layers=2)),
+    "falcon_mamba": ("FalconMamba", dict(state_size=4, expand=2, num_hidden_layers=2)),
+    "jamba": (
+        "Jamba",
+        dict(
+            **_ATTENTION, mamba_d_state=4, mamba_expand=2, mamba_dt_rank=4, attn_layer_period=2, attn_layer_offset=1,
+            expert_layer_period=2, expert_layer_offset=1, num_experts=2,
+        ),
+    ),
+    "zamba": (
+        "Zamba",
+        dict(
+            num_attention_heads=4, num_key_value_heads=4, attention_head_dim=16, mamba_d_state=4, mamba_expand=2,
+            n_mamba_heads=2, layers_block_type=["mamba", "hybrid", "mamba"],
+        ),
+    ),
+}  # fmt: skip
+
+
+def mamba_families() -> list[str]:
+    """Families on Mamba-1's rule that this transformers has with functions to stand in for (since 5.15)."""
+    try:
+        from transformers.models.mamba import modeling_mamba
+    except ImportError:
+        return []
+    return list(_MAMBA1) if hasattr(modeling_mamba, "mamba_selective_scan") else []
+
+
+def tiny_mamba(family="mamba", seed=0, dtype=torch.float32, **overrides):
+    """A random model in eval mode with K=4, V=48 or 64 (of Zamba two heads of V=32) and states felt in the logits."""
+    name, sizes = _MAMBA1[family]
+    return _spread(name, {**sizes, **overrides}, seed).to(dtype)
+
+
+def _spread(name: str, sizes: dict, seed: int):
+    """A model of a small vocabulary and width, with numbers that keep states from vanishing and saturating."""
     import transformers
 
-    name, sizes = _MAMBA2[family]
     common = dict(
         vocab_size=VOCAB, hidden_size=32, num_hidden_layers=3, intermediate_size=48, pad_token_id=0, bos_token_id=2,
         eos_token_id=1, tie_word_embeddings=False,
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        config = getattr(transformers, f"{name}Config")(**{**common, **sizes, **overrides})
+        config = getattr(transformers, f"{name}Config")(**{**common, **sizes})
         model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith("A_log"):
                 parameter.data.uniform_(-3.0, -1.0)
-            elif parameter_name.endswith("dt_bias"):
+            elif parameter_name.endswith(("dt_bias", "dt_proj.bias", "dt_proj_bias")):
                 parameter.data.uniform_(-1.0, 1.0)
             elif parameter_name.endswith(".D"):
                 parameter.data.uniform_(0.2, 1.0)
             elif parameter.ndim >= 2:
                 parameter.data.normal_(0.0, 0.4 if "conv" in parameter_name else parameter.shape[-1] ** -0.5)
-    return model.to(dtype)
+    return model
+
+
+# ---- Lightning Attention ---------------------------------------------------------------------------------------
+
+
+def tiny_minimax(seed=0, dtype=torch.float32, **overrides):
+    """A random model in eval mode: three heads of K = V = 8, blocks of four tokens, full attention in the middle."""
+    sizes = dict(
+        num_attention_heads=3, num_key_value_heads=1, head_dim=8, block_size=4, num_local_experts=4,
+        num_experts_per_tok=2, layer_types=["linear_attention", "full_attention", "linear_attention"],
+    )  # fmt: skip
+    return _spread("MiniMax", {**sizes, **overrides}, seed).to(dtype)
 
 
 # ---- Kimi Delta Attention --------------------------------------------------------------------------------------

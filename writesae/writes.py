@@ -31,6 +31,12 @@ _WRITES = ("new", "erase", "total")
 _Head = TypeVar("_Head", int, Tensor)
 
 
+def joined(parts: Sequence[Tensor | None], axis: int) -> Tensor | None:
+    """The tensors among them as one; None where there are none."""
+    some = [part for part in parts if part is not None]
+    return torch.cat(some, axis) if some else None
+
+
 @dataclass(frozen=True, repr=False)
 class Writes:
     """The rank-1 writes of one layer over a batch, as the forward pass made them.
@@ -217,6 +223,38 @@ class Writes:
         lefts = [self.left_head(head) for head in listed]
         at, key = (torch.tensor(x, dtype=torch.int64, device=self.right.device) for x in (listed, lefts))
         return self._of(at, key, listed)
+
+    @classmethod
+    def of_heads(cls, parts: Sequence[Writes]) -> Writes:
+        """The writes of all heads of several parts, in order, edits renumbered alike: what `head` takes apart.
+
+        Args:
+            parts: of one layer and the same tokens, at least one, each with as many value heads a left head.
+        """
+        if len(parts) == 1:
+            return parts[0]
+        edits, first = [], 0
+        for part in parts:
+            if part.edits is not None:
+                edits.append(part.edits._with(head=part.edits.head + first))
+            first += part.shape[2]
+        erase = [part.erase for part in parts if part.erase is not None]
+        return cls(
+            torch.cat([part.decay for part in parts], 2), torch.cat([part.left for part in parts], 2),
+            torch.cat([part.right for part in parts], 2), beta=joined([part.beta for part in parts], 2),
+            erase=(torch.cat([x[0] for x in erase], 2), torch.cat([x[1] for x in erase], 2)) if erase else None,
+            decay_matrix=joined([part.decay_matrix for part in parts], 0),
+            initial_state=joined([part.initial_state for part in parts], 1), cu_seqlens=parts[0].cu_seqlens,
+            edits=Edits.cat(edits) if edits else None,
+        )  # fmt: skip
+
+    def tokens(self, row: int, start: int, stop: int) -> Writes:
+        """Tokens start..stop-1 of one batch row, as views: B = 1, without initial state, offsets and edits."""
+        at, t = slice(row, row + 1), slice(start, stop)
+        return Writes(
+            self.decay[at, t], self.left[at, t], self.right[at, t], None if self.beta is None else self.beta[at, t],
+            None if self.erase is None else (self.erase[0][at, t], self.erase[1][at, t]), self.decay_matrix,
+        )  # fmt: skip
 
     def _of(self, at: slice | Tensor, key: slice | Tensor, listed: list[int]) -> Writes:
         return Writes(

@@ -134,6 +134,8 @@ struct Kernels {
   decltype(&portable::pack_panel) pack_panel;
   decltype(&portable::pack_rows) pack_rows;
   decltype(&portable::run_panel) run_panel;
+  decltype(&portable::pack_gates) pack_gates;
+  decltype(&portable::run_panel_channels) run_panel_channels;
   decltype(&portable::run_panel_unpacked) run_panel_unpacked;
   decltype(&portable::select_largest) select_largest;
   decltype(&portable::select_above) select_above;
@@ -141,10 +143,10 @@ struct Kernels {
   decltype(&portable::to_key_scalar) to_key;
 };
 
-#define WRITESAE_KERNELS(name)                                                                           \
-  Kernels {                                                                                              \
-    name::MT, name::steps, name::pack_panel, name::pack_rows, name::run_panel, name::run_panel_unpacked, \
-        name::select_largest, name::select_above, name::pick, name::to_key_scalar                        \
+#define WRITESAE_KERNELS(name)                                                                                             \
+  Kernels {                                                                                                                \
+    name::MT, name::steps, name::pack_panel, name::pack_rows, name::run_panel, name::pack_gates, name::run_panel_channels, \
+        name::run_panel_unpacked, name::select_largest, name::select_above, name::pick, name::to_key_scalar                \
   }
 
 Kernels kernels() { return WRITESAE_OF_ISA(WRITESAE_KERNELS); }
@@ -182,7 +184,10 @@ struct Plan {
   Kernels kernel;
   int64_t panels, depth, stride, select_bytes;
 
-  Plan(const EncodeParams& params, EncodeFound* f) : p(params), found(f), kernel(params.bf16 ? bf16_kernels() : kernels()) {
+  Plan(const EncodeParams& params, EncodeFound* f)
+      : p(params),
+        found(f),
+        kernel(params.bf16 && !params.channels ? bf16_kernels() : kernels()) {
     panels = (p.F + 15) / 16;
     depth = 1;
     if (p.k > 0)
@@ -196,11 +201,14 @@ struct Plan {
   int64_t w_size() const { return p.rank * kernel.steps(p.V) * 16; }
   int64_t left_size() const { return kernel.steps(p.K) * kernel.tile; }
   int64_t right_size() const { return kernel.steps(p.V) * kernel.tile; }
-  int64_t tile_size() const { return left_size() + right_size(); }
+  int64_t gate_size() const { return p.channels ? p.K * kernel.tile : 0; }
+  int64_t tile_size() const { return left_size() + right_size() + gate_size(); }
+  // What a panel carries from block to block: activations, or S w.
+  int64_t carry_size() const { return p.channels ? p.rank * p.K * PANEL : PANEL; }
   // Bytes run_head needs beyond selection, which needs select_bytes a thread.
   int64_t head_bytes(int64_t rows) const {
     const int64_t floats =
-        panels * (v_size() + w_size() + 16) + 2 * (rows / kernel.tile) * tile_size() + (rows + 2) * stride;
+        panels * (v_size() + w_size() + carry_size()) + 2 * (rows / kernel.tile) * tile_size() + (rows + 2) * stride;
     return floats * 4 + 64 * 16;
   }
   int64_t worker_bytes() const {
@@ -247,7 +255,7 @@ void run_head(const Plan& plan, int64_t h, int64_t block_rows, const Parallel& p
   arena.clear();
   float* v = arena.take<float>(plan.panels * v_size);
   float* w = arena.take<float>(plan.panels * w_size);
-  float* carry = arena.take<float>(plan.panels * 16);
+  float* carry = arena.take<float>(plan.panels * plan.carry_size());
   float* packed[2] = {arena.take<float>(tiles * tile_size), arena.take<float>(tiles * tile_size)};
   float* bias = arena.take<float>(plan.stride);
   int32_t* limits = arena.take<int32_t>(plan.stride);
@@ -256,15 +264,18 @@ void run_head(const Plan& plan, int64_t h, int64_t block_rows, const Parallel& p
   const auto scratch = [&](int64_t worker) { return worker_memory + worker * worker_bytes; };
   const auto left_of = [&](int which) { return packed[which]; };
   const auto right_of = [&](int which) { return packed[which] + tiles * plan.left_size(); };
+  const auto gates_of = [&](int which) { return right_of(which) + tiles * plan.right_size(); };
 
   Block blocks[2];
-  Stream stream(p, p.heads[h]);
+  Stream stream(p, p.heads[h], kernel.tile);
   std::vector<int32_t> hints(parallel.threads, 0);
   std::vector<std::vector<float>> values((block_rows + PART - 1) / PART);
   std::vector<std::vector<int32_t>> indices(values.size());
   const auto pack_rows = [&](int which, int64_t tile, int64_t worker) {
-    kernel.pack_rows(p, blocks[which], tile, reinterpret_cast<float*>(scratch(worker)),
-                     left_of(which) + tile * plan.left_size(), right_of(which) + tile * plan.right_size());
+    float* const row = reinterpret_cast<float*>(scratch(worker));
+    kernel.pack_rows(p, blocks[which], tile, row, left_of(which) + tile * plan.left_size(),
+                     right_of(which) + tile * plan.right_size());
+    if (p.channels) kernel.pack_gates(p, blocks[which], tile, row, gates_of(which) + tile * plan.gate_size());
   };
   const auto tiles_of = [&](int which) {
     return (static_cast<int64_t>(blocks[which].rows.size()) + kernel.tile - 1) / kernel.tile;
@@ -284,8 +295,13 @@ void run_head(const Plan& plan, int64_t h, int64_t block_rows, const Parallel& p
   while (more) {
     const Block& block = blocks[now];
     for_each(parallel, plan.panels, [&](int64_t i, int64_t) {
-      kernel.run_panel(p, block, h, i, v + i * v_size, w + i * w_size, left_of(now), right_of(now), bias + i * 16,
-                       carry + i * 16, keys, plan.stride);
+      if (p.channels) {
+        kernel.run_panel_channels(p, block, h, i, v + i * v_size, w + i * w_size, left_of(now), right_of(now), gates_of(now),
+                                  bias + i * 16, carry + i * plan.carry_size(), keys, plan.stride);
+      } else {
+        kernel.run_panel(p, block, h, i, v + i * v_size, w + i * w_size, left_of(now), right_of(now), bias + i * 16,
+                         carry + i * 16, keys, plan.stride);
+      }
     });
     more = stream.next(blocks[1 - now], block_rows);
     const int64_t slots = block.tokens.size(), parts = (slots + PART - 1) / PART;
@@ -358,11 +374,11 @@ void run_small(const Plan& plan, const Parallel& parallel) {
 
 void encode(const EncodeParams& p, EncodeFound* found, const Parallel& parallel) {
   const Plan plan(p, found);
-  for (int64_t n = 0; n < p.N && p.cu_seqlens != nullptr; n++)
+  for (int64_t n = 0; n < p.N && p.cu_seqlens != nullptr && !p.channels; n++)
     if (p.cu_seqlens[n] == p.cu_seqlens[n + 1])
       for (int64_t i = n * p.Hs * p.F; i < (n + 1) * p.Hs * p.F; i++)
         p.carry_out[i] = p.carry_in != nullptr ? p.carry_in[i] : 0.0f;
-  if (p.B * p.T * p.R + p.edits.count <= SMALL) {
+  if (!p.channels && p.B * p.T * p.R + p.edits.count <= SMALL) {
     // Reading a small dictionary takes a tenth of a millisecond: waking other threads can take longer.
     const bool alone = p.Hs * p.F * p.rank * (p.K + p.V) <= ALONE_FLOATS;
     run_small(plan, alone ? Parallel{1, nullptr} : parallel);

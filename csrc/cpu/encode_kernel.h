@@ -13,10 +13,10 @@
 // selection was packed before it was known to be one); with bfloat16 pairs 7.4 us, where the products alone need 5.6.
 
 #include "cpu/encode_pack_kernel.h"
+#include "cpu/silu.h"
 
 constexpr int NV = PANEL / LANES;
 constexpr int MT = 12 / NV;  // rows of a register tile
-typedef int32_t IntVec __attribute__((vector_size(WRITESAE_LANES * 4)));
 typedef int32_t UnalignedIntVec __attribute__((vector_size(WRITESAE_LANES * 4), aligned(4), may_alias));
 typedef int64_t LongVec __attribute__((vector_size(WRITESAE_LANES * 4)));
 typedef int64_t UnalignedLongVec __attribute__((vector_size(WRITESAE_LANES * 4), aligned(8), may_alias));
@@ -199,6 +199,10 @@ inline void run_panel_unpacked(const EncodeParams& p, const Block& block, int64_
   }
   for (int64_t i = 0; i < count; i++) accumulate(p, block.rows[i], h, first, width, product[i], bias, a, keys, stride);
 }
+
+#if !WRITESAE_PAIRS
+#include "cpu/encode_channels_kernel.h"
+#endif
 
 // ---- selection -------------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ struct Row {
   int32_t slot;   // the token's place in the block when this is its last row, else -1
   int64_t begin;  // the sequence whose first row this is, else -1
   int64_t end;    // the sequence whose last row this is, else -1
+  const float* gates = nullptr;  // channel gates: [K] logarithms of what the state is multiplied by first, null for 1
 };
 
 struct Block {
@@ -24,10 +25,15 @@ struct Block {
   std::vector<int64_t> tokens;  // b * T + t of each slot
 };
 
-// All rows of one head, sequence after sequence.
+// All rows of one head, sequence after sequence. Under channel gates every sequence begins at a multiple of `tile`, rows that
+// write nothing before it, and an empty one has such a row too, so that what is carried on is made of its first state.
 class Stream {
  public:
-  Stream(const EncodeParams& p, int64_t head) : p_(p), head_(head), left_(head / (p.H / p.Hl)) {}
+  Stream(const EncodeParams& p, int64_t head, int64_t tile = 1)
+      : p_(p),
+        head_(head),
+        left_(head / (p.H / p.Hl)),
+        tile_(tile) {}
 
   // Up to `limit` more rows; false when there are none.
   bool next(Block& block, int64_t limit) {
@@ -36,7 +42,12 @@ class Stream {
     while (n_ < p_.N && static_cast<int64_t>(block.rows.size()) < limit) {
       const int64_t origin = p_.cu_seqlens != nullptr ? p_.cu_seqlens[n_] : 0;
       const int64_t length = p_.cu_seqlens != nullptr ? p_.cu_seqlens[n_ + 1] - origin : p_.T;
+      if (p_.channels && t_ == 0 && sub_ == 0) {
+        while (block.rows.size() % tile_ != 0) block.rows.push_back(NOTHING);
+        if (static_cast<int64_t>(block.rows.size()) == limit) break;
+      }
       if (length == 0) {
+        if (p_.channels) block.rows.push_back({nullptr, nullptr, Element::f32, Element::f32, 1.0f, -1, n_, n_});
         n_++;
         continue;
       }
@@ -50,7 +61,12 @@ class Stream {
         row.left = p_.edits.left + edit * p_.K, row.right = p_.edits.right + edit * p_.V;
         row.left_type = row.right_type = Element::f32;
       }
-      row.gate = sub_ == 0 ? std::exp(p_.decay[(b * p_.T + t) * p_.H + head_]) : 1.0f;
+      const int64_t place = (b * p_.T + t) * p_.H + head_;
+      if (p_.channels) {
+        row.gate = 1.0f, row.gates = sub_ == 0 ? p_.decay + place * p_.K : nullptr;
+      } else {
+        row.gate = sub_ == 0 ? std::exp(p_.decay[place]) : 1.0f;
+      }
       row.begin = t_ == 0 && sub_ == 0 ? n_ : -1;
       sub_++;
       const bool last = sub_ >= p_.R && !edit_here(edit_ + sub_ - p_.R);
@@ -67,13 +83,15 @@ class Stream {
   }
 
  private:
+  static constexpr Row NOTHING = {nullptr, nullptr, Element::f32, Element::f32, 1.0f, -1, -1, -1};
+
   bool edit_here(int64_t e) const {
     const int64_t* x = p_.edits.index + 4 * e;
     return e < p_.edits.count && x[0] == n_ && x[1] == t_ && x[2] == head_;
   }
 
   const EncodeParams& p_;
-  int64_t head_, left_;
+  int64_t head_, left_, tile_;
   int64_t n_ = 0, t_ = 0, sub_ = 0, edit_ = 0;
 };
 

@@ -16,15 +16,13 @@ void forward(const ScanParams& p, void* workspace, void* stream, Plan plan) {
 }
 
 int64_t backward_workspace(const ScanBackwardParams& p) {
-  if (p.in.channel_gate)
-    throw std::invalid_argument(
-        "gated_delta_rule_backward: the CUDA kernel takes g [B, T, H], a gate of each head; got a channel axis, K = " +
-        std::to_string(p.in.K));
-  return lay_out_backward<Rule>(p, nullptr).workspace;
+  return p.in.channel_gate ? lay_out_backward<ChannelRule>(p, nullptr).workspace
+                           : lay_out_backward<Rule>(p, nullptr).workspace;
 }
 
 void backward(const ScanBackwardParams& p, void* workspace, void* stream) {
-  run_scan_backward<Rule>(p, workspace, static_cast<tile::Stream>(stream));
+  const auto backward = p.in.channel_gate ? run_scan_backward<ChannelRule> : run_scan_backward<Rule>;
+  backward(p, workspace, static_cast<tile::Stream>(stream));
 }
 
 void step(const ScanStepParams& p, void* stream) {

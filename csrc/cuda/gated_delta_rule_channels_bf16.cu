@@ -5,6 +5,11 @@
 namespace writesae::cuda::gated_delta_rule {
 
 template <>
+void ChannelRule::run_prepare<bf16>(const ChannelProblem& p, tile::Stream stream) {
+  launch_prepare_channels<ChannelRule, bf16>(p, stream);
+}
+
+template <>
 void ChannelRule::run_chunks<bf16>(const ChannelProblem& p, int warps, tile::Stream stream) {
   launch_chunks<ChannelRule, bf16>(p, warps, stream);
 }

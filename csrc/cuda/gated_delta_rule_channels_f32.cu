@@ -5,6 +5,11 @@
 namespace writesae::cuda::gated_delta_rule {
 
 template <>
+void ChannelRule::run_prepare<float>(const ChannelProblem& p, tile::Stream stream) {
+  launch_prepare_channels<ChannelRule, float>(p, stream);
+}
+
+template <>
 void ChannelRule::run_chunks<float>(const ChannelProblem& p, int warps, tile::Stream stream) {
   launch_chunks<ChannelRule, float>(p, warps, stream);
 }

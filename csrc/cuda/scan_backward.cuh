@@ -32,6 +32,7 @@ struct Backward {
   const float *d_left, *d_final_state, *d_snapshots;
   View q, k;  // as they were given
   Element v_type, g_type, beta_type;
+  bool channel_gate;
   void *d_q, *d_k, *d_v, *d_g, *d_beta;
   float *d_initial_state, *d_edit_left, *d_edit_right;
   // Workspace. Widths are of whole 16-byte units.
@@ -40,9 +41,38 @@ struct Backward {
   void *starts, *ends;          // [slots, H, V, key_width] of the type of computation: S0^T and D^T
   void* d_y;                    // [B, T, H, value_width] of the type of computation
   float* parts;                 // [B, T, Hk, 2, K]  dQ and dK as above, of a group's value heads in their order
-  float* scalars;               // [B, T, H, 2, key tiles]  dg and dbeta
+  float* scalars;               // [B, T, H, 2, key tiles]  dg (of a gate of each head) and dbeta
   int *first_shot, *next_shot;  // [slots], [P]: the snapshots after a chunk as lists of 1 + place, 0 at the end; or null
 };
+
+// With a gate of each channel the walks multiply states with the rows of prepare (ChannelProblem in scan.cuh), which hold it:
+//     R = dR + write D + reach^T dO,    D <- e^{G_C} D + ask^T dO - read^T (B dY)
+// and `gradients_channels` (scan_gradients_channels.cuh) is in the place of `gradients`.
+struct ChannelBackward : Backward {
+  Rows read, ask, write;  // [B, T, H, K]
+  float* decays;          // [slots, H, padded_keys(K)]  e^{G_C}, 0 beyond K
+};
+
+// With a low-rank erase (LowRankProblem) R are the erased rows of the forward, dP the adjoint of the right side of their system,
+// and the native increments V have an adjoint of their own:
+//     dR_all = dR + erase_write D + erase_reach^T dO,    dP = N^T dR_all
+//     dU = dV + write D + reach^T dO + found^T dP,    found_ji = a_j . D_{j-1,i} r_i k_i  for i < j
+//     D <- e^{G_C} D + ask^T dO + read^T dP
+// `d_y` is dP. `gradients_channels` runs twice, for what k and then b has written, and adds.
+struct LowRankBackward : ChannelBackward {
+  View erased, d_erased;  // [B, T, H, V]; d_erased without data: none
+  Rows a, b;              // [B, T, H, K]
+  Element a_type, b_type;
+  void *d_a, *d_b;
+  Rows erase_write;           // [B, T, H, K]
+  void *found, *erase_reach;  // as `reach`
+  void* d_u;                  // as `d_y`
+  float *a_parts, *g_parts;   // [B, T, H, K]  dA and dg of what k has written
+};
+
+template <class Rule>
+using GivenBack =
+    std::conditional_t<Rule::LOW_RANK, LowRankBackward, std::conditional_t<Rule::CHANNEL, ChannelBackward, Backward>>;
 
 // A sequence's chunks.
 struct Span {

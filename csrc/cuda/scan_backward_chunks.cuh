@@ -3,6 +3,7 @@
 
 #include "scan_backward_walk.cuh"
 #include "scan_gradients.cuh"
+#include "scan_gradients_channels.cuh"
 
 namespace writesae::cuda {
 
@@ -45,25 +46,42 @@ __global__ void __launch_bounds__(128) edit_gradients(const __grid_constant__ Ba
 }
 
 template <class Rule, class T, int KP>
-void launch_backward_walks(const Backward& b, tile::Stream stream) {
+void launch_backward_walks(const GivenBack<Rule>& b, tile::Stream stream) {
   const int64_t tiles = (b.p.V + 16 * BACK_WARPS - 1) / (16 * BACK_WARPS);
   const auto blocks = static_cast<unsigned>(tiles * b.p.H * b.p.N);
-  tile::launch("scan_backward starts", starts<T, KP>, {blocks, 1, 1}, 32 * BACK_WARPS, StartsShared<T, KP>::BYTES, stream,
-               b);
+  tile::launch("scan_backward starts", starts<Rule, T, KP>, {blocks, 1, 1}, 32 * BACK_WARPS,
+               StartsShared<Rule, T, KP>::BYTES, stream, b);
   tile::launch("scan_backward reverse", reverse<Rule, T, KP>, {blocks, 1, 1}, 32 * BACK_WARPS,
                ReverseShared<Rule, T, KP>::BYTES, stream, b);
 }
 
 template <class Rule, class T, int KT>
-void launch_gradients(const Backward& b, tile::Stream stream) {
+void launch_gradients(const GivenBack<Rule>& b, tile::Stream stream) {
   const auto blocks = static_cast<unsigned>(b.p.slots * b.p.Hk * key_tiles(b.p.K));
-  tile::launch("scan_backward gradients", gradients<Rule, T, KT>, {blocks, 1, 1}, 2 * Operand<T>::CHUNK,
-               GradientsShared<T, KT>::BYTES, stream, b);
+  if constexpr (Rule::CHANNEL) {
+    tile::launch("scan_backward gradients_channels", gradients_channels<Rule, T, KT, false>, {blocks, 1, 1},
+                 2 * Operand<T>::CHUNK, ChannelGradientsShared<T, KT>::BYTES, stream, b);
+    if constexpr (Rule::LOW_RANK)
+      tile::launch("scan_backward gradients_channels of b", gradients_channels<Rule, T, KT, true>, {blocks, 1, 1},
+                   2 * Operand<T>::CHUNK, ChannelGradientsShared<T, KT>::BYTES, stream, b);
+  } else {
+    tile::launch("scan_backward gradients", gradients<Rule, T, KT>, {blocks, 1, 1}, 2 * Operand<T>::CHUNK,
+                 GradientsShared<T, KT>::BYTES, stream, b);
+  }
 }
 
 template <class Rule, class T>
-void launch_backward(const Backward& b, tile::Stream stream) {
-  Rule::template run_prepare<T>(b.p, stream);
+void launch_backward(const GivenBack<Rule>& b, tile::Stream stream) {
+  if constexpr (Rule::CHANNEL) {
+    Given<Rule> p = {};
+    static_cast<Problem&>(p) = b.p;
+    p.read = b.read, p.ask = b.ask, p.write = b.write, p.decays = b.decays;
+    if constexpr (Rule::LOW_RANK)
+      p.a = b.a, p.b = b.b, p.erase_write = b.erase_write, p.mix = b.found, p.erase_reach = b.erase_reach;
+    Rule::template run_prepare<T>(p, stream);
+  } else {
+    Rule::template run_prepare<T>(b.p, stream);
+  }
   with_padded_keys(b.p.K, [&](auto keys) { launch_backward_walks<Rule, T, decltype(keys)::value>(b, stream); });
   if (key_tile(b.p.K) == 32) {
     launch_gradients<Rule, T, 32>(b, stream);
@@ -72,7 +90,7 @@ void launch_backward(const Backward& b, tile::Stream stream) {
   }
   if (b.p.edits.count > 0)
     tile::launch("scan_backward edit_gradients", edit_gradients<T>, {static_cast<unsigned>(b.p.edits.count), 1, 1}, 128, 0,
-                 stream, b);
+                 stream, static_cast<const Backward&>(b));
 }
 
 }  // namespace writesae::cuda

@@ -16,8 +16,8 @@ __global__ void __launch_bounds__(128) finish(const __grid_constant__ Backward b
   for (int member = lane; member < group; member += tile::WARP) {
     const float* from = b.scalars + (first_head + member) * 2 * tiles;
     float d_g = 0, d_beta = 0;
-    for (int x = 0; x < tiles; x++) d_g += from[x], d_beta += from[tiles + x];
-    write(b.d_g, b.g_type, first_head + member, d_g);
+    for (int x = 0; x < tiles; x++) d_g += b.channel_gate ? 0.0f : from[x], d_beta += from[tiles + x];
+    if (!b.channel_gate) write(b.d_g, b.g_type, first_head + member, d_g);
     write(b.d_beta, b.beta_type, first_head + member, d_beta);
   }
   for (int which = 0; which < 2; which++) {  // 0: the query, 1: the key

@@ -36,6 +36,111 @@ __device__ __forceinline__ float row_sum(float x) {
   return x + tile::shuffle_xor(x, 2);
 }
 
+// Along the value columns, VT at a time: what it sums, and in the first keys' columns dV, and dY . V in `value`. ERASE: of the
+// increments of an erase, `right`, which have no values, and without what the state before has to do with it. `work` is
+// STAGE bytes of shared memory, beta and value [C] of it. on_states(thread): for every VT columns, while S0^T lies in `work`
+// at 3 VALUES and D^T at STATES more.
+template <class Rule, class T, int KT, bool ERASE, class OnStates>
+__device__ __forceinline__ void sum_values(const GivenBack<Rule>& b, const View& right, int64_t row, int64_t token,
+                                           int64_t slot, int h, int column, int count, int warp, T* work, const float* beta,
+                                           float* value, float (&x)[KT / 8][4], float (&y)[KT / 8][4], float (&z)[KT / 8][4],
+                                           float (&e)[Operand<T>::CHUNK / 8][4], float (&f)[Operand<T>::CHUNK / 8][4],
+                                           const OnStates& on_states) {
+  using Op = Operand<T>;
+  using Size = GradientsShared<T, KT>;
+  constexpr int C = Op::CHUNK, STEP = Op::STEP, THREADS = 2 * C, WARPS = C / 16, VT = Size::VT, NK = KT / 8;
+  constexpr int EACH = Tile<T, KT>::EACH;
+  const Problem& p = b.p;
+  const Tile<T, VT> d_o = {work}, d_y = {work + Size::VALUES}, u = {work + 2 * Size::VALUES};
+  const Tile<T, KT> start = {work + 3 * Size::VALUES}, end = {work + 3 * Size::VALUES + Size::STATES};
+  const auto down_values = Op::lane_place_down(d_o), down_states = Op::lane_place_down(start);
+  const int along_values = Op::lane_place_along(u);
+#pragma unroll 1
+  for (int v = 0; v < p.V; v += VT) {
+    tile::sync();                                    // the last round's tiles have been read
+    const int thread = tile::fresh(tile::thread());  // made anew: the products below need every register
+    const int64_t first_row = tile::fresh(row) * p.T + token;
+    const int64_t state_at = (slot * p.H + tile::fresh(h)) * p.V;
+    constexpr int VALUE_UNITS = VT / EACH, KEY_UNITS = KT / EACH;
+#pragma unroll 4
+    for (int i = thread; i < VT * KEY_UNITS; i += THREADS) {
+      const int j = i / KEY_UNITS, unit = i % KEY_UNITS * EACH;
+      const bool real = v + j < p.V && column + unit < b.key_width;
+      const int64_t from = (state_at + v + j) * b.key_width + column + unit;
+      tile::copy_16(start.at(j, unit), static_cast<const T*>(b.starts) + from, real);
+      tile::copy_16(end.at(j, unit), static_cast<const T*>(b.ends) + from, real);
+    }
+#pragma unroll 4
+    for (int i = thread; i < C * VALUE_UNITS; i += THREADS) {
+      const int j = i / VALUE_UNITS, unit = i % VALUE_UNITS * EACH;
+      const T* from = static_cast<const T*>(b.d_y) + ((first_row + j) * p.H + h) * b.value_width + v + unit;
+      tile::copy_16(d_y.at(j, unit), from, j < count && v + unit < b.value_width);
+      tile::copy_16(d_o.at(j, unit), b.d_o.template at<T>(row, token + j, h) + v + unit,
+                    j < count && v + unit < b.d_o.width);
+    }
+    tile::commit_copies();
+#pragma unroll 4
+    for (int i = thread; i < C * VT; i += THREADS) {
+      const int j = i / VT, l = i % VT;
+      *u.at(j, l) = Op::narrow(j < count && v + l < p.V ? read(right, row, token + j, h, v + l) : 0.0f);
+    }
+    tile::wait_copies<0>();
+    tile::sync();
+
+#pragma unroll 1
+    for (int step = 0; step < VT; step += STEP) {
+      const auto left_o = Op::load_left(d_o, down_values, 16 * warp, step);
+      const auto left_y = Op::load_left(d_y, down_values, 16 * warp, step);
+      const auto left_u = Op::load_left(u, down_values, 16 * warp, step);
+      typename Op::B r[2];
+#pragma unroll
+      for (int m = 0; m < NK; m += 2) {
+        Op::load_columns(r, start, down_states, step, 8 * m);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          if constexpr (!ERASE) Op::multiply(x[m + i], left_o, r[i]);
+          if constexpr (!ERASE && Rule::READS) Op::multiply(y[m + i], left_y, r[i]);
+        }
+        Op::load_columns(r, end, down_states, step, 8 * m);
+#pragma unroll
+        for (int i = 0; i < 2; i++) Op::multiply(z[m + i], left_u, r[i]);
+      }
+#pragma unroll
+      for (int j = 0; j < WARPS; j++) {
+        if (j > warp) continue;
+        Op::load_rows(r, u, along_values, 16 * j, step);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          Op::multiply(e[2 * j + i], left_o, r[i]);
+          if constexpr (Rule::READS) Op::multiply(f[2 * j + i], left_y, r[i]);
+        }
+      }
+    }
+    on_states(thread);
+    if (!ERASE && column == 0) {
+#pragma unroll 1
+      for (int i = thread; i < C * VALUE_UNITS; i += THREADS) {
+        const int j = i / VALUE_UNITS, unit = i % VALUE_UNITS * EACH;
+        const T *from = p.v.template at<T>(row, token + j, h) + v + unit, *d = d_y.at(j, unit);
+        const int64_t to = ((first_row + j) * p.H + h) * p.V + v + unit;
+        if constexpr (Rule::LOW_RANK)
+          d = static_cast<const T*>(b.d_u) + ((first_row + j) * p.H + h) * b.value_width + v + unit;
+        float sum = 0;
+#pragma unroll 4
+        for (int l = 0; l < EACH; l++) {
+          if (j >= count || v + unit + l >= p.V) continue;
+          const float dy = tile::load_float(d + l);
+          sum += dy * tile::load_float(from + l);
+          write(b.d_v, b.v_type, to + l, beta[j] * dy);
+        }
+#pragma unroll
+        for (int step = 1; step < VALUE_UNITS; step *= 2) sum += tile::shuffle_xor(sum, step);
+        if (unit == 0) value[j] += sum;  // the same thread for every v
+      }
+    }
+  }
+}
+
 template <class Rule, class T, int KT>
 __global__ void __launch_bounds__(2 * Operand<T>::CHUNK) gradients(const __grid_constant__ Backward b) {
   using Op = Operand<T>;
@@ -47,7 +152,6 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK) gradients(const __grid_
   tile::Shared shared;
   const Tile<T, KT> k = {shared.template take<T>(C * KT)}, q = {shared.template take<T>(C * KT)};
   T* const work = shared.template take<T>(Size::WORK / sizeof(T));
-  const Tile<T, VT> d_o = {work}, d_y = {work + Size::VALUES}, u = {work + 2 * Size::VALUES};
   const Tile<T, KT> start = {work + 3 * Size::VALUES}, end = {work + 3 * Size::VALUES + Size::STATES};
   const Tile<T, C> to_keys = {work}, between_keys = {work + Size::IMAGE};  // of (e o D)^T and -(F + F^T)
   const Padded<C> within = {reinterpret_cast<float*>(work + 2 * Size::IMAGE)};
@@ -94,96 +198,17 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK) gradients(const __grid_
     }
 
     // ---- along the value columns --------------------------------------------------------------------------------------------
-    const auto down_values = Op::lane_place_down(d_o), down_states = Op::lane_place_down(start);
-    const int along_values = Op::lane_place_along(u);
     float x[NK][4] = {}, y[NK][4] = {}, z[NK][4] = {}, e[NC][4] = {}, f[NC][4] = {}, overlap = 0;
-#pragma unroll 1
-    for (int v = 0; v < p.V; v += VT) {
-      tile::sync();                                    // the last round's tiles have been read
-      const int thread = tile::fresh(tile::thread());  // as above: the products below need every register
-      const int64_t first_row = tile::fresh(row) * p.T + token;
-      const int64_t state_at = (slot * p.H + tile::fresh(h)) * p.V;
-      constexpr int VALUE_UNITS = VT / EACH, KEY_UNITS = KT / EACH;
-#pragma unroll 4
-      for (int i = thread; i < VT * KEY_UNITS; i += THREADS) {
-        const int j = i / KEY_UNITS, unit = i % KEY_UNITS * EACH;
-        const bool real = v + j < p.V && column + unit < b.key_width;
-        const int64_t from = (state_at + v + j) * b.key_width + column + unit;
-        tile::copy_16(start.at(j, unit), static_cast<const T*>(b.starts) + from, real);
-        tile::copy_16(end.at(j, unit), static_cast<const T*>(b.ends) + from, real);
-      }
-#pragma unroll 4
-      for (int i = thread; i < C * VALUE_UNITS; i += THREADS) {
-        const int j = i / VALUE_UNITS, unit = i % VALUE_UNITS * EACH;
-        const T* from = static_cast<const T*>(b.d_y) + ((first_row + j) * p.H + h) * b.value_width + v + unit;
-        tile::copy_16(d_y.at(j, unit), from, j < count && v + unit < b.value_width);
-        tile::copy_16(d_o.at(j, unit), b.d_o.template at<T>(row, token + j, h) + v + unit,
-                      j < count && v + unit < b.d_o.width);
-      }
-      tile::commit_copies();
-#pragma unroll 4
-      for (int i = thread; i < C * VT; i += THREADS) {
-        const int j = i / VT, l = i % VT;
-        *u.at(j, l) = Op::narrow(j < count && v + l < p.V ? read(b.right, row, token + j, h, v + l) : 0.0f);
-      }
-      tile::wait_copies<0>();
-      tile::sync();
-
-#pragma unroll 1
-      for (int step = 0; step < VT; step += STEP) {
-        const auto left_o = Op::load_left(d_o, down_values, 16 * warp, step);
-        const auto left_y = Op::load_left(d_y, down_values, 16 * warp, step);
-        const auto left_u = Op::load_left(u, down_values, 16 * warp, step);
-        typename Op::B r[2];
-#pragma unroll
-        for (int m = 0; m < NK; m += 2) {
-          Op::load_columns(r, start, down_states, step, 8 * m);
-#pragma unroll
-          for (int i = 0; i < 2; i++) {
-            Op::multiply(x[m + i], left_o, r[i]);
-            if constexpr (Rule::READS) Op::multiply(y[m + i], left_y, r[i]);
-          }
-          Op::load_columns(r, end, down_states, step, 8 * m);
-#pragma unroll
-          for (int i = 0; i < 2; i++) Op::multiply(z[m + i], left_u, r[i]);
-        }
-#pragma unroll
-        for (int j = 0; j < WARPS; j++) {
-          if (j > warp) continue;
-          Op::load_rows(r, u, along_values, 16 * j, step);
-#pragma unroll
-          for (int i = 0; i < 2; i++) {
-            Op::multiply(e[2 * j + i], left_o, r[i]);
-            if constexpr (Rule::READS) Op::multiply(f[2 * j + i], left_y, r[i]);
-          }
-        }
-      }
+    const auto overlap_states = [&](int thread) {
 #pragma unroll 2
-      for (int i = thread; i < VT * KEY_UNITS; i += THREADS) {
-        const T *s = start.at(i / KEY_UNITS, i % KEY_UNITS * EACH), *d = end.at(i / KEY_UNITS, i % KEY_UNITS * EACH);
+      for (int i = thread; i < VT * (KT / EACH); i += THREADS) {
+        const T *s = start.at(i / (KT / EACH), i % (KT / EACH) * EACH), *d = end.at(i / (KT / EACH), i % (KT / EACH) * EACH);
 #pragma unroll
         for (int l = 0; l < EACH; l++) overlap += tile::load_float(s + l) * tile::load_float(d + l);
       }
-      if (key_tile == 0) {
-#pragma unroll 1
-        for (int i = thread; i < C * VALUE_UNITS; i += THREADS) {
-          const int j = i / VALUE_UNITS, unit = i % VALUE_UNITS * EACH;
-          const T *from = p.v.template at<T>(row, token + j, h) + v + unit, *d = d_y.at(j, unit);
-          const int64_t to = ((first_row + j) * p.H + h) * p.V + v + unit;
-          float sum = 0;
-#pragma unroll 4
-          for (int l = 0; l < EACH; l++) {
-            if (j >= count || v + unit + l >= p.V) continue;
-            const float dy = tile::load_float(d + l);
-            sum += dy * tile::load_float(from + l);
-            write(b.d_v, b.v_type, to + l, beta[j] * dy);
-          }
-#pragma unroll
-          for (int step = 1; step < VALUE_UNITS; step *= 2) sum += tile::shuffle_xor(sum, step);
-          if (unit == 0) value[j] += sum;  // the same thread for every v
-        }
-      }
-    }
+    };
+    sum_values<Rule, T, KT, false>(b, b.right, row, token, slot, h, column, count, warp, work, beta, value, x, y, z, e, f,
+                                   overlap_states);
     overlap = tile::warp_sum(overlap);
     tile::sync();  // the tiles are read, and images may lie there
     if (lane == 0) warps[warp] = overlap;

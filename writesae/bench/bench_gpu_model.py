@@ -17,7 +17,7 @@ import torch
 
 import writesae
 
-from .bench_model import LAYER, RandomDictionary, full_size, linear_layers
+from .bench_model import LAYER, QWEN3_5
 from .case import Case, Disagree, Options, Row
 from .gpu import DRY, Gpu
 
@@ -33,7 +33,7 @@ def hooked(options: Options) -> Iterator[Row]:
         for what, _, target, aim in arms:
             yield Row(f"{name}: {what} hooked", "plain transformers", None, "x time", target, aim=aim, note=DRY)
         return
-    model = full_size(torch.bfloat16).cuda()
+    model = QWEN3_5.random(torch.bfloat16).cuda()
     ids = torch.randint(model.config.vocab_size, (1, TOKENS), generator=torch.Generator().manual_seed(1)).cuda()
     fla = importlib.util.find_spec("fla") is not None
     peer = "plain model on flash-linear-attention" if fla else "the same model on our scan, unhooked (no fla here)"
@@ -48,8 +48,7 @@ def hooked(options: Options) -> Iterator[Row]:
             return forward()
 
     for what, layers, target, aim in arms:
-        layers = linear_layers(model) if layers is None else layers
-        sites = {(ell, h): RandomDictionary(128, 128, 100 * ell + h) for ell in layers for h in range(16)}
+        sites = QWEN3_5.dictionaries(layers)
         ours, theirs = [], []
         for _ in range(8):
             theirs.append(_wall(plain))
@@ -86,8 +85,8 @@ def collected(options: Options) -> Iterator[Row]:
     from ..models import load
 
     _, tokenizer = load("default")
-    model = full_size(torch.bfloat16).cuda()
-    sites = {(LAYER, h): RandomDictionary(128, 128, h) for h in range(16)}
+    model = QWEN3_5.random(torch.bfloat16).cuda()
+    sites = QWEN3_5.dictionaries([LAYER])
     source = ModelSource(model, sites, accelerate=True)
     corpus = Corpus.from_name("stdlib:train")
     out = Path(tempfile.mkdtemp(prefix="writesae-bench-"))

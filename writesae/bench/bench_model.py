@@ -1,11 +1,11 @@
-"""A full-size random Qwen3.5-0.8B, hooked against plain: prefill of 1,024 tokens and cached decoding.
+"""A full-size random Qwen3.5-0.8B and Mamba-2-370M, hooked against plain: prefill of 1,024 tokens, cached decoding.
 
 Weights are random (speed does not depend on their values); logits of the accelerated model are compared with the plain
 model's before any ratio is printed. Plain and hooked runs are taken in turn, the plain ones with no hook installed; the
 ratio is the median over the rounds. A hooked run ends when every firing can be read. Attaching is not timed.
 
-Why rows are missed, by `python bench/profile_model.py DTYPE` (2 cores, Zen 4; seconds, fp32 / bf16 model; fp32 was
-taken before the norms had a kernel, bf16 with it and on a slower day):
+Why rows of Qwen3.5 are missed, by `python bench/profile_model.py DTYPE` (2 cores, Zen 4; seconds, fp32 / bf16 model;
+fp32 was taken before the norms had a kernel, bf16 with it and on a slower day):
 
                                           plain          all 288 heads hooked
     the model's linear products           5.87 / 2.61    6.11 / 2.66
@@ -27,7 +27,9 @@ of `torch.mm`'s rate on its two products alone (`encode`), which is 1.6 s, and s
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -38,6 +40,42 @@ from .case import Case, Disagree, Options, Row
 from .timing import ratio_row
 
 TOKENS, F, ACTIVE, LAYER = 1024, 2048, 32, 9
+
+
+@dataclass(frozen=True)
+class FullSize:
+    """A model in the shape of a published one, with random weights.
+
+    Attributes:
+        name: as the table calls it.
+        build: makes it in torch's default dtype.
+        heads, K, V: of one layer's state.
+        layers: the layers that keep one.
+        targets: (target, aim) of one layer hooked, and of all heads, against the plain model's time.
+    """
+
+    name: str
+    build: Callable[[], Any]
+    heads: int
+    K: int
+    V: int
+    layers: tuple[int, ...]
+    targets: tuple[tuple[float, float], tuple[float, float]]
+
+    def random(self, dtype: torch.dtype):
+        """The model, in evaluation mode."""
+        torch.manual_seed(0)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            return self.build().eval()
+        finally:
+            torch.set_default_dtype(before)
+
+    def dictionaries(self, layers=None) -> dict[tuple[int, int], RandomDictionary]:
+        """One for each head of the given layers (default: all)."""
+        sites = [(ell, h) for ell in layers or self.layers for h in range(self.heads)]
+        return {(ell, h): RandomDictionary(self.K, self.V, self.heads * ell + h) for ell, h in sites}
 
 
 class RandomDictionary:
@@ -55,31 +93,34 @@ class RandomDictionary:
         return self.v, self.w, torch.zeros(F)
 
 
-def full_size(dtype: torch.dtype):
-    """Random weights in the shape of Qwen3.5-0.8B: 24 layers (linear x 3, full x 1), 16 heads of 128 x 128."""
+def _qwen3_5():
+    """Qwen3.5-0.8B: 24 layers (linear x 3, full x 1), 16 heads of 128 x 128."""
     from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
-    config = Qwen3_5TextConfig(
-        vocab_size=248_320, hidden_size=1024, intermediate_size=3584, num_hidden_layers=24,
-        num_attention_heads=8, num_key_value_heads=2, head_dim=256, linear_num_key_heads=16, linear_num_value_heads=16,
-        linear_key_head_dim=128, linear_value_head_dim=128, linear_conv_kernel_dim=4, tie_word_embeddings=True,
+    return Qwen3_5ForCausalLM(
+        Qwen3_5TextConfig(
+            vocab_size=248_320, hidden_size=1024, intermediate_size=3584, num_hidden_layers=24, num_attention_heads=8,
+            num_key_value_heads=2, head_dim=256, linear_num_key_heads=16, linear_num_value_heads=16,
+            linear_key_head_dim=128, linear_value_head_dim=128, linear_conv_kernel_dim=4, tie_word_embeddings=True,
+        )
     )  # fmt: skip
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        return Qwen3_5ForCausalLM(config).eval()
-    finally:
-        torch.set_default_dtype(before)
 
 
-def linear_layers(model) -> list[int]:
-    return [i for i, kind in enumerate(model.config.layer_types) if kind == "linear_attention"]
+def _mamba2():
+    """state-spaces/mamba2-370m: 48 layers, 32 heads of 128 x 64."""
+    from transformers import Mamba2Config, Mamba2ForCausalLM
+
+    return Mamba2ForCausalLM(
+        Mamba2Config(
+            vocab_size=50_288, hidden_size=1024, num_hidden_layers=48, num_heads=32, head_dim=64, state_size=128,
+            expand=2, n_groups=1, conv_kernel=4, chunk_size=256, tie_word_embeddings=True,
+        )
+    )  # fmt: skip
 
 
-def every_head(model) -> dict[tuple[int, int], RandomDictionary]:
-    """A dictionary for each head of each linear layer."""
-    return {(ell, h): RandomDictionary(128, 128, 100 * ell + h) for ell in linear_layers(model) for h in range(16)}
+_LINEAR = tuple(i for i in range(24) if i % 4 != 3)
+QWEN3_5 = FullSize("Qwen3.5-0.8B (random)", _qwen3_5, 16, 128, 128, _LINEAR, ((0.75, 0.55), (1.0, 0.7)))
+MAMBA2 = FullSize("Mamba-2-370M (random)", _mamba2, 32, 128, 64, tuple(range(48)), ((0.6, 0.5), (1.0, 0.7)))
 
 
 def agreement(model, ids, sites) -> float:
@@ -91,28 +132,30 @@ def agreement(model, ids, sites) -> float:
 
 
 @torch.no_grad()
-def measure(dtype: torch.dtype, repeats: int, cases: list[str]) -> Iterator[Row]:
-    model = full_size(dtype)
+def measure(shape: FullSize, dtype: torch.dtype, repeats: int, cases: list[str]) -> Iterator[Row]:
+    model = shape.random(dtype)
     name = str(dtype).split(".")[1]
     ids = torch.randint(model.config.vocab_size, (1, TOKENS), generator=torch.Generator().manual_seed(1))
-    one = {(LAYER, h): RandomDictionary(128, 128, h) for h in range(16)}
+    one = shape.dictionaries([LAYER])
     limit = 1e-3 if dtype == torch.float32 else 5e-2
     error = agreement(model, ids, one)
     if not error <= limit:
         raise Disagree(f"{name}: hooked logits differ from the plain model's by {error:.1e} (limit {limit:.0e})")
 
     if "prefill" in cases:
-        yield from prefill_rows(model, ids, one, name, repeats)
+        yield from prefill_rows(model, shape, ids, one, name, repeats)
     if "decode" in cases:
-        yield decode_row(model, ids, {(LAYER, 4): RandomDictionary(128, 128, 4)}, name, repeats)
+        sites = {site: dictionary for site, dictionary in one.items() if site[1] == 4}
+        yield decode_row(model, ids, sites, f"{shape.name} {name}", repeats)
 
 
-def prefill_rows(model, ids, one, name: str, repeats: int) -> Iterator[Row]:
-    every = every_head(model)
+def prefill_rows(model, shape: FullSize, ids, one, name: str, repeats: int) -> Iterator[Row]:
+    every = shape.dictionaries()
+    of_one, of_all = shape.targets
     arms = [
-        (f"16 heads of layer {LAYER} hooked", one, "fp32", 0.75, 0.55),
-        (f"all {len(every)} heads hooked", every, "fp32", 1.0, 0.7),
-        (f"all {len(every)} heads hooked, encoder's products in bf16", every, "bf16", 1.0, 0.7),
+        (f"{len(one)} heads of layer {LAYER} hooked", one, "fp32", *of_one),
+        (f"all {len(every):,} heads hooked", every, "fp32", *of_all),
+        (f"all {len(every):,} heads hooked, encoder's products in bf16", every, "bf16", *of_all),
     ]
     plain: list[float] = []
     hooked: list[list[float]] = [[] for _ in arms]
@@ -128,7 +171,7 @@ def prefill_rows(model, ids, one, name: str, repeats: int) -> Iterator[Row]:
             with writesae.attach(model, hooks, accelerate=True, self_test=False, precision=precision) as tap:
                 taken.append(time_of(lambda tap=tap: run(tap)))
     for (what, _, _, target, aim), taken in zip(arms, hooked, strict=True):  # the first round warms up
-        yield ratio_row(f"{MODEL} {name}: {what}", PLAIN, "x time", taken[1:], plain[1:], target, aim)
+        yield ratio_row(f"{shape.name} {name}: {what}", PLAIN, "x time", taken[1:], plain[1:], target, aim)
 
 
 def time_of(run) -> float:
@@ -159,20 +202,20 @@ def decode_row(model, ids, sites, name: str, repeats: int) -> Row:
         theirs.append(time_of(plain))
         with writesae.attach(model, sites, accelerate=True, self_test=False):
             ours.append(time_of(hooked))
-    name = f"{MODEL} {name}: cached decoding, one site hooked"
-    return ratio_row(name, PLAIN, "x time", ours[1:], theirs[1:], 1.05, 1.0)
+    return ratio_row(f"{name}: cached decoding, one site hooked", PLAIN, "x time", ours[1:], theirs[1:], 1.05, 1.0)
 
 
-def prefill_and_decode(dtype: torch.dtype):
+def prefill_and_decode(shape: FullSize, dtype: torch.dtype):
     def run(options: Options) -> Iterator[Row]:
-        return measure(dtype, options.rounds(5), ["decode"] if options.quick else ["prefill", "decode"])
+        return measure(shape, dtype, options.rounds(5), ["decode"] if options.quick else ["prefill", "decode"])
 
     return run
 
 
-MODEL, PLAIN = "Qwen3.5-0.8B (random)", "plain transformers"
+PLAIN = "plain transformers"
 CASES = [
-    Case("model-float32", "Qwen3.5-0.8B (random) float32", prefill_and_decode(torch.float32), PLAIN),
-    Case("model-bfloat16", "Qwen3.5-0.8B (random) bfloat16", prefill_and_decode(torch.bfloat16), PLAIN,
-         ("float32", "bfloat16", "copy")),
+    Case(f"{name}-{str(dtype).split('.')[1]}", f"{shape.name} {str(dtype).split('.')[1]}",
+         prefill_and_decode(shape, dtype), PLAIN, ceilings)
+    for name, shape in (("model", QWEN3_5), ("mamba2", MAMBA2))
+    for dtype, ceilings in ((torch.float32, ("float32", "copy")), (torch.bfloat16, ("float32", "bfloat16", "copy")))
 ]  # fmt: skip

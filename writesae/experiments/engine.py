@@ -7,10 +7,13 @@ depend on its output, so what an edit E of its state changes there is known exac
 
 `r_s` is how token s reads the memory of token t; it serves every edit of that place. Made before token t reads its
 state, the edit changes o_t, too; made after (the paper's procedure: the cache is patched), delta o_t is zero and the
-first position that can differ is t + 1: `unread`. The layer's own module then turns o + delta o into its output, and
-only the blocks above it run, on positions t..t+H, from the clean pass's states, convolution inputs, keys and values
-before t. Prefixes are shared by the forks of a passage, and all of it by all edits of a place. Every edit, and the
-baseline without one, is run in a batch of the same layout, so equal inputs give equal bits.
+first position that can differ is t + 1: `unread`. Under a gate for every entry (Mamba-1) no vector says how a token
+reads; there the layer's recurrence runs on the addition alone, from t on, and what comes out is delta o.
+
+The layer's own module then turns o + delta o into its output, and only the blocks above it run, on positions t..t+H,
+from the clean pass's states, convolution inputs, keys and values before t. Prefixes are shared by the forks of a
+passage, and all of it by all edits of a place. Every edit, and the baseline without one, is run in a batch of the same
+layout, so equal inputs give equal bits.
 
 Method: J. Young, *WriteSAE: Sparse Autoencoders for Recurrent State*, arXiv 2605.12770.
 """
@@ -23,9 +26,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..models.arguments import cache_of
+from ..models.model_call import has_attention
 from ..models.seam import intercept
-from ..models.shared_prefix import Prefix, Stack
+from ..models.shared_prefix import Prefix, Stack, Watch
 from ..models.short_conv import causal_conv
 from ..ops.rule import RuleCall, RuleOutput
 from ..writes import Writes
@@ -48,6 +51,31 @@ class Places:
 
 
 @dataclass(frozen=True)
+class Later:
+    """How the tokens of n forks read whatever was in the state, under any gate: their recurrence, with nothing written.
+
+    Attributes:
+        call: of tokens t + 1..t + horizon, `[n, horizon, ...]`, the values zero.
+        query: `[n, K]`: reads the state after token t.
+        head: `[n]` whose state is meant; heads: how many the layer has.
+    """
+
+    call: RuleCall
+    query: Tensor
+    head: Tensor
+    heads: int
+
+    def read(self, matrix: Tensor) -> Tensor:
+        """`[n, horizon + 1, V]`: what tokens t..t + horizon read of an addition `[n, K, V]` made to the state at t."""
+        n, K, V = matrix.shape
+        forks = torch.arange(n, device=matrix.device)
+        state = matrix.new_zeros(n, self.heads, K, V)
+        state[forks, self.head] = matrix
+        o = replace(self.call, initial_state=state).run().o.view(n, -1, self.heads, V)
+        return torch.cat([(self.query[:, None] @ matrix), o[forks, :, self.head]], 1)
+
+
+@dataclass(frozen=True)
 class Clean:
     """What the forks of a batch of passages need of its clean pass. n forks of L tokens, from t + first to t + horizon.
 
@@ -57,10 +85,15 @@ class Clean:
         valid: `[n, L]` bool, False past the end of the passage.
         layer_input: `[n, L, hidden]` input of the edited block.
         o: `[n, L, H, V]` clean output of its recurrence, float32 (float64 for a float64 model).
-        reader: `[n, L, K]` r_s of each fork's head.
+        reader: `[n, L, K]` r_s of each fork's head; None under an element gate.
+        later: the layer's recurrence on tokens t..t + horizon of every fork, that writes nothing.
         left, right: `[n, K]`, `[n, V]`: the native write, k_t and u_t.
         outer_right: `[n, V]` beta_t v_t, so that k_t outer_right^T is the write without its erase.
         writes: the edited layer's whole trace.
+        input_ids, position_ids: `[n, L]`.
+        output: `[n, L, ...]` of the last block, as the clean pass has it.
+        states, conv_left: {layer: of every fork, before its first token}.
+        prefixes: {block: of its attention}.
     """
 
     places: Places
@@ -68,13 +101,15 @@ class Clean:
     valid: Tensor
     layer_input: Tensor
     o: Tensor
-    reader: Tensor
+    reader: Tensor | None
+    later: Later
     left: Tensor
     right: Tensor
     outer_right: Tensor
     writes: Writes
+    input_ids: Tensor
     position_ids: Tensor
-    position_embeddings: dict[int, tuple[Tensor, Tensor] | None]
+    output: Tensor
     states: dict[int, Tensor]
     conv_left: dict[int, Tensor]
     prefixes: dict[int, Prefix]
@@ -85,7 +120,7 @@ class ForkEngine:
 
     Args:
         model: a causal language model in evaluation mode.
-        layer: the gated-delta layer whose state is edited.
+        layer: the recurrent layer whose state is edited.
         horizon: tokens followed after the edited one.
         read: "before": forks begin at token t, and edits may be made before or after it reads its state; "after": they
             begin at t + 1, for edits made after.
@@ -100,29 +135,24 @@ class ForkEngine:
             raise ValueError("model: expected evaluation mode (model.eval()), got training mode")
         self.stack = Stack(model)
         with intercept(model, calls={layer: _leave}):
-            pass  # raises, saying what the layer is, when it is not a gated-delta layer
+            pass  # raises, saying what the layer is, when it is not a recurrent layer
         self.model, self.layer, self.first = model, layer, int(read == "after")
         self.horizon, self.length = horizon, horizon + 1 - self.first
         self.site = self.stack.sites[layer]
-        rule = self.site.binding.rule
-        if "element" in rule.gates:
-            raise ValueError(
-                f"layer: expected a gate that fades a state by heads or key channels, got layer {layer}, whose "
-                f"{rule.name} fades every entry by itself, so that no vector says how a token reads it"
-            )
-        self.above = [i for i in range(layer + 1, len(self.stack.blocks))]
-        self.linear = [i for i in self.above if i in self.stack.sites]
-        self.full = [i for i in self.above if i not in self.stack.sites]
+        if self.site.binding.gate == "element" and self.site.num_v_heads > 1:
+            raise ValueError(f"layer: expected one head under a gate for every entry, got {self.site.num_v_heads}")
+        self.linear = [i for i in self.stack.sites if i > layer]
 
     def bytes_a_fork(self, tokens: int, edits: int = 1) -> int:
         """Rough memory of one fork under `edits` edits, in a batch of passages of `tokens` tokens."""
         sites, L = self.stack.sites, self.length
         state = sum(sites[i].num_v_heads * sites[i].K * sites[i].V for i in self.linear)
         config = self.model.config.get_text_config()
-        scores = config.num_attention_heads * L * (tokens + L) if self.full else 0
+        scores = getattr(config, "num_attention_heads", 0) * L * (tokens + L) if has_attention(self.model) else 0
+        matrix = 3 * self.site.K * self.site.V if self.site.binding.gate == "element" else 0  # of an addition
         wide = 16 * L * max(config.hidden_size, getattr(config, "intermediate_size", 0) or 0)
         kept = edits * L * (config.hidden_size + self.site.V)  # every edit's change and final hidden states
-        return 4 * (2 * state + 3 * scores + wide + 4 * L * self.site.num_v_heads * self.site.V + kept)
+        return 4 * (2 * state + 3 * scores + wide + 4 * L * self.site.num_v_heads * self.site.V + matrix + kept)
 
     # ---- clean pass -------------------------------------------------------------------------------------------
 
@@ -143,7 +173,8 @@ class ForkEngine:
         Everything kept lies on the device of the layer it belongs to.
         """
         input_ids = input_ids.to(self.model.get_input_embeddings().weight.device)
-        keep: dict = {"x": {i: [] for i in self.linear}, "states": {}}
+        linear = self.linear
+        keep: dict = {"x": {i: [] for i in (self.layer, *linear)}, "states": {}}
 
         def site_rule(call: RuleCall, output_final_state: bool) -> RuleOutput:
             call = _widened(call)
@@ -151,21 +182,15 @@ class ForkEngine:
             assert out.writes is not None
             places = choose(out.writes)
             self._check(places, lengths)
-            binding = self.site.binding
-            value, strength = binding.factors(call)
-            keep.update(o=out.o, writes=out.writes, q=binding.queries(call), places=places.to(value.device))
-            keep.update(value=value, strength=strength)
+            keep.update(o=out.o, writes=out.writes, call=call, places=places.to(out.o.device))
             before = torch.stack([places.row, places.position + self.first - 1], 1)
             keep["before"], keep["of"] = torch.unique(before.clamp_min(0), dim=0, return_inverse=True)
             return out
 
         def rule(i):
             def handler(call: RuleCall, output_final_state: bool) -> RuleOutput:
-                out = call.run(
-                    output_final_state=output_final_state, snapshots=keep["before"] if i in keep["x"] else None
-                )
-                if i in keep["x"]:
-                    keep["states"][i] = out.snapshots
+                out = call.run(output_final_state=output_final_state, snapshots=keep["before"])
+                keep["states"][i] = out.snapshots
                 return out
 
             return handler
@@ -177,14 +202,11 @@ class ForkEngine:
 
             return handler
 
-        calls = {i: rule(i) for i in self.stack.sites if i != self.layer} | {self.layer: site_rule}
-        seen: dict[int, dict] = {}
-        with (
-            intercept(self.model, convs={i: conv(i) for i in self.linear}, private=True, calls=calls),
-            self.stack.watching([self.layer, *self.above], seen),
-        ):
-            cache = cache_of(self.model(input_ids=input_ids, use_cache=True, logits_to_keep=1))
-        return self._gather(keep, seen, cache, lengths, input_ids.shape[1])
+        below = {i: _run for i in self.stack.sites if i < self.layer}
+        calls = below | {i: rule(i) for i in linear} | {self.layer: site_rule}
+        with intercept(self.model, convs={i: conv(i) for i in keep["x"]}, private=True, calls=calls):
+            watch = self.stack.watch(input_ids, self.layer)
+        return self._gather(keep, watch, input_ids, lengths)
 
     def _check(self, places: Places, lengths: Tensor) -> None:
         for name, column, limit in (
@@ -199,52 +221,74 @@ class ForkEngine:
         if bool((places.row.diff() < 0).any()):
             raise ValueError("places.row: expected places sorted by passage")
 
-    def _gather(self, keep: dict, seen: dict, cache, lengths: Tensor, T: int) -> Clean:
-        places, writes = keep["places"], keep["writes"]
+    def _gather(self, keep: dict, watch: Watch, input_ids: Tensor, lengths: Tensor) -> Clean:
+        places, writes, T = keep["places"], keep["writes"], input_ids.shape[1]
         row, head = places.row, places.head
         start = places.position + self.first
         every = places.position[:, None] + torch.arange(self.horizon + 1, device=row.device)  # [n, horizon + 1]
-        at = every[:, self.first :]  # [n, L]
+        at = position_ids = every[:, self.first :]  # [n, L]
         valid = at < lengths.to(row.device, non_blocking=True)[row][:, None]
         at, every = at.clamp_max(T - 1), every.clamp_max(T - 1)
         rows = row[:, None]
 
-        def rotary(pair):
-            if pair is None:
-                return None
-            return tuple(x[rows.to(x.device) if len(x) > 1 else 0, at.to(x.device)] for x in pair)
+        def of(x: Tensor) -> Tensor:  # [P, T, ...] -> [n, L, ...]
+            return x[rows.to(x.device), at.to(x.device)]
 
         states, conv_left = {}, {}
-        for i in self.linear:
-            state = keep["states"][i]
-            states[i] = state[keep["of"].to(state.device)] * (start > 0).to(state.device)[:, None, None, None]
-            if not keep["x"][i]:  # a layer without a short convolution
+        for i, inputs in keep["x"].items():
+            if i != self.layer:
+                state = keep["states"][i]
+                states[i] = state[keep["of"].to(state.device)] * (start > 0).to(state.device)[:, None, None, None]
+            if not inputs:  # a layer without a short convolution
                 continue
             width = self.stack.sites[i].conv_kernel_size - 1
-            x = torch.nn.functional.pad(torch.cat(keep["x"][i], 1)[..., -T:], (width, 0))  # column j is token j - width
+            x = torch.nn.functional.pad(torch.cat(inputs, 1)[..., -T:], (width, 0))  # column j is token j - width
             columns = start.to(x.device)[:, None] + torch.arange(width, device=x.device)
             conv_left[i] = x.transpose(1, 2)[row.to(x.device)[:, None], columns].transpose(1, 2)
-        prefixes = {}
-        for i in self.full:
-            keys, values = _keys_and_values(cache, i)
-            prefixes[i] = Prefix(keys, values, row.to(keys.device), start.to(keys.device))
-        t, heads = places.position, head[:, None]
-        left, right = writes.native(row, t, head)
-        keys, _ = writes.native(rows, every, heads)  # [n, horizon + 1, K]
-        outer = keep["value"][row, t, head]
-        if keep["strength"] is not None:
-            outer = keep["strength"][row, t, head][:, None] * outer
-        return Clean(
-            places, self.first, valid, seen[self.layer]["input"][rows, at], keep["o"][rows, at],
-            reader(
-                keep["q"][rows, every, writes.left_head(heads)], keys,  # the queries' heads are the keys'
-                writes.decay[rows, every, heads],
+        prefixes = {
+            i: Prefix(keys, watch.values[i], row.to(keys.device), start.to(keys.device))
+            for i, keys in watch.keys.items()
+        }
+        heads = head[:, None]
+        left, right = writes.native(row, places.position, head)
+        # The queries' heads are the keys'.
+        queries = self.site.binding.queries(keep["call"])[rows, every, writes.left_head(heads)]
+        r = None
+        if writes.gate != "element":
+            keys, _ = writes.native(rows, every, heads)  # [n, horizon + 1, K]
+            r = reader(
+                queries, keys, writes.decay[rows, every, heads],
                 None if writes.beta is None else writes.beta[rows, every, heads],
                 None if writes.erase is None else tuple(x[rows, every, heads] for x in writes.erase),
-            )[:, self.first :],
-            left, right, outer, writes,
-            at, {i: rotary(seen[i]["position_embeddings"]) for i in seen}, states, conv_left, prefixes,
+            )[:, self.first :]  # fmt: skip
+        assert watch.input is not None and watch.output is not None
+        o = keep["o"].view(*keep["o"].shape[:2], self.site.num_v_heads, self.site.V)
+        return Clean(
+            places, self.first, valid, of(watch.input), of(o), r, self._later(keep["call"], queries, rows, every, head),
+            left, right, self._outer(keep["call"], writes, places, right), writes, of(input_ids),
+            position_ids.to(input_ids.device), of(watch.output), states, conv_left, prefixes,
         )  # fmt: skip
+
+    def _outer(self, call: RuleCall, writes: Writes, places: Places, right: Tensor) -> Tensor:
+        """`[n, V]`: the value side of the write without its erase."""
+        if writes.transition != "delta":
+            return right  # nothing is erased, or by a write of its own
+        value, strength = self.site.binding.factors(call)
+        outer = value[places.row, places.position, places.head]
+        return outer if strength is None else strength[places.row, places.position, places.head][:, None] * outer
+
+    def _later(self, call: RuleCall, queries: Tensor, rows: Tensor, every: Tensor, head: Tensor) -> Later:
+        after = every[:, 1:]
+        inputs = {
+            # Of tokens are the inputs of three axes and more; a rate a head or channel has fewer.
+            name: x if x is None or x.ndim < 3 else x[rows, after]
+            for name, x in call.inputs.items()
+        }
+        value = self.site.binding.value
+        given = inputs[value]
+        assert given is not None
+        inputs[value] = torch.zeros_like(given)
+        return Later(replace(call, inputs=inputs, initial_state=None), queries[:, 0], head, self.site.num_v_heads)
 
     # ---- forks ------------------------------------------------------------------------------------------------
 
@@ -256,17 +300,24 @@ class ForkEngine:
             clean: the clean pass.
             deltas: {name: `[n, L, V]` change of the head's output, or None for no change}.
         Returns:
-            {name: `[n, L, hidden]`}, after the final norm.
+            {name: `[n, L, ...]`}, what the last block returns: see `logits`.
+        Raises:
+            RuntimeError: forks without a change are not what the clean pass had there, so that this model's blocks do
+                something else that forks do not know of.
         """
         forks = torch.arange(len(clean.places), device=clean.o.device)
         changed: dict[str, Tensor] = {}
 
         def site_rule(call: RuleCall, output_final_state: bool) -> RuleOutput:
-            return RuleOutput(changed["o"], None, None, None)
+            value, _ = self.site.binding.factors(call)
+            o, site = changed["o"], self.site
+            # Some families ask for a state in every call; no token comes after these.
+            final = o.new_zeros(len(o), site.num_v_heads, site.K, site.V) if output_final_state else None
+            return RuleOutput(o.view(value.shape), final, None, None)
 
         def rule(i):
             def handler(call: RuleCall, output_final_state: bool) -> RuleOutput:
-                return replace(call, initial_state=clean.states[i]).run()
+                return replace(call, initial_state=clean.states[i]).run(output_final_state=output_final_state)
 
             return handler
 
@@ -277,25 +328,34 @@ class ForkEngine:
             return handler
 
         out, calls = {}, {i: rule(i) for i in self.linear} | {self.layer: site_rule}
-        with (
-            intercept(self.model, convs={i: conv(i) for i in self.linear}, private=True, calls=calls),
-            self.stack.sharing(),
-        ):
+        with intercept(self.model, convs={i: conv(i) for i in clean.conv_left}, private=True, calls=calls):
             for name, delta in deltas.items():
-                o = clean.o
+                o = clean.o.clone()
                 if delta is not None:
-                    o = o.clone()
                     o[forks, :, clean.places.head] += delta
                 changed["o"] = o
-                out[name] = self.stack.run(
-                    clean.layer_input, self.layer, clean.position_ids, clean.position_embeddings, clean.prefixes
+                out[name] = self.stack.fork(
+                    clean.input_ids, clean.position_ids, clean.layer_input, self.layer, clean.prefixes
                 )
+                if delta is None:
+                    self._require_same(out[name], clean)
         return out
+
+    def _require_same(self, found: Tensor, clean: Clean) -> None:
+        valid = clean.valid.to(found.device)
+        expected = clean.output.to(found)[valid]
+        error = float((found[valid] - expected).norm() / expected.norm().clamp_min(1e-30))
+        limit = max(1e-3, 4 * torch.finfo(found.dtype).eps ** 0.5)  # rounding differs with the shapes of products
+        if not error <= limit:
+            raise RuntimeError(
+                f"model: forks of {type(self.model).__name__} without a change differ from its clean pass by "
+                f"{error:.1e} (relative; at most {limit:.1e}): its blocks read more of a passage than forks give them"
+            )
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
-        """`[..., vocabulary]` logits of final hidden states."""
-        return self.stack.head(hidden)
+        """`[n, L, vocabulary]` logits of what `run` returns, `[n, L, ...]`."""
+        return self.stack.logits(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
 
     @torch.no_grad()
     def divergences(
@@ -307,13 +367,13 @@ class ForkEngine:
         """
         names = [name for name in hidden if name != baseline]
         n, L = clean.valid.shape
-        flat = {name: x.reshape(n * L, -1) for name, x in hidden.items()}
+        flat = {name: x.flatten(0, 1) for name, x in hidden.items()}
         # One product a condition and slice: the same shapes for all, so equal rows give equal logits.
-        step = max(1, memory // (self.stack.head.weight.shape[0] * 8 * 5))
+        step = max(1, memory // (self.stack.vocabulary * 8 * 5))
         out = {name: clean.valid.new_full((2, n * L), float("nan"), dtype=torch.float64) for name in names}
         for lo in range(0, n * L, step):
-            base = self.logits(flat[baseline][lo : lo + step])
-            pairs = kl_pair(base, ((name, self.logits(flat[name][lo : lo + step])) for name in names))
+            base = self.stack.logits(flat[baseline][lo : lo + step])
+            pairs = kl_pair(base, ((name, self.stack.logits(flat[name][lo : lo + step])) for name in names))
             for name, pair in pairs.items():
                 out[name][:, lo : lo + step] = torch.stack(pair)  # moves it when the head lies elsewhere
         missing = ~clean.valid
@@ -322,15 +382,12 @@ class ForkEngine:
         }
 
 
-def _keys_and_values(cache, layer: int) -> tuple[Tensor, Tensor]:
-    """A full-attention layer's cached keys and values; OLMo-Hybrid had a cache of its own before transformers 5.15."""
-    if hasattr(cache, "layers"):
-        return cache.layers[layer].keys, cache.layers[layer].values
-    return cache.key_cache[layer], cache.value_cache[layer]
-
-
 def _leave(call: RuleCall, output_final_state: bool) -> RuleOutput:
     return NotImplemented
+
+
+def _run(call: RuleCall, output_final_state: bool) -> RuleOutput:
+    return call.run(output_final_state=output_final_state)
 
 
 def _widened(call: RuleCall) -> RuleCall:
@@ -370,8 +427,10 @@ def reader(
 def read(clean: Clean, left: Tensor, right: Tensor) -> Tensor:
     """`[n, L, V]`: change of the head's output when `left [n, K] right [n, V]^T` is added to each fork's state at t.
 
-    Elementwise products and row sums only: equal factors give equal bits, so a write taken out and put back cancels.
+    Equal factors give equal bits, so a write taken out and put back cancels.
     """
+    if clean.reader is None:
+        return read_matrix(clean, left[:, :, None] * right[:, None])
     return (clean.reader * left[:, None]).sum(-1, keepdim=True) * right[:, None]
 
 
@@ -386,4 +445,6 @@ def unread(clean: Clean, delta: Tensor) -> Tensor:
 
 def read_matrix(clean: Clean, matrix: Tensor) -> Tensor:
     """`[n, L, V]`: `read` for a full `[n, K, V]` addition."""
+    if clean.reader is None:
+        return clean.later.read(matrix.to(clean.o))[:, clean.first :]
     return clean.reader @ matrix

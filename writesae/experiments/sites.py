@@ -15,14 +15,19 @@ from .firing import stream
 
 @torch.no_grad()
 def memory(model, passages: Sequence[np.ndarray], progress: bool = False) -> dict[tuple[int, int], float]:
-    """{(layer, head): tokens until a write has faded to 1/e}, by the mean log-decay over all tokens of the passages."""
+    """{(layer, head): tokens until a write has faded to 1/e}, by the mean log-decay over all tokens of the passages,
+    and over all channels or entries of a head that has a gate for each."""
     sites = {site.layer_index: site.num_v_heads for site in layers(model)}
     total = {layer: torch.zeros(heads, dtype=torch.float64) for layer, heads in sites.items()}
     places = [(layer, 0) for layer in sites]
     for found, real, _ in stream(model, places, passages, "memory", progress):
         for layer, writes in found.items():
-            writes.require_scalar("memory")
-            total[layer] += (writes.decay.double().cpu() * real[..., None]).sum((0, 1))
+            decay = writes.decay.double()  # [B, T, H], of a channel gate [B, T, H, K], of an element gate [B, T, H, V]
+            if writes.decay_matrix is not None:
+                decay = decay * writes.decay_matrix.double().mean(1)
+            if decay.ndim > 3:
+                decay = decay.mean(-1)
+            total[layer] += (decay.cpu() * real[..., None]).sum((0, 1))
     tokens = sum(map(len, passages))
     return {
         (layer, head): -tokens / min(float(fade), -1e-300)

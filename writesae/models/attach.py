@@ -18,7 +18,7 @@ from ..ops.encode import check_precision
 from ..ops.rule import RuleCall, RuleOutput
 from . import hf_norms, seam
 from .binding import LayerSite
-from .frame import running
+from .frame import Frame, Recorded, running
 from .identity import require_same_model
 from .patch import Owner
 from .planned_edits import check_edits
@@ -68,11 +68,11 @@ def attach(
 
         with writesae.attach(model, {(9, 4): None}, write_gradients=True) as tap:
             model(**batch).logits[0, -1, token].backward()
-        effect = (tap.writes[9].right[:, :, :, 0] * tap.write_gradients[9]).sum(-1)     # [B, T, H], of every write
+        effect = (tap.writes[9].rank_one("effect")[1] * tap.write_gradients[9]).sum(-1)     # [B, T, H], of every write
 
     Args:
         model: a transformers model (or inner text model) with layers of a family that is known: the gated delta rule,
-            Mamba-2.
+            Kimi's, Mamba-2, Mamba-1, Lightning Attention.
         sites: `{(layer, head): dictionary}`; head is a value head. None in place of a dictionary: writes only. May be
             empty with `edits` or `accelerate`.
         edits: `{layer: Edits}`; row is the row of the batch (with beams: of batch x beams; of a packed batch: the
@@ -167,22 +167,30 @@ class _Handler:
             B, T = frame.site.binding.size(call)
             lengths = [T] * B if call.cu_seqlens is None else call.cu_seqlens.cpu().diff().tolist()
             planned = (h.tap.edits_of_call(frame, lengths) for h in reversed(recording))
-            found = [e for e in planned if e is not None]
-            edits = Edits.cat(found) if found else None
+            applying = [e for e in planned if e is not None]
+            edits = Edits.cat(applying) if applying else None
+            if edits is not None and frame.head is not None:
+                edits = edits._of_heads([frame.head])
         watching = [h.tap for h in recording if h.watches] if torch.is_grad_enabled() else []
         if watching:
-            call = _watched(call, frame.site, watching)
+            call = _watched(call, frame, watching)
         out = call.run(
             edits=edits, return_writes=bool(recording), output_final_state=output_final_state, backend=self.backend
         )
         if recording:
             assert out.writes is not None
-            checking = next((h for h in recording if h.check_finite), None)
-            if checking is not None:
-                checking.tap.check_finite(frame, out.writes)
-            for handler in recording:
-                handler.tap.record(frame, out.writes, call.initial_state, out.final_state)
+            found = frame.all_heads(Recorded(out.writes, call.initial_state, out.final_state))
+            if found is not None:
+                self._record(frame, recording, found)
         return out
+
+    @staticmethod
+    def _record(frame: Frame, recording: list[_Handler], found: Recorded) -> None:
+        checking = next((h for h in recording if h.check_finite), None)
+        if checking is not None:
+            checking.tap.check_finite(frame, found.writes)
+        for handler in recording:
+            handler.tap.record(frame, *found)
 
 
 class _Convolution:
@@ -202,21 +210,30 @@ class _Convolution:
         return causal_conv(x.transpose(1, 2), weight, bias, activation, cu_seqlens, "cpu").transpose(1, 2)
 
 
-def _watched(call: RuleCall, site: LayerSite, taps: list[Tap]) -> RuleCall:
+def _watched(call: RuleCall, frame: Frame, taps: list[Tap]) -> RuleCall:
     """The same call, with a value whose gradient tells the taps that of the increments, u = beta (v - what is read)."""
-    binding = site.binding
+    binding, layer, H = frame.site.binding, frame.site.layer_index, frame.site.num_v_heads
+    head, heads = frame.head, frame.gradients  # not the frame: the graph holds the hook, and would hold itself
     value, strength = binding.factors(call)
     value = value.float() if value.dtype in (torch.bfloat16, torch.float16) else value.view_as(value)
     if not value.requires_grad:
         value = value.detach().requires_grad_()
-    strength = None if strength is None else strength.detach().to(value.dtype)[..., None]
+    if strength is not None:
+        strength = strength.detach().to(value.dtype)
+        strength = strength if strength.ndim == value.ndim else strength[..., None]
 
     def note(gradient: Tensor) -> None:
         found = gradient.detach()
         if strength is not None:
             found = torch.where(strength == 0, 0, found / strength)
+        found = found if found.ndim == 4 else found[:, :, None]
+        if head is not None:  # the others have calls, and gradients, of their own
+            heads[head] = found
+            if len(heads) < H:
+                return
+            found = torch.cat([heads.pop(i) for i in sorted(heads)], 2)
         for tap in taps:
-            tap.write_gradients[site.layer_index] = found
+            tap.write_gradients[layer] = found
 
     value.register_hook(note)
     return replace(call, inputs={**call.inputs, binding.value: value})

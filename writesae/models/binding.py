@@ -5,6 +5,7 @@ To add a family, write one file `models/NAME.py` that holds its table, in this o
 1. **Find the functions.** Open the layer's forward and note what runs its recurrence: usually one function for whole
    sequences and one for a single token on a cache. They must be looked up by name when the layer runs, in the globals
    of the layer's file or in attributes of the layer. Whatever does all in one call and goes past them is a bypass.
+   A recurrence that is written out in the forward has none: `inline` (`hf_minimax.py`).
 2. **Choose the rule** in `writesae.ops` that computes the same, up to names, layouts and what is done before and after.
    Where its gate is not one a head, say so (`gate`).
 3. **Write `bind(site, given) -> RuleCall`** for each function: `given` are its arguments by name, the answer is the
@@ -28,6 +29,8 @@ To add a family, write one file `models/NAME.py` that holds its table, in this o
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -130,12 +133,15 @@ class Binding:
         recurrences: the functions. A layer of the family calls at least one; one that keeps functions in attributes of
             its own has all of them.
         layer: fields of `LayerSite` (all but module, block, path and binding): the layer's attributes that hold them,
-            the first that is there, or a function of the layer, or the value itself.
+            the first that is there, or a function of the layer, or the value itself (also as the last of them).
         value, strength: names of rule inputs. A token writes `strength [B, T, H] * (value [B, T, H, V] - what is
-            erased)`; strength None is 1.
+            erased)`; strength None is 1. Of a rule without an axis of heads both are `[B, T, V]`.
         queries: `queries(call)`, `[B, T, Hk, K]`: what reads the states, normalised and scaled, in the dtype given.
-        gate: kind of gate of its calls, one of `rule.gates`. Dictionaries of states encode from writes under "scalar"
-            alone.
+        gate: kind of gate of its calls, one of `rule.gates`.
+        one_head_a_call: a layer calls the functions once for each of its value heads, in order, with that head alone.
+        inline: classes of layers that have the recurrence written out in their forward. The forward itself is the one
+            of `recurrences` then, for whole sequences and for one token: `bind` and `answer` do what it does around the
+            rule, and the self-test compares forwards.
         home: prefixes of the modules (files) in which its layers are defined; () is any.
         methods: methods of a layer, forward first, whose globals are looked through for the functions.
         roles: arguments of a layer's forward that have to be found (`arguments.NAMES`).
@@ -145,9 +151,12 @@ class Binding:
             use_precomputed) -> (y, kept)` of their own.
         bypasses: names that would go past the functions, of globals or of the layer's attributes, with what stands
             there while the layer is intercepted (a function that answers None, a flag that is False).
-        stand_ins: `stand_ins(owner)`, for layers whose own code cannot run on every machine: where it cannot, has owner
-            put in place what they need beside their functions, and answers True. Then all layers run on the rule,
-            whoever is intercepted.
+        origin: prefixes of the modules in which the functions are defined. A layer that no known library defines (code
+            that comes with a model) is of the family if it calls one of those, by whatever name.
+        on_cpu: names of functions that run on GPUs alone, with the same in torch, called where tensors are on a CPU.
+        stand_ins: `stand_ins(owner, layers)`, for layers whose own code cannot run on every machine: where it cannot,
+            has owner put in place what they need beside their functions, and answers True. Then all layers run on the
+            rule, whoever is intercepted.
     """
 
     name: str
@@ -160,13 +169,17 @@ class Binding:
     queries: Callable[[RuleCall], Tensor]
     strength: str | None = None
     gate: str = "scalar"
+    one_head_a_call: bool = False
+    inline: tuple[str, ...] = ()
     home: tuple[str, ...] = ()
     methods: tuple[str, ...] = ("forward",)
     roles: tuple[str, ...] = ("hidden_states", "cache", "attention_mask")
     convs: tuple[str, ...] = ()
     conv_modules: Callable[[nn.Module], list[nn.Conv1d]] = lambda module: []
     bypasses: Mapping[str, Any] = field(default_factory=dict)
-    stand_ins: Callable[[Owner], bool] | None = None
+    origin: tuple[str, ...] = ("transformers.models.",)
+    on_cpu: Mapping[str, Callable] = field(default_factory=dict)
+    stand_ins: Callable[[Owner, list[nn.Module]], bool] | None = None
 
     def recurrence(self, name: str) -> Recurrence | None:
         """The function that layers look up by this name."""
@@ -175,6 +188,33 @@ class Binding:
     def stands_in_for(self, name: str) -> bool:
         """Whether it is the name of a recurrence, a short convolution or a bypass of the family."""
         return self.recurrence(name) is not None or name in self.convs or name in self.bypasses
+
+    def identified(self, function: Any) -> str | None:
+        """The family's name of a function that is defined in `origin`, whatever a layer calls it; None of others."""
+        if not callable(function):
+            return None
+        function = inspect.unwrap(function)
+        name, home = getattr(function, "__name__", None), getattr(function, "__module__", None)
+        if not isinstance(name, str) or not isinstance(home, str) or not home.startswith(self.origin):
+            return None
+        return name if self.stands_in_for(name) else None
+
+    def known_as(self, name: str, function: Any) -> str:
+        """The family's name of a function that a layer looks up by `name`."""
+        return name if self.stands_in_for(name) else self.identified(function) or name
+
+    def usable(self, name: str, original: Any) -> Any:
+        """The function of this name (some releases have None), which on a CPU goes by `on_cpu`."""
+        instead = self.on_cpu.get(name)
+        if instead is None:
+            return original
+
+        def either(*args, **kwargs):
+            tensor = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+            on_cpu = original is None or tensor.device.type == "cpu"
+            return (instead if on_cpu else original)(*args, **kwargs)
+
+        return either if original is None else functools.wraps(original)(either)
 
     def index(self, module: nn.Module) -> int:
         """A layer's number in its model."""
@@ -190,13 +230,13 @@ class Binding:
         if not isinstance(where, tuple):
             return where(module) if callable(where) else where
         for attribute in where:
-            found = getattr(module, attribute, None)
+            found = getattr(module, attribute, None) if isinstance(attribute, str) else attribute
             if found is not None:
                 return found
         raise ValueError(f"model: {type(module).__name__} calls the {self.name} but has none of {', '.join(where)}")
 
     def factors(self, call: RuleCall) -> tuple[Tensor, Tensor | None]:
-        """Value `[B, T, H, V]` and strength `[B, T, H]` of what each token writes."""
+        """Value `[B, T, H, V]` and strength `[B, T, H]` of what each token writes (without heads: both `[B, T, V]`)."""
         value = call.inputs[self.value]
         assert value is not None
         return value, None if self.strength is None else call.inputs[self.strength]

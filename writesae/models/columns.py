@@ -15,6 +15,9 @@ def columns_held(cache) -> int | None:
     Raises:
         ValueError: it is no cache that could say.
     """
+    offset = getattr(cache, "seqlen_offset", None)  # of mamba-ssm's InferenceParams
+    if isinstance(offset, int):
+        return offset
     length = getattr(cache, "get_seq_length", None)
     if length is None:
         raise ValueError(
@@ -23,7 +26,7 @@ def columns_held(cache) -> int | None:
     if not _is_silent(cache):
         return int(length())
     state = _last_state(cache)
-    if state is None or not cache.has_previous_state():
+    if state is None or not (_of_minimax(cache) or cache.has_previous_state()):
         return 0
     columns, known = getattr(cache, _NOTE, (0, None))
     return columns if known is not None and _same_rows(state, known) else None
@@ -39,13 +42,23 @@ def note_columns(cache, columns: int) -> None:
 
 
 def _is_silent(cache) -> bool:
-    """Whether no layer of a cache counts columns."""
+    """Whether no layer of a cache counts columns, or the one that is asked is none of those that do."""
+    if _of_minimax(cache):
+        return True
     layers = getattr(cache, "layers", None) or ()
     return bool(layers) and not any(callable(getattr(layer, "get_seq_length", None)) for layer in layers)
 
 
+def _of_minimax(cache) -> bool:
+    """Its states are beside its layers, of which the first, which is asked for columns, is not in use."""
+    return isinstance(getattr(cache, "linear_cache", None), list)
+
+
 def _last_state(cache) -> Tensor | None:
-    """What the last layer that has one keeps for its convolution, `[B, D, W]`: the latest few tokens of every row."""
+    """What the last layer that has one keeps for its convolution, `[B, D, W]`: the latest few tokens of every row. Of a
+    layer without a convolution, its state."""
+    if _of_minimax(cache):
+        return next((state for state in reversed(cache.linear_cache) if isinstance(state, Tensor)), None)
     for layer in reversed(cache.layers):
         kept = getattr(layer, "conv_states", None)
         for state in kept.values() if isinstance(kept, dict) else (kept,):

@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ops._dispatch import say_once
 from . import patch
@@ -35,7 +35,7 @@ def missing_driver() -> str | None:
     return None
 
 
-def install(owner: patch.Owner) -> bool:
+def install(owner: patch.Owner, layers: list[nn.Module]) -> bool:
     """Puts the stand-ins in place until `owner` closes, and says so once, if no kernel of fla can run here; else does
     nothing. Answers whether it did. Under `patch.lock`.
 

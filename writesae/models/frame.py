@@ -6,11 +6,12 @@ import functools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ..ops.rule import RuleCall
+from ..writes import Writes, joined
 from .binding import Given, LayerSite, Recurrence
 from .model_call import ModelCall
 
@@ -40,6 +41,14 @@ class Met:
     given: Given
 
 
+class Recorded(NamedTuple):
+    """What one call of a rule leaves: its writes, and its states `[N, H, K, V]` before and after, or None."""
+
+    writes: Writes
+    initial_state: Tensor | None
+    final_state: Tensor | None
+
+
 @dataclass(eq=False)
 class Frame:
     """One forward call of an intercepted layer, on this thread.
@@ -50,8 +59,11 @@ class Frame:
         cache: the cache handed to the layer, or None.
         layer_mask: `[B, T]` mask handed to the layer (of cached columns too, in some families), or None.
         hidden: `[B, T, hidden]` what the layer was given.
+        head: the value head whose call rules stand in for, where a layer makes a call a head (`one_head_a_call`).
+        gradients: `[B, T, 1, V]` of such a layer's heads in the backward that is running, until they are all there.
         rules, convs: what stands in for its functions and its convolution, the latest installed first.
         met: the call that rules stand in for at the moment, if any.
+        ran: whether the layer has called one of its functions.
         own_conv: calls the convolution that a handler stands in for, as the layer called it.
         helpless: the layer's own functions cannot run on this machine; see `Binding.stand_ins`.
     """
@@ -64,7 +76,11 @@ class Frame:
     rules: tuple[Callable, ...]
     convs: tuple[Callable, ...]
     met: Met | None = field(default=None, repr=False)
+    ran: bool = False
     own_conv: Callable[[], Tensor] | None = field(default=None, repr=False)
+    head: int | None = None
+    gradients: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    _parts: list[Recorded] = field(default_factory=list, repr=False)
     helpless: bool = False
 
     @functools.cached_property
@@ -97,11 +113,37 @@ class Frame:
         return known if real is None else real if known is None else real & known.to(real.device)
 
     def bind(self, recurrence: Recurrence, given: Given) -> RuleCall:
-        """The layer's call in the terms of its rule."""
+        """The layer's call in the terms of its rule.
+
+        Raises:
+            ValueError: one call more than the layer has heads, where there should be one for each.
+        """
+        if self.site.binding.one_head_a_call:
+            self.head = 0 if self.head is None else self.head + 1
+            if self.head >= self.site.num_v_heads:
+                raise ValueError(
+                    f"model: expected {type(self.site.module).__name__} to call {recurrence.name} once for each of its "
+                    f"{self.site.num_v_heads} heads, got a call more"
+                )
         call = recurrence.bind(self.site, given)
         if self.cu_seqlens is not None and call.cu_seqlens is None:
             call = replace(call, cu_seqlens=self.cu_seqlens)
         return call
+
+    def all_heads(self, part: Recorded) -> Recorded | None:
+        """What a call recorded; of a layer with a call a head, all of them together with the last, None before."""
+        if self.head is None or self.site.num_v_heads == 1:
+            return part
+        before = part.initial_state
+        if before is not None:  # a cache's, which the layer changes in place before its next call
+            before = before.clone()
+            part = part._replace(writes=replace(part.writes, initial_state=before), initial_state=before)
+        self._parts.append(part)
+        if len(self._parts) < self.site.num_v_heads:
+            return None
+        writes, initial, final = zip(*self._parts, strict=True)
+        self._parts.clear()
+        return Recorded(Writes.of_heads(writes), joined(initial, 1), joined(final, 1))
 
     def run(self, call: Callable, args: tuple, kwargs: dict):
         """`call(*args, **kwargs)`, the layer's forward, with this frame as the one that is running."""

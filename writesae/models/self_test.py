@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..ops.rule import RuleCall, RuleOutput
 from . import hf_norms, patch, seam
+from .arguments import without_cache
 from .binding import LayerSite, Recurrence
 from .fla_stand_ins import runnable
 from .frame import Met, running
@@ -96,7 +97,7 @@ class _Trial:
         site, met = frame.site, frame.met
         self.ran.add(site.layer_index)
         ours = call.run(output_final_state=True, backend=self._backend)
-        sizes = (type(site.module), site.K, site.V, site.num_k_heads, site.num_v_heads)
+        sizes = (type(site.module), site.K, site.V, site.num_k_heads, site.num_v_heads, frame.head)
         if site.layer_index in self._layers and self._first(*sizes):
             self._both(site.binding.name, site, met, call, ours, lambda: (met.args, met.kwargs))
             assert ours.final_state is not None
@@ -201,7 +202,7 @@ def _compare(what: str, ours: Tensor | None, theirs: Tensor | None, runs: torch.
 def _innermost(model: nn.Module, sites: Sequence[LayerSite]) -> nn.Module:
     """The model right around the layers: no head, no wrapper, nothing put in front."""
     around = enclosing(model, sites[0].path)
-    if not around or not callable(getattr(around[-1], "get_input_embeddings", None)):
+    if not around or _embedding(around[-1]) is None:
         raise ValueError(
             f"model: expected a model that takes input_ids around the layers, got {type(model).__name__}, which the "
             "self-test cannot run; attach to the model it belongs to, or pass self_test=False"
@@ -209,14 +210,23 @@ def _innermost(model: nn.Module, sites: Sequence[LayerSite]) -> nn.Module:
     return around[-1]
 
 
+def _embedding(model) -> nn.Module | None:
+    """What a model looks its input_ids up in; None of something else."""
+    if callable(getattr(model, "get_input_embeddings", None)):
+        return model.get_input_embeddings()
+    own = getattr(model, "embedding", None)  # mamba-ssm's models
+    return own if isinstance(own, nn.Embedding) else None
+
+
 def _run(model) -> None:
     """A forward pass of a few tokens."""
-    embedding = model.get_input_embeddings()
+    embedding = _embedding(model)
+    assert embedding is not None
     generator = torch.Generator().manual_seed(0)
     size = getattr(embedding, "num_embeddings", None) or text_config(model).vocab_size
     ids = torch.randint(0, size, (2, 7), generator=generator)
     ids = ids.to(device_of(embedding))
-    model(input_ids=ids, use_cache=False)
+    model(input_ids=ids, **without_cache(model))
 
 
 def _kind(model: nn.Module, sites: Sequence[LayerSite], backend: str | None, conv: bool, norms: bool):

@@ -110,7 +110,10 @@ def _refusal(backend: str, op: str, tensors: Mapping[str, Tensor | None]) -> str
 
 
 def gate_of(tensors: Mapping[str, Tensor | None]) -> str | None:
-    """The kind of gate of a scan's tensors, or None where there is no gate `g` beside keys `k`."""
+    """The kind of gate of a scan's tensors (`g` beside keys `k`) or of writes (`decay`), or None: there is none."""
+    decay = tensors.get("decay")
+    if decay is not None:
+        return "element" if tensors.get("decay_matrix") is not None else "scalar" if decay.ndim == 3 else "channel"
     g, k = tensors.get("g"), tensors.get("k")
     return None if g is None or k is None else "channel" if g.ndim == k.ndim else "scalar"
 

@@ -37,10 +37,11 @@ def as_read(writes: Writes) -> tuple[Writes, Edits | None]:
     A code at token t is of the state that the query of t read: it says what the model used there, and an edit after the
     read, which is often made because of that very code, must not change it. Increments are the actual ones, so an
     addition after the read of t is one before the read of t + 1 with the decay of t + 1 on its key side. One after the
-    read of a sequence's last token is in no code, only in what is carried on. Rows are expanded.
+    read of a sequence's last token is in no code, only in what is carried on. Rows are expanded. Under an element gate
+    an addition does not stay of rank 1: edits are left as they are, and whoever walks the states knows when they are.
     """
     edits = writes.edits
-    if edits is None or not edits.any_after:
+    if edits is None or not edits.any_after or writes.gate == "element":
         return writes, None
     b, start, stop = torch.tensor([place[1:] for place in writes.sequences()]).unbind(1)
     late = edits.when == AFTER
@@ -49,9 +50,11 @@ def as_read(writes: Writes) -> tuple[Writes, Edits | None]:
     seen, unseen = edits._at((~beyond).nonzero().flatten()), edits._at(beyond.nonzero().flatten())
     token, late = token[~beyond], late[~beyond]
     decay = writes.decay[b[seen.row], token, seen.head]
-    gate = torch.where(late.to(decay.device), decay, 0).to(torch.promote_types(decay.dtype, torch.float32)).exp()
+    decay = decay.reshape(len(token), -1)  # [E, 1], or [E, K] of a channel gate
+    decay = torch.where(late.to(decay.device)[:, None], decay, 0)
+    gate = decay.to(torch.promote_types(decay.dtype, torch.float32)).exp()
     seen = seen._with(
-        position=seen.position + late, left=seen.left.to(gate.device) * gate[:, None], when=torch.zeros_like(seen.when)
+        position=seen.position + late, left=seen.left.to(gate.device) * gate, when=torch.zeros_like(seen.when)
     )
     return replace(writes, edits=seen if len(seen) else None), unseen if len(unseen) else None
 
@@ -70,7 +73,7 @@ def carried_on(carry: Tensor, unseen: Edits | None, v: Tensor, w: Tensor, heads:
 
 
 def _rest(writes: Writes, carry: Tensor | None) -> tuple:
-    """What every kernel takes last: carry, cu_seqlens, edit_index, edit_left, edit_right."""
+    """What every kernel takes last: carry (`_prepare`'s), cu_seqlens, edit_index, edit_left, edit_right."""
     edits = writes.edits
     packed = (None, None, None) if edits is None or not len(edits) else pack_edits(edits, writes.right.device)
     offsets = None if writes.cu_seqlens is None else writes.cu_seqlens.to(torch.int64).contiguous()

@@ -5,8 +5,9 @@
     d left_r = sum_ix lambda_i (right_r . w_ix) v_ix     d right_r = sum_ix lambda_i (left_r . v_ix) w_ix
     d g_t = e^g_t sum_i lambda_i(t) a_i(t-1)
 
-On a device, without edits, by kernels (`csrc/cuda/encode_backward.cuh`): see `device_gradient`. Else here, in torch,
-block by block from the end; [block, F] is the largest thing held, besides [F] activations for each block's start. At
+That is of a gate a head; of others see `_encode_states.source_gradient`. On a device, without edits, by kernels
+(`csrc/cuda/encode_backward.cuh`): see `device_gradient`. Else here, in torch, block by block from the end;
+[block, F] is the largest thing held, besides [F] activations for each block's start. At
 K = V = 128 that is seven products of [tokens, 128] and [128, F]: two for what the writes read, two for the sides'
 gradients, two triangular ones in time (lambda, a) and one for the starts, through the block's own state. Without a
 gradient of g it is five.
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from ..edits import Edits
 from ..writes import Writes
-from . import _dispatch, _transforms
+from . import _dispatch, _encode_states, _transforms
 from ._encode_arguments import _arguments, _float, _rest
 from .reference.encode import _Factors, decay_matrix
 
@@ -30,26 +31,31 @@ class _WritesGradient(torch.autograd.Function):
     """Passes `values` (and their gradient) through and knows the gradient of the writes; indices are constant."""
 
     @staticmethod
-    def forward(ctx, values, decay, left, right, edit_left, edit_right, v, w, indices, carry, rest):
+    def forward(ctx, values, decay, left, right, edit_left, edit_right, matrix, v, w, indices, carry, rest):
         ctx.writes, ctx.heads, relu, ctx.backend = rest
-        ctx.save_for_backward(decay, left, right, edit_left, edit_right, v, w, indices, carry, values if relu else None)
+        ctx.save_for_backward(
+            decay, left, right, edit_left, edit_right, matrix, v, w, indices, carry, values if relu else None
+        )
         return values.view_as(values)
 
     @staticmethod
     @_transforms.once_differentiable("encode", "torch.func (a grad of a grad, hessian) has one")
     def backward(ctx, grad):
-        decay, left, right, edit_left, edit_right, v, w, indices, carry, values = ctx.saved_tensors
+        decay, left, right, edit_left, edit_right, matrix, v, w, indices, carry, values = ctx.saved_tensors
         edits = ctx.writes.edits
         if edits is not None:
-            edits = Edits(edits.row, edits.position, edits.head, edit_left, edit_right)
-        writes = Writes(decay, left, right, cu_seqlens=ctx.writes.cu_seqlens, edits=edits)
+            edits = edits._with(left=edit_left, right=edit_right)
+        writes = Writes(decay, left, right, decay_matrix=matrix, cu_seqlens=ctx.writes.cu_seqlens, edits=edits)
         taken = grad if values is None else grad * (values > 0)
         arguments = (writes, v, w, ctx.heads, indices, taken, carry, ctx.needs_input_grad[1])
-        if ctx.backend in ("cuda", "twin") and edits is None:
-            found = device_gradient(ctx.backend, *arguments)
+        if writes.gate != "scalar":
+            found = _encode_states.source_gradient(*arguments[:-1])[:-1]
+        elif ctx.backend in ("cuda", "twin") and edits is None:
+            found = *device_gradient(ctx.backend, *arguments), None
         else:
-            found = writes_gradient(*arguments)
-        kept = (d if needed else None for d, needed in zip(found, ctx.needs_input_grad[1:6], strict=True))
+            found = *writes_gradient(*arguments), None
+        wanted = zip(found, (decay, left, right, edit_left, edit_right, matrix), ctx.needs_input_grad[1:7], strict=True)
+        kept = (d.to(x.dtype) if needed else None for d, x, needed in wanted)
         return grad, *kept, None, None, None, None, None
 
 
@@ -59,14 +65,16 @@ def attach_writes_gradient(
     """`values` with the gradient of the writes (and of their edits) behind them, where one is asked for."""
     edits = writes.edits
     sides = (None, None) if edits is None else (edits.left, edits.right)
-    inputs = (writes.decay, writes.left, writes.right, *sides)
+    inputs = (writes.decay, writes.left, writes.right, *sides, writes.decay_matrix)
     if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in inputs):
         return values
     v, w = v.detach().to(values.dtype), w.detach().to(values.dtype)
     carry = None if carry is None else carry.detach().to(values.dtype)
+    matrix = writes.decay_matrix
     plain = Writes(
         writes.decay.detach(), writes.left.detach(), writes.right.detach(), cu_seqlens=writes.cu_seqlens,
-        edits=None if edits is None else Edits(edits.row, edits.position, edits.head, *(x.detach() for x in sides)),
+        decay_matrix=None if matrix is None else matrix.detach(),
+        edits=None if edits is None else edits._with(**{s: getattr(edits, s).detach() for s in ("left", "right")}),
     )  # fmt: skip
     return _WritesGradient.apply(values, *inputs, v, w, indices, carry, (plain, heads, relu, backend))
 

@@ -1,7 +1,9 @@
 """`encode`: which atoms fire at every token, from writes alone, without states and without keeping pre-activations.
 
-The activation of atom i is `a_i(t) = v_i^T S_t w_i = e^g a_i(t-1) + sum_r (v_i . left_r)(right_r . w_i)`: two matrix
-products and a decayed running sum, 64 times fewer operations than from states at K = V = 128. Young, arXiv 2605.12770.
+The activation of atom i is `a_i(t) = v_i^T S_t w_i`. Under a gate a head it is `e^g a_i(t-1) + sum_r (v_i . left_r)
+(right_r . w_i)`: two matrix products and a decayed running sum, 64 times fewer operations than from states at K = V =
+128. Under a gate a key channel `y_i = S w_i` runs along instead, (3 K + V) F multiply-adds a token where states take
+K V F: 16 times fewer at K = V = 64. Under a gate an entry nothing smaller than the state does. Young, arXiv 2605.12770.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from .._arguments import (
 from .._autocast import without_autocast
 from .._library import CPU_ERROR
 from ..writes import Writes
-from . import _dispatch, _transforms
+from . import _dispatch, _encode_states, _transforms
 from ._dispatch import Limits
 from ._encode_arguments import _arguments, _float, _rest, as_read, carried_on
 from ._encode_gradient import attach_writes_gradient
@@ -33,8 +35,10 @@ from .reference import encode as reference
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 LARGEST = {"left": 256, "right": 256}  # K and V of the CUDA kernels
+GATES = ("scalar", "channel")  # of the CPU kernels; other gates are read off states, a block of tokens at a time
 for _op, _operator in (("encode", "encode_topk"), ("activations", "encode_at")):
-    _dispatch.declare(_op, {"cpu": Limits(_operator), "cuda": Limits(_operator, largest=LARGEST)})
+    _cpu = Limits(_operator, gates=GATES, gradient=GATES)
+    _dispatch.declare(_op, {"cpu": _cpu, "cuda": Limits(_operator, largest=LARGEST)})
 
 
 @dataclass(frozen=True, repr=False)
@@ -44,7 +48,8 @@ class Codes:
     Top-k mode: `values` (>= 0) and int64 `indices`, `[B, T, Hs, k]`, descending, ties to the lowest index; `offsets` is
     None. Threshold mode: `values`, `indices` `[n]` and `offsets` `[B*T*Hs + 1]` int64: token-major runs, rising index.
 
-    carry: `[N, Hs, F]` float32 raw pre-activations after each sequence's last token, without bias, to go on from.
+    carry: `[N, Hs, F]` float32 raw pre-activations after each sequence's last token, without bias; to go on from under
+    a scalar gate.
     heads: the value heads encoded, in order.
     """
 
@@ -74,8 +79,10 @@ def encode(
     """Exact top k of the raw pre-activations `v_i^T S_t w_i + b_i`, then ReLU; or every one above a threshold.
 
     Args:
-        writes: the trace of one layer (scalar gate; edits in it are honoured). A code at token t is of the state that
-            the query of t read: edits after the read come with token t + 1, and into `codes.carry`.
+        writes: the trace of one layer (edits in it are honoured). A code at token t is of the state that the query of t
+            read: edits after the read come with token t + 1, and into `codes.carry`. Of an element gate the states of a
+            block of tokens are formed, and each token costs K V F multiply-adds a head, as from states: the slow path,
+            of which a warning tells once. So does a channel gate without a kernel for it (CUDA).
         v_enc, w_enc: encoder factors of the heads encoded; a rank axis r is summed over.
         b_enc: encoder bias, default 0.
         k: features kept a token and head, 1 <= k <= F.
@@ -83,11 +90,12 @@ def encode(
         initial_state: state before the first token; default `writes.initial_state`.
         backend: "reference", "cpu", "cuda" or None.
         heads: value heads that row i of the factors belongs to; default all H heads in order.
-        carry: pre-activations before the first token (an earlier call's `codes.carry`), in place of a state.
+        carry: pre-activations before the first token (an earlier call's `codes.carry`), in place of a state. Scalar
+            gates only: the next activations of others do not follow from these.
         precision: of the products, "fp32", "bf16" or, on CUDA only, "tf32": operands rounded to bfloat16 or to
-            TensorFloat-32, sums in float32. On a CPU faster only where it multiplies bfloat16 (`writesae info`: AMX,
-            AVX-512 BF16). Activations are then off by some 1e-3 (tf32: 1e-4) of the largest, so that features nearly
-            tied at rank k may be exchanged.
+            TensorFloat-32, sums in float32. On a CPU faster only under a scalar gate and where it multiplies bfloat16
+            (`writesae info`: AMX, AVX-512 BF16). Activations are then off by some 1e-3 (tf32: 1e-4) of the largest, so
+            that features nearly tied at rank k may be exchanged.
 
     Returns:
         `Codes`. In top-k mode `values` are differentiable, with the features taken held fixed: in v_enc, w_enc, b_enc,
@@ -110,7 +118,7 @@ def encode(
     bf16 = precision == "bf16"
     if threshold is not None:
         threshold = _threshold(threshold, Hs, F).to(v_enc.device, non_blocking=True)
-        of_writes = {"decay": writes.decay, "left": writes.left, "right": writes.right}
+        of_writes = {"decay": writes.decay, "left": writes.left, "right": writes.right, "matrix": writes.decay_matrix}
         _dispatch.refuse_gradient(
             "encode", {"v_enc": v_enc, "w_enc": w_enc, "b_enc": b_enc, "carry": carry, **of_writes},
             "threshold mode has none; use top-k mode, activations(), or torch.no_grad()",
@@ -227,7 +235,10 @@ def check_indices(writes: Writes, v: Tensor, indices: Tensor) -> None:
 
 
 def _prepare(writes, v_enc, w_enc, b_enc, heads, initial_state, carry, names=("v_enc", "w_enc", "b_enc")):
-    """Validates by name; returns (writes, factors with a rank axis, bias, heads as a list, carry or None)."""
+    """Validates by name; returns (writes, factors with a rank axis, bias, heads as a list, carry or None).
+
+    What is carried is activations `[N, Hs, F]` of a scalar gate, of others the encoded heads' states `[N, Hs, K, V]`.
+    """
     check_type("writes", writes, Writes)
     tensors = {
         "writes.right": writes.right, "writes.decay": writes.decay, "writes.left": writes.left, names[0]: v_enc,
@@ -236,11 +247,6 @@ def _prepare(writes, v_enc, w_enc, b_enc, heads, initial_state, carry, names=("v
     }  # fmt: skip
     check_floats(("writes.initial_state", names[2], "initial_state", "carry"), **tensors)
     B, T, H, K, V = writes.shape
-    if writes.gate != "scalar":
-        raise ValueError(
-            f"writes: encode supports the scalar gate (decay [B, T, H]: gated delta rule, DeltaNet, SSD), got the "
-            f"{writes.gate} gate, decay {tuple(writes.decay.shape)}"
-        )
     if T == 0:
         raise ValueError("writes: expected at least one token, got T = 0")
     heads = list(range(H)) if heads is None else integers("heads", heads)
@@ -266,6 +272,11 @@ def _prepare(writes, v_enc, w_enc, b_enc, heads, initial_state, carry, names=("v
     if b_enc is not None and tuple(b_enc.shape) != (Hs, F):
         raise ValueError(f"{names[2]}: expected floating [Hs={Hs}, F={F}], got shape {tuple(b_enc.shape)}")
     if carry is not None:
+        if writes.gate != "scalar":
+            raise ValueError(
+                f"carry: expected none under the {writes.gate} gate of these writes, whose activations do not say the "
+                "next ones; give an initial_state"
+            )
         if initial_state is not None:
             raise ValueError("carry: expected carry or initial_state, got both")
         if tuple(carry.shape) != (N, Hs, F):
@@ -279,7 +290,9 @@ def _prepare(writes, v_enc, w_enc, b_enc, heads, initial_state, carry, names=("v
                 )
             compute = _compute_dtype(state, writes.right, v_enc, w_enc)
             of_states = v_enc.to(compute), w_enc.to(compute), state.to(compute)
-            if _transforms.transformed(*of_states):
+            if writes.gate != "scalar":
+                carry = of_states[2][:, heads]
+            elif _transforms.transformed(*of_states):
                 carry = torch.einsum("hfxk,hfxv,nhkv->nhf", *of_states[:2], of_states[2][:, heads])
             else:
                 carry = _StateActivations.apply(*of_states, heads)
@@ -330,7 +343,7 @@ def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 def _tensors(writes, v_enc, w_enc, b_enc, carry) -> dict[str, Tensor | None]:
     return {
         "decay": writes.decay, "left": writes.left, "right": writes.right, "v_enc": v_enc, "w_enc": w_enc,
-        "b_enc": b_enc, "carry": carry,
+        "b_enc": b_enc, "carry": carry, "decay_matrix": writes.decay_matrix,
     }  # fmt: skip
 
 
@@ -341,7 +354,8 @@ def _reference_inputs(writes, v_enc, w_enc, heads, carry) -> tuple[Tensor, Tenso
     compute = _compute_dtype(*_tensors(writes, v_enc, w_enc, None, carry).values())
     v, w = v_enc.detach().to(compute), w_enc.detach().to(compute)
     if carry is None:
-        return v, w, v.new_zeros(writes.num_sequences, len(heads), v.shape[1])
+        each = v.shape[1:2] if writes.gate == "scalar" else writes.shape[3:]
+        return v, w, v.new_zeros(writes.num_sequences, len(heads), *each)
     return v, w, carry.detach().to(compute).clone()
 
 
@@ -353,7 +367,7 @@ def _reference_topk(writes, v_enc, w_enc, b_enc, heads, carry, k: int) -> tuple[
     for b, lo, hi, pre in reference.blocks(writes, v, w, heads, a):
         biased = pre if b_enc is None else pre + b_enc.to(v)
         values[b, lo:hi], indices[b, lo:hi] = reference.topk(biased, k)
-    return values, indices, a
+    return values, indices, reference.carried(writes, v, w, a)
 
 
 def _reference_threshold(writes, v_enc, w_enc, b_enc, heads, carry, threshold: Tensor):
@@ -365,9 +379,10 @@ def _reference_threshold(writes, v_enc, w_enc, b_enc, heads, carry, threshold: T
         biased = pre if b_enc is None else pre + b_enc.to(v)
         kept = ~(biased <= threshold.to(v))  # keeps a NaN
         counts[b, lo:hi] = kept.sum(-1)
-        found.append((biased[kept], kept.nonzero()[:, -1]))
-    values, indices = (torch.cat(x) for x in zip(*found, strict=True))
-    return values, indices, counts.flatten(), a
+        found.append(((b, lo), biased[kept], kept.nonzero()[:, -1]))
+    found.sort(key=lambda x: x[0])  # blocks come as states are walked, of all rows together
+    values, indices = (torch.cat([x[side] for x in found]) for side in (1, 2))
+    return values, indices, counts.flatten(), reference.carried(writes, v, w, a)
 
 
 # ---- under transforms -----------------------------------------------------------------------------------------------
@@ -432,7 +447,7 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, v, w, b, carry, values, indices, writes, heads, relu, backend):
-        ctx.save_for_backward(v, w, indices, values if relu else None)
+        ctx.save_for_backward(v, w, indices, values if relu else None, carry)
         ctx.writes, ctx.heads, ctx.backend = writes, heads, backend
         ctx.bias = None if b is None else b.dtype
         return values.view_as(values)
@@ -440,7 +455,7 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     @_transforms.once_differentiable("encode", "torch.func (a grad of a grad, hessian) has one")
     def backward(ctx, grad):
-        v, w, indices, values = ctx.saved_tensors
+        v, w, indices, values, carry = ctx.saved_tensors
         if values is not None:
             grad = grad * (values > 0)
         db = dv = dw = d_carry = None
@@ -449,7 +464,13 @@ class _Gradient(torch.autograd.Function):
             for i in range(len(db)):
                 db[i].index_add_(0, indices[:, :, i].flatten(), grad[:, :, i].flatten().to(v))
             db = db.to(ctx.bias)
-        if any(ctx.needs_input_grad[i] for i in (0, 1, 3)):
+        if ctx.writes.gate != "scalar":
+            arguments = ctx.writes, v, w, ctx.heads, indices, grad, carry
+            if any(ctx.needs_input_grad[:2]):
+                dv, dw = _encode_states.factor_gradient(*arguments)
+            if ctx.needs_input_grad[3]:
+                d_carry = _encode_states.source_gradient(*arguments)[-1]
+        elif any(ctx.needs_input_grad[i] for i in (0, 1, 3)):
             if ctx.backend == "reference" or (ctx.backend != "cpu" and ctx.writes.edits is not None):
                 dv, dw, d_carry = reference.backward(ctx.writes, v, w, ctx.heads, indices, grad)
             else:

@@ -128,7 +128,7 @@ def gated_delta_rule_step(
 
 LIMITS = SCAN.declare(
     cpu=Limits("gated_delta_rule", gates=("scalar", "channel"), gradient=("scalar", "channel")),
-    cuda=Limits("gated_delta_rule", largest={"k": 256}, gates=("scalar", "channel")),
+    cuda=Limits("gated_delta_rule", largest={"k": 256}, gates=("scalar", "channel"), gradient=("scalar", "channel")),
 )
 ARGUMENTS = ("q", "k", "v", "g", "beta")
 RULE = Rule("gated_delta_rule", ("scalar", "channel"), "delta", ARGUMENTS, gated_delta_rule, LIMITS)

@@ -18,13 +18,14 @@ from .._autocast import without_autocast
 from ..writes import Writes
 from . import _dispatch, _transforms
 from ._dispatch import Limits
-from .encode import _compute_dtype, _float, _prepare, check_indices, chosen_activations
+from .encode import GATES, _compute_dtype, _prepare, check_indices, chosen_activations
 from .reference.encode import decay_matrix
-from .sae_training import _ADVICE, Offset, loss_kernel
+from .sae_training import _ADVICE, loss_sums
 
 # On CUDA made of the operator of `activations`.
 _LARGEST = {"v_dec": 256, "right": 256}
-_dispatch.declare("factored_loss", {"cpu": Limits("factored_loss"), "cuda": Limits("encode_at", largest=_LARGEST)})
+_cpu = Limits("factored_loss", gates=GATES, gradient=GATES)
+_dispatch.declare("factored_loss", {"cpu": _cpu, "cuda": Limits("encode_at", largest=_LARGEST)})
 
 _BLOCK = 64  # tokens of one triangular product
 _GATHERED = 1 << 22  # numbers gathered at a time for the Gram matrix of the active set
@@ -94,8 +95,11 @@ def factored_loss(
     if mask is not None:
         values = values * mask[:, :, None, None]
     names = ("v_dec", "w_dec", "b_dec")
-    tensors = {"right": writes.right, "values": values, "v_dec": v_dec, "w_dec": w_dec, "bias": bias}
-    if _dispatch.choose("factored_loss", backend, tensors) == "cpu":
+    tensors = {
+        "right": writes.right, "values": values, "v_dec": v_dec, "w_dec": w_dec, "bias": bias, "decay": writes.decay,
+        "decay_matrix": writes.decay_matrix,
+    }  # fmt: skip
+    if _dispatch.choose("factored_loss", backend, tensors) == "cpu" or writes.gate != "scalar":
         return _kernel_loss(writes, values, indices, v_dec, w_dec, bias, heads, mask)
     projected = chosen_activations(writes, v_dec, w_dec, indices, None, heads, None, None, backend, names)  # <A_i, S_t>
     v, w = (x[:, :, None] if x.ndim == 3 else x for x in (v_dec, w_dec))
@@ -132,7 +136,7 @@ def _plain_loss(writes, values, indices, v_dec, w_dec, bias, heads, mask) -> Ten
 
 
 def _kernel_loss(writes, values, indices, v_dec, w_dec, bias, heads, mask) -> Tensor:
-    """The same by the kernel, which neither sums over all atoms nor keeps anything for the backward pass."""
+    """The same by `loss_sums`, which neither sums over all atoms nor keeps anything for the backward pass."""
     plain = replace(writes, initial_state=None)
     _, v, w, _, _, _ = _prepare(plain, v_dec, w_dec, None, heads, None, None, ("v_dec", "w_dec", ""))
     check_indices(writes, v, indices)
@@ -144,25 +148,24 @@ class _Loss(torch.autograd.Function):
     def forward(ctx, values, v, w, bias, indices, writes, heads, mask):
         ctx.save_for_backward(values, v, w, bias, indices)
         ctx.rest = writes, heads, mask
-        weight = None if mask is None else mask[:, :, None].expand(values.shape[:3])
-        matrix = Offset(_float(bias), v.float(), w.float())
-        return loss_kernel(writes, heads, values, indices, v, w, matrix.matrix, matrix.on_atoms, weight, grad=False)[0]
+        return _sums(values, v, w, bias, indices, *ctx.rest, None)[0]
 
     @staticmethod
     @_transforms.once_differentiable("factored_loss", _ADVICE)
     def backward(ctx, grad):  # [B, T, Hs]
         values, v, w, bias, indices = ctx.saved_tensors
-        writes, heads, mask = ctx.rest
-        weight = grad if mask is None else grad * mask[:, :, None]
-        factors = v.float(), w.float()
-        matrix = Offset(_float(bias), *factors)
-        _, d_values, dv, dw, usage, states, _, _, _ = loss_kernel(
-            writes, heads, values, indices, *factors, matrix.matrix, matrix.on_atoms, weight
-        )
-        d_bias = matrix.finish(dv, dw, *factors, usage, states, weight)
-        if d_bias is not None:
-            d_bias = d_bias.to(bias.dtype)
-        return d_values.to(values.dtype), dv.to(v.dtype), dw.to(w.dtype), d_bias, None, None, None, None
+        found = _sums(values, v, w, bias, indices, *ctx.rest, grad)[1:5]
+        kept = (None if x is None else d.to(x.dtype) for d, x in zip(found, (values, v, w, bias), strict=True))
+        return *kept, None, None, None, None
+
+
+def _sums(values, v, w, bias, indices, writes, heads, mask, grad):
+    """`loss_sums` with the gradient `grad [B, T, Hs]` of the errors, or None: then of the errors alone."""
+    compute = _compute_dtype(writes.right, values, v, w, bias)
+    weight = v.new_ones(values.shape[:3], dtype=compute) if grad is None else grad.to(compute)
+    weight = weight if mask is None else weight * mask[:, :, None]
+    v, w, bias = (None if x is None else x.detach().to(compute) for x in (v, w, bias))
+    return loss_sums(writes, heads, values, indices, v, w, bias, weight, grad=grad is not None)
 
 
 def state_product(writes: Writes, matrix: Tensor) -> Tensor:

@@ -16,15 +16,16 @@ from .._arguments import check_floats, check_type, sizes_repr
 from .._autocast import without_autocast
 from .._library import CPU_ERROR
 from ..writes import Writes
-from . import _dispatch, _transforms
+from . import _dispatch, _encode_states, _transforms
 from ._dispatch import Limits
 from ._encode_arguments import _arguments, _float, _rest
-from .encode import LARGEST, Codes, _prepare, _tensors
+from .encode import GATES, LARGEST, Codes, _compute_dtype, _prepare, _tensors
 from .reference import sae_training as reference
 
 _ADVICE = "torch.func (a grad of a grad, hessian) has one"
 # On CUDA made of the operators of encode and of its backward.
-_dispatch.declare("training_loss", {"cpu": Limits("factored_loss"), "cuda": Limits("encode_topk", largest=LARGEST)})
+_cpu = Limits("factored_loss", gates=GATES, gradient=GATES)
+_dispatch.declare("training_loss", {"cpu": _cpu, "cuda": Limits("encode_topk", largest=LARGEST)})
 
 
 @dataclass(frozen=True, repr=False)
@@ -56,7 +57,8 @@ def training_loss(
     """`sum_t weight_t ||S_t - offset - sum_j a_j(t) v_j w_j^T||_F^2`, over encoded heads; a as `encode` has them.
 
     Args:
-        writes: the trace of one layer (scalar gate, no edits).
+        writes: the trace of one layer, without edits. Under other gates than a scalar one `||S_t||` has no recurrence:
+            the states of a block of tokens at a time are formed for the loss, of an element gate for the codes too.
         v_enc, w_enc, b_enc, k, heads: as in `encode`.
         v_dec, w_dec: decoder factors, of the encoder's F and r; a rank axis r is summed over.
         offset: decoder bias (with the mean state), default 0.
@@ -114,7 +116,24 @@ def training_loss(
     return Step(loss, errors, Codes(values, indices, None, last, tuple(heads)))
 
 
-def loss_kernel(
+def loss_sums(writes, heads, values, indices, v, w, offset, weight, encoder=(None, None), grad=True):
+    """Of a loss `sum weight_t error_t`, weight `[B, T, Hs]` (0 leaves a token out), in the dtype of v and w.
+
+    Returns (errors `[B, T, Hs]`, and its gradients: values, v, w, offset or None, of the encoder given through the
+    codes above 0: v, w, b). Without `grad` the errors alone are good for anything, without an encoder the last three
+    are not. Under a scalar gate no state is formed, under others those of a block of tokens.
+    """
+    if writes.gate != "scalar":
+        return _encode_states.loss_sums(writes, heads, values, indices, v, w, offset, weight, encoder, grad)
+    matrix = Offset(offset, v, w)
+    errors, d_values, dv, dw, usage, states, *of_encoder = _loss_kernel(
+        writes, heads, values, indices, v, w, matrix.matrix, matrix.on_atoms, weight, encoder, grad
+    )
+    d_offset = matrix.finish(dv, dw, v, w, usage, states, weight) if grad else None
+    return errors, d_values, dv, dw, d_offset, *of_encoder
+
+
+def _loss_kernel(
     writes: Writes, heads, values, indices, v, w, offset, on_offset, weight, encoder=(None, None), grad=True
 ):
     """`torch.ops.writesae.factored_loss` on a trace: weight `[B, T, Hs]`, factors with a rank axis."""
@@ -179,16 +198,16 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, v_enc, w_enc, b_enc, v_dec, w_dec, offset, writes, values, indices, weight, heads):
-        factors = [x.float() for x in (v_enc, w_enc, v_dec, w_dec)]
-        matrix = Offset(_float(offset), *factors[2:])
-        weight = weight.float()[:, :, None].expand(*values.shape[:3])
+        compute = _compute_dtype(writes.right, v_enc, w_enc, v_dec, w_dec)
+        factors = [x.to(compute) for x in (v_enc, w_enc, v_dec, w_dec)]
+        weight = weight.to(compute)[:, :, None].expand(*values.shape[:3])
         wanted = any(ctx.needs_input_grad)
         encoder = factors[:2] if any(ctx.needs_input_grad[:3]) else (None, None)
-        errors, _, dv_dec, dw_dec, usage, states, dv_enc, dw_enc, db_enc = loss_kernel(
-            writes, heads, values, indices, *factors[2:], matrix.matrix, matrix.on_atoms, weight, encoder, wanted
+        offset_ = None if offset is None else offset.detach().to(compute)
+        errors, _, dv_dec, dw_dec, d_offset, dv_enc, dw_enc, db_enc = loss_sums(
+            writes, heads, values, indices, *factors[2:], offset_, weight, encoder, wanted
         )
         if wanted:
-            d_offset = matrix.finish(dv_dec, dw_dec, *factors[2:], usage, states, weight)
             grads = (dv_enc, dw_enc, db_enc, dv_dec, dw_dec, d_offset)
             inputs = (v_enc, w_enc, b_enc, v_dec, w_dec, offset)
             ctx.save_for_backward(*inputs)  # what a second derivative would go to

@@ -2,7 +2,8 @@
 
 `preactivations` is dense and differentiable by autograd: the truth for tests. `blocks` walks the same recurrence token
 by token and hands out one block at a time; `backward` is the exact gradient of any function of the activations, one
-block of tokens at a time. None of the last two ever holds `[T, F]`.
+block of tokens at a time. None of the last two ever holds `[T, F]`. That is of scalar gates; of others, where there is
+no such recurrence, both come from states, a block of tokens at a time (`_encode_states.py`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...writes import Writes, _additions_by_position
+from .. import _encode_states
 
 BLOCK = 64  # tokens held at a time, times Hs * F
 
@@ -23,12 +25,15 @@ def preactivations(
     w_enc: Tensor,  # [Hs, F, r, V]
     heads: list[int],  # Hs value heads
     initial_state: Tensor | None = None,  # [N, H, K, V]
-    carry: Tensor | None = None,  # [N, Hs, F]  a_i before the first token
+    carry: Tensor | None = None,  # [N, Hs, F]  a_i before the first token; of other gates states [N, Hs, K, V]
 ) -> tuple[Tensor, Tensor]:
-    """`([B, T, Hs, F], [N, Hs, F])`: a_i(t) without bias for every token, and after each sequence's last. Scalar gates.
+    """`([B, T, Hs, F], [N, Hs, F])`: a_i(t) without bias for every token, and after each sequence's last.
 
     Dense: for tests and small inputs only.
     """
+    if writes.gate != "scalar":
+        state = carry if initial_state is None else initial_state[:, heads]
+        return _encode_states.preactivations(writes, v_enc, w_enc, heads, state)
     B = writes.shape[0]
     index = torch.tensor(heads, device=writes.left.device)
     left = writes.left[:, :, writes.left_head(index)].to(v_enc)  # [B, T, Hs, R, K]
@@ -100,10 +105,13 @@ def blocks(
     v_enc: Tensor,  # [Hs, F, r, K]
     w_enc: Tensor,  # [Hs, F, r, V]
     heads: list[int],
-    carry: Tensor,  # [N, Hs, F]  before the first token; after the last once exhausted
+    carry: Tensor,  # [N, Hs, F], or [N, Hs, K, V], before the first token; after the last once exhausted
     size: int = BLOCK,
 ) -> Iterator[tuple[int, int, int, Tensor]]:
     """Yields (batch row, first token, one past the last, a `[t, Hs, F]` without bias); overwrites `carry`."""
+    if writes.gate != "scalar":
+        yield from _encode_states.blocks(writes, v_enc, w_enc, heads, carry)
+        return
     factors = _Factors(writes, heads, v_enc)
     for n, b, start, stop in writes.sequences():
         for lo in range(start, stop, size):
@@ -122,6 +130,14 @@ def blocks(
                 last = a[:, t]
             carry[n] = last
             yield b, lo, hi, a.transpose(0, 1)
+
+
+def carried(writes: Writes, v_enc: Tensor, w_enc: Tensor, carry: Tensor) -> Tensor:
+    """`[N, Hs, F]` activations after each sequence's last token, from what `blocks` leaves in `carry`."""
+    if writes.gate == "scalar":
+        return carry
+    every = range(carry.shape[1])
+    return torch.stack([_encode_states.activations_of(carry[:, i], v_enc[i], w_enc[i]) for i in every], 1)
 
 
 def decay_matrix(decay: Tensor) -> Tensor:
