@@ -8,7 +8,7 @@ namespace writesae {
 
 template <class Module>
 void define_device_operators(Module& m) {
-  for_each_scan([&](auto rule) { define_scan(m, decltype(rule)::NAME); });
+  for_each_scan([&](auto rule) { define_scan<decltype(rule)>(m); });
   m.def(
       "encode_topk(Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc, Tensor w_enc, Tensor? b_enc, "
       "int k, Tensor? carry, Tensor? cu_seqlens, Tensor? edit_index, Tensor? edit_left, Tensor? edit_right, "

@@ -262,8 +262,9 @@ SSD = Case(
     fixed=("A", "D"), optional=("D",), step=ops.ssd_step, widened=(torch.float16,),
 )  # fmt: skip
 DPLR = Case(
-    "dplr", ops.RULES["dplr"], "channel", _dplr_inputs, _dplr, ("q", "k", "v"), "own", close=_close_g, mix=_mix_g
-)
+    "dplr", ops.RULES["dplr"], "channel", _dplr_inputs, _dplr, ("q", "k", "v"), "own", close=_close_g, mix=_mix_g,
+    step=ops.dplr_step,
+)  # fmt: skip
 GLA = replace(DPLR, name="gla", inputs=_gla_inputs)
 SELECTIVE_SCAN = Case(
     "selective_scan", ops.RULES["selective_scan"], "element", _selective_inputs, _selective, ("C", "B", "x"), "one",
@@ -398,6 +399,16 @@ def operator_inputs(case: Case, *sizes) -> dict[str, Tensor]:
     if case.gate == "channel":
         x["g"] = _log_decay(torch.Generator().manual_seed(0), *x["g"].shape, x["k"].shape[-1], decay="usual")
     return x
+
+
+def operator_erase(case: Case, B, T, Hk, H, K, V) -> tuple:
+    """a and b, which the operators of a low-rank rule take last, or None."""
+    if case.rule.transition != "low rank":
+        return ()
+    if "a" not in case.make(1, 1, 1, 1, 1, 1):
+        return None, None
+    x = case.make(B, T, H, H, K, V)
+    return x["a"], x["b"]
 
 
 # ---- running and comparing ------------------------------------------------------------------------------------------

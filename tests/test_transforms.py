@@ -205,6 +205,12 @@ def _arguments_of() -> dict[str, tuple]:
     step = (*(y[:, 0].contiguous() for y in x), state, 0.5, False, None, None, None, True)
     scans = {name: (*rule, True) for name in SCANS} | {f"{name}_backward": (*rule, *back) for name in SCANS}
     scans |= {f"{name}_step": step for name in SCANS}
+    # With a gate of each channel, and a and b.
+    channel = (*x[:3], -normal(B, T, H, K).abs(), x[4])
+    erase, erased = (normal(B, T, H, K), normal(B, T, H, K) / 4), (normal(B, T, H, V), normal(B, T, H, V))
+    low_rank = {"": (True, *erase), "_backward": (*back, *erase, *erased)}
+    scans |= {f"dplr{suffix}": (*channel, *rule[5:], *rest) for suffix, rest in low_rank.items()}
+    scans["dplr_step"] = (*(y[:, 0].contiguous() for y in channel), *step[5:], *(y[:, 0] for y in erase))
     writes = make_writes(generator, B, T, H, 1, K, V)
     v, w, b = floats(*dictionary(generator, H, F, K, V))
     first = (*floats(writes.decay, writes.left, writes.right), torch.arange(H), v, w)
@@ -269,6 +275,14 @@ def _of_floats(name):
 def _reference_of(scan: str):
     """The operator of a rule by its reference, on what has a gradient."""
     reference = getattr(import_module(f"writesae.ops.reference.{scan}"), scan)
+    if scan == "dplr":
+        none = [None] * 3
+
+        def low_rank(q, k, v, g, beta, s, a, b):
+            found = reference(q, k, v, g, beta, 0.5, s, False, *none, a, b)
+            return *found[:4], found[5]
+
+        return low_rank
     return lambda q, k, v, g, beta, s: reference(q, k, v, g, beta, 0.5, s, False, *[None] * 3)[:4]
 
 

@@ -120,8 +120,13 @@ def _cases() -> dict[str, Case]:
         state = state.clone()
         return ops.ssd_step(x, dt, A, B, C, state, D, backend=backend).o, state
 
+    def low_rank_step(backend, q, k, v, g, a, b, state):
+        state = state.clone()
+        return ops.dplr_step(q, k, v, g, state, a, b, backend=backend).o, state
+
     plain = gated_delta_rule_inputs(B, T, H, H, K, V)
     channel = -torch.nn.functional.softplus(normal(B, T, H, K))
+    low_rank = (plain["q"], plain["k"], plain["v"], channel, normal(B, T, H, K), normal(B, T, H, K) / 4)
     mamba = (normal(B, T, H, V), normal(B, T, H).abs(), -normal(H).abs(), normal(B, T, 1, K), normal(B, T, 1, K),
              normal(H), state)  # fmt: skip
     # A kernel's second derivative is refused; what has no kernel has one.
@@ -170,9 +175,9 @@ def _cases() -> dict[str, Case]:
             mamba_step, (*(y if y.ndim == 1 else y[:, 0] for y in mamba[:-1]), state),
             dict.fromkeys(DERIVATIVES, "ssd_step"),
         ),
-        "dplr": Case(
-            of("dplr"),
-            (plain["q"], plain["k"], plain["v"], channel, normal(B, T, H, K), normal(B, T, H, K) / 4, state), {},
+        "dplr": Case(of("dplr"), (*low_rank, state), {"vmap_under_backward": "dplr_backward: no backward"}),
+        "dplr_step": Case(
+            low_rank_step, (*(y[:, 0] for y in low_rank), state), dict.fromkeys(DERIVATIVES, "dplr_step"),
         ),
         "selective_scan": Case(
             of("selective_scan"),

@@ -158,8 +158,8 @@ __global__ void __launch_bounds__(32 * BACK_WARPS, KP <= 64 ? 4 : 1) starts(cons
 }
 
 template <class Rule, class T, int KP>
-__global__ void __launch_bounds__(32 * BACK_WARPS, KP <= 64 ? (Rule::READS || sizeof(T) == 2 ? 3 : 2) : 1)
-    reverse(const __grid_constant__ GivenBack<Rule> b) {
+__global__ void __launch_bounds__(32 * BACK_WARPS, KP <= 64 ? ((Rule::READS && !Rule::CHANNEL) || sizeof(T) == 2 ? 3 : 2)
+                                                            : 1) reverse(const __grid_constant__ GivenBack<Rule> b) {
   using Op = Operand<T>;
   constexpr int C = Op::CHUNK, STEP = Op::STEP, NK = KP / 8, NC = C / 8, EACH = Tile<T, KP>::EACH;
   constexpr int IMAGE = Triangle<T, C>::SIZE, SLAB_UNITS = 16 / EACH;

@@ -2,7 +2,7 @@
 
 from .causal_conv import causal_conv
 from .dplr import RULE as _dplr
-from .dplr import dplr
+from .dplr import dplr, dplr_step
 from .encode import Codes, activations, encode
 from .gated_delta_rule import RULE as _delta
 from .gated_delta_rule import gated_delta_rule, gated_delta_rule_step
@@ -30,6 +30,7 @@ __all__ = [
     "activations",
     "causal_conv",
     "dplr",
+    "dplr_step",
     "encode",
     "factored_loss",
     "first_nonfinite",

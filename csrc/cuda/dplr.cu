@@ -1,0 +1,35 @@
+// dplr on CUDA, the host's part.
+#include "dplr.cuh"
+
+#include "scan_call.cuh"
+#include "scan_step.cuh"
+
+namespace writesae::cuda::dplr {
+
+int64_t forward_workspace(const ScanParams& p, Plan plan) {
+  return p.a.data != nullptr ? lay_out<LowRankRule>(p, nullptr, plan).workspace
+                             : lay_out<AdditiveRule>(p, nullptr, plan).workspace;
+}
+
+void forward(const ScanParams& p, void* workspace, void* stream, Plan plan) {
+  const auto forward = p.a.data != nullptr ? run_forward<LowRankRule> : run_forward<AdditiveRule>;
+  forward(p, workspace, static_cast<tile::Stream>(stream), plan);
+}
+
+int64_t backward_workspace(const ScanBackwardParams& p) {
+  if (p.in.a.data != nullptr)
+    throw std::invalid_argument("dplr_backward: the CUDA kernel has no backward of an erase (a and b), got K = " +
+                                std::to_string(p.in.K));
+  return lay_out_backward<AdditiveRule>(p, nullptr).workspace;
+}
+
+void backward(const ScanBackwardParams& p, void* workspace, void* stream) {
+  run_scan_backward<AdditiveRule>(p, workspace, static_cast<tile::Stream>(stream));
+}
+
+void step(const ScanStepParams& p, void* stream) {
+  const auto step = p.a.data != nullptr ? run_step<LowRankRule> : run_step<AdditiveRule>;
+  step(p, static_cast<tile::Stream>(stream));
+}
+
+}  // namespace writesae::cuda::dplr
