@@ -73,7 +73,8 @@ def _names_in(kind: type) -> tuple[tuple[dict, tuple[str, ...]], ...]:
         if not isinstance(method, FunctionType) or id(method) in looked:
             continue
         looked.add(id(method))
-        space, chain = method.__globals__, ()
+        space = method.__globals__
+        chain: tuple[str, ...] = ()
         for i in dis.get_instructions(method):
             if i.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
                 chain = (i.argval,)
