@@ -205,7 +205,7 @@ def _delta_binding(name: str, kind: str, model: str, functions: str, *gate: str,
         Binding(
             name=name, kind=kind, models=(f"{model} in flash-linear-attention",), rule=DELTA,
             recurrences=_delta_rule(functions, *gate), value="v", strength="beta", queries=_delta_queries,
-            stand_ins=fla_stand_ins.install, **more,
+            stand_ins=fla_stand_ins.install, origin=("fla.ops.",), **more,
         )
     )  # fmt: skip
 
@@ -260,7 +260,7 @@ def _additive_binding(name: str, kind: str, model: str, **more: Any) -> Binding:
     return register(
         Binding(
             name=name, kind=kind, models=(f"{model} in flash-linear-attention",), value="v", gate="channel", rule=DPLR,
-            queries=_queries("q"), stand_ins=fla_stand_ins.install, **more,
+            queries=_queries("q"), stand_ins=fla_stand_ins.install, origin=("fla.ops.",), **more,
         )
     )  # fmt: skip
 
@@ -328,6 +328,7 @@ RETENTION = register(
         queries=_queries("C"),
         home=("fla.layers.multiscale_retention",),
         stand_ins=fla_stand_ins.install,
+        origin=("fla.ops.",),
     )
 )
 
@@ -383,5 +384,6 @@ RWKV7 = register(
         queries=_queries("q"),
         home=("fla.layers.rwkv7",),
         stand_ins=fla_stand_ins.install,
+        origin=("fla.ops.",),
     )
 )  # fmt: skip
