@@ -127,7 +127,7 @@ def main() -> None:
         loss = json.loads(losses.read_text()).get("validation", {}).get("loss") if losses.exists() else None
         for target in args.target:
             if target == "state" and binding.gate != "scalar":
-                continue  # states of other gates have no encoder from writes
+                continue  # the paper has states of this gate alone
             rule = f"{binding.rule.name}, {binding.gate} gate"
             rows.append(row(name, rule, target, sites, loss, tested(folder, place, target, sites, args)))
             write_json(args.work / "families.json", {"rows": rows, "paper": PAPER})
