@@ -101,8 +101,6 @@ def test_block_refuses_what_it_cannot_rebuild():
         Block([ok], 4)
     channel = Writes(ok.decay[..., None].expand(*ok.decay.shape, K), ok.left, ok.right)
     places = torch.tensor([0, 2]), torch.tensor([3, 0])
-    with pytest.raises(ValueError, match="scalar gate"):
-        Block([channel], 0)
     assert torch.equal(Block([channel], 0, "write").examples(*places), Block([ok], 0, "write").examples(*places))
     ok.right[1, 7, 3, 0, 2] = float("nan")
     with pytest.raises(ValueError, match="NaN or infinity in right: passage 1, position 7, head 3"):

@@ -14,6 +14,7 @@ EXTRAS = {
     "experiments": ("scipy", "statsmodels", "scikit-learn", "matplotlib", "jinja2"),
     "datasets": ("datasets",),
     "pandas": ("pandas",),
+    "mamba": ("mamba-ssm", "causal-conv1d", "einops", "triton"),
 }
 
 _TRANSITIONS = {"none": "nothing erased", "delta": "erases what its key reads", "low rank": "low-rank erase"}

@@ -29,6 +29,8 @@ To add a family, write one file `models/NAME.py` that holds its table, in this o
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -135,8 +137,7 @@ class Binding:
         value, strength: names of rule inputs. A token writes `strength [B, T, H] * (value [B, T, H, V] - what is
             erased)`; strength None is 1. Of a rule without an axis of heads both are `[B, T, V]`.
         queries: `queries(call)`, `[B, T, Hk, K]`: what reads the states, normalised and scaled, in the dtype given.
-        gate: kind of gate of its calls, one of `rule.gates`. Dictionaries of states encode from writes under "scalar"
-            alone.
+        gate: kind of gate of its calls, one of `rule.gates`.
         one_head_a_call: a layer calls the functions once for each of its value heads, in order, with that head alone.
         inline: classes of layers that have the recurrence written out in their forward. The forward itself is the one
             of `recurrences` then, for whole sequences and for one token: `bind` and `answer` do what it does around the
@@ -150,9 +151,12 @@ class Binding:
             use_precomputed) -> (y, kept)` of their own.
         bypasses: names that would go past the functions, of globals or of the layer's attributes, with what stands
             there while the layer is intercepted (a function that answers None, a flag that is False).
-        stand_ins: `stand_ins(owner)`, for layers whose own code cannot run on every machine: where it cannot, has owner
-            put in place what they need beside their functions, and answers True. Then all layers run on the rule,
-            whoever is intercepted.
+        origin: prefixes of the modules in which the functions are defined. A layer that no known library defines (code
+            that comes with a model) is of the family if it calls one of those, by whatever name.
+        on_cpu: names of functions that run on GPUs alone, with the same in torch, called where tensors are on a CPU.
+        stand_ins: `stand_ins(owner, layers)`, for layers whose own code cannot run on every machine: where it cannot,
+            has owner put in place what they need beside their functions, and answers True. Then all layers run on the
+            rule, whoever is intercepted.
     """
 
     name: str
@@ -173,7 +177,9 @@ class Binding:
     convs: tuple[str, ...] = ()
     conv_modules: Callable[[nn.Module], list[nn.Conv1d]] = lambda module: []
     bypasses: Mapping[str, Any] = field(default_factory=dict)
-    stand_ins: Callable[[Owner], bool] | None = None
+    origin: tuple[str, ...] = ("transformers.models.",)
+    on_cpu: Mapping[str, Callable] = field(default_factory=dict)
+    stand_ins: Callable[[Owner, list[nn.Module]], bool] | None = None
 
     def recurrence(self, name: str) -> Recurrence | None:
         """The function that layers look up by this name."""
@@ -182,6 +188,33 @@ class Binding:
     def stands_in_for(self, name: str) -> bool:
         """Whether it is the name of a recurrence, a short convolution or a bypass of the family."""
         return self.recurrence(name) is not None or name in self.convs or name in self.bypasses
+
+    def identified(self, function: Any) -> str | None:
+        """The family's name of a function that is defined in `origin`, whatever a layer calls it; None of others."""
+        if not callable(function):
+            return None
+        function = inspect.unwrap(function)
+        name, home = getattr(function, "__name__", None), getattr(function, "__module__", None)
+        if not isinstance(name, str) or not isinstance(home, str) or not home.startswith(self.origin):
+            return None
+        return name if self.stands_in_for(name) else None
+
+    def known_as(self, name: str, function: Any) -> str:
+        """The family's name of a function that a layer looks up by `name`."""
+        return name if self.stands_in_for(name) else self.identified(function) or name
+
+    def usable(self, name: str, original: Any) -> Any:
+        """The function of this name (some releases have None), which on a CPU goes by `on_cpu`."""
+        instead = self.on_cpu.get(name)
+        if instead is None:
+            return original
+
+        def either(*args, **kwargs):
+            tensor = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+            on_cpu = original is None or tensor.device.type == "cpu"
+            return (instead if on_cpu else original)(*args, **kwargs)
+
+        return either if original is None else functools.wraps(original)(either)
 
     def index(self, module: nn.Module) -> int:
         """A layer's number in its model."""

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import threading
 import warnings
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_mode
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import ops
 from ..edits import Edits
 from ..firings import Firings
 from ..ops._transforms import transformed
-from ..ops.reference.encode import topk
 from ..writes import Writes
 from .binding import LayerSite
 from .frame import Frame
@@ -28,31 +27,6 @@ from .transfer import ToHost
 
 DENSE_KINDS = ("matrix", "flat")  # their encoder reads whole states
 _DENSE_BLOCK = 64  # states held at a time on that path
-
-
-class _Codes(NamedTuple):
-    values: Tensor  # [t, n]; those above 0 fire
-    indices: Tensor
-
-
-@dataclass(eq=False)
-class _OfStates:
-    """A bilinear dictionary of states where writes do not tell its codes (a gate that is not scalar): it reads states,
-    as the dense kinds do."""
-
-    v_enc: Tensor  # [F, r, K]
-    w_enc: Tensor  # [F, r, V]
-    b_enc: Tensor  # [F]
-    k: int
-    threshold: Tensor | None  # scalar or [F]
-
-    def encode(self, X: Tensor) -> _Codes:
-        """Of states `[t, K, V]`, one at a time."""
-        pre = torch.stack([((self.v_enc @ state) * self.w_enc).sum((1, 2)) for state in X]) + self.b_enc
-        if self.threshold is None:
-            return _Codes(*topk(pre, self.k))
-        values = torch.where(pre > self.threshold, pre, 0)
-        return _Codes(values, torch.arange(pre.shape[-1], device=pre.device).expand_as(pre))
 
 
 @dataclass(eq=False)
@@ -101,7 +75,7 @@ class Tap:
         self._groups: dict[int, list[_Group]] = {}
         self._fire_per_token = 0  # of all layers, top-k alone
         self._dense: dict[int, dict[int, Any]] = {}
-        self._carries: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # cache -> {(layer, group): ...}
+        self._carries: MutableMapping = WeakIdKeyDictionary()  # cache (not all can be hashed) -> {(layer, group): ...}
 
     def __repr__(self) -> str:
         sites = [(layer, head) for layer, heads in self._sites.items() for head in heads]
@@ -172,13 +146,6 @@ class Tap:
                 factors = (*sae.encoder(), *(sae.atoms() if pursued else ()))
                 factors = tuple(x.detach().to(device, torch.float32) for x in factors)
                 of_writes = getattr(sae, "target", "state") == "write"
-                if sites[layer].binding.gate != "scalar" and not of_writes:
-                    threshold = sae.threshold
-                    if threshold is not None:
-                        threshold = torch.as_tensor(threshold).detach().to(device, torch.float32)
-                    v_enc, w_enc, b_enc, *_ = factors
-                    self._dense.setdefault(layer, {})[head] = _OfStates(v_enc, w_enc, b_enc, int(sae.k), threshold)
-                    continue
                 key = (*factors[0].shape, int(sae.k), sae.threshold is None, of_writes, pursued)
                 alike.setdefault(key, []).append((head, sae, factors))
             for (F, _, _, k, top, of_writes, _), members in alike.items():
@@ -199,9 +166,8 @@ class Tap:
         if self._dense:
             where = ", ".join(f"layer {layer} head {head}" for layer, by in self._dense.items() for head in by)
             warnings.warn(
-                f"attach: slow path for {where}: a dense encoder, and any encoder of states under a channel gate or an "
-                "element gate, reads whole states, which have to be rebuilt token by token; dictionaries of kind "
-                '"bilinear" do without under a gate a head, and those of writes under any',
+                f"attach: slow path for {where}: a dense encoder reads whole states, which have to be rebuilt token by "
+                'token; dictionaries of kind "bilinear" do without',
                 RuntimeWarning,
                 stacklevel=5,
             )
@@ -300,7 +266,9 @@ class Tap:
     def _encode(self, group: _Group, key, cache, writes, initial_state, final_state):
         """Codes of one group, carrying pre-activations on from the last call where the cache's state is still that."""
         if group.of_writes:
-            writes, cache = writes.memoryless(), None
+            writes = writes.memoryless()
+        if group.of_writes or writes.gate != "scalar":  # of other gates the state itself is what goes on
+            cache = None
         carry = None
         # On a device, comparing states would wait for it; reading the carry off the state costs a product and no wait.
         keeps = writes.right.device.type == "cpu"

@@ -21,10 +21,9 @@ class Block:
     """Writes of one head over N passages of T tokens, float32 (or the writes' own wider dtype), on the writes' device.
 
     Args:
-        writes: batches of passages of one length, unpacked, no edits; concatenated in order. For states of a scalar
-            gate.
+        writes: batches of passages of one length, unpacked, no edits; concatenated in order. Of any gate.
         head: value head.
-        target: what `examples` are, "state" or "write". Of the latter no states can be asked for, and any gate will do.
+        target: what `examples` are, "state" or "write". Of the latter no states can be asked for.
         root: `[K, K]` symmetric; multiplies the key side of all writes and states, or None. See `readers.py`.
 
     Raises:
@@ -36,9 +35,8 @@ class Block:
         left: list[Tensor] = []
         right: list[Tensor] = []
         first: list[Tensor] = []
+        self.gate, self.matrix = "scalar", None  # [K, V] decay_matrix, of an element gate
         for part in writes:
-            if target == "state":
-                part.require_scalar("writes")
             if part.cu_seqlens is not None or (part.edits is not None and len(part.edits)):
                 raise ValueError("writes: training needs plain passages, got a packed batch or edits")
             one = part.head(head) if target == "state" else part.head(head).memoryless()
@@ -46,17 +44,20 @@ class Block:
             for found, x in ((decay, one.decay), (left, one.left), (right, one.right)):
                 found.append(x.squeeze(2).to(dtype))
             B, _, _, K, V = one.shape
-            state = one.initial_state
+            self.gate, state = one.gate, one.initial_state
+            self.matrix = None if one.decay_matrix is None else one.decay_matrix[0].to(right[-1])
             first.append(right[-1].new_zeros(B, K, V) if state is None else state.squeeze(1).to(dtype))
-        self.decay, self.left, self.right = torch.cat(decay), torch.cat(left), torch.cat(right)  # [N,T] [N,T,R,*]
+        self.decay, self.left, self.right = torch.cat(decay), torch.cat(left), torch.cat(right)  # [N,T,*] [N,T,R,*]
         for name in ("decay", "left", "right"):
-            bad = ~torch.isfinite(getattr(self, name)).flatten(2 if name != "decay" else 1)
+            bad = ~torch.isfinite(getattr(self, name)).reshape(*self.right.shape[:2], -1)
             if bool(bad.any()):
-                row, position = (bad if name == "decay" else bad.any(2)).nonzero()[0].tolist()
+                row, position = bad.any(2).nonzero()[0].tolist()
                 raise ValueError(f"writes: NaN or infinity in {name}: passage {row}, position {position}, head {head}")
         self.first = torch.cat(first)
         self.target, self.root = target, None if root is None else root.to(self.right)
-        if self.root is not None:
+        # A gate of channels does not commute with the root, which then comes last.
+        self._folded = self.root is not None and self.gate == "scalar"
+        if self.root is not None and self._folded:
             self.left, self.first = self.left @ self.root, self.root @ self.first
         self._starts = bool(self.first.any())
         N, T, R, K = self.left.shape
@@ -68,20 +69,28 @@ class Block:
         pads = self._columns()
         if pad:
             pads = [torch.nn.functional.pad(x, (0, 0) * (x.ndim - 2) + (0, pad)) for x in pads]
+        # [N, chunks, CHUNK, *] and [N, chunks, CHUNK, R, *]
         self._decay, self._left, self._right = (x.unflatten(1, (-1, CHUNK)) for x in pads)
-        self._left, self._right = self._left.flatten(2, 3), self._right.flatten(2, 3)  # [N, chunks, CHUNK * R, *]
-        self._total = self._decay.cumsum(2)  # [N, chunks, CHUNK]
         state, before = self.first, []
         for c in range(self._decay.shape[1]):
             before.append(state)
-            total = self._total[:, c]
-            weight = (total[:, -1:] - total).exp().repeat_interleave(R, 1)
-            state = total[:, -1].exp()[:, None, None] * state
-            state = state + (self._left[:, c] * weight[..., None]).transpose(1, 2) @ self._right[:, c]
+            state = self._advance(state, self._decay[:, c], self._left[:, c], self._right[:, c])
         self._before = torch.stack(before, 1)  # [N, chunks, K, V]
 
     def _columns(self):
-        return self.decay, self.left, self.right
+        decay = self.decay[..., None] if self.gate == "scalar" else self.decay
+        return decay, self.left, self.right
+
+    def _advance(self, state: Tensor, decay: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """States `[P, K, V]` after a chunk: decay `[P, CHUNK, 1 or K or V]`, left, right `[P, CHUNK, R, *]`."""
+        if self.matrix is not None:
+            for t in range(CHUNK):
+                state = (decay[:, t, None] * self.matrix).exp() * state + left[:, t].mT @ right[:, t]
+            return state
+        # Sums of what follows a token, never differences of sums: a gate may be as strong as it likes.
+        after = torch.cat([decay[:, 1:], torch.zeros_like(decay[:, :1])], 1).flip(1).cumsum(1).flip(1)
+        state = decay.sum(1).exp()[..., None] * state
+        return state + (left * after.exp()[:, :, None]).flatten(1, 2).mT @ right.flatten(1, 2)
 
     @property
     def device(self) -> torch.device:
@@ -98,15 +107,11 @@ class Block:
         if self.target != "state":
             raise ValueError("target: expected a block of states, got one of writes, which keeps none")
         chunk, offset = positions // CHUNK, positions % CHUNK
-        total = self._total[rows, chunk]  # [P, CHUNK]
-        here = total.gather(1, offset[:, None])
-        past = torch.arange(CHUNK, device=offset.device) <= offset[:, None]
-        # The exponent is masked before exp: a later token's would be large, and inf * 0 is NaN.
-        weight = (here - total).masked_fill(~past, float("-inf")).exp()
-        weight = weight.repeat_interleave(self.left.shape[-2], 1)
-        left, right = self._left[rows, chunk], self._right[rows, chunk]
-        written = (left * weight[..., None]).transpose(1, 2) @ right
-        return written + here.exp()[..., None] * self._before[rows, chunk]
+        later = torch.arange(CHUNK, device=offset.device) > offset[:, None]
+        decay = self._decay[rows, chunk].masked_fill(later[..., None], 0)
+        left = self._left[rows, chunk].masked_fill(later[..., None, None], 0)
+        found = self._advance(self._before[rows, chunk], decay, left, self._right[rows, chunk])
+        return found if self.root is None or self._folded else self.root @ found
 
     def examples(self, rows: Tensor, positions: Tensor) -> Tensor:
         """`[P, K, V]` of what the target is at (row, position): states, or writes."""
@@ -116,15 +121,26 @@ class Block:
 
     def natives(self, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """The writes themselves at (row, position): left `[P, R, K]` and right `[P, R, V]`."""
-        return self.left[rows, positions], self.right[rows, positions]
+        left = self.left[rows, positions]
+        return left if self.root is None or self._folded else left @ self.root, self.right[rows, positions]
 
     def write_norms(self) -> Tensor:
         """`[N, T]` Frobenius norm of every token's write (for R = 2, the root of the sum of squares)."""
-        return (self.left.norm(dim=-1) * self.right.norm(dim=-1)).square().sum(-1).sqrt()
+        left = self.left if self.root is None or self._folded else self.left @ self.root
+        return (left.norm(dim=-1) * self.right.norm(dim=-1)).square().sum(-1).sqrt()
 
     def writes(self, rows: Tensor, scale: float = 1.0) -> Writes:
-        """Those passages as `Writes` of one head, with the states multiplied by `scale`."""
+        """Those passages as `Writes` of one head, with the states multiplied by `scale`.
+
+        Raises:
+            ValueError: a root under a gate that does not commute with it.
+        """
+        if self.root is not None and not self._folded:
+            raise ValueError(
+                f"root: expected none under the {self.gate} gate of these writes, whose states are no writes"
+            )
         return Writes(
             self.decay[rows][:, :, None], self.left[rows][:, :, None], self.right[rows][:, :, None] * scale,
+            decay_matrix=None if self.matrix is None else self.matrix[None],
             initial_state=self.first[rows][:, None] * scale if self._starts else None,
         )  # fmt: skip

@@ -43,7 +43,8 @@ class TrainConfig:
         normalize_every: decoder factors to unit norm every so many steps.
         centred: subtract the mean training state (a dictionary of writes has none).
         init: atoms start from native "writes", from singular vectors of "states", or "random".
-        path: "dense" forms the sampled states, "factored" forms none, "auto" chooses by the size of the head.
+        path: "dense" forms the sampled states, "factored" encodes whole passages without (under other gates than one a
+            head the loss forms those of a block of tokens), "auto" chooses by the gate and the size of the head.
         prepare: passages of the initial pass that estimates mean, scale and initial atoms.
         seed: of everything.
 
@@ -124,11 +125,13 @@ class TrainConfig:
         if self.path == "factored" and not factored:
             raise ValueError(f"path: kind {self.kind} has a dense encoder or dense atoms: it trains by path dense only")
 
-    def resolved_path(self, K: int, V: int) -> str:
-        """ "dense" or "factored" for a head of this size."""
+    def resolved_path(self, K: int, V: int, gate: str = "scalar") -> str:
+        """ "dense" or "factored" for a head of this size and gate."""
         if self.path != "auto" or self.target == "write":
             return "dense" if self.path == "auto" else self.path
         factored = self.kind in BILINEAR and self.kind in RANK_ONE and self.sparsity == "topk"
+        # Under an element gate encoding goes over all states, in the readers' metric other gates leave no writes.
+        factored &= gate == "scalar" or (gate == "channel" and self.metric == "frobenius")
         return "factored" if factored and K * V > _DENSE_UP_TO else "dense"
 
     def rate(self, step: int) -> float:

@@ -66,7 +66,7 @@ class SiteTrainer:
     def __init__(self, layer: int, head: int, config: TrainConfig, block: Block):
         self.layer, self.head, self.config = layer, head, config
         N, T, K, V = block.shape
-        self.path, self.root = config.resolved_path(K, V), block.root
+        self.path, self.root = config.resolved_path(K, V, block.gate), block.root
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator(config.seed, "init", layer, head).initial_seed())
             c = config
