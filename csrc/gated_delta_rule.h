@@ -28,6 +28,7 @@ void step(const ScanStepParams& p, void* stream);
 // For scan_operators.h.
 struct GatedDeltaRule {
   static constexpr const char* NAME = "gated_delta_rule";
+  static constexpr bool LOW_RANK = false;
   static constexpr bool CHANNEL_GATE = true;
 #if WRITESAE_SIDE == 0
   static constexpr auto forward = cpu::gated_delta_rule::forward;

@@ -29,6 +29,19 @@ Params scan_common(const char* op, bool channel_gates, const Tensor& q, const Te
   return p;
 }
 
+// a and b of a low-rank erase, both of the shape that keys have with a head a value head, or neither.
+template <class Params>
+void scan_erase(const char* op, std::initializer_list<int64_t> shape, const std::optional<Tensor>& a,
+                const std::optional<Tensor>& b, Params& p, std::vector<Tensor>& keep) {
+  STD_TORCH_CHECK(a.has_value() == b.has_value(), op, ": a and b come together or not at all");
+  if (!a.has_value()) return;
+  STD_TORCH_CHECK(p.channel_gate, op, ": with a and b, g must have a channel axis");
+  check_shape(op, "a", *a, shape);
+  check_shape(op, "b", *b, shape);
+  p.a = view(op, "a", *a, true, keep);
+  p.b = view(op, "b", *b, true, keep);
+}
+
 // Everything but the outputs. Shapes are checked again here, though the Python wrapper says more.
 inline ScanParams scan_inputs(const char* op, bool channel_gates, const Tensor& q, const Tensor& k, const Tensor& v,
                               const Tensor& g, const Tensor& beta, double scale, const std::optional<Tensor>& initial_state,

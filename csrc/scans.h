@@ -1,6 +1,7 @@
 // Every write rule that is a scan, for the tables of operators.
 #pragma once
 
+#include "dplr.h"
 #include "gated_delta_rule.h"
 #include "ssd.h"
 
@@ -11,6 +12,7 @@ template <class F>
 void for_each_scan(const F& f) {
   f(GatedDeltaRule{});
   f(Ssd{});
+  f(Dplr{});
 }
 
 }  // namespace writesae

@@ -28,6 +28,7 @@ void step(const ScanStepParams& p, void* stream);
 // For scan_operators.h.
 struct Ssd {
   static constexpr const char* NAME = "ssd";
+  static constexpr bool LOW_RANK = false;
 #if WRITESAE_SIDE == 0
   static constexpr bool CHANNEL_GATE = true;
   static constexpr auto forward = cpu::ssd::forward;

@@ -262,12 +262,13 @@ SSD = Case(
     fixed=("A", "D"), optional=("D",), step=ops.ssd_step, widened=(torch.float16,),
 )  # fmt: skip
 DPLR = Case(
-    "dplr", ops.RULES["dplr"], "channel", _dplr_inputs, _dplr, ("q", "k", "v"), "own", close=_close_g, mix=_mix_g
-)
+    "dplr", ops.RULES["dplr"], "channel", _dplr_inputs, _dplr, ("q", "k", "v"), "own", close=_close_g, mix=_mix_g,
+    step=ops.dplr_step,
+)  # fmt: skip
 GLA = replace(DPLR, name="gla", inputs=_gla_inputs)
 SELECTIVE_SCAN = Case(
     "selective_scan", ops.RULES["selective_scan"], "element", _selective_inputs, _selective, ("C", "B", "x"), "one",
-    skip=_selective_skip, close=_close_dt, mix=_mix_dt, fixed=("A", "D"), optional=("D",),
+    skip=_selective_skip, close=_close_dt, mix=_mix_dt, fixed=("A", "D"), optional=("D",), step=ops.selective_scan_step,
 )  # fmt: skip
 CASES = [GATED_DELTA_RULE, KDA, SSD, DPLR, GLA, SELECTIVE_SCAN]
 
@@ -296,7 +297,9 @@ def targets(case: Case, which: str = "all", gradient: bool = False) -> list[Targ
 
 
 def cases(which: str = "all", gradient: bool = False) -> list[Case]:
-    """Those with a target; which: as in `targets`, or a kind of target."""
+    """Those with a target; which: as in `targets`, or a kind of target, or "scans": of the CPU, in csrc/scan.h."""
+    if which == "scans":
+        return [case for case in cases("cpu", gradient) if case.heads != "one"]
     if which in ("reference", "cpu"):
         return [case for case in CASES if any(t.kind == which for t in targets(case, "few", gradient))]
     return [case for case in CASES if targets(case, which, gradient)]
@@ -398,6 +401,16 @@ def operator_inputs(case: Case, *sizes) -> dict[str, Tensor]:
     if case.gate == "channel":
         x["g"] = _log_decay(torch.Generator().manual_seed(0), *x["g"].shape, x["k"].shape[-1], decay="usual")
     return x
+
+
+def operator_erase(case: Case, B, T, Hk, H, K, V) -> tuple:
+    """a and b, which the operators of a low-rank rule take last, or None."""
+    if case.rule.transition != "low rank":
+        return ()
+    if "a" not in case.make(1, 1, 1, 1, 1, 1):
+        return None, None
+    x = case.make(B, T, H, H, K, V)
+    return x["a"], x["b"]
 
 
 # ---- running and comparing ------------------------------------------------------------------------------------------

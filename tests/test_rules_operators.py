@@ -12,7 +12,7 @@ from writesae import ops
 from writesae.ops._dispatch import kernel_error, operators
 from writesae.ops.scan import pack_edits
 
-KIND = "cpu"  # cases that have a kernel there
+KIND = "scans"  # cases whose operators are alike
 
 
 def operator(case, suffix=""):
@@ -20,6 +20,7 @@ def operator(case, suffix=""):
 
 
 def arguments(case, edits=True, writes=True):
+    """Of the scan's operator; its backward's but for what the forward made."""
     packed = pack_edits(edits_for(2, [4, 6], 2, 8, 12)) if edits else (None, None, None)
     places = torch.tensor([[0, 1], [1, 5]]) if edits else None
     offsets = torch.tensor([0, 4, 10]) if edits else None
@@ -33,6 +34,7 @@ def arguments(case, edits=True, writes=True):
         *packed,
         places,
         writes,
+        *rules.operator_erase(case, 1, 10, 1, 2, 8, 12),
     )
 
 
@@ -57,16 +59,19 @@ def test_opcheck_step(writes, step_case):
     case = step_case
     x = [value[:, 0].contiguous() for value in rules.operator_inputs(case, 2, 1, 1, 2, 8, 12).values()]
     normalised = "use_qk_l2norm" in case.options
-    given = (*x, torch.randn(2, 2, 8, 12), 0.5, normalised, None, None, None, writes)
+    erase = (y if y is None else y[:, 0].contiguous() for y in rules.operator_erase(case, 2, 1, 1, 2, 8, 12))
+    given = (*x, torch.randn(2, 2, 8, 12), 0.5, normalised, None, None, None, writes, *erase)
     torch.library.opcheck(operator(case, "_step").default, given)
 
 
 def test_opcheck_backward(case):
     if not has_backward(case):
         pytest.skip("no backward")
-    given = arguments(case)[:-1]
-    outputs = operator(case)(*given, True)
-    gradients = (outputs[3], *(torch.randn_like(x) for x in outputs))
+    given, erase = arguments(case)[:13], arguments(case)[14:]
+    outputs = operator(case)(*given, True, *erase)
+    gradients = [outputs[3], *(torch.randn_like(x) for x in outputs[:5]), *erase]
+    if erase:
+        gradients += [None, None] if erase[0] is None else [outputs[5], torch.randn_like(outputs[5])]
     torch.library.opcheck(operator(case, "_backward").default, (*given, *gradients))
     bad = [*given, *gradients]
     bad[14] = gradients[1][:, :5]
@@ -105,7 +110,10 @@ def test_without_writes(case):
         given = with_gradients(arguments(case, writes=writes))
         operator(case)(*given)[0].sum().backward()
         found.append([x.grad for x in given if isinstance(x, torch.Tensor) and x.grad is not None])
-    assert len(found[0]) == 7 and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    erase = arguments(case)[14:]
+    assert len(found[0]) == 7 + sum(x is not None for x in erase) and all(
+        torch.equal(a, b) for a, b in zip(*found, strict=True)
+    )
 
 
 def test_no_second_derivative(case):
@@ -123,6 +131,7 @@ def test_no_tokens_leave_the_state(case):
     start = torch.randn(2, 2, 16, 24)
     for target in rules.targets(case, "kernels"):
         given = [*x, 1.0, start, False, torch.tensor([0, 0, 0]), *[None] * 4, True]
+        given += rules.operator_erase(case, 1, 0, 1, 2, 16, 24)
         given = [target.put(y) for y in given]
         with target.in_use():
             final = getattr(operators(target.kind), case.rule.name)(*given)[1]

@@ -9,6 +9,7 @@ namespace {
 
 struct Rule {
   static constexpr bool READS = true;
+  static constexpr bool LOW_RANK = false;
 };
 
 }  // namespace

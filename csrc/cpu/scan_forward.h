@@ -20,7 +20,7 @@ struct Item {
   int64_t n, h, b, origin;      // sequence, value head, its batch row and first token
   int64_t first, last, length;  // positions of the tile inside the sequence, and its whole length
   const float* prepared;        // [chunk][K / 16][ROWS][16]
-  const float* dots;            // [chunk][2][C][C]
+  const float* dots;            // [chunk][DOTS][C][C]
   const float* gate;            // [tile]  e^g, where it is a head's
   const float* beta;            // [tile]
   int64_t edit, edit_end;       // edits of (sequence, head) from this tile on
@@ -69,7 +69,7 @@ inline void touch(void* rows, int64_t row_size, int64_t first, int64_t last) {
 template <class Form, class Fill>
 void one_token(const ScanStepParams& p, const Parallel& parallel, const Fill& fill) {
   const Kernels<Form> kernel = kernels<Form>();
-  const int64_t worker_size = 3 * round_up(p.K, 16) + (p.K + 1) * kernel.lanes * kernel.vectors;
+  const int64_t worker_size = (Form::LOW_RANK ? 5 : 3) * round_up(p.K, 16) + (p.K + 1) * kernel.lanes * kernel.vectors;
   const Buffer memory(worker_size * parallel.threads);
   for_each(parallel, p.B * p.H, [&](int64_t i, int64_t worker) {
     const int64_t b = i / p.H, h = i % p.H;
@@ -86,10 +86,11 @@ void scan_one_token(const ScanParams& p, const Parallel& parallel) {
   ScanStepParams step = {};
   step.B = p.B, step.Hk = p.Hk, step.H = p.H, step.K = p.K, step.V = p.V;
   step.q = row(p.q), step.k = row(p.k), step.v = row(p.v), step.g = row(p.g), step.beta = row(p.beta);
+  step.a = row(p.a), step.b = row(p.b);
   step.channel_gate = p.channel_gate;
   step.scale = p.scale, step.use_qk_l2norm = p.use_qk_l2norm;
   step.state = p.final_state, step.edits = p.edits;
-  step.o = p.o, step.o_type = p.o_type, step.left = p.left, step.right = p.right;
+  step.o = p.o, step.o_type = p.o_type, step.left = p.left, step.right = p.right, step.erased = p.erased;
   const int64_t size = p.K * p.V, row_size = p.H * size;
   one_token<Form>(step, parallel, [&](int64_t i, float* state) {
     if (p.initial_state != nullptr) {
@@ -136,14 +137,14 @@ void forward_of(const ScanParams& p, const Parallel& parallel) {
   };
 
   // A tile: so many tokens, and so many sequences side by side, that what is prepared for them stays near the core.
-  constexpr int64_t ROWS = portable::ROWS<Form>;
+  constexpr int64_t ROWS = portable::ROWS<Form>, DOTS = portable::DOTS<Form>;
   const int64_t heads = Form::CHANNEL ? p.H : p.Hk, values = p.H / heads;  // heads to prepare, value heads of each
-  const int64_t padded = round_up(K, 16), per_token = heads * (ROWS * padded / CHUNK + 2 * CHUNK) + p.H * 2;
+  const int64_t padded = round_up(K, 16), per_token = heads * (ROWS * padded / CHUNK + DOTS * CHUNK) + p.H * 2;
   int64_t tile = std::min<int64_t>(std::max<int64_t>(SCRATCH_FLOATS / per_token / PART * PART, PART), 1024);
   tile = std::min(tile, round_up(std::max<int64_t>(longest, 1), CHUNK));
   const int64_t together = std::clamp<int64_t>(SCRATCH_FLOATS / (per_token * tile), 1, std::max<int64_t>(p.N, 1));
   const int64_t chunks = round_up(tile, CHUNK) / CHUNK, parts = (tile + PART - 1) / PART;
-  const int64_t prepared_size = chunks * padded * ROWS, dots_size = chunks * 2 * CHUNK * CHUNK;
+  const int64_t prepared_size = chunks * padded * ROWS, dots_size = chunks * DOTS * CHUNK * CHUNK;
   const Buffer prepared(together * heads * prepared_size), dots(together * heads * dots_size);
   const Buffer gate(together * p.H * tile), beta(together * p.H * tile);
   // Blocks of two vectors, unless that would leave threads without work.
@@ -169,11 +170,12 @@ void forward_of(const ScanParams& p, const Parallel& parallel) {
         if (head == 0) {  // the rows of all heads lie together
           const int64_t row = s.b * p.T + s.origin;
           touch(p.o, p.H * V * element_size(p.o_type), row + from, row + to);
-          if (p.right != nullptr) touch(p.right, p.H * V * sizeof(float), row + from, row + to);
+          for (float* written : {p.right, Form::LOW_RANK ? p.erased : nullptr})
+            if (written != nullptr) touch(written, p.H * V * sizeof(float), row + from, row + to);
         }
         const int64_t chunk = (m * heads + head) * chunks + part * PART / CHUNK;
         kernel.prepare(p, s.b, s.origin, from, to, head, memory + worker * worker_size, prepared + chunk * padded * ROWS,
-                       dots + chunk * 2 * CHUNK * CHUNK);
+                       dots + chunk * DOTS * CHUNK * CHUNK);
         for (int64_t h = head * values; h < (head + 1) * values; h++)
           for (int64_t t = from; t < to; t++) {
             const int64_t at = (m * p.H + h) * tile + t - first;

@@ -22,6 +22,12 @@
 // v and o took 29 % of the time there before `prefetch`, and 8 % after. transformers' chunked fallback: 5.0-6.0 times the
 // CPU time.
 //
+// A low-rank erase is a second write of each token, b_j r_j^T, and the rows a_j take the place of the keys that read. They
+// stand before their token's gate, D_j-1,i being the decay up to there:
+//     r_j = S^T G_j-1 a_j + sum_{i<j}  (a_j . D_j-1,i b_i) r_i + (a_j . D_j-1,i k_i) u_i
+//     o_j = S^T G_j q_j   + sum_{i<=j} (q_j . D_ji b_i) r_i    + (q_j . D_ji k_i) u_i
+//     S  <- G_3 S + sum_i D_3i (b_i r_i^T + k_i u_i^T)
+//
 // A micro-chunk that holds an edit or a snapshot goes token by token (`token`); the others pay nothing for it.
 
 #include "cpu/scan_gates_kernel.h"
@@ -35,9 +41,13 @@ constexpr int VECTORS = LANES == 16 ? 2 : 1;
 #endif
 
 // Rows of a micro-chunk that `prepare` makes: of the keys and queries; with a gate a channel G_j k_j, G_j q_j, D_3j k_j and
-// G_3, so that the walk multiplies by no other gate.
+// G_3, so that the walk multiplies by no other gate; with a low-rank erase G_j-1 a_j, G_j q_j, D_3j k_j, G_3 and D_3j b_j.
 template <class Form>
-constexpr int ROWS = Form::CHANNEL ? 3 * C + 1 : 2 * C;
+constexpr int ROWS = (Form::CHANNEL ? 3 * C + 1 : 2 * C) + (Form::LOW_RANK ? C : 0);
+
+// Products of a micro-chunk, matrices of [C][C]: of the keys with what reads (keys, or a) and with the queries; of b the same.
+template <class Form>
+constexpr int DOTS = 2 * Form::WRITES;
 
 // ---- once per key head and tile ------------------------------------------------------------------------------------
 
@@ -52,7 +62,7 @@ inline void prefetch_row(const View& x, int64_t a, int64_t b, int64_t c, int64_t
 }
 
 // The products of a micro-chunk, and with a gate a channel what ROWS says. rows [ROWS, and C more with a gate a channel]:
-// k_0.., q_0..; or with a gate a channel (nothing), q_0.., k_0.., (nothing), e^g_0... In place.
+// k_0.., q_0..; or with a gate a channel a_0.. or nothing, q_0.., k_0.., (nothing), b_0.. if any, e^g_0... In place.
 template <class Form>
 inline void gate_rows(float* rows, int64_t padded, float* dots) {
   if constexpr (!Form::CHANNEL) {
@@ -62,22 +72,26 @@ inline void gate_rows(float* rows, int64_t padded, float* dots) {
         dots[C * C + j * C + i] = dot(rows + i * padded, rows + (C + j) * padded, padded);
       }
   } else {
-    float *const q = rows + C * padded, *const k = q + C * padded, *const total = k + C * padded;
-    const float* const gates = total + padded;
+    float *const a = rows, *const q = rows + C * padded, *const k = q + C * padded, *const total = k + C * padded;
+    float* const b = total + padded;
+    const float* const gates = rows + ROWS<Form> * padded;
     for (int64_t i = 0; i < padded; i++) total[i] = 1;
     for (int j = 0; j < C && Form::READS; j++) {
       multiply_rows(total, gates + j * padded, padded, total);
       multiply_rows(total, k + j * padded, padded, rows + j * padded);
     }
-    for (int i = 0; i < C; i++)
-      for (int j = i; j < C; j++) {
-        float* const faded = k + i * padded;  // D_ji k_i
-        if (j > i) multiply_rows(faded, gates + j * padded, padded, faded);
-        if (Form::READS && j > i) dots[j * C + i] = dot(faded, k + j * padded, padded);
-        dots[C * C + j * C + i] = dot(faded, q + j * padded, padded);
-      }
+    for (int w = 0; w < Form::WRITES; w++, dots += 2 * C * C)
+      for (int i = 0; i < C; i++)
+        for (int j = i; j < C; j++) {
+          float* const faded = (w == 0 ? k : b) + i * padded;  // D_ji k_i
+          if (Form::LOW_RANK && j > i) dots[j * C + i] = dot(faded, a + j * padded, padded);
+          if (j > i) multiply_rows(faded, gates + j * padded, padded, faded);
+          if (Form::READS && j > i) dots[j * C + i] = dot(faded, k + j * padded, padded);
+          dots[C * C + j * C + i] = dot(faded, q + j * padded, padded);
+        }
     for (int64_t i = 0; i < padded; i++) total[i] = 1;
     for (int j = 0; j < C; j++) {
+      if constexpr (Form::LOW_RANK) multiply_rows(total, a + j * padded, padded, a + j * padded);
       multiply_rows(total, gates + j * padded, padded, total);
       multiply_rows(total, q + j * padded, padded, q + j * padded);
     }
@@ -89,19 +103,21 @@ inline void gate_rows(float* rows, int64_t padded, float* dots) {
 //   rows      scratch, of ROWS + C rows
 //   prepared  [chunk][K / 16][ROWS][16]: in pieces of 16 (zero past the end), so that one pointer and constant offsets
 //             reach all of them
-//   dots      [chunk][2][C][C]: k_i . D_ji k_j where the rule reads, and k_i . D_ji q_j; without D where the gate is a
-//             head's
+//   dots      [chunk][DOTS][C][C]: k_i . D_ji k_j where the rule reads, or D_j-1,i a_j, and k_i . D_ji q_j; without D where
+//             the gate is a head's; then of b_i
 template <class Form>
 inline void prepare(const ScanParams& p, int64_t b, int64_t origin, int64_t first, int64_t last, int64_t head, float* rows,
                     float* prepared, float* dots) {
   const int64_t K = p.K, padded = round_up_16(K), group = Form::CHANNEL ? p.H / p.Hk : 1, hk = head / group;
-  for (int64_t start = first; start < last; start += C, prepared += padded * ROWS<Form>, dots += 2 * C * C) {
+  for (int64_t start = first; start < last; start += C, prepared += padded * ROWS<Form>, dots += DOTS<Form> * C * C) {
     for (int j = 0; j < C; j++) {
       float* k = rows + ((Form::CHANNEL ? 2 * C : 0) + j) * padded;
       float* q = rows + (C + j) * padded;
-      float* gates = rows + (3 * C + 1 + j) * padded;
+      float *a = rows + j * padded, *erase = rows + (3 * C + 1 + j) * padded;  // with a low-rank erase
+      float* gates = rows + (ROWS<Form> + j) * padded;
       if (start + j >= last) {
         for (int64_t i = 0; i < padded; i++) k[i] = q[i] = 0;
+        for (int64_t i = 0; i < padded && Form::LOW_RANK; i++) a[i] = erase[i] = 0;
         for (int64_t i = 0; i < padded && Form::CHANNEL; i++) gates[i] = 1;
         continue;
       }
@@ -110,10 +126,15 @@ inline void prepare(const ScanParams& p, int64_t b, int64_t origin, int64_t firs
         prefetch_row(p.k, b, t + C, hk, K);
         prefetch_row(p.q, b, t + C, hk, K);
         if constexpr (Form::CHANNEL) prefetch_row(p.g, b, t + C, head, K);
+        if constexpr (Form::LOW_RANK) prefetch_row(p.a, b, t + C, head, K), prefetch_row(p.b, b, t + C, head, K);
       }
       read_row(p.k, b, t, hk, K, padded, p.use_qk_l2norm, 1.0f, k);
       read_row(p.q, b, t, hk, K, padded, p.use_qk_l2norm, p.scale, q);
       if constexpr (Form::CHANNEL) read_gates(p.g, b, t, head, K, padded, gates);
+      if constexpr (Form::LOW_RANK) {
+        read_row(p.a, b, t, head, K, padded, false, 1.0f, a);
+        read_row(p.b, b, t, head, K, padded, false, 1.0f, erase);
+      }
       if (p.left != nullptr && head % group == 0)
         std::memcpy(p.left + ((b * p.T + t) * p.Hk + hk) * K, k, K * sizeof(float));
     }
@@ -127,40 +148,60 @@ inline void prepare(const ScanParams& p, int64_t b, int64_t origin, int64_t firs
 // ---- one column block ----------------------------------------------------------------------------------------------
 
 // What of the last micro-chunk has not been put into the state yet.
-template <int NV>
+template <class Form, int NV>
 struct Pending {
-  float gate;             // G_3, where it is a head's
-  const float* prepared;  // its rows
-  Vec u[C][NV];           // D_3i u_i, or u_i where the rows have D_3i
+  float gate;                   // G_3, where it is a head's
+  const float* prepared;        // its rows
+  Vec u[Form::WRITES * C][NV];  // D_3i u_i, or u_i where the rows have D_3i; then r_i of a low-rank erase
 };
 
-// S <- G_3 S + sum_i D_3i k_i u_i^T for the pending chunk, and r_j = S^T k_j (where the rule reads), o_j = S^T q_j for the
-// next, in one pass.
+// Row of the pending increment i, counted from that of k_0: those of b come after G_3.
+inline constexpr int row_of(int i) { return i < C ? i : i + 1; }
+
+// S <- G_3 S + sum_i D_3i k_i u_i^T for the pending chunk, and r_j = S^T k_j (where the rule reads; S^T a_j), o_j = S^T q_j for
+// the next, in one pass. With a low-rank erase in two over each 16 rows, since its writes and readings do not fit the registers
+// together.
 template <class Form, int NV>
-inline void advance(float* state, int64_t K, const Pending<NV>& pending, const float* next, Vec (&r)[C][NV],
+inline void advance(float* state, int64_t K, const Pending<Form, NV>& pending, const float* next, Vec (&r)[C][NV],
                     Vec (&o)[C][NV]) {
-  constexpr int SKIP = 16 * (ROWS<Form> - 1);
-  Vec u[C][NV], rk[C][NV], oq[C][NV];
+  constexpr int SKIP = 16 * (ROWS<Form> - 1), INCREMENTS = Form::WRITES * C;
+  Vec u[INCREMENTS][NV], rk[C][NV], oq[C][NV];
+  for (int j = 0; j < INCREMENTS; j++)
+    for (int n = 0; n < NV; n++) u[j][n] = pending.u[j][n];
   for (int j = 0; j < C; j++)
-    for (int n = 0; n < NV; n++) {
-      u[j][n] = pending.u[j][n];
-      rk[j][n] = oq[j][n] = Vec{};
-    }
+    for (int n = 0; n < NV; n++) rk[j][n] = oq[j][n] = Vec{};
   const float gate = pending.gate;
   const float* past = pending.prepared + (Form::CHANNEL ? 2 * C * 16 : 0);
+  const auto write = [&](Vec(&s)[NV]) {
+    for (int n = 0; n < NV; n++) s[n] = load(state + n * LANES) * (Form::CHANNEL ? past[C * 16] : gate);
+    for (int j = 0; j < INCREMENTS; j++)
+      for (int n = 0; n < NV; n++) s[n] += past[row_of(j) * 16] * u[j][n];
+    for (int n = 0; n < NV; n++) store(state + n * LANES, s[n]);
+  };
+  const auto read = [&](const Vec(&s)[NV]) {
+    for (int j = 0; j < C; j++)
+      for (int n = 0; n < NV; n++) {
+        if constexpr (Form::READS || Form::LOW_RANK) rk[j][n] += next[j * 16] * s[n];
+        oq[j][n] += next[(C + j) * 16] * s[n];
+      }
+  };
   for (int64_t left = K; left > 0; left -= 16, past += SKIP, next += SKIP) {
-    const float* end = past + (left < 16 ? left : 16);
-    for (; past < end; past++, next++, state += NV * LANES) {
+    const int64_t rows = left < 16 ? left : 16;
+    const float* end = past + rows;
+    if constexpr (Form::LOW_RANK) {
       Vec s[NV];
-      for (int n = 0; n < NV; n++) s[n] = load(state + n * LANES) * (Form::CHANNEL ? past[C * 16] : gate);
-      for (int j = 0; j < C; j++)
-        for (int n = 0; n < NV; n++) s[n] += past[j * 16] * u[j][n];
-      for (int n = 0; n < NV; n++) store(state + n * LANES, s[n]);
-      for (int j = 0; j < C; j++)
-        for (int n = 0; n < NV; n++) {
-          if constexpr (Form::READS) rk[j][n] += next[j * 16] * s[n];
-          oq[j][n] += next[(C + j) * 16] * s[n];
-        }
+      for (; past < end; past++, state += NV * LANES) write(s);
+      state -= rows * NV * LANES;
+      for (end = next + rows; next < end; next++, state += NV * LANES) {
+        for (int n = 0; n < NV; n++) s[n] = load(state + n * LANES);
+        read(s);
+      }
+    } else {
+      for (; past < end; past++, next++, state += NV * LANES) {
+        Vec s[NV];
+        write(s);
+        read(s);
+      }
     }
   }
   for (int j = 0; j < C; j++)
@@ -171,38 +212,48 @@ inline void advance(float* state, int64_t K, const Pending<NV>& pending, const f
 }
 
 template <class Form, int NV>
-inline void flush(float* state, int64_t K, Pending<NV>& pending, const float* nothing) {
+inline void flush(float* state, int64_t K, Pending<Form, NV>& pending, const float* nothing) {
   const float* past = pending.prepared + (Form::CHANNEL ? 2 * C * 16 : 0);
   for (int64_t i = 0; i < K; i++)
     for (int n = 0; n < NV; n++) {
       const float gate = Form::CHANNEL ? element(past + C * 16, ROWS<Form>, i) : pending.gate;
       Vec s = load(state + (i * NV + n) * LANES) * gate;
-      for (int j = 0; j < C; j++) s += element(past + j * 16, ROWS<Form>, i) * pending.u[j][n];
+      for (int j = 0; j < Form::WRITES * C; j++) s += element(past + row_of(j) * 16, ROWS<Form>, i) * pending.u[j][n];
       store(state + (i * NV + n) * LANES, s);
     }
   pending = {1.0f, nothing, {}};
 }
 
-// One token on a block of the state: rows `row` floats apart, keys and queries laid out as `element` says; gates of the
-// channels, or the one of the head. Edits [first, last) act on it. Returns the increment in u and the reading in o. `side`
-// holds NV * LANES floats. Always inline: a step's `step` is 1, and rows a constant apart are worth a tenth of its time.
+// What a token brings: keys, queries, and a and b of a low-rank erase, laid out as `element` says with this step; gates of the
+// channels, or the one of the head.
+struct TokenRows {
+  const float *k, *q, *gates, *a, *b;
+  int64_t step;
+};
+
+// One token on a block of the state: rows `row` floats apart. Edits [first, last) act on it. Returns the increment in u, what
+// a low-rank erase reads in r, and the reading in o. `side` holds NV * LANES floats. Always inline: a step's `step` is 1, and
+// rows a constant apart are worth a tenth of its time.
 template <class Form, int NV>
-[[gnu::always_inline]] inline void token(float* state, int64_t row, int64_t K, int64_t V, const float* k, const float* q,
-                                         int64_t step, const float* gates, float beta, const Vec* v, const EditList& edits,
-                                         int64_t first, int64_t last, int64_t column, int64_t width, float* side, Vec* u,
-                                         Vec* o) {
+[[gnu::always_inline]] inline void token(float* state, int64_t row, int64_t K, int64_t V, const TokenRows& x, float beta,
+                                         const Vec* v, const EditList& edits, int64_t first, int64_t last, int64_t column,
+                                         int64_t width, float* side, Vec* u, Vec* r, Vec* o) {
+  const float *k = x.k, *q = x.q, *gates = x.gates;
+  const int64_t step = x.step;
   // A gate of the head multiplies what was read, one of a channel what is read.
   const float gate = Form::CHANNEL ? 1.0f : gates[0];
   Vec rk[NV] = {}, oq[NV] = {};
-  float kq = 0;
+  float kq = 0, bq = 0;
   for (int64_t i = 0; i < K; i++) {
     for (int n = 0; n < NV; n++) {
       Vec s = load(state + i * row + n * LANES);
+      if constexpr (Form::LOW_RANK) rk[n] += element(x.a, step, i) * s;
       if constexpr (Form::CHANNEL) s *= gates[i];
       if constexpr (Form::READS) rk[n] += element(k, step, i) * s;
       oq[n] += element(q, step, i) * s;
     }
     kq += element(k, step, i) * element(q, step, i);
+    if constexpr (Form::LOW_RANK) bq += element(x.b, step, i) * element(q, step, i);
   }
   bool native = true, kept = true;
   for (int64_t e = first; e < last; e++) {
@@ -212,11 +263,13 @@ template <class Form, int NV>
   for (int n = 0; n < NV; n++) {
     u[n] = native ? beta * (Form::READS ? v[n] - gate * rk[n] : v[n]) : Vec{};
     o[n] = gate * oq[n] + kq * u[n];
+    if constexpr (Form::LOW_RANK) r[n] = rk[n], o[n] += bq * rk[n];
   }
   for (int64_t i = 0; i < K; i++)
     for (int n = 0; n < NV; n++) {
       float* at = state + i * row + n * LANES;
-      const Vec s = load(at) * (Form::CHANNEL ? gates[i] : gate);
+      Vec s = load(at) * (Form::CHANNEL ? gates[i] : gate);
+      if constexpr (Form::LOW_RANK) s += element(x.b, step, i) * rk[n];
       store(at, kept ? s + element(k, step, i) * u[n] : s);
     }
   for (int64_t e = first; e < last; e++) {
@@ -260,6 +313,7 @@ inline void write(const Vec* x, Element type, void* to, int64_t width, float* li
 
 // The lines that the next chunk's values come from and its results go to: a token's columns lie far from the next token's,
 // where no hardware prefetcher looks.
+template <class Form>
 inline void prefetch(const ScanParams& p, const Item& item, int64_t start, int64_t column, int64_t width) {
   const int64_t last = start + C < item.last ? start + C : item.last;
   for (int64_t t = start; t < last; t++) {
@@ -268,8 +322,8 @@ inline void prefetch(const ScanParams& p, const Item& item, int64_t start, int64
     const char* o = static_cast<const char*>(p.o) + at * element_size(p.o_type);
     for (int64_t byte = 0; byte < width * element_size(p.v.type); byte += 64) __builtin_prefetch(v + byte, 0);
     for (int64_t byte = 0; byte < width * element_size(p.o_type); byte += 64) __builtin_prefetch(o + byte, 1);
-    if (p.right == nullptr) continue;
-    for (int64_t c = 0; c < width; c += 16) __builtin_prefetch(p.right + at + c, 1);
+    for (const float* written : {p.right, Form::LOW_RANK ? p.erased : nullptr})
+      for (int64_t c = 0; c < width && written != nullptr; c += 16) __builtin_prefetch(written + at + c, 1);
   }
 }
 
@@ -277,11 +331,11 @@ inline void prefetch(const ScanParams& p, const Item& item, int64_t start, int64
 template <class Form>
 inline int64_t block_memory(int64_t K, int64_t width) {
   const int64_t padded = round_up_16(K);
-  return (K + 2 * C + 1) * width + padded * (ROWS<Form> + (Form::CHANNEL ? 3 : 0));
+  return (K + 2 * C + 1) * width + padded * (ROWS<Form> + (Form::CHANNEL ? 3 : 0) + (Form::LOW_RANK ? 2 : 0));
 }
 
 // memory: [K * W state | a chunk of nothing, prepared | 2 * C * W values and results | W edit side | 3 rows of one token,
-// with a gate a channel], 64-byte aligned
+// with a gate a channel, and 2 more with a low-rank erase], 64-byte aligned
 template <class Form, int NV>
 inline void run_block(const ScanParams& p, Item item, int64_t column, float* memory) {
   constexpr int W = NV * LANES;
@@ -302,11 +356,12 @@ inline void run_block(const ScanParams& p, Item item, int64_t column, float* mem
   } else {
     for (int64_t i = 0; i < K * W; i++) state[i] = 0;
   }
-  Pending<NV> pending = {1.0f, nothing, {}};
+  Pending<Form, NV> pending = {1.0f, nothing, {}};
   const float* prepared = item.prepared;
   const float* dots = item.dots;
-  for (int64_t start = item.first; start < item.last; start += C, prepared += padded * ROWS<Form>, dots += 2 * C * C) {
-    prefetch(p, item, start + C, column, width);
+  for (int64_t start = item.first; start < item.last;
+       start += C, prepared += padded * ROWS<Form>, dots += DOTS<Form> * C * C) {
+    prefetch<Form>(p, item, start + C, column, width);
     const int count = item.last - start < C ? static_cast<int>(item.last - start) : C;
     const float* gate = item.gate + (start - item.first);
     const float* beta = item.beta + (start - item.first);
@@ -322,7 +377,7 @@ inline void run_block(const ScanParams& p, Item item, int64_t column, float* mem
       if (j < count) convert_in(p.v.type, p.v.at(item.b, item.origin + start + j, item.h, column), row, width);
       for (int n = 0; n < NV; n++) v[j][n] = load(row + n * LANES);
     }
-    Vec u[C][NV], o[C][NV];
+    Vec u[C][NV], r[C][NV], o[C][NV];
     const bool edited = item.edit < item.edit_end && p.edits.index[item.edit * 4 + 1] < start + count;
     const bool wanted = item.shots < item.shots_end && p.places[*item.shots * 2 + 1] < start + count;
     if (edited || wanted) {
@@ -330,22 +385,25 @@ inline void run_block(const ScanParams& p, Item item, int64_t column, float* mem
       for (int j = 0; j < count; j++) {
         int64_t edit = item.edit;
         while (edit < item.edit_end && p.edits.index[edit * 4 + 1] == start + j) edit++;
-        const float *k = prepared + j * 16, *q = prepared + (C + j) * 16, *gates = gate + j;
+        TokenRows rows = {prepared + j * 16, prepared + (C + j) * 16, gate + j, nullptr, nullptr, ROWS<Form>};
         if constexpr (Form::CHANNEL) {  // what is prepared has the gates of earlier tokens in it
           const int64_t t = item.origin + start + j, hk = item.h / (p.H / p.Hk);
           read_row(p.k, item.b, t, hk, K, padded, p.use_qk_l2norm, 1.0f, alone);
           read_row(p.q, item.b, t, hk, K, padded, p.use_qk_l2norm, p.scale, alone + padded);
           read_gates(p.g, item.b, t, item.h, K, padded, alone + 2 * padded);
-          k = alone, q = alone + padded, gates = alone + 2 * padded;
+          rows = {alone, alone + padded, alone + 2 * padded, alone + 3 * padded, alone + 4 * padded, 1};
+          if constexpr (Form::LOW_RANK) {
+            read_row(p.a, item.b, t, item.h, K, padded, false, 1.0f, alone + 3 * padded);
+            read_row(p.b, item.b, t, item.h, K, padded, false, 1.0f, alone + 4 * padded);
+          }
         }
-        token<Form, NV>(state, W, K, V, k, q, Form::CHANNEL ? 1 : ROWS<Form>, gates, beta[j], v[j], p.edits, item.edit, edit,
-                        column, width, side, u[j], o[j]);
+        token<Form, NV>(state, W, K, V, rows, beta[j], v[j], p.edits, item.edit, edit, column, width, side, u[j], r[j],
+                        o[j]);
         item.edit = edit;
         for (; item.shots < item.shots_end && p.places[*item.shots * 2 + 1] == start + j; item.shots++)
           copy_block<NV>(state, p.snapshots + (*item.shots * p.H + item.h) * K * V + column, K, V, width, true);
       }
     } else {
-      Vec r[C][NV];
       advance<Form, NV>(state, K, pending, prepared, r, o);
       float since[C];  // D_ji for the present j, where it is a head's; a gate past the end counts as 1, a beta as 0
       float total = 1;
@@ -359,6 +417,13 @@ inline void run_block(const ScanParams& p, Item item, int64_t column, float* mem
           Vec rest = v[j][n];
           if constexpr (Form::READS) rest -= total * r[j][n];
           Vec out = total * o[j][n];
+          if constexpr (Form::LOW_RANK) {
+            for (int i = 0; i < j; i++) {
+              r[j][n] += dots[j * C + i] * u[i][n] + dots[2 * C * C + j * C + i] * r[i][n];
+              out += dots[3 * C * C + j * C + i] * r[i][n];
+            }
+            out += dots[3 * C * C + j * C + j] * r[j][n];
+          }
           for (int i = 0; i < j; i++) {
             if constexpr (Form::READS) rest -= (since[i] * dots[j * C + i]) * u[i][n];
             out += (since[i] * dots[C * C + j * C + i]) * u[i][n];
@@ -370,12 +435,16 @@ inline void run_block(const ScanParams& p, Item item, int64_t column, float* mem
       pending.gate = total;
       pending.prepared = prepared;
       for (int i = 0; i < C; i++)
-        for (int n = 0; n < NV; n++) pending.u[i][n] = since[i] * u[i][n];
+        for (int n = 0; n < NV; n++) {
+          pending.u[i][n] = since[i] * u[i][n];
+          if constexpr (Form::LOW_RANK) pending.u[C + i][n] = r[i][n];
+        }
     }
     for (int j = 0; j < count; j++) {
       const int64_t at = ((item.b * p.T + item.origin + start + j) * p.H + item.h) * V + column;
       write<NV>(o[j], p.o_type, static_cast<char*>(p.o) + at * element_size(p.o_type), width, results);
       if (p.right != nullptr) write<NV>(u[j], Element::f32, p.right + at, width, results);
+      if (Form::LOW_RANK && p.erased != nullptr) write<NV>(r[j], Element::f32, p.erased + at, width, results);
     }
   }
   flush<Form, NV>(state, K, pending, nothing);
@@ -391,7 +460,8 @@ inline void run_columns(const ScanParams& p, const Item& item, int64_t column, i
 
 // ---- one token -----------------------------------------------------------------------------------------------------
 
-// All columns of (row b, value head h). memory: 3 padded rows of K, W edit side, and a [K, W] block for a ragged end.
+// All columns of (row b, value head h). memory: 3 padded rows of K, 5 with a low-rank erase, W edit side, and a [K, W] block
+// for a ragged end.
 template <class Form>
 inline void step_head(const ScanStepParams& p, int64_t b, int64_t h, int64_t first, int64_t last, float* memory) {
   constexpr int W = VECTORS * LANES;
@@ -399,7 +469,8 @@ inline void step_head(const ScanStepParams& p, int64_t b, int64_t h, int64_t fir
   float* k = memory;
   float* q = k + padded;
   float* gates = q + padded;
-  float* side = gates + padded;
+  float *a = gates + padded, *erase = a + padded;
+  float* side = Form::LOW_RANK ? erase + padded : a;
   float* block = side + W;
   read_row(p.k, b, hk, 0, K, padded, p.use_qk_l2norm, 1.0f, k);
   read_row(p.q, b, hk, 0, K, padded, p.use_qk_l2norm, p.scale, q);
@@ -409,22 +480,28 @@ inline void step_head(const ScanStepParams& p, int64_t b, int64_t h, int64_t fir
   } else {
     gates[0] = std::exp(read(p.g, b, h, 0));
   }
+  if constexpr (Form::LOW_RANK) {
+    read_row(p.a, b, h, 0, K, padded, false, 1.0f, a);
+    read_row(p.b, b, h, 0, K, padded, false, 1.0f, erase);
+  }
+  const TokenRows rows = {k, q, gates, a, erase, 1};
   const float beta = read(p.beta, b, h, 0);
   for (int64_t column = 0; column < V; column += W) {
     const int64_t width = V - column < W ? V - column : W, at = (b * p.H + h) * V + column;
     float* state = p.state + (b * p.H + h) * K * V + column;
     alignas(64) float line[W] = {};
     convert_in(p.v.type, p.v.at(b, h, column), line, width);
-    Vec v[VECTORS], u[VECTORS], o[VECTORS];
+    Vec v[VECTORS], u[VECTORS], r[VECTORS], o[VECTORS];
     for (int n = 0; n < VECTORS; n++) v[n] = load(line + n * LANES);
     if (width == W) {
-      token<Form, VECTORS>(state, V, K, V, k, q, 1, gates, beta, v, p.edits, first, last, column, width, side, u, o);
+      token<Form, VECTORS>(state, V, K, V, rows, beta, v, p.edits, first, last, column, width, side, u, r, o);
     } else {
       copy_block<VECTORS>(block, state, K, V, width, false);
-      token<Form, VECTORS>(block, W, K, V, k, q, 1, gates, beta, v, p.edits, first, last, column, width, side, u, o);
+      token<Form, VECTORS>(block, W, K, V, rows, beta, v, p.edits, first, last, column, width, side, u, r, o);
       copy_block<VECTORS>(block, state, K, V, width, true);
     }
     write<VECTORS>(o, p.o_type, static_cast<char*>(p.o) + at * element_size(p.o_type), width, line);
     if (p.right != nullptr) write<VECTORS>(u, Element::f32, p.right + at, width, line);
+    if (Form::LOW_RANK && p.erased != nullptr) write<VECTORS>(r, Element::f32, p.erased + at, width, line);
   }
 }

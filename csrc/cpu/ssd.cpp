@@ -9,6 +9,7 @@ namespace {
 
 struct Rule {
   static constexpr bool READS = false;
+  static constexpr bool LOW_RANK = false;
 };
 
 }  // namespace

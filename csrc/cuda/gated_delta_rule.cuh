@@ -8,7 +8,7 @@ namespace writesae::cuda::gated_delta_rule {
 
 struct Rule {
   static constexpr const char* NAME = "gated_delta_rule";
-  static constexpr bool READS = true, CHANNEL = false, ALL = true;
+  static constexpr bool READS = true, CHANNEL = false, LOW_RANK = false, ALL = true;
 
   // Host: the kernels in one type of computation, gated_delta_rule_<type>.cu and gated_delta_rule_backward_<type>.cu.
   template <class T>
@@ -22,7 +22,7 @@ struct Rule {
 // With a gate of each channel (Kimi Delta Attention).
 struct ChannelRule {
   static constexpr const char* NAME = "gated_delta_rule";
-  static constexpr bool READS = true, CHANNEL = true, ALL = false;
+  static constexpr bool READS = true, CHANNEL = true, LOW_RANK = false, ALL = false;
 
   // Host: the kernels in one type of computation, gated_delta_rule_channels_<type>.cu and
   // gated_delta_rule_backward_channels_<type>.cu.

@@ -16,6 +16,8 @@
 //     NAME     of its operator, for errors
 //     READS    whether what its key finds in the state is subtracted from the value
 //     CHANNEL  whether its gate is of each key channel, a vector of K; otherwise of each head, a number
+//     LOW_RANK whether a token also writes b (a^T S)^T, of the state before its gate; with CHANNEL and READS, though its key
+//              reads nothing
 //     ALL      whether it is built for f16, which is otherwise computed as float, and for blocks of 128 value columns
 //
 // An added p q^T at token t is one more row: V_j -= D_jt (r_j k_j . p) q for j > t, o_j += D_jt (scale q_j/|q_j| . p) q for
@@ -83,7 +85,7 @@ struct Problem {
   // Several blocks along one sequence: segments of so many chunks (all of them in one when segments == 1).
   int segments, segment_chunks;
   float* adds;   // [N, H, segments, K, V]  a segment's end from a zero start; `join` turns it into its end
-  float* moves;  // [N, H, segments, K, K]  S_end = moves S_start + adds; a number each where the rule does not read
+  float* moves;  // [N, H, segments, K, K]  S_end = moves S_start + adds; where the rule does not read, a number each or [K]
   int stages;    // chunks in shared memory at once, 1 or 2
 };
 
@@ -98,16 +100,32 @@ struct ChannelProblem : Problem {
   float* shot_decays;     // [P, H, K]  e^{G_t}
 };
 
+// With a low-rank erase a chunk's erased rows R (R_j = S_{j-1}^T a_j) solve a system of their own:
+//     R = solve read S0 + mix V,    O = ask S0 + erase_reach R + reach V,    S = e^{G_C} S0 + write^T V + erase_write^T R
+//     solve = (I - A)^-1,    mix = solve (a_j . D_{j-1,i} r_i k_i)  for i < j,    A_ji = a_j . D_{j-1,i} b_i  for i < j
+//     erase_reach_ji = (scale q_j/|q_j|) . D_ji b_i  for i <= j
+// with V the native increments, beta times the values, and
+//     read_j = e^{G_{j-1}} a_j,    erase_write_j = e^{G_C - G_j} b_j
+struct LowRankProblem : ChannelProblem {
+  Rows a, b;          // [B, T, H, K]
+  Rows erase_write;   // [B, T, H, K]
+  void* mix;          // as `solve`; where that is plain, what a finds of k itself
+  void* erase_reach;  // as `reach`
+  void* erase_shots;  // as `shot_rows`, of b
+  float* erased;      // [B, T, H, V] R, or null
+};
+
 template <class Rule>
-using Given = std::conditional_t<Rule::CHANNEL, ChannelProblem, Problem>;
+using Given = std::conditional_t<Rule::LOW_RANK, LowRankProblem, std::conditional_t<Rule::CHANNEL, ChannelProblem, Problem>>;
 
 struct Backward;  // scan_backward.cuh
 struct ChannelBackward;
+struct LowRankBackward;
 
 // One chunk's factors by token. The first HOT floats are what every chunk needs.
 template <int C>
 struct Factors {
-  static constexpr int READ = 0;       // e^{G_j} r_j of a rule that reads, otherwise beta_j
+  static constexpr int READ = 0;       // e^{G_j} r_j where the key reads, otherwise beta_j
   static constexpr int ASK = C;        // e^{G_j} scale / |q_j|
   static constexpr int WRITE = 2 * C;  // e^{G_C - G_j} r_j, 0 where the native write is removed after its read
   static constexpr int DECAY = 3 * C;  // e^{G_C}, and three zeros
@@ -213,8 +231,9 @@ auto with_padded_keys(int64_t K, const F& f) {
 
 template <class Rule, class T, int KP, int WARPS, bool FULL>
 struct WalkShared {
-  static constexpr int C = Operand<T>::CHUNK, ROWS = (FULL ? 2 : 1) + (Rule::CHANNEL ? 1 : 0),
-                       IMAGES = (Rule::READS ? 1 : 0) + (FULL ? 1 : 0);
+  static constexpr int LOW = Rule::LOW_RANK ? 1 : 0;
+  static constexpr int C = Operand<T>::CHUNK, ROWS = (FULL ? 2 : 1) + (Rule::CHANNEL && Rule::READS ? 1 : 0) + LOW,
+                       IMAGES = (Rule::READS ? 1 : 0) + (FULL ? 1 : 0) + (FULL ? 2 : 1) * LOW;
   static constexpr size_t STAGE = (ROWS * KP * C + IMAGES * Triangle<T, C>::SIZE + WARPS * C * 16) * sizeof(T) +
                                   tile::shared_piece(Factors<C>::HOT * 4) + (Rule::CHANNEL ? KP * 4 : 0);
 };

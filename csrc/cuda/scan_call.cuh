@@ -20,17 +20,18 @@ struct Call {
   Given<Rule> p;
   Element type;  // of computation
   int warps, chunk;
-  Packing packing[3];
+  Packing packing[5];
   int64_t workspace;
 };
 
 // What prepare makes of a gate of each channel: `to` is the call's problem, or its backward.
 template <class To>
-void lay_channels(const Problem& p, To& to, int64_t bytes, Workspace& space) {
+void lay_channels(const Problem& p, bool reads, To& to, int64_t bytes, Workspace& space) {
   const int64_t width = up(p.K, 16 / bytes);
-  for (Rows* rows : {&to.read, &to.ask, &to.write})
-    *rows = {
-        space.take<char>(p.B * p.T * p.H * width * bytes), {p.T * p.H * width, p.H * width, width}, static_cast<int>(width)};
+  for (Rows* rows : {&to.read, &to.ask, &to.write}) {
+    *rows = {nullptr, {p.T * p.H * width, p.H * width, width}, static_cast<int>(width)};
+    if (reads || rows != &to.read) rows->data = space.take<char>(p.B * p.T * p.H * width * bytes);
+  }
   to.decays = space.take<float>(p.slots * p.H * padded_keys(p.K));
 }
 
@@ -44,7 +45,8 @@ Call<Rule> lay_out(const ScanParams& from, void* workspace, Plan plan) {
   p.cu_seqlens = from.cu_seqlens, p.edits = from.edits, p.P = from.P, p.places = from.places;
   p.o = from.o, p.o_type = from.o_type, p.final_state = from.final_state;
   p.left = from.left, p.right = from.right, p.snapshots = from.snapshots;
-  const bool alike = from.q.type == from.k.type && from.k.type == from.v.type;
+  bool alike = from.q.type == from.k.type && from.k.type == from.v.type;
+  if (Rule::LOW_RANK) alike = alike && from.a.type == from.v.type && from.b.type == from.v.type;
   call.type = alike && (Rule::ALL || from.v.type != Element::f16) ? from.v.type : Element::f32;
   const int64_t bytes = element_size(call.type);
   const int C = call.chunk = call.type == Element::f32 ? Operand<float>::CHUNK : Operand<bf16>::CHUNK;
@@ -75,14 +77,23 @@ Call<Rule> lay_out(const ScanParams& from, void* workspace, Plan plan) {
   if (p.P > 0) p.first_place = space.take<int>(p.slots), p.next_place = space.take<int>(p.P);
   if (p.segments > 1) {
     p.adds = space.take<float>(heads * p.segments * p.K * p.V);
-    p.moves = space.take<float>(heads * p.segments * (Rule::READS ? p.K * p.K : 1));
+    p.moves = space.take<float>(heads * p.segments * (Rule::READS ? p.K * p.K : Rule::CHANNEL ? p.K : 1));
   }
   if constexpr (Rule::CHANNEL) {
     const int64_t width = up(p.K, 16 / bytes);
-    lay_channels(p, p, bytes, space);
+    lay_channels(p, Rule::READS, p, bytes, space);
     p.edit_rows = space.take<float>(p.edits.count * p.K);
     p.shot_rows = space.take<char>(p.P * p.H * C * width * bytes);
     p.shot_decays = space.take<float>(p.P * p.H * p.K);
+  }
+  if constexpr (Rule::LOW_RANK) {
+    call.packing[3] = rows(from.a, p.H, p.K, false, p.a);
+    call.packing[4] = rows(from.b, p.H, p.K, false, p.b);
+    p.erase_write = p.write, p.erase_write.data = space.take<char>(p.B * p.T * p.H * p.write.width * bytes);
+    p.mix = space.take<char>(p.slots * p.H * image * bytes);
+    p.erase_reach = space.take<char>(p.slots * p.H * image * bytes);
+    p.erase_shots = space.take<char>(p.P * p.H * C * p.write.width * bytes);
+    p.erased = from.erased;
   }
   call.workspace = space.used;
   return call;
@@ -92,8 +103,9 @@ template <class Rule>
 void run_forward(const ScanParams& from, void* workspace, tile::Stream stream, Plan plan) {
   const Call<Rule> call = lay_out<Rule>(from, workspace, plan);
   const Given<Rule>& p = call.p;
-  const Rows* const targets[3] = {&p.q, &p.k, &p.v};
-  for (int i = 0; i < 3; i++) run_packing(call.packing[i], call.type, p.B, p.T, *targets[i], stream);
+  const Rows* targets[5] = {&p.q, &p.k, &p.v};
+  if constexpr (Rule::LOW_RANK) targets[3] = &p.a, targets[4] = &p.b;
+  for (int i = 0; i < (Rule::LOW_RANK ? 5 : 3); i++) run_packing(call.packing[i], call.type, p.B, p.T, *targets[i], stream);
   run_marks(p, call.chunk, stream);
   if (call.type == Element::bf16) return Rule::template run_chunks<bf16>(p, call.warps, stream);
   if constexpr (Rule::ALL) {
@@ -109,7 +121,7 @@ struct BackwardCall {
   GivenBack<Rule> b;
   Element type;  // of computation
   int chunk;
-  Packing packing[4];
+  Packing packing[6];
   Cutting cutting;
   int64_t workspace;
 };
@@ -131,7 +143,8 @@ BackwardCall<Rule> lay_out_backward(const ScanBackwardParams& from, void* worksp
   b.d_initial_state = from.d_initial_state, b.d_edit_left = from.d_edit_left, b.d_edit_right = from.d_edit_right;
   if (b.d_snapshots == nullptr) p.P = 0;
   // Adjoints may be of any size, which f16 has no room for: its inputs are multiplied as float.
-  const bool narrow = in.q.type == Element::bf16 && in.k.type == Element::bf16 && in.v.type == Element::bf16;
+  bool narrow = in.q.type == Element::bf16 && in.k.type == Element::bf16 && in.v.type == Element::bf16;
+  if (Rule::LOW_RANK) narrow = narrow && in.a.type == Element::bf16 && in.b.type == Element::bf16;
   call.type = narrow ? Element::bf16 : Element::f32;
   const int64_t bytes = element_size(call.type), each = 16 / bytes, E = p.edits.count, tokens = in.B * in.T;
   const int C = call.chunk = narrow ? Operand<bf16>::CHUNK : Operand<float>::CHUNK;
@@ -163,7 +176,18 @@ BackwardCall<Rule> lay_out_backward(const ScanBackwardParams& from, void* worksp
   b.d_y = space.take<char>(tokens * p.H * b.value_width * bytes);
   b.parts = space.take<float>(tokens * p.Hk * 2 * p.K);
   b.scalars = space.take<float>(tokens * p.H * 2 * key_tiles(p.K));
-  if constexpr (Rule::CHANNEL) lay_channels(p, b, bytes, space);
+  if constexpr (Rule::CHANNEL) lay_channels(p, Rule::READS, b, bytes, space);
+  if constexpr (Rule::LOW_RANK) {
+    call.packing[4] = rows(in.a, p.H, p.K, b.a);
+    call.packing[5] = rows(in.b, p.H, p.K, b.b);
+    b.erased = from.erased, b.d_erased = from.d_erased, b.d_a = from.d_a, b.d_b = from.d_b;
+    b.a_type = in.a.type, b.b_type = in.b.type;
+    b.erase_write = b.write, b.erase_write.data = space.take<char>(tokens * p.H * b.write.width * bytes);
+    b.found = space.take<char>(p.slots * p.H * image * bytes);
+    b.erase_reach = space.take<char>(p.slots * p.H * image * bytes);
+    b.d_u = space.take<char>(tokens * p.H * b.value_width * bytes);
+    b.a_parts = space.take<float>(tokens * p.H * p.K), b.g_parts = space.take<float>(tokens * p.H * p.K);
+  }
   call.workspace = space.used;
   return call;
 }
@@ -173,8 +197,9 @@ void run_scan_backward(const ScanBackwardParams& from, void* workspace, tile::St
   const BackwardCall<Rule> call = lay_out_backward<Rule>(from, workspace);
   const GivenBack<Rule>& b = call.b;
   const Problem& p = b.p;
-  const Rows* const targets[4] = {&p.q, &p.k, &p.v, &b.d_o};
-  for (int i = 0; i < 4; i++) run_packing(call.packing[i], call.type, p.B, p.T, *targets[i], stream);
+  const Rows* targets[6] = {&p.q, &p.k, &p.v, &b.d_o};
+  if constexpr (Rule::LOW_RANK) targets[4] = &b.a, targets[5] = &b.b;
+  for (int i = 0; i < (Rule::LOW_RANK ? 6 : 4); i++) run_packing(call.packing[i], call.type, p.B, p.T, *targets[i], stream);
   run_cuts(b, call.cutting, call.chunk, stream);
   if (call.type == Element::bf16) {
     Rule::template run_backward<bf16>(b, stream);

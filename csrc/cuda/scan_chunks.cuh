@@ -61,7 +61,8 @@ void launch_join(const Problem& p, int chunk, tile::Stream stream) {
     tile::launch("scan join", join<KP>, {blocks(16 * JOIN_WARPS, p.V), 1, 1}, 32 * JOIN_WARPS, 32 * KP * sizeof(float),
                  stream, p, chunk);
   } else {
-    tile::launch("scan carry", carry<128>, {blocks(128, static_cast<int64_t>(p.K) * p.V), 1, 1}, 128, 0, stream, p, chunk);
+    tile::launch("scan carry", carry<128, Rule::CHANNEL>, {blocks(128, static_cast<int64_t>(p.K) * p.V), 1, 1}, 128, 0,
+                 stream, p, chunk);
   }
 }
 
@@ -80,10 +81,11 @@ void launch_walks(const Given<Rule>& p, int warps, tile::Stream stream) {
 template <class Rule, class T>
 void launch_chunks(const Given<Rule>& p, int warps, tile::Stream stream) {
   if constexpr (Rule::CHANNEL) {
-    launch_prepare_channels<Rule, T>(p, stream);
+    Rule::template run_prepare<T>(p, stream);
     if (p.edits.count > 0)
-      tile::launch("scan edit_rows", edit_rows<T>, {static_cast<unsigned>(p.edits.count), 1, 1}, 128, 0, stream, p);
-    if (p.P > 0) tile::launch("scan shot_rows", shot_rows<T>, {static_cast<unsigned>(p.P * p.H), 1, 1}, 128, 0, stream, p);
+      tile::launch("scan edit_rows", edit_rows<Rule, T>, {static_cast<unsigned>(p.edits.count), 1, 1}, 128, 0, stream, p);
+    if (p.P > 0)
+      tile::launch("scan shot_rows", shot_rows<Rule, T>, {static_cast<unsigned>(p.P * p.H), 1, 1}, 128, 0, stream, p);
   } else {
     launch_prepare<Rule, T>(p, stream);
     if (p.edits.count > 0)

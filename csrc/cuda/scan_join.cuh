@@ -54,8 +54,8 @@ __global__ void __launch_bounds__(32 * JOIN_WARPS) join(const __grid_constant__ 
   }
 }
 
-// The same where `moves` are numbers: a thread per element of a head's state.
-template <int THREADS>
+// The same where `moves` are numbers, of each channel where the gate is: a thread per element of a head's state.
+template <int THREADS, bool CHANNEL>
 __global__ void __launch_bounds__(THREADS) carry(const __grid_constant__ Problem p, int chunk_tokens) {
   const int64_t size = static_cast<int64_t>(p.K) * p.V, blocks = (size + THREADS - 1) / THREADS;
   const int64_t head = tile::block_x() / blocks, n = head / p.H, i = tile::block_x() % blocks * THREADS + tile::thread();
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(THREADS) carry(const __grid_constant__ Problem
   const int64_t segments = (length + per_segment - 1) / per_segment;
   float state = p.initial_state == nullptr ? 0.0f : p.initial_state[head * size + i];
   for (int64_t segment = head * p.segments; segment + 1 < head * p.segments + segments; segment++)
-    state = p.adds[segment * size + i] += p.moves[segment] * state;
+    state = p.adds[segment * size + i] += p.moves[CHANNEL ? segment * p.K + i / p.V : segment] * state;
 }
 
 }  // namespace writesae::cuda

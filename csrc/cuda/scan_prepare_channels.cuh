@@ -16,14 +16,14 @@
 
 namespace writesae::cuda {
 
-template <class T>
+template <class Rule, class T>
 struct ChannelShared {
   static constexpr int C = Operand<T>::CHUNK, WIDTH = tile::WARP, WARPS = C / 16;
   static constexpr int IMAGE = Triangle<T, C>::SIZE;
   static constexpr int PIECE = WIDTH * C > IMAGE ? WIDTH * C : IMAGE;  // of k or q, and then of an image: elements
   static constexpr int SUMS = C * Padded<WIDTH>::STRIDE;
-  static constexpr size_t BYTES =
-      2 * PIECE * sizeof(T) + 3 * SUMS * 4 + C * Padded<C>::STRIDE * 4 + 3 * C * 4 + tile::shared_piece(WARPS * WIDTH * 4);
+  static constexpr size_t BYTES = 2 * PIECE * sizeof(T) + 3 * SUMS * 4 + (Rule::READS ? C * Padded<C>::STRIDE * 4 : 0) +
+                                  3 * C * 4 + tile::shared_piece(WARPS * WIDTH * 4);
 };
 
 // x[l], summed over the warp, in lane l. By recursion: a loop over STEP would put x into memory.
@@ -100,7 +100,7 @@ __device__ __forceinline__ void solve_triangle(const Triangle<T, C>& solve, cons
 
 // A write that is removed after its read is seen by no token but its own: columns of A and reach end on the diagonal, in the
 // warp's rows, and the state gets nothing of it.
-template <class T, int C>
+template <class Rule, class T, int C>
 __device__ __forceinline__ void drop_gone(const Problem& p, const Padded<C>& a, const Triangle<T, C>& reach, int64_t slot,
                                           int h, int warp, int lane) {
   using F = Factors<C>;
@@ -115,7 +115,7 @@ __device__ __forceinline__ void drop_gone(const Problem& p, const Padded<C>& a, 
     factors[F::WRITE + column] = factors[F::KEPT + column] = 0;
 #pragma unroll 1
     for (int row = column + 1 > end - 16 ? column + 1 : end - 16; row < end; row++) {
-      *a.at(row, column) = 0;
+      if constexpr (Rule::READS) *a.at(row, column) = 0;
       *reach.at(row, column) = Operand<T>::narrow(0.0f);
     }
   }
@@ -125,9 +125,9 @@ __device__ __forceinline__ void drop_gone(const Problem& p, const Padded<C>& a, 
 template <class Rule, class T>
 __global__ void __launch_bounds__(2 * Operand<T>::CHUNK, 2)
     prepare_channels(const __grid_constant__ ChannelProblem p, int decay_width) {
-  static_assert(Rule::READS && Rule::CHANNEL);
+  static_assert(Rule::CHANNEL && !Rule::LOW_RANK);
   using Op32 = Operand<float>;
-  using Size = ChannelShared<T>;
+  using Size = ChannelShared<Rule, T>;
   constexpr int C = Size::C, WARPS = Size::WARPS, WIDTH = Size::WIDTH, THREADS = 32 * WARPS, EACH = Tile<T, WIDTH>::EACH;
   using F = Factors<C>;
   tile::Shared shared;
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK, 2)
   // Sums of gates within a 16: of the tokens up to this one, and of those after it. And of pairs: 16 of keys, 16 of queries.
   const Padded<WIDTH> before = {shared.template take<float>(Size::SUMS)}, after = {shared.template take<float>(Size::SUMS)};
   const Padded<WIDTH> pairs = {shared.template take<float>(Size::SUMS)};
-  const Padded<C> a = {shared.template take<float>(C * Padded<C>::STRIDE)};
+  const Padded<C> a = {Rule::READS ? shared.template take<float>(C * Padded<C>::STRIDE) : nullptr};
   float* const key = shared.template take<float>(C);    // r_j
   float* const query = shared.template take<float>(C);  // scale / |q_j|
   float* const beta = shared.template take<float>(C);
@@ -166,7 +166,8 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK, 2)
     query[j] = p.scale * (p.normalise ? tile::reciprocal_root(squares_q + 1e-6f) : 1.0f);
     beta[j] = removed ? 0.0f : read(p.beta, s.row, token + j, h);
     float* to = p.factors + (slot * p.H + h) * F::SIZE + j;  // decays and r_j are in the rows
-    to[F::READ] = to[F::ASK] = to[F::WRITE] = to[F::KEPT] = 1.0f, to[F::WHOLE] = to[F::REST] = 0.0f;
+    to[F::READ] = Rule::READS ? 1.0f : beta[j];
+    to[F::ASK] = to[F::WRITE] = to[F::KEPT] = 1.0f, to[F::WHOLE] = to[F::REST] = 0.0f;
     to[F::KEY] = key[j], to[F::QUERY] = query[j], to[F::BETA] = beta[j];
   }
   if (thread < 4) p.factors[(slot * p.H + h) * F::SIZE + F::DECAY + thread] = 0.0f;
@@ -215,7 +216,8 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK, 2)
       const auto leave = [&](const Rows& rows, float x) {
         tile::store_float(const_cast<T*>(static_cast<const T*>(rows.data)) + to, x);
       };
-      leave(p.read, since * own), leave(p.ask, since * query[j] * tile::load_float(q.at(j, lane)));
+      if constexpr (Rule::READS) leave(p.read, since * own);
+      leave(p.ask, since * query[j] * tile::load_float(q.at(j, lane)));
       leave(p.write, until * own);
       if (p.left != nullptr && h % (p.H / p.Hk) == 0 && channel < p.K)
         p.left[((s.row * p.T + token + j) * p.Hk + hk) * p.K + channel] = own;
@@ -258,7 +260,8 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK, 2)
 #pragma unroll
           for (int l = 0; l < 2; l++)
             right.x[l] = tile::exponential(*after.at(row, x + l) + between[l]) * tile::load_float(k.at(row, x + l));
-          Op32::multiply(kk[w][i], left_k, right), Op32::multiply(qk[w][i], left_q, right);
+          if constexpr (Rule::READS) Op32::multiply(kk[w][i], left_k, right);
+          Op32::multiply(qk[w][i], left_q, right);
         }
 #pragma unroll
         for (int l = 0; l < 2; l++) between[l] += totals[w * WIDTH + step + c + l];
@@ -276,32 +279,33 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK, 2)
 #pragma unroll
       for (int e = 0; e < 4; e++) {
         const int row = top + g + e / 2 * 8, column = 16 * w + 8 * i + c + e % 2;
-        *a.at(row, column) = beta[row] * key[row] * key[column] * kk[w][i][e];
+        if constexpr (Rule::READS) *a.at(row, column) = beta[row] * key[row] * key[column] * kk[w][i][e];
         *reach.at(row, column) = Operand<T>::narrow(query[row] * key[column] * qk[w][i][e]);
       }
   }
   for (int i = lane; i < 256; i += tile::WARP) {
     const int j = top + i / 16, l = top + i % 16;
-    *a.at(j, l) = l < j ? beta[j] * key[j] * key[l] * *pairs.at(j, i % 16) : 0.0f;
+    if constexpr (Rule::READS) *a.at(j, l) = l < j ? beta[j] * key[j] * key[l] * *pairs.at(j, i % 16) : 0.0f;
     *reach.at(j, l) = Operand<T>::narrow(l <= j ? query[j] * key[l] * *pairs.at(j, 16 + i % 16) : 0.0f);
   }
   tile::sync_warp();
-  if (p.gone != nullptr) drop_gone<T, C>(p, a, reach, slot, h, warp, lane);
-  solve_triangle<T, C>(solve, a, beta, p.plain, warp, lane);
+  if (p.gone != nullptr) drop_gone<Rule, T, C>(p, a, reach, slot, h, warp, lane);
+  if constexpr (Rule::READS) solve_triangle<T, C>(solve, a, beta, p.plain, warp, lane);
   tile::sync();
   const auto leave = [&](const Triangle<T, C>& from, void* images) {
     const auto* x = reinterpret_cast<const tile::Vec16*>(from.data);
     auto* to = reinterpret_cast<tile::Vec16*>(static_cast<T*>(images) + (slot * p.H + h) * Size::IMAGE);
     for (int i = thread; i < Size::IMAGE / EACH; i += THREADS) to[i] = x[i];
   };
-  leave(solve, p.solve), leave(reach, p.reach);
+  if constexpr (Rule::READS) leave(solve, p.solve);
+  leave(reach, p.reach);
 }
 
 // Host: the launch.
 template <class Rule, class T>
 void launch_prepare_channels(const ChannelProblem& p, tile::Stream stream) {
   tile::launch("scan prepare_channels", prepare_channels<Rule, T>, {static_cast<unsigned>(p.slots * p.H), 1, 1},
-               2 * Operand<T>::CHUNK, ChannelShared<T>::BYTES, stream, p, padded_keys(p.K));
+               2 * Operand<T>::CHUNK, ChannelShared<Rule, T>::BYTES, stream, p, padded_keys(p.K));
 }
 
 }  // namespace writesae::cuda

@@ -54,6 +54,8 @@ __global__ void __launch_bounds__(512) step(const __grid_constant__ ScanStepPara
   float* box = shared.take<float>(warps);
   float* sums = shared.take<float>(warps * 2 * WIDTH);  // [warps][k, q][WIDTH]
   float* gates = Rule::CHANNEL ? shared.take<float>(warps * KEYS) : nullptr;
+  float* erase_reads = Rule::LOW_RANK ? shared.take<float>(warps * KEYS) : nullptr;   // a
+  float* erase_writes = Rule::LOW_RANK ? shared.take<float>(warps * KEYS) : nullptr;  // b
   const int i = tile::thread();
   float ki = 0, qi = 0;
   if (i < K) ki = read(p.k, b, hk, i), qi = read(p.q, b, hk, i);
@@ -66,6 +68,12 @@ __global__ void __launch_bounds__(512) step(const __grid_constant__ ScanStepPara
   if constexpr (Rule::CHANNEL) {
     if (i < warps * KEYS) gates[i] = i < K ? tile::exponential(read(p.g, b, h, i)) : 0.0f;
   }
+  float bq = 0;
+  if constexpr (Rule::LOW_RANK) {
+    const float ai = i < K ? read(p.a, b, h, i) : 0.0f, bi = i < K ? read(p.b, b, h, i) : 0.0f;
+    if (i < warps * KEYS) erase_reads[i] = ai, erase_writes[i] = bi;
+    bq = block_sum(bi * qi, box, warps);
+  }
   if (p.left != nullptr && i < K && column - lane * VECTOR == 0 && h % (p.H / p.Hk) == 0)
     p.left[(b * p.Hk + hk) * K + i] = ki;
   const float kq = block_sum(ki * qi, box, warps);  // and k, q are there
@@ -74,13 +82,17 @@ __global__ void __launch_bounds__(512) step(const __grid_constant__ ScanStepPara
 #pragma unroll
   for (int j = 0; j < KEYS; j++) {
     const float kj = k[warp * KEYS + j], qj = q[warp * KEYS + j];
+    if constexpr (Rule::LOW_RANK) {
+#pragma unroll
+      for (int l = 0; l < VECTOR; l++) r[l] += erase_reads[warp * KEYS + j] * s[j].x[l];
+    }
     if constexpr (Rule::CHANNEL) {
 #pragma unroll
       for (int l = 0; l < VECTOR; l++) s[j].x[l] *= gates[warp * KEYS + j];
     }
 #pragma unroll
     for (int l = 0; l < VECTOR; l++) {
-      if constexpr (Rule::READS) r[l] += kj * s[j].x[l];
+      if constexpr (Rule::READS && !Rule::LOW_RANK) r[l] += kj * s[j].x[l];
       o[l] += qj * s[j].x[l];
     }
   }
@@ -113,15 +125,19 @@ __global__ void __launch_bounds__(512) step(const __grid_constant__ ScanStepPara
   float u[VECTOR];
 #pragma unroll
   for (int l = 0; l < VECTOR; l++) {
-    const float old = Rule::READS ? gate * r[l] : 0.0f;
+    const float old = Rule::READS && !Rule::LOW_RANK ? gate * r[l] : 0.0f;
     u[l] = inside && native ? beta * (read(p.v, b, h, column + l) - old) : 0.0f;
     o[l] = gate * o[l] + kq * u[l];
+    if constexpr (Rule::LOW_RANK) o[l] += bq * r[l];
   }
 #pragma unroll
   for (int j = 0; j < KEYS; j++) {
     const float kj = k[warp * KEYS + j];
 #pragma unroll
-    for (int l = 0; l < VECTOR; l++) s[j].x[l] = gate * s[j].x[l] + (kept ? kj : 0.0f) * u[l];
+    for (int l = 0; l < VECTOR; l++) {
+      s[j].x[l] = gate * s[j].x[l] + (kept ? kj : 0.0f) * u[l];
+      if constexpr (Rule::LOW_RANK) s[j].x[l] += erase_writes[warp * KEYS + j] * r[l];
+    }
   }
   for (int64_t e = first; e < last; e++) {
     if (!p.edits.kind(e).adds()) continue;
@@ -148,6 +164,9 @@ __global__ void __launch_bounds__(512) step(const __grid_constant__ ScanStepPara
   for (int l = 0; l < VECTOR; l++) {
     write(p.o, p.o_type, bh * V + column + l, o[l]);
     if (p.right != nullptr) p.right[bh * V + column + l] = u[l];
+    if constexpr (Rule::LOW_RANK) {
+      if (p.erased != nullptr) p.erased[bh * V + column + l] = r[l];
+    }
   }
 }
 
@@ -156,7 +175,7 @@ void launch_step(const ScanStepParams& p, tile::Stream stream) {
   const int warps = static_cast<int>(parts(p.K, STEP_KEYS)), width = tile::WARP * VECTOR;
   const size_t shared = 2 * tile::shared_piece(warps * STEP_KEYS * 4) + tile::shared_piece(warps * 4) +
                         tile::shared_piece(warps * 2 * width * 4) +
-                        (Rule::CHANNEL ? tile::shared_piece(warps * STEP_KEYS * 4) : 0);
+                        ((Rule::CHANNEL ? 1 : 0) + (Rule::LOW_RANK ? 2 : 0)) * tile::shared_piece(warps * STEP_KEYS * 4);
   const auto blocks = static_cast<unsigned>(p.B * p.H * parts(p.V, width));
   tile::launch("scan step", step<Rule, VECTOR>, {blocks, 1, 1}, warps * tile::WARP, shared, stream, p);
 }

@@ -70,11 +70,17 @@ __device__ __forceinline__ void add_edit(float (&state)[KP / 8][4], const Proble
     }
 }
 
-// The rows that a walk multiplies states with.
-__device__ __forceinline__ const Rows& read_rows(const Problem& p) { return p.k; }
-__device__ __forceinline__ const Rows& read_rows(const ChannelProblem& p) { return p.read; }
-__device__ __forceinline__ const Rows& ask_rows(const Problem& p) { return p.q; }
-__device__ __forceinline__ const Rows& ask_rows(const ChannelProblem& p) { return p.ask; }
+// The rows that a walk multiplies states with; keys to write by are in the place of keys to read by where nothing reads.
+template <class Rule>
+__device__ __forceinline__ const Rows& read_rows(const Given<Rule>& p) {
+  if constexpr (Rule::CHANNEL) return Rule::READS ? p.read : p.write;
+  return p.k;
+}
+template <class Rule>
+__device__ __forceinline__ const Rows& ask_rows(const Given<Rule>& p) {
+  if constexpr (Rule::CHANNEL) return p.ask;
+  return p.q;
+}
 
 // The edits of one (sequence, value head), passed in order of position.
 struct EditWalk {
@@ -99,8 +105,8 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
   using E = EditFactors<C>;
   constexpr int VECTORS = FACTORS + (Rule::CHANNEL ? KP : 0);
   struct Stage {
-    Tile<T, KP> k, q, write;  // keys to read by, queries, keys to write by
-    Triangle<T, C> solve, reach;
+    Tile<T, KP> k, q, write, erase_write;  // keys to read by, queries, keys to write by
+    Triangle<T, C> solve, reach, mix, erase_reach;
     Tile<T, 16> v;  // of the warp
     float* factors;
   };
@@ -111,14 +117,20 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
   float* const shared_factors = shared.template take<float>(p.stages * VECTORS);
   T* const shared_q = FULL ? shared.template take<T>(p.stages * KP * C) : nullptr;
   T* const shared_reach = FULL ? shared.template take<T>(p.stages * IMAGE) : nullptr;
-  T* const shared_write = Rule::CHANNEL ? shared.template take<T>(p.stages * KP * C) : shared_k;
+  T* const shared_write = Rule::CHANNEL && Rule::READS ? shared.template take<T>(p.stages * KP * C) : shared_k;
+  T* const shared_erase_write = Rule::LOW_RANK ? shared.template take<T>(p.stages * KP * C) : nullptr;
+  T* const shared_mix = Rule::LOW_RANK ? shared.template take<T>(p.stages * IMAGE) : nullptr;
+  T* const shared_erase_reach = Rule::LOW_RANK && FULL ? shared.template take<T>(p.stages * IMAGE) : nullptr;
   const auto stage = [&](int i) -> Stage {
     const int at = i * KP * C, image = i * IMAGE;
     return {{shared_k, at},
             {shared_q, at},
             {shared_write, at},
+            {shared_erase_write, at},
             {shared_solve, image},
             {shared_reach, image},
+            {shared_mix, image},
+            {shared_erase_reach, image},
             {shared_v, (i * WARPS + tile::warp()) * C * 16},
             shared_factors + i * VECTORS};
   };
@@ -173,8 +185,12 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
         if (i + THREADS <= IMAGE / EACH || i + thread < IMAGE / EACH)
           tile::copy_16(to.data + to.start + (i + thread) * EACH, x + i * EACH);
     };
-    rows(to.k, read_rows(p));
-    if constexpr (Rule::CHANNEL) rows(to.write, p.write);
+    rows(to.k, read_rows<Rule>(p));
+    if constexpr (Rule::CHANNEL && Rule::READS) rows(to.write, p.write);
+    if constexpr (Rule::LOW_RANK) {
+      rows(to.erase_write, p.erase_write);
+      image(to.mix, p.mix);
+    }
     if constexpr (Rule::READS) image(to.solve, p.solve);
     if (!moves) {
       const int row = lane / SLAB_UNITS, unit = lane % SLAB_UNITS * EACH;
@@ -190,18 +206,19 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
       if (thread < KP / 4) tile::copy_16(to.factors + FACTORS + 4 * thread, p.decays + at * KP + 4 * thread);
     }
     if constexpr (FULL) {
-      rows(to.q, ask_rows(p));
+      rows(to.q, ask_rows<Rule>(p));
       image(to.reach, p.reach);
+      if constexpr (Rule::LOW_RANK) image(to.erase_reach, p.erase_reach);
     }
     tile::commit_copies();
   };
   // The rows of a place that a state is asked for.
-  const auto issue_shot = [&](const Tile<T, KP>& to, int place) {
+  const auto issue_shot = [&](const Tile<T, KP>& to, const void* from, int place) {
     if constexpr (Rule::CHANNEL) {
-      const T* x = static_cast<const T*>(p.shot_rows) + (static_cast<int64_t>(place) * p.H + h) * C * p.read.width;
+      const T* x = static_cast<const T*>(from) + (static_cast<int64_t>(place) * p.H + h) * C * p.write.width;
       for (int i = tile::thread(); i < C * (KP / EACH); i += THREADS) {
         const int row = i / (KP / EACH), unit = i % (KP / EACH) * EACH;
-        tile::copy_16(to.at(row, unit), x + row * p.read.width + unit, unit < p.read.width);
+        tile::copy_16(to.at(row, unit), x + row * p.write.width + unit, unit < p.write.width);
       }
       tile::commit_copies();
     }
@@ -221,7 +238,8 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
 #endif
     each_owned<KP>(p.K, p.V, column, [&](int i, int e, int64_t at) { state[i][e] = from[at]; });
   }
-  float passed = 1;  // what the segment decays a state by
+  float passed = 1, channels_passed[(KP + THREADS - 1) / THREADS];  // what the segment decays a state by
+  for (float& x : channels_passed) x = 1;
   EditWalk edit = {p.edits.count > 0 ? static_cast<int>(first_edit(p.edits, n, h, begin * C)) : 0, INT32_MAX};
   if (p.edits.count > 0) edit.look(p.edits, n, h);
 
@@ -263,6 +281,7 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
 
     const int along_slab = Op::lane_place_along(now.v);
     // ---- V^T - e^G r X^T, or beta V^T ------------------------------------------------------------------------------------------
+    float native[Rule::LOW_RANK ? NC : 1][4];
 #pragma unroll
     for (int j = 0; j < NC; j += 2) {
       float v[2][4] = {};
@@ -272,7 +291,11 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
 #pragma unroll
         for (int e = 0; e < 4; e++) {
           const float read = now.factors[F::READ + 8 * (j + i) + c + e % 2];
-          x[j + i][e] = Rule::READS ? v[i][e] - read * x[j + i][e] : read * v[i][e];
+          if constexpr (Rule::LOW_RANK) {
+            native[j + i][e] = read * v[i][e];
+          } else {
+            x[j + i][e] = Rule::READS ? v[i][e] - read * x[j + i][e] : read * v[i][e];
+          }
         }
     }
     // Adds factor (token) times the value side of every added edit of this chunk: rows of the edit list at `kind`.
@@ -292,32 +315,40 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
     };
     if (edited) {
       for (; edit.position < first + count; edits_end = edit.at) edit.at++, edit.look(p.edits, n, h);
-      if constexpr (Rule::READS) add_edits(x, 0, C, E::RIGHT, -1.0f);
+      if constexpr (Rule::READS) add_edits(x, 0, C, E::RIGHT, Rule::LOW_RANK ? 1.0f : -1.0f);
     }
 
-    // ---- U^T = x solve^T -----------------------------------------------------------------------------------------------
+    // ---- U^T = x solve^T, or R^T ----------------------------------------------------------------------------------------
     float own[NC][4] = {};
-    if constexpr (Rule::READS) {
+    const auto solve = [&](const Triangle<T, C>& image, const float (*from)[4]) {
 #pragma unroll
       for (int step = 0; step < C; step += STEP) {
-        const auto a = Op::accumulators(&x[step / 8]);
+        const auto a = Op::accumulators(&from[step / 8]);
 #pragma unroll
         for (int j = step / 16 * 2; j < NC; j += 2) {
           typename Op::B b[2];
-          Op::load_rows(b, now.solve, along_image, 8 * j, step);
+          Op::load_rows(b, image, along_image, 8 * j, step);
           Op::multiply(own[j], a, b[0]), Op::multiply(own[j + 1], a, b[1]);
         }
       }
-    }
-    float (&u)[NC][4] = *(Rule::READS ? &own : &x);
-    if (FULL && p.right != nullptr) {
+    };
+    if constexpr (Rule::READS) solve(now.solve, x);
+    if constexpr (Rule::LOW_RANK) solve(now.mix, native);
+    float (&u)[NC][4] = *(Rule::READS ? &own : &x);  // R of a low-rank erase
+    const auto leave = [&](float* right, const float (*from)[4]) {
       const int64_t apart = tile::fresh(static_cast<int64_t>(p.H) * p.V);
-      float* to = p.right + ((origin + first + c) * p.H + h) * p.V + column + g;
+      float* to = right + ((origin + first + c) * p.H + h) * p.V + column + g;
 #pragma unroll
       for (int j = 0; j < NC; j++, to += 8 * apart)
 #pragma unroll
         for (int e = 0; e < 4; e++)
-          if (8 * j + c + e % 2 < count && g + e / 2 * 8 < columns) to[e % 2 * apart + e / 2 * 8] = u[j][e];
+          if (8 * j + c + e % 2 < count && g + e / 2 * 8 < columns) to[e % 2 * apart + e / 2 * 8] = from[j][e];
+    };
+    if constexpr (Rule::LOW_RANK) {
+      if (FULL && p.right != nullptr) leave(p.right, native);
+      if (FULL && p.erased != nullptr) leave(p.erased, u);
+    } else {
+      if (FULL && p.right != nullptr) leave(p.right, u);
     }
 
     // ---- O^T = e^G scale / |q| Y^T + U^T reach^T -------------------------------------------------------------------------
@@ -345,16 +376,24 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
         for (int j = 0; j < PART; j++)
 #pragma unroll
           for (int e = 0; e < 4; e++) y[j][e] *= now.factors[F::ASK + 8 * (first_tile + j) + c + e % 2];
+        const auto reach = [&](const Triangle<T, C>& image, const float (*from)[4]) {
 #pragma unroll
-        for (int step = 0; step < C; step += STEP) {
-          const auto a = Op::accumulators(&u[step / 8]);
+          for (int step = 0; step < C; step += STEP) {
+            const auto a = Op::accumulators(&from[step / 8]);
 #pragma unroll
-          for (int j = 0; j < PART; j += 2) {
-            if (8 * (first_tile + j) + 16 <= step) continue;
-            typename Op::B b[2];
-            Op::load_rows(b, now.reach, along_image, 8 * (first_tile + j), step);
-            Op::multiply(y[j], a, b[0]), Op::multiply(y[j + 1], a, b[1]);
+            for (int j = 0; j < PART; j += 2) {
+              if (8 * (first_tile + j) + 16 <= step) continue;
+              typename Op::B b[2];
+              Op::load_rows(b, image, along_image, 8 * (first_tile + j), step);
+              Op::multiply(y[j], a, b[0]), Op::multiply(y[j + 1], a, b[1]);
+            }
           }
+        };
+        if constexpr (Rule::LOW_RANK) {
+          reach(now.erase_reach, u);
+          reach(now.reach, native);
+        } else {
+          reach(now.reach, u);
         }
         if (edited) add_edits(y, 8 * first_tile, 8 * PART, E::OUT, 1.0f);
 #pragma unroll
@@ -392,26 +431,36 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
         if constexpr (Rule::CHANNEL) return 1.0f;
         return tile::exponential((whole - factors[F::WHOLE + j]) + (rest - factors[F::REST + j]));
       };
-      if constexpr (Rule::CHANNEL) {  // the place's rows, where the keys to read by were
+      // The place's rows, where the keys to read by were, or the queries where those are the keys to write by, which the erase's
+      // come to as well.
+      const Tile<T, KP>& shot_keys = Rule::CHANNEL && !Rule::READS ? now.q : now.k;
+      if constexpr (Rule::CHANNEL) {
         tile::sync();
-        issue_shot(now.k, place);
+        issue_shot(shot_keys, p.shot_rows, place);
+        if constexpr (Rule::LOW_RANK) issue_shot(now.q, p.erase_shots, place);
         tile::wait_copies<0>();
         tile::sync();
       }
       const int64_t apart = tile::fresh(static_cast<int64_t>(p.V));
       float* const from = p.snapshots + (static_cast<int64_t>(place) * p.H + h) * p.K * apart + column + c * apart + g;
-      typename Op::A part[C / STEP];
+      typename Op::A part[C / STEP], erase_part[Rule::LOW_RANK ? C / STEP : 1];
 #pragma unroll
       for (int step = 0; step < C; step += STEP) {
-        float scaled[STEP / 8][4];
+        float scaled[STEP / 8][4], erased[STEP / 8][4];
 #pragma unroll
         for (int i = 0; i < STEP / 8; i++)
 #pragma unroll
           for (int e = 0; e < 4; e++) {
             const int j = step + 8 * i + c + e % 2;
-            scaled[i][e] = j <= token ? since(j) * factors[F::KEPT + j] * u[step / 8 + i][e] : 0.0f;
+            if constexpr (Rule::LOW_RANK) {
+              scaled[i][e] = j <= token ? factors[F::KEPT + j] * native[step / 8 + i][e] : 0.0f;
+              erased[i][e] = j <= token ? u[step / 8 + i][e] : 0.0f;
+            } else {
+              scaled[i][e] = j <= token ? since(j) * factors[F::KEPT + j] * u[step / 8 + i][e] : 0.0f;
+            }
           }
         part[step / STEP] = Op::accumulators(scaled);
+        if constexpr (Rule::LOW_RANK) erase_part[step / STEP] = Op::accumulators(erased);
         tile::sync_warp();  // here and below: one round after the other, or their loads take all registers
       }
       const float decay = tile::exponential(whole + rest);
@@ -435,8 +484,12 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
 #pragma unroll
         for (int step = 0; step < C; step += STEP) {
           typename Op::B b[2];
-          Op::load_columns(b, now.k, down, step, 8 * m);
+          Op::load_columns(b, shot_keys, down, step, 8 * m);
           Op::multiply(shot[0], part[step / STEP], b[0]), Op::multiply(shot[1], part[step / STEP], b[1]);
+          if constexpr (Rule::LOW_RANK) {
+            Op::load_columns(b, now.q, down, step, 8 * m);
+            Op::multiply(shot[0], erase_part[step / STEP], b[0]), Op::multiply(shot[1], erase_part[step / STEP], b[1]);
+          }
         }
 #pragma unroll
         for (int i = 0; i < 2; i++, to += 8 * apart)
@@ -462,16 +515,30 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
 
     // ---- S^T = e^{G_C} S^T + (e^{G_C - G} r U)^T K -----------------------------------------------------------------------------
     const float decay = now.factors[F::DECAY];
-    if constexpr (!FULL && !Rule::READS) passed *= decay;
+    if constexpr (!FULL && !Rule::READS) {
+      if constexpr (Rule::CHANNEL) {
+        for (int i = 0; i < (KP + THREADS - 1) / THREADS; i++)
+          if (i * THREADS + tile::thread() < KP) channels_passed[i] *= now.factors[FACTORS + i * THREADS + tile::thread()];
+      } else {
+        passed *= decay;
+      }
+    }
 #pragma unroll
     for (int m = 0; m < NK; m++)
 #pragma unroll
       for (int e = 0; e < 4; e++) state[m][e] *= Rule::CHANNEL ? now.factors[FACTORS + 8 * m + c + e % 2] : decay;
+    float (&written)[NC][4] = *[&] {
+      if constexpr (Rule::LOW_RANK)
+        return &native;
+      else
+        return &u;
+    }();
 #pragma unroll
     for (int j = 0; j < NC; j++)
 #pragma unroll
-      for (int e = 0; e < 4; e++) u[j][e] *= now.factors[F::WRITE + 8 * j + c + e % 2];
-    add_tokens<T, KP, C>(state, now.write, down, 0, u);
+      for (int e = 0; e < 4; e++) written[j][e] *= now.factors[F::WRITE + 8 * j + c + e % 2];
+    add_tokens<T, KP, C>(state, now.write, down, 0, written);
+    if constexpr (Rule::LOW_RANK) add_tokens<T, KP, C>(state, now.erase_write, down, 0, u);
     if (edited) {
 #pragma unroll 1
       for (int64_t e = edits_begin; e < edits_end; e++)
@@ -491,7 +558,14 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
 
   // ---- the state at the end -------------------------------------------------------------------------------------------
   if (FULL && end < chunks) return;
-  if (!FULL && !Rule::READS && column_tile == 0 && tile::thread() == 0) p.moves[head() * p.segments + segment] = passed;
+  if constexpr (!FULL && !Rule::READS && Rule::CHANNEL) {
+    for (int i = 0; i < (KP + THREADS - 1) / THREADS; i++) {
+      const int k = i * THREADS + tile::thread();
+      if (column_tile == 0 && k < p.K) p.moves[(head() * p.segments + segment) * p.K + k] = channels_passed[i];
+    }
+  } else if constexpr (!FULL && !Rule::READS) {
+    if (column_tile == 0 && tile::thread() == 0) p.moves[head() * p.segments + segment] = passed;
+  }
   const int width = moves ? p.K : p.V;
   float* to =
       FULL ? p.final_state + head() * p.K * p.V : (moves ? p.moves : p.adds) + (head() * p.segments + segment) * p.K * width;

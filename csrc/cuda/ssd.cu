@@ -11,7 +11,7 @@ namespace writesae::cuda::ssd {
 
 struct Rule {
   static constexpr const char* NAME = "ssd";
-  static constexpr bool READS = false, CHANNEL = false, ALL = false;
+  static constexpr bool READS = false, CHANNEL = false, LOW_RANK = false, ALL = false;
 
   // Host: the kernels in one type of computation.
   template <class T>

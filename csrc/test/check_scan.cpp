@@ -1,5 +1,8 @@
 // Every write rule's scan and step, with a gate of the head and one of each channel, against a plain loop in double, over
 // awkward sizes, packed rows, edits and snapshots.
+#include <memory>
+
+#include "dplr.h"
 #include "gated_delta_rule.h"
 #include "scan_plain.h"
 #include "ssd.h"
@@ -11,14 +14,16 @@ namespace {
 
 struct Rule {
   const char* name;
-  bool reads;
+  bool reads, low_rank;
   decltype(&cpu::gated_delta_rule::forward) forward;
   decltype(&cpu::gated_delta_rule::step) step;
 };
 
 constexpr Rule RULES[] = {
-    {"gated_delta_rule", true, cpu::gated_delta_rule::forward, cpu::gated_delta_rule::step},
-    {"ssd", false, cpu::ssd::forward, cpu::ssd::step},
+    {"gated_delta_rule", true, false, cpu::gated_delta_rule::forward, cpu::gated_delta_rule::step},
+    {"ssd", false, false, cpu::ssd::forward, cpu::ssd::step},
+    {"dplr", false, false, cpu::dplr::forward, cpu::dplr::step},
+    {"dplr with an erase", false, true, cpu::dplr::forward, cpu::dplr::step},
 };
 
 struct Case {
@@ -43,6 +48,7 @@ void check(const Rule& rule, bool channels, const Case& c, int thread_count) {
   auto beta = normal(c.B * p.T * c.H);
   const auto g = gates(p, channels, beta);
   p.beta = view(beta, p.T * c.H, c.H, 1, 0);
+  const auto erase = rule.low_rank ? std::make_unique<Erase>(p) : nullptr;
   p.scale = 0.3f, p.use_qk_l2norm = c.l2norm;
   const auto initial = normal(p.N * c.H * c.K * c.V);
   p.initial_state = c.initial ? initial.data() : nullptr;
@@ -50,10 +56,11 @@ void check(const Rule& rule, bool channels, const Case& c, int thread_count) {
   const Picked edits = pick_edits(p, sequences, c.edits);
   edits.give(p);
 
-  auto o = poison(c.B * p.T * c.H * c.V), right = o, final_state = poison(initial.size());
+  auto o = poison(c.B * p.T * c.H * c.V), right = o, erased = o, final_state = poison(initial.size());
   auto left = poison(c.B * p.T * c.Hk * c.K), snapshots = poison(p.P * c.H * c.K * c.V);
   p.o = o.data(), p.o_type = Element::f32, p.final_state = final_state.data(), p.snapshots = snapshots.data();
   p.left = c.writes ? left.data() : nullptr, p.right = c.writes ? right.data() : nullptr;
+  p.erased = c.writes && rule.low_rank ? erased.data() : nullptr;
   rule.forward(p, threads(thread_count));
   const Expected expected = plain(p, sequences, rule.reads);
   expect_close("o", o, expected.o);
@@ -62,6 +69,7 @@ void check(const Rule& rule, bool channels, const Case& c, int thread_count) {
   if (!c.writes) return;
   expect_close("left", left, expected.left);
   expect_close("right", right, expected.right);
+  if (rule.low_rank) expect_close("erased", erased, expected.erased);
 
   // The step, over the first token of every row, from the same state.
   if (c.B == 1 && c.lengths.size() > 1) return;
@@ -74,11 +82,12 @@ void check(const Rule& rule, bool channels, const Case& c, int thread_count) {
   p.P = 0, p.initial_state = initial.data();
   for (auto& sequence : sequences) sequence[2] = 1;
   const Expected once = plain(p, sequences, rule.reads);
-  std::vector<double> want_o, want_right;
+  std::vector<double> want_o, want_right, want_erased;
   for (int64_t b = 0; b < c.B; b++) {
     const int64_t at = b * p.T * c.H * c.V;
     want_o.insert(want_o.end(), once.o.begin() + at, once.o.begin() + at + c.H * c.V);
     want_right.insert(want_right.end(), once.right.begin() + at, once.right.begin() + at + c.H * c.V);
+    if (rule.low_rank) want_erased.insert(want_erased.end(), once.erased.begin() + at, once.erased.begin() + at + c.H * c.V);
   }
   ScanStepParams s = {};
   s.B = c.B, s.Hk = c.Hk, s.H = c.H, s.K = c.K, s.V = c.V;
@@ -87,13 +96,17 @@ void check(const Rule& rule, bool channels, const Case& c, int thread_count) {
     return x;
   };
   s.q = drop_time(p.q), s.k = drop_time(p.k), s.v = drop_time(p.v), s.g = drop_time(p.g), s.beta = drop_time(p.beta);
+  s.a = drop_time(p.a), s.b = drop_time(p.b);
   s.channel_gate = channels, s.scale = p.scale, s.use_qk_l2norm = p.use_qk_l2norm, s.edits = p.edits;
-  auto state = initial, step_o = poison(want_o.size()), step_right = step_o, step_left = poison(c.B * c.Hk * c.K);
+  auto state = initial, step_o = poison(want_o.size()), step_right = step_o, step_erased = step_o,
+       step_left = poison(c.B * c.Hk * c.K);
   s.state = state.data(), s.o = step_o.data(), s.o_type = Element::f32;
   s.left = step_left.data(), s.right = step_right.data();
+  s.erased = rule.low_rank ? step_erased.data() : nullptr;
   rule.step(s, threads(thread_count));
   expect_close("step o", step_o, want_o);
   expect_close("step right", step_right, want_right);
+  if (rule.low_rank) expect_close("step erased", step_erased, want_erased);
   expect_close("step state", state, once.final_state);
 }
 
@@ -137,10 +150,11 @@ int main() {
     for (const Rule& rule : RULES) {
       for (bool channels : {false, true})
         for (const Case& c : cases)
-          for (int thread_count : {1, 3}) check(rule, channels, c, thread_count);
+          for (int thread_count : {1, 3})
+            if (channels || !rule.low_rank) check(rule, channels, c, thread_count);
       check_halves(rule);
-      std::printf("%s, %s: %zu cases agree, and as many with a gate of each channel\n", rule.name, name.c_str(),
-                  cases.size());
+      std::printf("%s, %s: %zu cases agree%s a gate of each channel\n", rule.name, name.c_str(), cases.size(),
+                  rule.low_rank ? ", all with" : ", and as many with");
     }
   });
 }

@@ -94,8 +94,25 @@ inline std::vector<float> gates(ScanParams& p, bool channels, std::vector<float>
   return g;
 }
 
+// a and b of a low-rank erase as RWKV-7 has them, nearly: what a finds is halved, and a little goes elsewhere. Sets p.a and
+// p.b to what it holds.
+struct Erase {
+  std::vector<float> a, b;
+
+  explicit Erase(ScanParams& p) : a(normal(p.B * p.T * p.H * p.K)), b(a.size()) {
+    const auto other = normal(a.size(), 0.1f / std::sqrt(static_cast<float>(p.K)));
+    for (int64_t row = 0; row < p.B * p.T * p.H; row++) {
+      float* const x = a.data() + row * p.K;
+      float square = 0;
+      for (int64_t i = 0; i < p.K; i++) square += x[i] * x[i];
+      for (int64_t i = 0; i < p.K; i++) x[i] /= std::sqrt(square), b[row * p.K + i] = other[row * p.K + i] - 0.5f * x[i];
+    }
+    p.a = view(a, p.T * p.H * p.K, p.H * p.K, p.K, 1), p.b = p.a, p.b.data = b.data();
+  }
+};
+
 struct Expected {
-  std::vector<double> o, final_state, left, right, snapshots;
+  std::vector<double> o, final_state, left, right, erased, snapshots;
 };
 
 // The definition, token by token. `reads`: of a delta rule, which erases what its key finds.
@@ -103,6 +120,7 @@ inline Expected plain(const ScanParams& p, const std::vector<std::array<int64_t,
   const int64_t K = p.K, V = p.V;
   Expected out;
   out.o.resize(p.B * p.T * p.H * V), out.right.resize(p.B * p.T * p.H * V), out.left.resize(p.B * p.T * p.Hk * K);
+  if (p.a.data != nullptr) out.erased.resize(out.right.size());
   out.final_state.resize(p.N * p.H * K * V), out.snapshots.resize(p.P * p.H * K * V);
   for (int64_t n = 0; n < p.N; n++)
     for (int64_t h = 0; h < p.H; h++) {
@@ -138,9 +156,12 @@ inline Expected plain(const ScanParams& p, const std::vector<std::array<int64_t,
                   S[i * V + c] += static_cast<double>(p.edits.left[e * K + i]) * p.edits.right[e * V + c];
         };
         for (int64_t c = 0; c < V; c++) {
-          double read = 0;
+          double read = 0, erased = 0;
+          for (int64_t i = 0; i < K && p.a.data != nullptr; i++) erased += S[i * V + c] * value(p.a, b, at, h, i);
+          if (p.a.data != nullptr) out.erased[((b * p.T + at) * p.H + h) * V + c] = erased;
           for (int64_t i = 0; i < K; i++) {
             S[i * V + c] *= std::exp(value(p.g, b, at, h, p.channel_gate ? i : 0));
+            if (p.a.data != nullptr) S[i * V + c] += value(p.b, b, at, h, i) * erased;
             read += reads ? S[i * V + c] * k[i] : 0.0;
           }
           u[c] = native ? value(p.beta, b, at, h) * (value(p.v, b, at, h, c) - read) : 0.0;

@@ -9,10 +9,10 @@ than yield a ratio where their result is not the peer's.
 
 # In the order of the table.
 STEMS = (
-    "gated_delta_rule", "backward", "ssd", "causal_conv", "rms_norm", "encode", "model", "collect", "replace",
-    "sae_training", "accuracy",
+    "gated_delta_rule", "backward", "ssd", "dplr", "selective_scan", "causal_conv", "rms_norm", "encode", "model",
+    "collect", "replace", "sae_training", "accuracy",
 )  # fmt: skip
 MODULES = tuple(f"writesae.bench.bench_{stem}" for stem in STEMS)
 
 # Of a CUDA device, for `writesae bench --gpu` (bench/gpu.sh).
-GPU_MODULES = tuple(f"writesae.bench.bench_gpu_{stem}" for stem in ("scan", "encode", "model"))
+GPU_MODULES = tuple(f"writesae.bench.bench_gpu_{stem}" for stem in ("scan", "channels", "encode", "model"))

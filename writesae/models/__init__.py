@@ -1,9 +1,9 @@
 """Hooks into transformers models: `attach`, `load`, `stopping_after`; and the seam under them, `layers`, `intercept`,
 `running`, with a table a family of models (`Binding`, `fla`, `hf_gated_delta`, `hf_kda`, `hf_mamba`, `hf_mamba2`,
-`hf_minimax`)."""
+`hf_minimax`, `mamba_ssm`)."""
 
 # fla before hf_gated_delta, which takes layers of any file that call a function of its names.
-from . import fla, hf_gated_delta, hf_kda, hf_mamba, hf_mamba2, hf_minimax
+from . import fla, hf_gated_delta, hf_kda, hf_mamba, hf_mamba2, hf_minimax, mamba_ssm
 from .attach import attach
 from .binding import Binding, LayerSite
 from .frame import running
@@ -16,5 +16,5 @@ from .tap import Tap
 
 __all__ = [
     "Binding", "LayerSite", "Stopped", "Tap", "attach", "fla", "hf_gated_delta", "hf_kda", "hf_mamba", "hf_mamba2",
-    "hf_minimax", "intercept", "intercept_conv", "layers", "load", "running", "stopping_after",
+    "hf_minimax", "intercept", "intercept_conv", "layers", "load", "mamba_ssm", "running", "stopping_after",
 ]  # fmt: skip

@@ -15,16 +15,17 @@ from torch import Tensor
 from ..ops._dispatch import say_once
 from .versions import TESTED
 
-# role -> the names it goes by, the newest first
+# role -> the names it goes by, the newest of transformers first, then those of mamba-ssm
 NAMES = {
-    "cache": ("cache", "past_key_values", "cache_params"),
+    "cache": ("cache", "past_key_values", "cache_params", "inference_params"),
     "attention_mask": ("attention_mask",),
     "position_ids": ("position_ids",),
-    "hidden_states": ("hidden_states",),
+    "hidden_states": ("hidden_states", "u", "x"),
     "cu_seq_lens": ("cu_seq_lens_q", "cu_seqlens"),
     "seq_idx": ("seq_idx",),
 }
 _CACHE_METHODS = ("get_seq_length", "update_recurrent_state", "has_previous_state")
+_CACHE_COLUMNS = "seqlen_offset"  # of mamba-ssm's InferenceParams: how many columns it holds
 
 
 class Reader:
@@ -115,10 +116,16 @@ def given_cache(model, cache) -> dict:
     return {Reader(model.forward, type(model).__name__).name_of("cache"): cache}
 
 
+def without_cache(model) -> dict:
+    """The argument by which a model is told not to make a cache; nothing for one that uses what it is given alone."""
+    parameters = Reader(model.forward, type(model).__name__).parameters
+    return {} if "inference_params" in parameters else {"use_cache": False}
+
+
 def _is_cache(value) -> bool:
     if value is None or isinstance(value, (Tensor, bool, int, float, str, list, tuple, dict)):
         return False
-    return any(callable(getattr(value, name, None)) for name in _CACHE_METHODS)
+    return hasattr(value, _CACHE_COLUMNS) or any(callable(getattr(value, name, None)) for name in _CACHE_METHODS)
 
 
 def rule_call(

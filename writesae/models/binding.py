@@ -29,6 +29,8 @@ To add a family, write one file `models/NAME.py` that holds its table, in this o
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,6 +73,9 @@ class LayerSite:
     out_proj: nn.Module | None = None
     path: str
     binding: Binding = field(repr=False)
+
+
+_DEFAULTS = ("conv_kernel_size", "norm", "out_proj")  # fields of `LayerSite` that have one
 
 
 def _as_pair(given: Given, returned: Any) -> tuple[Tensor, Tensor | None]:
@@ -149,9 +154,12 @@ class Binding:
             use_precomputed) -> (y, kept)` of their own.
         bypasses: names that would go past the functions, of globals or of the layer's attributes, with what stands
             there while the layer is intercepted (a function that answers None, a flag that is False).
-        stand_ins: `stand_ins(owner)`, for layers whose own code cannot run on every machine: where it cannot, has owner
-            put in place what they need beside their functions, and answers True. Then all layers run on the rule,
-            whoever is intercepted.
+        origin: prefixes of the modules in which the functions are defined. A layer that no known library defines (code
+            that comes with a model) is of the family if it calls one of those, by whatever name.
+        on_cpu: names of functions that run on GPUs alone, with the same in torch, called where tensors are on a CPU.
+        stand_ins: `stand_ins(owner, layers)`, for layers whose own code cannot run on every machine: where it cannot,
+            has owner put in place what they need beside their functions, and answers True. Then all layers run on the
+            rule, whoever is intercepted.
     """
 
     name: str
@@ -172,7 +180,9 @@ class Binding:
     convs: tuple[str, ...] = ()
     conv_modules: Callable[[nn.Module], list[nn.Conv1d]] = lambda module: []
     bypasses: Mapping[str, Any] = field(default_factory=dict)
-    stand_ins: Callable[[Owner], bool] | None = None
+    origin: tuple[str, ...] = ("transformers.models.",)
+    on_cpu: Mapping[str, Callable] = field(default_factory=dict)
+    stand_ins: Callable[[Owner, list[nn.Module]], bool] | None = None
 
     def recurrence(self, name: str) -> Recurrence | None:
         """The function that layers look up by this name."""
@@ -182,14 +192,49 @@ class Binding:
         """Whether it is the name of a recurrence, a short convolution or a bypass of the family."""
         return self.recurrence(name) is not None or name in self.convs or name in self.bypasses
 
+    def identified(self, function: Any) -> str | None:
+        """The family's name of a function that is defined in `origin`, whatever a layer calls it; None of others."""
+        if not callable(function):
+            return None
+        function = inspect.unwrap(function)
+        name, home = getattr(function, "__name__", None), getattr(function, "__module__", None)
+        if not isinstance(name, str) or not isinstance(home, str) or not home.startswith(self.origin):
+            return None
+        return name if self.stands_in_for(name) else None
+
+    def known_as(self, name: str, function: Any) -> str:
+        """The family's name of a function that a layer looks up by `name`."""
+        return name if self.stands_in_for(name) else self.identified(function) or name
+
+    def usable(self, name: str, original: Any) -> Any:
+        """The function of this name (some releases have None), which on a CPU goes by `on_cpu`."""
+        instead = self.on_cpu.get(name)
+        if instead is None:
+            return original
+
+        def either(*args, **kwargs):
+            tensor = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+            on_cpu = original is None or tensor.device.type == "cpu"
+            return (instead if on_cpu else original)(*args, **kwargs)
+
+        return either if original is None else functools.wraps(original)(either)
+
     def index(self, module: nn.Module) -> int:
         """A layer's number in its model."""
         return self._of(module, "layer_index")
 
-    def site(self, module: nn.Module, block: nn.Module, path: str) -> LayerSite:
-        """Raises ValueError for a layer without one of the attributes."""
-        sizes = {name: self._of(module, name) for name in self.layer}
+    def site(self, module: nn.Module, block: nn.Module, path: str, whole: bool = True) -> LayerSite:
+        """Raises ValueError for a layer without one of the attributes; not `whole`: without one that has no default."""
+        names = [name for name in self.layer if whole or name not in _DEFAULTS or self._has(module, name)]
+        sizes = {name: self._of(module, name) for name in names}
+        if "conv_kernel_size" not in sizes:
+            widths = (x.kernel_size[0] for x in module.modules() if isinstance(x, nn.Conv1d))
+            sizes["conv_kernel_size"] = max(widths, default=1)
         return LayerSite(module=module, block=block, path=path, binding=self, **sizes)
+
+    def _has(self, module: nn.Module, name: str) -> bool:
+        where = self.layer[name]
+        return not isinstance(where, tuple) or any(hasattr(module, x) for x in where if isinstance(x, str))
 
     def _of(self, module: nn.Module, name: str) -> Any:
         where = self.layer[name]

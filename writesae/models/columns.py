@@ -15,6 +15,9 @@ def columns_held(cache) -> int | None:
     Raises:
         ValueError: it is no cache that could say.
     """
+    offset = getattr(cache, "seqlen_offset", None)  # of mamba-ssm's InferenceParams
+    if isinstance(offset, int):
+        return offset
     length = getattr(cache, "get_seq_length", None)
     if length is None:
         raise ValueError(

@@ -63,6 +63,7 @@ class Frame:
         gradients: `[B, T, 1, V]` of such a layer's heads in the backward that is running, until they are all there.
         rules, convs: what stands in for its functions and its convolution, the latest installed first.
         met: the call that rules stand in for at the moment, if any.
+        ran: whether the layer has called one of its functions.
         own_conv: calls the convolution that a handler stands in for, as the layer called it.
         helpless: the layer's own functions cannot run on this machine; see `Binding.stand_ins`.
     """
@@ -75,6 +76,7 @@ class Frame:
     rules: tuple[Callable, ...]
     convs: tuple[Callable, ...]
     met: Met | None = field(default=None, repr=False)
+    ran: bool = False
     own_conv: Callable[[], Tensor] | None = field(default=None, repr=False)
     head: int | None = None
     gradients: dict[int, Tensor] = field(default_factory=dict, repr=False)

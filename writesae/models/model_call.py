@@ -17,6 +17,8 @@ from .columns import columns_held, note_columns
 
 # Models (`config.model_type`) that make their attention masks without position_ids.
 _MIXES_WHATEVER = ("granitemoehybrid",)
+# Models, by the module that defines them, that take position_ids for `generate`'s sake and read none.
+_READ_NO_POSITIONS = ("mamba_ssm.",)
 
 
 class Stopped(Exception):
@@ -145,7 +147,7 @@ class ModelCall:
 
     def _find_packed(self, shape, cache) -> Tensor | None:
         B, T = shape
-        stated = _offsets(self.cu_seq_lens, self.seq_idx, T)
+        stated = offsets(self.cu_seq_lens, self.seq_idx, T)
         positions = self._restarts(B, T)
         if stated is None and positions is None:
             return None
@@ -184,6 +186,8 @@ class ModelCall:
         """Offsets read off position_ids, where transformers' own attention masks read them too."""
         positions = self.position_ids
         if positions is None or self.attention_mask is not None:
+            return None
+        if type(self.root).__module__.startswith(_READ_NO_POSITIONS):
             return None
         if self.cache is not None and self._past != 0:
             return None
@@ -251,11 +255,18 @@ def text_config(model: nn.Module):
 
 def has_attention(model: nn.Module) -> bool:
     """Whether some layer is not linear."""
+    if type(model).__module__.startswith("mamba_ssm."):  # whose configuration may be missing, and is of its own kind
+        return any(type(m).__module__ == "mamba_ssm.modules.mha" for m in model.modules())
     types = getattr(text_config(model), "layer_types", None)
     return types is None or any(t != "linear_attention" for t in types)
 
 
-def _offsets(cu_seq_lens: Tensor | None, seq_idx: Tensor | None, T: int) -> Tensor | None:
+def offsets(cu_seq_lens: Tensor | None, seq_idx: Tensor | None, T: int) -> Tensor | None:
+    """`[N + 1]` int64 offsets of N > 1 packed sequences, from offsets or from an index `[1, T]` a token; else None.
+
+    Raises:
+        ValueError: they do not fit one row of T tokens.
+    """
     if cu_seq_lens is not None:
         offsets = cu_seq_lens.reshape(-1).long()
         if len(offsets) < 2 or int(offsets[0]) != 0 or int(offsets[-1]) != T or bool((offsets.diff() < 0).any()):

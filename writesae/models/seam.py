@@ -18,10 +18,11 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from ..ops.rule import RuleCall, RuleOutput
 from . import generation, patch, short_conv
 from .binding import Binding, LayerSite, Recurrence
+from .fla_stand_ins import runnable
 from .frame import Frame, Met, running
 from .model_call import ModelCall, model_body
 from .patch import Owner
-from .sites import enclosing, layers, require_layer, targets
+from .sites import enclosing, is_of_library, known_as, layers, require_layer, targets
 
 RuleHandler = Callable[..., tuple[Tensor, Tensor | None]]
 CallHandler = Callable[[RuleCall, bool], RuleOutput]
@@ -120,8 +121,11 @@ def install(
         require_layer(model, by_index, index)
     with patch.lock:
         owner.mark(site.module for site in sites)
-        families = dict.fromkeys(site.binding for site in sites if site.binding.stand_ins is not None)
-        helpless = {family for family in families if family.stand_ins(owner)}
+        helpless = set()
+        for family in dict.fromkeys(site.binding for site in sites):
+            of_it = [site.module for site in sites if site.binding is family]
+            if family.stand_ins is not None and family.stand_ins(owner, of_it):
+                helpless.add(family)
         for index, site in sorted(by_index.items()):
             if index in rules or index in convs or site.binding in helpless:
                 handlers = _Handlers(site, rules.get(index), convs.get(index), site.binding in helpless)
@@ -138,9 +142,9 @@ def _install_layer(owner: Owner, model: nn.Module, handlers: _Handlers) -> None:
             owner.patch(StoppingCriteriaList, "__call__", generation.listen_to_criteria)
             owner.patch(LogitsProcessorList, "__call__", generation.listen_to_processors)
     for space, name in targets(site.module):
-        make = _shim(site.binding, name)
+        make = shim(site.binding, known_as(site.binding, space, name))
         if space is site.module.__dict__:
-            owner.patch(type(site.module), name, functools.partial(_attribute, name, functools.cache(make)))
+            owner.patch(type(site.module), name, attribute(name, functools.cache(make)))
         else:
             owner.patch(space, name, make)
     start = 0
@@ -148,15 +152,19 @@ def _install_layer(owner: Owner, model: nn.Module, handlers: _Handlers) -> None:
         channels = slice(start, start := start + child.in_channels)
         owner.join(child, "forward", short_conv.module_body, channels)
     owner.join(site.module, "forward", _layer_body, handlers)
-    patch.entries[id(site.module)].reader.require(*site.binding.roles)
+    roles = site.binding.roles if is_of_library(type(site.module)) else ("hidden_states",)
+    patch.entries[id(site.module)].reader.require(*roles)
 
 
-def _attribute(name: str, make: Callable, original) -> patch.Attribute:
+def attribute(name: str, make: Callable, also: Callable[[nn.Module], bool] = lambda module: False) -> Callable:
+    """What puts `make(own)` in the place of an attribute of instances: of one that is intercepted, while it runs, and
+    of those of which `also(instance)` holds."""
+
     def active(module: nn.Module) -> bool:
         frame = running()
-        return frame is not None and frame.site.module is module
+        return (frame is not None and frame.site.module is module) or also(module)
 
-    return patch.Attribute(name, make, active)
+    return lambda original: patch.Attribute(name, make, active)
 
 
 # ---- what runs in the place of the original -------------------------------------------------------------------
@@ -176,20 +184,29 @@ def _layer_body(entry, call, args, kwargs):
         frame.call.feed(frame.cache, frame.hidden.shape[1])
     if frame.site.binding.inline:
         call = _rule_shim(frame.site.binding.recurrences[0], call)
-    return frame.run(call, args, kwargs)
+    output = frame.run(call, args, kwargs)
+    if not frame.ran and any(getattr(rule, "records", False) for rule in frame.rules):
+        site = frame.site
+        raise RuntimeError(
+            f"model: expected layer {site.layer_index} ({type(site.module).__name__}) to call the {site.binding.name}, "
+            "got a forward that went past it; nothing of it was recorded or edited"
+        )
+    return output
 
 
-def _shim(binding: Binding, name: str) -> Callable[[Any], Any]:
+def shim(binding: Binding, name: str) -> Callable[[Any], Any]:
     """Makes what stands in for a family's function of this name, given the original."""
     recurrence = binding.recurrence(name)
     if recurrence is not None:
-        return functools.partial(_rule_shim, recurrence)
+        return lambda original: _rule_shim(recurrence, binding.usable(name, original))
     if name in binding.bypasses:
         return functools.partial(_bypass_shim, binding.bypasses[name])
-    return short_conv.function_shim
+    return lambda original: short_conv.function_shim(binding.usable(name, original))
 
 
 def _rule_shim(recurrence: Recurrence, original: Callable) -> Callable:
+    original = runnable(original)
+
     @functools.wraps(original)
     def stand_in(*args, **kwargs):
         frame = running()
@@ -197,7 +214,7 @@ def _rule_shim(recurrence: Recurrence, original: Callable) -> Callable:
         if frame is None or not (frame.rules or frame.helpless) or frame.met is not None:
             return original(*args, **kwargs)
         given = recurrence.read(args, kwargs)
-        frame.met = Met(recurrence, original, args, kwargs, given)
+        frame.met, frame.ran = Met(recurrence, original, args, kwargs, given), True
         try:
             call, wants_state = frame.bind(recurrence, given), recurrence.wants_state(given)
             for handler in frame.rules:

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from ..ops.rule import RuleCall, RuleOutput
 from . import hf_norms, patch, seam
+from .arguments import without_cache
 from .binding import LayerSite, Recurrence
+from .fla_stand_ins import runnable
 from .frame import Met, running
 from .model_call import text_config
 from .sites import device_of, enclosing, steps, targets, unpatched
@@ -101,7 +103,7 @@ class _Trial:
             assert ours.final_state is not None
             # And what the layer calls for one token, on what a cache would hold by now.
             for recurrence, original in steps(site):
-                self._step(site, met, recurrence, original, ours.final_state)
+                self._step(site, met, recurrence, runnable(original), ours.final_state)
         return ours if output_final_state else replace(ours, final_state=None)
 
     def _step(self, site: LayerSite, met: Met, recurrence: Recurrence, original: Callable, state: Tensor) -> None:
@@ -200,7 +202,7 @@ def _compare(what: str, ours: Tensor | None, theirs: Tensor | None, runs: torch.
 def _innermost(model: nn.Module, sites: Sequence[LayerSite]) -> nn.Module:
     """The model right around the layers: no head, no wrapper, nothing put in front."""
     around = enclosing(model, sites[0].path)
-    if not around or not callable(getattr(around[-1], "get_input_embeddings", None)):
+    if not around or _embedding(around[-1]) is None:
         raise ValueError(
             f"model: expected a model that takes input_ids around the layers, got {type(model).__name__}, which the "
             "self-test cannot run; attach to the model it belongs to, or pass self_test=False"
@@ -208,14 +210,23 @@ def _innermost(model: nn.Module, sites: Sequence[LayerSite]) -> nn.Module:
     return around[-1]
 
 
+def _embedding(model) -> nn.Module | None:
+    """What a model looks its input_ids up in; None of something else."""
+    if callable(getattr(model, "get_input_embeddings", None)):
+        return model.get_input_embeddings()
+    own = getattr(model, "embedding", None)  # mamba-ssm's models
+    return own if isinstance(own, nn.Embedding) else None
+
+
 def _run(model) -> None:
     """A forward pass of a few tokens."""
-    embedding = model.get_input_embeddings()
+    embedding = _embedding(model)
+    assert embedding is not None
     generator = torch.Generator().manual_seed(0)
     size = getattr(embedding, "num_embeddings", None) or text_config(model).vocab_size
     ids = torch.randint(0, size, (2, 7), generator=generator)
     ids = ids.to(device_of(embedding))
-    model(input_ids=ids, use_cache=False)
+    model(input_ids=ids, **without_cache(model))
 
 
 def _kind(model: nn.Module, sites: Sequence[LayerSite], backend: str | None, conv: bool, norms: bool):

@@ -1,17 +1,30 @@
 """Where a model has layers with a recurrent state: `layers`. They are found by the functions they call, in the tables
-of all registered families, not by class name."""
+of all registered families, not by class name.
+
+In classes of known libraries the functions go by the names under which they are looked up, since these bind what can
+run. In any other class (code that comes with a model) they are found by what they are, whatever it calls them.
+"""
 
 from __future__ import annotations
 
 import dis
 import functools
+import inspect
 from collections.abc import Callable, Mapping
+from types import FunctionType, ModuleType
 
 import torch
 from torch import nn
 
 from . import patch
 from .binding import Binding, LayerSite, Recurrence, bindings
+
+_LIBRARIES = ("transformers.", "fla.", "mamba_ssm.", "torch.")  # prefixes of modules, but that of remote code
+
+
+def is_of_library(kind: type) -> bool:
+    """Whether a class is defined in a library whose names are known, rather than in code that comes with a model."""
+    return kind.__module__.startswith(_LIBRARIES)
 
 
 @functools.cache
@@ -27,6 +40,8 @@ def _called(function: Callable, binding: Binding) -> tuple[str, ...]:
 def _of_globals(module: nn.Module, binding: Binding) -> list[tuple[dict, str]]:
     found: dict[tuple[int, str], tuple[dict, str]] = {}
     for method in binding.methods:
+        if not hasattr(type(module), method):
+            continue
         function = patch.forward_of(module, method)
         space = getattr(function, "__globals__", {})
         for name in _called(function, binding):
@@ -44,9 +59,66 @@ def _of_attributes(module: nn.Module, binding: Binding) -> list[tuple[dict, str]
     ]
 
 
+@functools.lru_cache(1024)
+def _names_in(kind: type) -> tuple[tuple[dict, tuple[str, ...]], ...]:
+    """What the methods of a class look up, and functions of its own file that they call: (globals, name and the
+    attributes taken of it) each."""
+    found: dict[tuple, tuple[dict, tuple[str, ...]]] = {}
+    bases = [base for base in kind.__mro__ if not base.__module__.startswith("torch.")]
+    waiting = [method for base in bases for method in vars(base).values()]
+    looked: set[int] = set()
+    while waiting:
+        method = waiting.pop()
+        method = inspect.unwrap(method) if callable(method) else None
+        if not isinstance(method, FunctionType) or id(method) in looked:
+            continue
+        looked.add(id(method))
+        space = method.__globals__
+        chain: tuple[str, ...] = ()
+        for i in dis.get_instructions(method):
+            if i.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+                chain = (i.argval,)
+                helper = space.get(i.argval)
+                if getattr(helper, "__module__", None) == kind.__module__:
+                    waiting.append(helper)
+            else:
+                chain = (*chain, i.argval) if chain and i.opname in ("LOAD_ATTR", "LOAD_METHOD") else ()
+            if chain:
+                found[id(space), chain] = space, chain
+    return tuple(found.values())
+
+
+def functions_of(module: nn.Module) -> list[tuple[dict, str]]:
+    """(namespace, name) of the functions that the methods of a module's class can call: of their globals, of modules
+    among those, and of its own attributes."""
+    found = {}
+    for space, chain in _names_in(type(module)):  # type: ignore[arg-type]
+        where, name = space, chain[0]
+        for attribute in chain[1:]:
+            if isinstance(where.get(name), ModuleType):
+                where, name = vars(where[name]), attribute
+        if callable(where.get(name)):
+            found[id(where), name] = where, name
+    own = module.__dict__
+    return [*found.values(), *((own, name) for name, x in own.items() if isinstance(x, FunctionType))]
+
+
+def _by_identity(module: nn.Module, binding: Binding) -> list[tuple[dict, str]]:
+    """The family's functions among those that a module of unknown code can call, if one of whole sequences is there."""
+    known = [(space, name, binding.identified(space[name])) for space, name in functions_of(module)]
+    found = [(space, name) for space, name, identity in known if identity is not None]
+    recurrences = [binding.recurrence(identity) for _, _, identity in known if identity is not None]
+    return found if any(r is not None and r.step is None for r in recurrences) else []
+
+
 def targets_of(module: nn.Module) -> tuple[Binding | None, list[tuple[dict, str]]]:
     """The family of a module, or None, and the functions that its forward calls: (namespace, name) of each, in the
     globals of its file or among its own attributes."""
+    if not is_of_library(type(module)):
+        for binding in bindings:
+            found = _by_identity(module, binding)
+            if found:
+                return binding, found
     for binding in bindings:
         if binding.home and not type(module).__module__.startswith(binding.home):
             continue
@@ -73,6 +145,11 @@ def targets(module: nn.Module) -> list[tuple[dict, str]]:
     return targets_of(module)[1]
 
 
+def known_as(binding: Binding, space: dict, name: str) -> str:
+    """The family's name of a function that a layer looks up by `name` in `space`."""
+    return binding.known_as(name, unpatched(space, name))
+
+
 def steps(site: LayerSite) -> list[tuple[Recurrence, Callable]]:
     """What the layer calls for one token on a cache, without anything that stands in for it."""
     if site.binding.inline:
@@ -80,10 +157,20 @@ def steps(site: LayerSite) -> list[tuple[Recurrence, Callable]]:
         return [(recurrence, forward) for recurrence in site.binding.recurrences]
     found = []
     for space, name in targets(site.module):
-        recurrence = site.binding.recurrence(name)
+        known = known_as(site.binding, space, name)
+        recurrence = site.binding.recurrence(known)
         if recurrence is not None and recurrence.step is not None:
-            found.append((recurrence, unpatched(space, name)))
+            found.append((recurrence, site.binding.usable(known, unpatched(space, name))))
     return found
+
+
+def _block(modules: Mapping[str, nn.Module], path: str) -> nn.Module:
+    """The decoder layer that holds a module: the one of a list, however deep the module lies in it (Zamba's)."""
+    inside = path.split(".")[:-1]
+    for i in range(len(inside), 0, -1):
+        if isinstance(modules[".".join(inside[: i - 1])], nn.ModuleList):
+            return modules[".".join(inside[:i])]
+    return modules[".".join(inside)]
 
 
 def layers(model: nn.Module) -> list[LayerSite]:
@@ -98,13 +185,22 @@ def layers(model: nn.Module) -> list[LayerSite]:
         binding, _ = targets_of(module)
         if binding is None:
             continue
-        index = binding.index(module)
+        try:
+            index = binding.index(module)
+            site = binding.site(module, _block(modules, path), path, whole=is_of_library(type(module)))
+        except ValueError as error:
+            if is_of_library(type(module)):
+                raise
+            raise ValueError(
+                f"{error}; {path} is taken for one of the {binding.kind} layers because it calls "
+                f"{', '.join(name for _, name in targets(module))}"
+            ) from None
         if index in found:
             raise ValueError(
                 f"model: expected one stack of layers, got layer {index} at {found[index].path} and at {path}; "
                 "pass the sub-model you mean"
             )
-        found[index] = binding.site(module, modules[path.rpartition(".")[0]], path)
+        found[index] = site
     return [found[i] for i in sorted(found)]
 
 
@@ -125,8 +221,31 @@ _WHY_NOT = {  # family of transformers: why its layers are not attached to
 }  # fmt: skip
 
 
+_ORIGINS = ("fla.ops.", "mamba_ssm.ops.")  # prefixes of modules that define recurrences
+
+
+def _recurrences_of(module: nn.Module) -> list[str]:
+    """Functions of known libraries' operators that a module can call, by where they are defined and its own name."""
+    found = []
+    for space, name in functions_of(module):
+        function = inspect.unwrap(unpatched(space, name))
+        home = getattr(function, "__module__", None)
+        if isinstance(home, str) and home.startswith(_ORIGINS) and isinstance(function, FunctionType):
+            own = function.__name__
+            found.append(f"{home}.{own}" + (f" (as {name})" if name != own else ""))
+    return found
+
+
 def _why_not(model: nn.Module) -> str:
     """What is said of a model without layers to attach to."""
+    for module in model.modules():
+        found = _recurrences_of(module)
+        if found:
+            known = {r.name for b in bindings for r in b.recurrences if r.step is None}
+            return (
+                f"whose {type(module).__name__} calls {', '.join(found[:4])}, of which none is one that runs whole "
+                f"sequences and is known here ({', '.join(sorted(known))})"
+            )
     for module in model.modules():
         place = type(module).__module__.split(".")
         if place[:2] == ["transformers", "models"] and place[2] in _WHY_NOT:

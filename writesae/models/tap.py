@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import threading
 import warnings
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_mode
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import ops
 from ..edits import Edits
@@ -75,7 +75,7 @@ class Tap:
         self._groups: dict[int, list[_Group]] = {}
         self._fire_per_token = 0  # of all layers, top-k alone
         self._dense: dict[int, dict[int, Any]] = {}
-        self._carries: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # cache -> {(layer, group): ...}
+        self._carries: MutableMapping = WeakIdKeyDictionary()  # cache (not all can be hashed) -> {(layer, group): ...}
 
     def __repr__(self) -> str:
         sites = [(layer, head) for layer, heads in self._sites.items() for head in heads]

@@ -2,7 +2,7 @@
 
 from .causal_conv import causal_conv
 from .dplr import RULE as _dplr
-from .dplr import dplr
+from .dplr import dplr, dplr_step
 from .encode import Codes, activations, encode
 from .gated_delta_rule import RULE as _delta
 from .gated_delta_rule import gated_delta_rule, gated_delta_rule_step
@@ -13,7 +13,7 @@ from .rule import Rule, RuleCall, RuleOutput, RuleStepOutput
 from .sae_training import Step, training_loss
 from .scan import first_nonfinite
 from .selective_scan import RULE as _selective
-from .selective_scan import selective_scan
+from .selective_scan import selective_scan, selective_scan_step
 from .ssd import RULE as _ssd
 from .ssd import ssd, ssd_step
 
@@ -30,6 +30,7 @@ __all__ = [
     "activations",
     "causal_conv",
     "dplr",
+    "dplr_step",
     "encode",
     "factored_loss",
     "first_nonfinite",
@@ -38,6 +39,7 @@ __all__ = [
     "pursuit",
     "rms_norm",
     "selective_scan",
+    "selective_scan_step",
     "ssd",
     "ssd_step",
     "training_loss",

@@ -10,11 +10,12 @@ from torch import Tensor
 from .._arguments import check_floats
 from .._autocast import without_autocast
 from ..edits import Edits
-from ..writes import Writes
-from . import _dispatch
+from ._dispatch import Limits
 from .reference.dplr import dplr as reference
-from .rule import Rule, RuleOutput
-from .scan import ask
+from .rule import Rule, RuleOutput, RuleStepOutput
+from .scan import Scan, ask
+
+SCAN = Scan("dplr", reference, erases=False, low_rank=True)
 
 
 @without_autocast
@@ -42,19 +43,20 @@ def dplr(
         g: log-decay of every key channel.
         a, b: what the erase reads, of the state before its gate, and where it writes; both or neither.
         initial_state: state before the first token, default zero.
-        output_final_state, cu_seqlens, snapshots, return_writes: as in `gated_delta_rule`.
+        output_final_state, cu_seqlens, snapshots, return_writes, backend: as in `gated_delta_rule`.
         edits: as in `gated_delta_rule`. With an erase a token makes two writes, `b (S^T a)^T` and `k v^T`; the native
             write that an edit deletes or replaces is `k v^T`, which carries the value, and the erase stays.
-        backend: "reference" or None: there is no kernel for this rule yet, and None says so once.
 
     Returns:
         `out.o [B,T,H,V]` in v's dtype; `out.final_state [N,H,K,V]`, `out.writes` (with an erase two a token, the native
-        one last) and `out.snapshots` in float32 (float64 for float64 inputs).
+        one last) and `out.snapshots` in float32 (float64 for float64 inputs, reference only).
 
     Raises:
-        ValueError: a wrong shape, dtype or place, naming the argument; a backend that has no kernel.
+        ValueError: a wrong shape, dtype or place, naming the argument; a backend that cannot run this.
+        RuntimeError: a second derivative asked of a kernel; backend="reference" has one.
 
-    Differentiable by torch's own operations, any number of times and under every transform.
+    Differentiable once, in q, k, v, g, a, b, initial_state and the edits' left and right. Where there is no kernel, and
+    under forward mode and `torch.func`, the reference runs and says so. Autocast changes nothing.
 
     Source: Peng et al., *RWKV-7*, arXiv 2503.14456; Yang et al., *GLA*, arXiv 2312.06635; the writes: Young, arXiv
     2605.12770.
@@ -64,25 +66,72 @@ def dplr(
     if v.ndim != 4:
         raise ValueError(f"v: expected [B, T, H, V], got shape {tuple(v.shape)}")
     B, T, H, V = v.shape
-    if k.ndim != 4 or k.shape[:3] != (B, T, H):
-        raise ValueError(f"k: expected [B={B}, T={T}, H={H}, K], got shape {tuple(k.shape)}")
+    erase = _check(q, k, v, g, a, b, "BT")
+    asked = ask("dplr", B, T, (H, k.shape[-1], V), initial_state, cu_seqlens, edits, snapshots)
+    return SCAN.run(
+        tensors, q, k, v, g, _strength(v), 1.0, initial_state, output_final_state, False, asked, return_writes, backend,
+        erase,
+    )  # fmt: skip
+
+
+@without_autocast
+def dplr_step(
+    q: Tensor,  # [B, H, K]
+    k: Tensor,  # [B, H, K]
+    v: Tensor,  # [B, H, V]
+    g: Tensor,  # [B, H, K]
+    state: Tensor,  # [B, H, K, V]  float32, contiguous; updated in place
+    a: Tensor | None = None,  # [B, H, K]
+    b: Tensor | None = None,  # [B, H, K]
+    edits: Edits | None = None,
+    return_writes: bool = False,
+    backend: str | None = None,
+) -> RuleStepOutput:
+    """One token of `dplr` for every row, `state` updated in place: the step of decoding.
+
+    Args:
+        q, k, v, g, a, b, return_writes, backend: as in `dplr`, without the time axis.
+        state: the state before the token on entry, after its writes and edits on return.
+        edits: changes made at this token, before or after it reads; their positions are not looked at.
+
+    Returns:
+        `out.o [B,H,V]` in v's dtype; with `return_writes` `out.left [B,H,K]` and `out.right [B,H,V]`, float32; with an
+        erase `[B,H,2,K]` and `[B,H,2,V]`, the native write last.
+
+    Raises:
+        ValueError: a wrong shape, dtype or place, naming the argument.
+        RuntimeError: a gradient asked for; the state is overwritten, so no backend has one.
+    """
+    tensors = {"q": q, "k": k, "v": v, "g": g, "state": state, "a": a, "b": b}
+    check_floats(("a", "b"), **tensors)
+    if v.ndim != 3:
+        raise ValueError(f"v: expected [B, H, V], got shape {tuple(v.shape)}")
+    erase = _check(q, k, v, g, a, b, "B")
+    return SCAN.step(tensors, q, k, v, g, _strength(v), state, 1.0, False, edits, return_writes, backend, erase)
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, a: Tensor | None, b: Tensor | None, lead: str
+) -> tuple[Tensor, Tensor] | None:
+    """Refuses shapes that do not fit v; lead: its axes before heads. Returns a and b."""
+    if k.ndim != v.ndim or k.shape[:-1] != v.shape[:-1]:
+        sizes = ", ".join(f"{name}={size}" for name, size in zip(f"{lead}H", v.shape[:-1], strict=True))
+        raise ValueError(f"k: expected [{sizes}, K], got shape {tuple(k.shape)}")
     if (a is None) != (b is None):
         raise ValueError(f"{'a' if a is None else 'b'}: expected a and b together or neither, got None")
     for name, x in (("q", q), ("g", g), ("a", a), ("b", b)):
         if x is not None and x.shape != k.shape:
             raise ValueError(f"{name}: expected the shape of k {tuple(k.shape)}, got {tuple(x.shape)}")
-    asked = ask("dplr", B, T, (H, k.shape[-1], V), initial_state, cu_seqlens, edits, snapshots)
-    _dispatch.choose("dplr", backend, tensors)
-    o, final, left, right, shots = reference(q, k, v, g, a, b, initial_state, cu_seqlens, asked.edits, asked.places)
-    writes = None
-    if return_writes:
-        writes = Writes(
-            g.to(right.dtype), left, right, erase=None if a is None or b is None else (a.to(right), b.to(right)),
-            initial_state=None if initial_state is None else initial_state.to(right.dtype), cu_seqlens=cu_seqlens,
-            edits=asked.added(left[:, :, :, -1], right[:, :, :, -1]),
-        )  # fmt: skip
-    return asked.answer(o, final if output_final_state else None, writes, shots)
+    return None if a is None or b is None else (a, b)
 
 
-LIMITS = _dispatch.declare("dplr", {})
+def _strength(v: Tensor) -> Tensor:
+    """The beta of the operators, `[..., H]`: values are written as they are."""
+    return v.new_ones(()).expand(v.shape[:-1])
+
+
+LIMITS = SCAN.declare(
+    cpu=Limits("dplr", gates=("channel",), gradient=("channel",)),
+    cuda=Limits("dplr", largest={"k": 256}, gates=("channel",), gradient=("channel",)),
+)
 RULE = Rule("dplr", ("channel",), "low rank", ("q", "k", "v", "g", "a", "b"), dplr, LIMITS)

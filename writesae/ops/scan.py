@@ -203,18 +203,21 @@ Tensors = Mapping[str, Tensor | None]
 
 @dataclass(frozen=True)
 class Scan:
-    """A rule of csrc/scan.h: `S_t = G_t S_{t-1} + k u^T`, `o_t = scale S_t^T q_t`, with one write a token.
+    """A rule of csrc/scan.h: `S_t = G_t S_{t-1} + k u^T`, `o_t = scale S_t^T q_t`, with one write a token; two with a
+    low-rank erase, `b (a^T S_{t-1})`.
 
     Attributes:
         name: of its operators `<name>`, `<name>_backward` and `<name>_step`, and of the public function.
         reference: what they answer to; takes the operator's arguments, with edits as `Edits` and without
-            `return_writes`.
+            `return_writes`. Of a low-rank rule it returns `a^T S_{t-1}` last, or None.
         erases: u depends on what k finds in the state (a delta rule, whose writes carry beta).
+        low_rank: it may have a and b, which its operators take and return last.
     """
 
     name: str
-    reference: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
+    reference: Callable[..., tuple]
     erases: bool
+    low_rank: bool = False
 
     def run(
         self,
@@ -231,13 +234,16 @@ class Scan:
         asked: Asked,
         return_writes: bool,
         backend: str | None,
+        erase: tuple[Tensor, Tensor] | None = None,
     ) -> RuleOutput:
-        """tensors: the arguments by their public names, for the choice of a backend and its words; the rest checked."""
+        """tensors: the arguments by their public names, for the choice of a backend and its words; the rest checked.
+        erase: a and b."""
         edits, places, cu_seqlens = asked.edits, asked.places, asked.cu_seqlens
         chosen = _dispatch.choose(self.name, backend, tensors)
+        ab = self._ab(erase)
         if chosen == "reference":
-            o, final, left, right, shots = self.reference(
-                q, k, v, g, beta, scale, initial_state, use_qk_l2norm, cu_seqlens, edits, places
+            o, final, left, right, shots, *erased = self.reference(
+                q, k, v, g, beta, scale, initial_state, use_qk_l2norm, cu_seqlens, edits, places, *ab
             )
         else:
             index = edit_left = edit_right = None
@@ -247,21 +253,26 @@ class Scan:
             if chosen == "twin":
                 _register_gradients(self, "writesae_twin")
             # The backward needs the increments; writing them out is cheaper than running the scan once more for them.
-            differentiable = (q, k, v, g, beta, initial_state, edit_left, edit_right)
+            differentiable = (q, k, v, g, beta, initial_state, edit_left, edit_right, *ab)
             keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable)
-            o, final, left, right, shots = getattr(_dispatch.operators(chosen), self.name)(
+            o, final, left, right, shots, *erased = getattr(_dispatch.operators(chosen), self.name)(
                 q, k, v, g, beta, scale, initial_state, use_qk_l2norm, cu_seqlens, index, edit_left, edit_right, places,
-                return_writes or keep,
+                return_writes or keep, *ab,
             )  # fmt: skip
         writes = None
         if return_writes:
             writes = Writes(
-                g.to(right.dtype), left[:, :, :, None], right[:, :, :, None],
+                g.to(right.dtype), *_stacked(left, right, erase, erased),
                 beta=beta.to(right.dtype) if self.erases else None,
+                erase=None if erase is None else (ab[0].to(right.dtype), ab[1].to(right.dtype)),
                 initial_state=None if initial_state is None else initial_state.to(right.dtype),
                 cu_seqlens=cu_seqlens, edits=asked.added(left, right),
             )  # fmt: skip
         return asked.answer(o, final if output_final_state else None, writes, shots)
+
+    def _ab(self, erase: tuple[Tensor, Tensor] | None) -> tuple:
+        """What operators and reference take last."""
+        return () if not self.low_rank else (None, None) if erase is None else erase
 
     def step(
         self,
@@ -277,6 +288,7 @@ class Scan:
         edits: Edits | None,
         return_writes: bool,
         backend: str | None,
+        erase: tuple[Tensor, Tensor] | None = None,
     ) -> RuleStepOutput:
         """One token of every row. The caller has checked the tensors, but for the state."""
         B, H, V = v.shape
@@ -296,31 +308,41 @@ class Scan:
         _transforms.refuse_transformed(op, f"use {self.name}", *tensors.values())
         chosen = _dispatch.choose(op, backend, tensors)
         _dispatch.refuse_gradient(op, tensors, "use torch.no_grad()")
+        ab = self._ab(erase)
         if chosen == "reference":
-            o, final, left, right, _ = self.reference(
-                *(x[:, None] for x in (q, k, v, g, beta)), scale, state, use_qk_l2norm, None, edits, None
-            )
+            o, final, left, right, _, *erased = self.reference(
+                *(x[:, None] for x in (q, k, v, g, beta)), scale, state, use_qk_l2norm, None, edits, None,
+                *(None if x is None else x[:, None] for x in ab),
+            )  # fmt: skip
             state.copy_(final)
-            o, left, right = o[:, 0], left[:, 0], right[:, 0]
+            o, left, right, *erased = (None if x is None else x[:, 0] for x in (o, left, right, *erased))
         else:
             packed = pack_edits(edits, v.device) if edits is not None and len(edits) else (None, None, None)
-            o, left, right = getattr(_dispatch.operators(chosen), op)(
-                q, k, v, g, beta, state, scale, use_qk_l2norm, *packed, return_writes
+            o, left, right, *erased = getattr(_dispatch.operators(chosen), op)(
+                q, k, v, g, beta, state, scale, use_qk_l2norm, *packed, return_writes, *ab
             )
-        return RuleStepOutput(o, left if return_writes else None, right if return_writes else None)
+        if not return_writes:
+            return RuleStepOutput(o, None, None)
+        return RuleStepOutput(o, *((left, right) if erase is None else _stacked(left, right, erase, erased)))
 
     def declare(self, **limits: _dispatch.Limits) -> Mapping[str, _dispatch.Limits]:
         """Tells dispatch what the kernels of the scan and of the step take, and torch what its operators are to tracing
         and differentiation. limits: by backend; a step takes what the scan takes. Returns those of the scan."""
         if CPU_ERROR is None:
-            torch.library.register_fake(f"writesae::{self.name}", _fake)
-            torch.library.register_fake(f"writesae::{self.name}_step", _fake_step)
-            torch.library.register_fake(f"writesae::{self.name}_backward", _fake_backward)
+            for suffix, fake in (_LOW_RANK_FAKES if self.low_rank else _FAKES).items():
+                torch.library.register_fake(f"writesae::{self.name}{suffix}", fake)
             _register_gradients(self, "writesae")
             _transforms.register(f"{self.name}_step", f"use {self.name}, or torch.no_grad()")
         step = f"{self.name}_step"  # refuses every gradient itself
         _dispatch.declare(step, {b: replace(x, operator=step, gradient=x.gates) for b, x in limits.items()})
         return _dispatch.declare(self.name, limits)
+
+
+def _stacked(left: Tensor, right: Tensor, erase: tuple[Tensor, Tensor] | None, erased: list) -> tuple[Tensor, Tensor]:
+    """The sides of a token's writes on an axis of their own before the last, the native write last."""
+    if erase is None:
+        return left.unsqueeze(-2), right.unsqueeze(-2)
+    return torch.stack((erase[1].to(left.dtype), left), -2), torch.stack((erased[0], right), -2)
 
 
 def _fake(
@@ -354,44 +376,72 @@ def _fake_step(
     return v.new_empty(v.shape), left, v.new_empty(v.shape if return_writes else (0,), dtype=torch.float32)
 
 
+def _low_rank(fake: Callable[..., tuple]) -> Callable[..., tuple]:
+    """Of the scan and the step that take a and b too, and return what the erase reads."""
+
+    def call(*inputs):
+        *others, a, _ = inputs
+        v, return_writes = others[2], others[-1]
+        shape = v.shape if return_writes and a is not None else (0,)
+        return *fake(*others), v.new_empty(shape, dtype=torch.float32)
+
+    return call
+
+
+def _fake_low_rank_backward(*inputs):
+    *others, a, b, _erased, _d_erased = inputs
+    of_erase = (others[2].new_empty(0, dtype=torch.float32) if x is None else x.new_empty(x.shape) for x in (a, b))
+    return *_fake_backward(*others), *of_erase
+
+
+_FAKES: dict[str, Callable] = {"": _fake, "_step": _fake_step, "_backward": _fake_backward}
+_LOW_RANK_FAKES = {"": _low_rank(_fake), "_step": _low_rank(_fake_step), "_backward": _fake_low_rank_backward}
+
+
 # ---- their gradients ------------------------------------------------------------------------------------------------
 
 
 def _save(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
     tensors = [x for i, x in enumerate(inputs) if i not in (5, 7, 13)]
-    ctx.save_for_backward(*tensors, output[3] if inputs[13] else None)
+    ctx.save_for_backward(*tensors, *(output[i] if inputs[13] else None for i in range(3, len(output), 2)))
     ctx.scale, ctx.use_qk_l2norm = inputs[5], inputs[7]
 
 
-def _backward_of(name: str, namespace: str) -> Callable[..., tuple]:
+def _backward_of(scan: Scan, namespace: str) -> Callable[..., tuple]:
     operators = getattr(torch.ops, namespace)
-    forward, of_forward = getattr(operators, name), getattr(operators, f"{name}_backward")
+    forward, of_forward = getattr(operators, scan.name), getattr(operators, f"{scan.name}_backward")
 
-    def backward(ctx, d_o, d_final_state, d_left, d_right, d_snapshots):
-        q, k, v, g, beta, initial_state, cu_seqlens, *edits_and_places, right = ctx.saved_tensors
+    def backward(ctx, d_o, d_final_state, d_left, d_right, d_snapshots, d_erased=None):
+        q, k, v, g, beta, initial_state, cu_seqlens, *others = ctx.saved_tensors
+        edits_and_places, ab, made = others[:4], others[4 : 4 + 2 * scan.low_rank], others[4 + 2 * scan.low_rank :]
         inputs = (q, k, v, g, beta, ctx.scale, initial_state, ctx.use_qk_l2norm, cu_seqlens, *edits_and_places)
-        if right is None:  # called with return_writes=False: left and right came out empty
-            d_left = d_right = None
+        if made[0] is None:  # called with return_writes=False: left, right and erased came out empty
+            d_left = d_right = d_erased = None
             with torch.no_grad():
-                right = forward(*inputs, True)[3]
-        given = (d_o, d_final_state, d_left, d_right, d_snapshots)
-        *grads, d_initial, d_edit_left, d_edit_right = of_forward(*inputs, right, *given)
+                made = forward(*inputs, True, *ab)[3::2]
+        right, *erased = made
+        given = [d_o, d_final_state, d_left, d_right, d_snapshots]
+        if scan.low_rank:
+            given += [*ab, *((None, None) if ab[0] is None else (*erased, d_erased))]
+        d_q, d_k, d_v, d_g, d_beta, d_initial, d_edit_left, d_edit_right, *d_ab = of_forward(*inputs, right, *given)
         states = None if initial_state is None else d_initial.to(initial_state.dtype)
         _, edit_left, edit_right, _ = edits_and_places
         pairs = (edit_left, d_edit_left), (edit_right, d_edit_right)
         sides = (None if x is None else d.to(x.dtype) for x, d in pairs)
-        return *grads, None, states, None, None, None, *sides, None, None
+        d_ab = (None if x is None else d for x, d in zip(ab, d_ab, strict=True))
+        grads = (d_q, d_k, d_v, d_g, d_beta)
+        return *grads, None, states, None, None, None, *sides, None, None, *d_ab
 
     return backward
 
 
-def _plain_of(reference: Callable[..., tuple]) -> Callable[..., tuple]:
+def _plain_of(scan: Scan) -> Callable[..., tuple]:
     """The operator by the reference, for transforms."""
 
     def plain(
         q, k, v, g, beta, scale, initial_state, use_qk_l2norm, cu_seqlens, edit_index, edit_left, edit_right, snapshots,
-        return_writes,
+        return_writes, *ab,
     ):  # fmt: skip
         edits = None
         if edit_index is not None:  # not Edits, whose check looks at numbers that a transform may hide
@@ -399,10 +449,13 @@ def _plain_of(reference: Callable[..., tuple]) -> Callable[..., tuple]:
             edits = SimpleNamespace(
                 row=row, position=position, head=head, left=edit_left, right=edit_right, kind=kind % 4, when=kind // 4
             )
-        o, final, left, right, shots = reference(
-            q, k, v, g, beta, scale, initial_state, use_qk_l2norm, cu_seqlens, edits, snapshots
+        o, final, left, right, shots, *erased = scan.reference(
+            q, k, v, g, beta, scale, initial_state, use_qk_l2norm, cu_seqlens, edits, snapshots, *ab
         )
-        return (o, final, left, right, shots) if return_writes else (o, final, v.new_empty(0), v.new_empty(0), shots)
+        erased = [v.new_empty(0) if x is None or not return_writes else x for x in erased]
+        if not return_writes:
+            left, right = v.new_empty(0), v.new_empty(0)
+        return o, final, left, right, shots, *erased
 
     return plain
 
@@ -411,12 +464,13 @@ def _plain_of(reference: Callable[..., tuple]) -> Callable[..., tuple]:
 def _register_gradients(scan: Scan, namespace: str) -> None:
     """Of a library's operators, once it is loaded. On CUDA they are the namespace `writesae`, as on the CPU."""
     alone = ("cu_seqlens", "edit_index", "snapshots")
-    inputs = ("q", "k", "v", "g", "beta", "initial_state")
+    inputs = ("q", "k", "v", "g", "beta", "initial_state", "a", "b")
     _transforms.register(
-        scan.name, 'use backend="reference"', _plain_of(scan.reference),
-        (_save, _backward_of(scan.name, namespace)), inputs, alone, namespace,
+        scan.name, 'use backend="reference"', _plain_of(scan), (_save, _backward_of(scan, namespace)), inputs, alone,
+        namespace,
     )  # fmt: skip
     _transforms.register(
         f"{scan.name}_backward", 'for a second derivative use backend="reference"',
-        fold=(*inputs, "right", "d_o", "d_final_state", "d_left", "d_right"), alone=alone, namespace=namespace,
+        fold=(*inputs, "right", "erased", "d_o", "d_final_state", "d_left", "d_right", "d_erased"), alone=alone,
+        namespace=namespace,
     )  # fmt: skip
