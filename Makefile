@@ -7,7 +7,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/
 # The CUDA kernels take minutes to compile: here they are built only for a torch that can run them (cuda-check builds all).
 HAS_CUDA = $(shell $(BIN)/python -c 'import torch; print(int(torch.version.cuda is not None))')
 
-.PHONY: demo test test-transformers test-mamba-ssm fuzz bench sanitize cuda-check lint format docs info clean
+.PHONY: demo test test-transformers test-mamba-ssm test-fla fuzz bench sanitize cuda-check lint format docs info clean
 
 demo: $(VENV)/.built
 	$(BIN)/writesae demo
@@ -24,6 +24,10 @@ test-transformers: $(VENV)/.built
 # The models of mamba-ssm, installed for that beside the environment, without its CUDA extension.
 test-mamba-ssm: $(VENV)/.built
 	$(BIN)/python scripts/test_mamba_ssm.py
+
+# The models of flash-linear-attention, installed for that beside the environment, against its Triton code interpreted.
+test-fla: $(VENV)/.built
+	$(BIN)/python scripts/test_fla.py
 
 # Random and hostile inputs for so many minutes; what is found can be seen again from its seed.
 MINUTES ?= 1

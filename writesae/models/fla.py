@@ -72,9 +72,12 @@ def _in_rows(x: Tensor, places: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def _call(
-    site: LayerSite, given: Given, tokens: Mapping[str, Tensor | None], heads: Mapping[str, Tensor | None] | None = None,
+    site: LayerSite,
+    given: Given,
+    tokens: Mapping[str, Tensor | None],
+    heads: Mapping[str, Tensor | None] | None = None,
     options: Mapping[str, Any] | None = None,
-) -> RuleCall:  # fmt: skip
+) -> RuleCall:
     """A call of the family's rule from its inputs of each token, and those of each head."""
     found, offsets = _places(given), given.get("cu_seqlens")
     if found is not None:
@@ -116,7 +119,7 @@ def _step(*tokens: str, settings: tuple[str, ...] = ()) -> Callable[[Given, Tens
     return step
 
 
-def _sizes(norm: Callable[[nn.Module], nn.Module | None], **names: Any) -> dict[str, Any]:
+def _sizes(norm: Callable[[nn.Module], Any], **names: Any) -> dict[str, Any]:
     """Fields of a layer's site. norm: its norm after the rule, if it takes a gate."""
     return {
         "layer_index": ("layer_idx",), "num_k_heads": ("num_heads",), "num_v_heads": ("num_heads",),
@@ -202,12 +205,12 @@ def _delta_binding(name: str, kind: str, model: str, functions: str, *gate: str,
         Binding(
             name=name, kind=kind, models=(f"{model} in flash-linear-attention",), rule=DELTA,
             recurrences=_delta_rule(functions, *gate), value="v", strength="beta", queries=_delta_queries,
-            stand_ins=fla_stand_ins.install, **more,
+            stand_ins=fla_stand_ins.install, origin=("fla.ops.",), **more,
         )
     )  # fmt: skip
 
 
-def _gated_norm(layer: nn.Module) -> nn.Module | None:
+def _gated_norm(layer: nn.Module) -> Any:
     return layer.o_norm if layer.use_gate else None  # without a gate another class, and no second argument
 
 
@@ -249,7 +252,7 @@ def _bind_nothing(site: LayerSite, given: Given) -> RuleCall:
     )
 
 
-def _gla_norm(layer: nn.Module) -> nn.Module | None:
+def _gla_norm(layer: nn.Module) -> Any:
     return layer.g_norm_swish_gate if layer.fuse_norm_and_gate else None
 
 
@@ -257,7 +260,7 @@ def _additive_binding(name: str, kind: str, model: str, **more: Any) -> Binding:
     return register(
         Binding(
             name=name, kind=kind, models=(f"{model} in flash-linear-attention",), value="v", gate="channel", rule=DPLR,
-            queries=_queries("q"), stand_ins=fla_stand_ins.install, **more,
+            queries=_queries("q"), stand_ins=fla_stand_ins.install, origin=("fla.ops.",), **more,
         )
     )  # fmt: skip
 
@@ -325,6 +328,7 @@ RETENTION = register(
         queries=_queries("C"),
         home=("fla.layers.multiscale_retention",),
         stand_ins=fla_stand_ins.install,
+        origin=("fla.ops.",),
     )
 )
 
@@ -380,5 +384,6 @@ RWKV7 = register(
         queries=_queries("q"),
         home=("fla.layers.rwkv7",),
         stand_ins=fla_stand_ins.install,
+        origin=("fla.ops.",),
     )
 )  # fmt: skip
