@@ -75,6 +75,9 @@ class LayerSite:
     binding: Binding = field(repr=False)
 
 
+_DEFAULTS = ("conv_kernel_size", "norm", "out_proj")  # fields of `LayerSite` that have one
+
+
 def _as_pair(given: Given, returned: Any) -> tuple[Tensor, Tensor | None]:
     return returned if isinstance(returned, tuple) else (returned, None)
 
@@ -220,10 +223,18 @@ class Binding:
         """A layer's number in its model."""
         return self._of(module, "layer_index")
 
-    def site(self, module: nn.Module, block: nn.Module, path: str) -> LayerSite:
-        """Raises ValueError for a layer without one of the attributes."""
-        sizes = {name: self._of(module, name) for name in self.layer}
+    def site(self, module: nn.Module, block: nn.Module, path: str, whole: bool = True) -> LayerSite:
+        """Raises ValueError for a layer without one of the attributes; not `whole`: without one that has no default."""
+        names = [name for name in self.layer if whole or name not in _DEFAULTS or self._has(module, name)]
+        sizes = {name: self._of(module, name) for name in names}
+        if "conv_kernel_size" not in sizes:
+            widths = (x.kernel_size[0] for x in module.modules() if isinstance(x, nn.Conv1d))
+            sizes["conv_kernel_size"] = max(widths, default=1)
         return LayerSite(module=module, block=block, path=path, binding=self, **sizes)
+
+    def _has(self, module: nn.Module, name: str) -> bool:
+        where = self.layer[name]
+        return not isinstance(where, tuple) or any(hasattr(module, x) for x in where if isinstance(x, str))
 
     def _of(self, module: nn.Module, name: str) -> Any:
         where = self.layer[name]
