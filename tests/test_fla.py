@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("fla", reason="flash-linear-attention is not installed; `make test-fla` runs these")
+pytest.importorskip(
+    "fla", reason="flash-linear-attention is not installed; `make test-libraries LIBRARIES=fla` runs these"
+)
 
 import fla_oracle  # noqa: E402
 import tiny_models  # noqa: E402
