@@ -1,11 +1,11 @@
-"""Runs the tests that a model takes part in beside what they run on: other releases of transformers, and other libraries.
+"""Runs the tests that a model takes part in with other libraries, and under other releases of transformers.
 
     python scripts/test_libraries.py [fla | mamba-ssm | transformers | transformers=VERSION ...] [-- PYTEST ARGUMENTS]
 
 Each is installed with what it needs into build/NAME-VERSION, beside the environment and not into it. `transformers`:
-every release in `versions.TESTED` but the environment's own, and the newest (VERSION `newest`). No GPU is needed: mamba-ssm is installed
-without its CUDA extension (and causal-conv1d lies there unusable, as on a machine whose GPU is gone); Triton comes
-along where torch has not brought its own. Several run side by side, as many as there are cores.
+every release in `versions.TESTED` but the environment's own, and the newest (VERSION `newest`). No GPU is needed:
+mamba-ssm is installed without its CUDA extension (and causal-conv1d lies there unusable, as on a machine whose GPU is
+gone); Triton comes along where torch has not brought its own. Several run side by side, as many as there are cores.
 """
 
 from __future__ import annotations
