@@ -75,6 +75,9 @@ class LayerSite:
     binding: Binding = field(repr=False)
 
 
+_DEFAULTS = ("conv_kernel_size", "norm", "out_proj")  # fields of `LayerSite` that have one
+
+
 def _as_pair(given: Given, returned: Any) -> tuple[Tensor, Tensor | None]:
     return returned if isinstance(returned, tuple) else (returned, None)
 
@@ -151,13 +154,12 @@ class Binding:
             use_precomputed) -> (y, kept)` of their own.
         bypasses: names that would go past the functions, of globals or of the layer's attributes, with what stands
             there while the layer is intercepted (a function that answers None, a flag that is False).
-        stand_ins: `stand_ins(owner)`, for layers whose own code cannot run on every machine: where it cannot, has owner
-            put in place what they need beside their functions, and answers True. Then all layers run on the rule,
-            whoever is intercepted.
         origin: prefixes of the modules in which the functions are defined. A layer that no known library defines (code
             that comes with a model) is of the family if it calls one of those, by whatever name.
         on_cpu: names of functions that run on GPUs alone, with the same in torch, called where tensors are on a CPU.
-        prepare: `prepare(owner, layers)`, what else has to stand in while some of its layers are intercepted.
+        stand_ins: `stand_ins(owner, layers)`, for layers whose own code cannot run on every machine: where it cannot,
+            has owner put in place what they need beside their functions, and answers True. Then all layers run on the
+            rule, whoever is intercepted.
     """
 
     name: str
@@ -178,10 +180,9 @@ class Binding:
     convs: tuple[str, ...] = ()
     conv_modules: Callable[[nn.Module], list[nn.Conv1d]] = lambda module: []
     bypasses: Mapping[str, Any] = field(default_factory=dict)
-    stand_ins: Callable[[Owner], bool] | None = None
     origin: tuple[str, ...] = ("transformers.models.",)
     on_cpu: Mapping[str, Callable] = field(default_factory=dict)
-    prepare: Callable[[Any, list[nn.Module]], None] = lambda owner, layers: None
+    stand_ins: Callable[[Owner, list[nn.Module]], bool] | None = None
 
     def recurrence(self, name: str) -> Recurrence | None:
         """The function that layers look up by this name."""
@@ -222,10 +223,18 @@ class Binding:
         """A layer's number in its model."""
         return self._of(module, "layer_index")
 
-    def site(self, module: nn.Module, block: nn.Module, path: str) -> LayerSite:
-        """Raises ValueError for a layer without one of the attributes."""
-        sizes = {name: self._of(module, name) for name in self.layer}
+    def site(self, module: nn.Module, block: nn.Module, path: str, whole: bool = True) -> LayerSite:
+        """Raises ValueError for a layer without one of the attributes; not `whole`: without one that has no default."""
+        names = [name for name in self.layer if whole or name not in _DEFAULTS or self._has(module, name)]
+        sizes = {name: self._of(module, name) for name in names}
+        if "conv_kernel_size" not in sizes:
+            widths = (x.kernel_size[0] for x in module.modules() if isinstance(x, nn.Conv1d))
+            sizes["conv_kernel_size"] = max(widths, default=1)
         return LayerSite(module=module, block=block, path=path, binding=self, **sizes)
+
+    def _has(self, module: nn.Module, name: str) -> bool:
+        where = self.layer[name]
+        return not isinstance(where, tuple) or any(hasattr(module, x) for x in where if isinstance(x, str))
 
     def _of(self, module: nn.Module, name: str) -> Any:
         where = self.layer[name]

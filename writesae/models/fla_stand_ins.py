@@ -4,17 +4,21 @@ Its layers need more than their recurrence: norms, the short convolution, token 
 which end in "0 active drivers" on such a machine. While something is attached to one of its models there, these stand
 where fla's modules look the helpers up, by their names and with their arguments, differentiable by torch. It is said
 once, and undone with the last attach. Where there is a driver nothing of this happens.
+
+transformers, too, binds its own models' functions to fla's wherever fla can be imported: see `runnable`.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
 import sys
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ops._dispatch import say_once
 from . import patch
@@ -31,7 +35,7 @@ def missing_driver() -> str | None:
     return None
 
 
-def install(owner: patch.Owner) -> bool:
+def install(owner: patch.Owner, layers: list[nn.Module]) -> bool:
     """Puts the stand-ins in place until `owner` closes, and says so once, if no kernel of fla can run here; else does
     nothing. Answers whether it did. Under `patch.lock`.
 
@@ -45,24 +49,63 @@ def install(owner: patch.Owner) -> bool:
         f"attach: flash-linear-attention cannot run here ({why.rstrip('.')}): all recurrences of the model run on this "
         f"package's ops, and in torch, slower than on a GPU, its {', '.join(name for _, name in _STAND_INS)}"
     )
-    found = {}
+    found: dict[int, Callable] = {}
     for (module, name), instead in _STAND_INS.items():
         original = _original(module, name)
         found[id(original)] = found[id(instead)] = instead  # where it stands already, it has one owner more
-    for name, module in tuple(sys.modules.items()):
-        if name.startswith("fla."):
-            for key, value in tuple(vars(module).items()):
+    for path, space in [(path, vars(module)) for path, module in tuple(sys.modules.items()) if module is not None]:
+        if path.startswith("fla."):
+            for key, value in tuple(space.items()):
                 if id(value) in found:
-                    owner.patch(vars(module), key, lambda original, instead=found[id(value)]: instead)
+                    owner.patch(space, key, functools.partial(_instead, found[id(value)]))
     return True
+
+
+def _instead(stand_in: Callable, original: Callable) -> Callable:
+    return stand_in
+
+
+def runnable(function: Callable) -> Callable:
+    """A function that transformers has bound to one of fla's, or any other. Where fla's cannot run: the torch function
+    it would be without fla, called as then."""
+    plain = inspect.unwrap(function)
+    if plain is function or _is_flas(plain) or not _calls_fla(function) or missing_driver() is None:
+        return function
+    names = inspect.signature(plain).parameters
+
+    @functools.wraps(plain)
+    def without_fla(*args, **kwargs):
+        if kwargs.get("cu_seqlens") is not None:  # which it would leave out
+            return function(*args, **kwargs)
+        return plain(*args, **{name: value for name, value in kwargs.items() if name in names})
+
+    return without_fla
+
+
+def _calls_fla(function) -> bool:
+    """Whether a wrapper, or one inside it, keeps a function of fla's."""
+    while function is not None:
+        for cell in getattr(function, "__closure__", None) or ():
+            try:
+                held = cell.cell_contents
+            except ValueError:  # not filled yet
+                continue
+            if callable(held) and _is_flas(held):
+                return True
+        function = getattr(function, "__wrapped__", None)
+    return False
+
+
+def _is_flas(function) -> bool:
+    return str(getattr(function, "__module__", "")).startswith("fla.")
 
 
 def _original(module: str, name: str) -> Callable:
     space = vars(importlib.import_module(module))
-    if name not in space:
+    if not callable(space.get(name)):
         raise ValueError(f"model: expected {module}.{name} in flash-linear-attention (tested: 0.6.0), which has none")
     standing = patch.patches.get((id(space), name))
-    return space[name] if standing is None else standing.original
+    return space[name] if standing is None or standing.original is None else standing.original
 
 
 # ---- norms ----------------------------------------------------------------------------------------------------
@@ -129,7 +172,9 @@ def _sequences(x: Tensor, cu_seqlens: Tensor | None) -> list[Tensor]:
 def _convolved(x: Tensor, weight: Tensor, bias, left: Tensor, activation) -> tuple[Tensor, Tensor]:
     """`[N, T, D]`, and the last W inputs `[N, D, W]`; left: those before."""
     wide = torch.cat([left.to(x.dtype), x.transpose(1, 2)], -1)
-    y = F.conv1d(wide[..., 1:].float(), weight.float()[:, None], None if bias is None else bias.float(), groups=len(weight))
+    y = F.conv1d(
+        wide[..., 1:].float(), weight.float()[:, None], None if bias is None else bias.float(), groups=len(weight)
+    )
     y = y if activation is None else F.silu(y)
     return y.transpose(1, 2), wide[..., -left.shape[-1] :].contiguous()
 

@@ -192,7 +192,7 @@ MAMBA2 = register(
             "mamba_split_conv1d_scan_combined": _all_in_one("mamba_split_conv1d_scan_combined", "use_mem_eff_path"),
         },
         on_cpu=mamba_ssm_cpu.FUNCTIONS,
-        prepare=mamba_ssm_cpu.prepare,
+        stand_ins=mamba_ssm_cpu.install,
     )
 )  # fmt: skip
 
@@ -303,6 +303,6 @@ MAMBA = register(
         convs=("causal_conv1d_fn",),
         bypasses={"use_fast_path": False, "mamba_inner_fn": _all_in_one("mamba_inner_fn", "use_fast_path")},
         on_cpu=mamba_ssm_cpu.FUNCTIONS,
-        prepare=mamba_ssm_cpu.prepare,
+        stand_ins=mamba_ssm_cpu.install,
     )
 )  # fmt: skip

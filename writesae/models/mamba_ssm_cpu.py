@@ -13,8 +13,7 @@ import functools
 import importlib
 import importlib.util
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops._dispatch import say_once
 from . import patch, seam
 from .binding import bindings
 from .patch import Owner
@@ -32,13 +32,6 @@ _MODULES = (
     "mamba_ssm.modules.mamba2", "mamba_ssm.modules.mamba_simple", "mamba_ssm.models.mixer_seq_simple",
     "mamba_ssm.utils.generation",
 )  # fmt: skip
-_said: set[str] = set()  # what has been warned of in this process
-
-
-def _say_once(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 def import_library() -> ModuleType:
@@ -65,7 +58,7 @@ def import_library() -> ModuleType:
         if missing:
             del sys.modules[EXTENSION]
     if missing:
-        _say_once(f"mamba_ssm: imported without its CUDA extension {EXTENSION}: its kernels for Mamba-1 cannot run")
+        say_once(f"mamba_ssm: imported without its CUDA extension {EXTENSION}: its kernels for Mamba-1 cannot run")
     return sys.modules["mamba_ssm"]
 
 
@@ -95,14 +88,18 @@ def on_cpu() -> Iterator[None]:
         yield
 
 
-def prepare(owner: Owner, layers: Sequence[nn.Module]) -> None:
-    """What has to stand in while some layers are intercepted: all of it for those on a CPU. Under `patch.lock`."""
-    if "mamba_ssm.utils.generation" in sys.modules:
-        generation = vars(sys.modules["mamba_ssm.utils.generation"])
-        owner.patch(generation, "update_graph_cache", _refuse_graphs)
-    if any(p.device.type == "cpu" for layer in layers for p in layer.parameters()):
-        if "mamba_ssm.modules.mamba2" in sys.modules:
-            _stand_in(owner)
+def install(owner: Owner, layers: list[nn.Module]) -> bool:
+    """Puts in place what has to stand in while a model is intercepted: for one on a CPU all of it, and then answers
+    True. Under `patch.lock`."""
+    generation = sys.modules.get("mamba_ssm.utils.generation")
+    if generation is not None:
+        owner.patch(vars(generation), "update_graph_cache", _refuse_graphs)
+    ours = [layer for layer in layers if type(layer).__module__.startswith("mamba_ssm.")]
+    if not any(_lies_on_cpu(layer) for layer in ours):
+        return False
+    import_library()
+    _stand_in(owner)
+    return True
 
 
 def _refuse_graphs(original: Any) -> Any:
@@ -123,7 +120,7 @@ def _refuse_graphs(original: Any) -> Any:
 
 
 def _stand_in(owner: Owner) -> None:
-    _say_once(
+    say_once(
         "mamba_ssm: its kernels run on GPUs alone; on this CPU the recurrences of layers that nobody is attached to, "
         "the short convolutions and the norms are those of its own definitions in torch, which are slow"
     )

@@ -18,6 +18,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from ..ops.rule import RuleCall, RuleOutput
 from . import generation, patch, short_conv
 from .binding import Binding, LayerSite, Recurrence
+from .fla_stand_ins import runnable
 from .frame import Frame, Met, running
 from .model_call import ModelCall, model_body
 from .patch import Owner
@@ -54,7 +55,8 @@ def intercept(
             called in the one-token decode step with a cache.
         private: serve calls of this thread only.
         calls: as `rules`, for whatever rule: `{layer_index: fn}` with `fn(call, output_final_state) -> output`, a
-            `RuleCall` and a `RuleOutput`, of which o and final_state are used. A layer is in one of the two.
+            `RuleCall` and a `RuleOutput`, of which o and final_state are used. A layer is in one of the two. Zamba's
+            layers call once a head, in order: `running().head`.
 
     A function may return NotImplemented to leave the call to the one installed before it, and in the end to the model.
     The latest installed goes first. `running()` tells a function which layer and call it serves. Handlers see the calls
@@ -120,11 +122,11 @@ def install(
         require_layer(model, by_index, index)
     with patch.lock:
         owner.mark(site.module for site in sites)
-        wanted = [by_index[index] for index in sorted({*rules, *convs})]
-        for binding in dict.fromkeys(site.binding for site in wanted):
-            binding.prepare(owner, [site.module for site in wanted if site.binding is binding])
-        families = dict.fromkeys(site.binding for site in sites if site.binding.stand_ins is not None)
-        helpless = {family for family in families if family.stand_ins(owner)}
+        helpless = set()
+        for family in dict.fromkeys(site.binding for site in sites):
+            of_it = [site.module for site in sites if site.binding is family]
+            if family.stand_ins is not None and family.stand_ins(owner, of_it):
+                helpless.add(family)
         for index, site in sorted(by_index.items()):
             if index in rules or index in convs or site.binding in helpless:
                 handlers = _Handlers(site, rules.get(index), convs.get(index), site.binding in helpless)
@@ -204,6 +206,8 @@ def shim(binding: Binding, name: str) -> Callable[[Any], Any]:
 
 
 def _rule_shim(recurrence: Recurrence, original: Callable) -> Callable:
+    original = runnable(original)
+
     @functools.wraps(original)
     def stand_in(*args, **kwargs):
         frame = running()

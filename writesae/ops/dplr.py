@@ -131,7 +131,7 @@ def _strength(v: Tensor) -> Tensor:
 
 
 LIMITS = SCAN.declare(
-    cpu=Limits("dplr", gates=("channel",), gradient=()),
+    cpu=Limits("dplr", gates=("channel",), gradient=("channel",)),
     cuda=Limits("dplr", largest={"k": 256}, gates=("channel",), gradient=("channel",)),
 )
 RULE = Rule("dplr", ("channel",), "low rank", ("q", "k", "v", "g", "a", "b"), dplr, LIMITS)
