@@ -112,6 +112,8 @@ def test_no_bank_conflicts(dtype, case):
     if twin is None:
         pytest.skip("the host twin counts them")
     torch.ops.writesae_twin.statistics()
-    gradients(case, twin, case.make(1, 130, 1, 2, 128, 128, dtype))
+    x = case.make(1, 130, 1, 2, 128, 128, dtype)
+    gradients(case, twin, x)
     _, _, _, products, _, conflicts, _, shared = torch.ops.writesae_twin.statistics()
-    assert products > 1000 and conflicts == 0 and shared < 163 * 1024
+    most = 227 if "a" in x else 163  # the forward of an erase takes two stages where it may
+    assert products > 1000 and conflicts == 0 and shared < most * 1024
