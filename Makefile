@@ -12,9 +12,10 @@ HAS_CUDA = $(shell $(BIN)/python -c 'import torch; print(int(torch.version.cuda 
 demo: $(VENV)/.built
 	$(BIN)/writesae demo
 
-# The CUDA kernels too, compiled for the CPU.
+# The CUDA kernels too, compiled for the CPU. A file of tests a core at a time, on four at most; threads that wait for one
+# another sleep, since the cores are shared.
 test: $(VENV)/.built
-	$(BIN)/python -m pytest -q --twin $$($(BIN)/python scripts/build_twin.py 2> /dev/null) tests
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --twin $$($(BIN)/python scripts/build_twin.py 2> /dev/null) tests
 
 # What a model takes part in, under every other release of transformers that is supported, and the newest.
 test-transformers: $(VENV)/.built

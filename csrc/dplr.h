@@ -16,8 +16,7 @@ void step(const ScanStepParams& p, const Parallel& parallel);
 
 namespace cuda::dplr {
 
-// All pointers are the device's; launches on `stream` (a cudaStream_t) and returns. `workspace`: so many bytes. K <= 256. The
-// backward of an erase is none of them: backward_workspace throws.
+// All pointers are the device's; launches on `stream` (a cudaStream_t) and returns. `workspace`: so many bytes. K <= 256.
 int64_t forward_workspace(const ScanParams& p, Plan plan = {});
 void forward(const ScanParams& p, void* workspace, void* stream, Plan plan = {});
 int64_t backward_workspace(const ScanBackwardParams& p);

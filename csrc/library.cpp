@@ -56,6 +56,9 @@ STABLE_TORCH_LIBRARY_IMPL(writesae, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(writesae, CPU, m) {
   m.impl("causal_conv", TORCH_BOX(&writesae::causal_conv));
   writesae::for_each_scan([&](auto rule) { writesae::implement_scan<decltype(rule)>(m); });
+  m.impl("selective_scan", TORCH_BOX(&writesae::selective_scan));
+  m.impl("selective_scan_backward", TORCH_BOX(&writesae::selective_scan_backward));
+  m.impl("selective_scan_step", TORCH_BOX(&writesae::selective_scan_step));
   m.impl("encode_topk", TORCH_BOX(&writesae::encode_topk));
   m.impl("encode_threshold", TORCH_BOX(&writesae::encode_threshold));
   m.impl("encode_at", TORCH_BOX(&writesae::encode_at));

@@ -10,7 +10,8 @@ import builtins
 import os
 import sys
 
-os.environ["TRITON_INTERPRET"] = "1"
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import torch  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -77,12 +78,14 @@ def setup() -> None:
 
 
 @torch.no_grad()
-def outputs(family: str) -> dict[str, torch.Tensor]:
-    """Logits and states: of one row, of a padded batch, and of a token that goes on from it."""
-    from tiny_fla import padded, tiny_fla, tokens
+def outputs(model) -> dict[str, torch.Tensor]:
+    """Logits and states: of one row, of more tokens than one chunk, of a padded batch, and of a token after it."""
+    from tiny_fla import padded, tokens
 
-    model, (text, mask) = tiny_fla(family), padded()
+    text, mask = padded()
     found = {"one row": model(tokens(1, 4)).logits}
+    if type(model).__name__ != "DeltaNetForCausalLM":  # whose function for many tokens takes no float32
+        found["chunks"] = model(tokens(1, 66)).logits
     out = model(text[:, :-1], attention_mask=mask[:, :-1], use_cache=True)
     found["padded"] = out.logits[mask[:, :-1].bool()]
     found["state"] = out.past_key_values[1]["recurrent_state"].clone()
@@ -90,9 +93,43 @@ def outputs(family: str) -> dict[str, torch.Tensor]:
     return {**found, "step": out.logits, "last state": out.past_key_values[1]["recurrent_state"]}
 
 
+def gradients(family: str) -> dict[str, torch.Tensor]:
+    """Of every parameter, in training mode. Not of Kimi Delta Attention, which takes a quarter of a minute."""
+    from tiny_fla import tiny_fla, tokens
+
+    if family == "kda":
+        return {}
+    model = tiny_fla(family).train()
+    model(tokens(1, 4), use_cache=False).logits.square().mean().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@torch.no_grad()
+def attached(family: str) -> dict[str, torch.Tensor]:
+    """Logits with our op in the place of every function, after attach has held each beside fla's own, on its inputs.
+    Layers in training mode call the function for many tokens."""
+    from tiny_fla import tiny_fla, tokens
+
+    from writesae.models import attach, self_test
+
+    def definition(call):
+        raise AssertionError("fla's own function could not run, so nothing was compared")
+
+    self_test._double = definition
+    model, found = tiny_fla(family), {}
+    for training in (False, True):
+        with attach(model.train(training), {(0, 0): None, (1, 0): None}):
+            found["training" if training else "one row"] = model(tokens(1, 4), use_cache=False).logits
+    return found
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     setup()
-    from tiny_fla import FAMILIES
+    from tiny_fla import FAMILIES, tiny_fla
 
-    torch.save({family: outputs(family) for family in sys.argv[2:] or FAMILIES}, sys.argv[1])
+    found = {
+        family: {"own": outputs(tiny_fla(family)), "attached": attached(family), "gradients": gradients(family)}
+        for family in sys.argv[2:] or FAMILIES
+    }
+    torch.save(found, sys.argv[1])

@@ -268,7 +268,7 @@ DPLR = Case(
 GLA = replace(DPLR, name="gla", inputs=_gla_inputs)
 SELECTIVE_SCAN = Case(
     "selective_scan", ops.RULES["selective_scan"], "element", _selective_inputs, _selective, ("C", "B", "x"), "one",
-    skip=_selective_skip, close=_close_dt, mix=_mix_dt, fixed=("A", "D"), optional=("D",),
+    skip=_selective_skip, close=_close_dt, mix=_mix_dt, fixed=("A", "D"), optional=("D",), step=ops.selective_scan_step,
 )  # fmt: skip
 CASES = [GATED_DELTA_RULE, KDA, SSD, DPLR, GLA, SELECTIVE_SCAN]
 
@@ -297,7 +297,9 @@ def targets(case: Case, which: str = "all", gradient: bool = False) -> list[Targ
 
 
 def cases(which: str = "all", gradient: bool = False) -> list[Case]:
-    """Those with a target; which: as in `targets`, or a kind of target."""
+    """Those with a target; which: as in `targets`, or a kind of target, or "scans": on the CPU, those of csrc/scan.h."""
+    if which == "scans":
+        return [case for case in cases("cpu", gradient) if case.heads != "one"]
     if which in ("reference", "cpu"):
         return [case for case in CASES if any(t.kind == which for t in targets(case, "few", gradient))]
     return [case for case in CASES if targets(case, which, gradient)]

@@ -109,6 +109,10 @@ def _calls() -> dict[str, tuple]:
             mixed | packed | {"initial_state": state[:1, :1]}, (*mixed, "initial_state"), ("cu_seqlens",),
             ("D", "initial_state", "cu_seqlens"),
         ),
+        "selective_scan_step": (
+            {n: y if n in "AD" else y[:, 0].contiguous() for n, y in mixed.items()} | {"state": state[:1, :1].clone()},
+            (*mixed, "state"), (), ("D",),
+        ),
     }  # fmt: skip
 
 
@@ -156,7 +160,7 @@ def test_what_is_no_writes_or_edits_is_refused(value):
             call()
     if value is None:
         return
-    for name in (*ops.RULES, "gated_delta_rule_step", "ssd_step", "dplr_step"):
+    for name in (*ops.RULES, *(f"{name}_step" for name in ops.RULES)):
         with pytest.raises(ValueError, match="^edits: expected Edits or None, got "):
             getattr(ops, name)(**CALLS[name][0], edits=value)
 

@@ -2,13 +2,25 @@
 
 import pytest
 import torch
-from tiny_models import families, kda_families, mamba2_families, tiny_kda, tiny_mamba2, tiny_model, tokens
+from tiny_models import (
+    families,
+    kda_families,
+    mamba2_families,
+    mamba_families,
+    tiny_kda,
+    tiny_mamba,
+    tiny_mamba2,
+    tiny_minimax,
+    tiny_model,
+    tokens,
+)
 
 import writesae
 from writesae.edits import Edits
 from writesae.experiments.divergence import kl_pair
 from writesae.experiments.engine import ForkEngine, Later, Places, read, read_matrix, reader, unread
 from writesae.models import layers
+from writesae.ops.dplr import dplr
 from writesae.ops.rule import RuleCall
 from writesae.ops.selective_scan import RULE
 from writesae.writes import Writes
@@ -62,7 +74,9 @@ CASES = [
 
 def made(family, **settings):
     """A tiny model of any family."""
-    every = {tiny_model: families, tiny_mamba2: mamba2_families, tiny_kda: kda_families}
+    if family == "minimax":
+        return tiny_minimax(**settings)
+    every = {tiny_model: families, tiny_mamba2: mamba2_families, tiny_kda: kda_families, tiny_mamba: mamba_families}
     for make, known in every.items():
         if family in known():
             return make(family, **settings)
@@ -73,7 +87,7 @@ def made(family, **settings):
 # block shares and that reads the embeddings again, latent attention, blocks without either, several residual streams.
 OF_OTHER_RULES = [
     ("mamba2", 0), ("bamba", 0), ("nemotron_h", 0), ("granitemoehybrid", 0), ("falcon_h1", 1), ("zamba2", 1),
-    ("kimi_linear", 0), ("glm5_next", 1),
+    ("kimi_linear", 0), ("glm5_next", 1), ("minimax", 0), ("mamba", 0), ("jamba", 0),
 ]  # fmt: skip
 
 
@@ -82,6 +96,7 @@ def test_forks_equal_whole_forward_passes(family, layer_types, layer):
     compare_with_whole_passes(made(family, layer_types=layer_types), layer)
 
 
+@pytest.mark.filterwarnings("ignore:selective_scan. running the slow")
 @pytest.mark.parametrize("family, layer", OF_OTHER_RULES)
 def test_forks_equal_whole_forward_passes_of_other_rules(family, layer):
     compare_with_whole_passes(made(family), layer)
@@ -92,7 +107,7 @@ def compare_with_whole_passes(model, layer):
     H = site.num_v_heads
     # First and last position, an end that cuts the horizon short, two heads of one key head, two places in a row.
     lengths, horizon = [23, 17], 4
-    places = [(0, 0, 0), (0, 9, H - 1), (0, 10, H - 2), (0, 22, 1), (1, 3, 1), (1, 14, 0)]
+    places = [(0, 0, 0), (0, 9, H - 1), (0, 10, max(H - 2, 0)), (0, 22, H // 2), (1, 3, 1 % H), (1, 14, 0)]
     engine, clean, ids, hidden, left, right = run_engine(model, layer, lengths, places, horizon)
     logits = {name: engine.logits(x) for name, x in hidden.items()}
     # A model of random weights passes rounding errors on enlarged: 2.3e-5 is the worst seen.
@@ -116,11 +131,13 @@ def compare_with_whole_passes(model, layer):
 @pytest.mark.parametrize(
     "family, settings, layer",
     [(f, {"layer_types": types}, layer) for f, types, layer in [CASES[0], *CASES[2:4]]]
-    + [("mamba2", {}, 1), ("bamba", {}, 0), ("kimi_linear", {}, 0)],
+    + [("mamba2", {}, 1), ("bamba", {}, 0), ("kimi_linear", {}, 0), ("mamba", {}, 0)],
 )
+@pytest.mark.filterwarnings("ignore:selective_scan. running the slow")
 def test_forks_that_begin_after_the_token_are_the_rest_of_those_that_begin_at_it(family, settings, layer):
     model = made(family, **settings)
-    lengths, places = [23, 17], [(0, 0, 0), (0, 9, 2), (0, 10, 2), (0, 22, 1), (1, 3, 1), (1, 14, 0)]
+    H = next(s for s in layers(model) if s.layer_index == layer).num_v_heads
+    lengths, places = [23, 17], [(0, 0, 0), (0, 9, H - 1), (0, 10, 0), (0, 22, H // 2), (1, 3, H - 1), (1, 14, 0)]
     ids = tokens(2, 23)
     row, position, head = (torch.tensor(x) for x in zip(*places, strict=True))
     found = []
@@ -267,3 +284,19 @@ def test_a_recurrence_run_on_an_addition_alone_says_how_it_is_read(when):
     if when == "after":
         found[:, 0] = 0
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:dplr. running the slow")
+def test_readers_of_a_low_rank_transition():
+    """Against `ops.dplr` with the edit in it."""
+    T, K, V, t = 8, 4, 3, 2
+    q, k, a, b = (torch.randn(1, T, 1, K, dtype=torch.float64) for _ in range(4))
+    v, g = torch.randn(1, T, 1, V, dtype=torch.float64), -torch.rand(1, T, 1, K, dtype=torch.float64)
+    left, right = torch.randn(K).double(), torch.randn(V).double()
+    edit = Edits([0], [t], [0], left[None], right[None])
+    plain = dplr(q, k, v, g, a, b, return_writes=True, backend="reference")
+    changed = dplr(q, k, v, g, a, b, edits=edit, backend="reference")
+    later = slice(t, T)
+    erase = tuple(x[:, later, 0] for x in plain.writes.erase)
+    r = reader(q[:, later, 0], k[:, later, 0], plain.writes.decay[:, later, 0], None, erase)
+    torch.testing.assert_close((r @ left)[..., None] * right, (changed.o - plain.o)[:, later, 0])

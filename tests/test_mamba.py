@@ -11,7 +11,7 @@ import torch
 from tiny_models import mamba_families, tiny_mamba, tokens
 
 from writesae import SAE, Edits
-from writesae.models import attach, hf_mamba, layers, running, self_test, sites
+from writesae.models import Stopped, attach, hf_mamba, layers, running, self_test, sites, stopping_after
 from writesae.models.arguments import cache_of, given_cache
 
 FAMILIES = mamba_families()
@@ -184,6 +184,18 @@ def test_packed_sequences_are_kept_apart(family, kind):
     close(packed, apart)
     assert tap.writes[layer].cu_seqlens.tolist() == [0, 5, 8, 11]
     assert (model(text, use_cache=False).logits - apart).abs().max() > 1e-3
+
+
+@family_all
+@torch.no_grad()
+def test_a_forward_ends_after_any_layer(family):
+    """Zamba's layer in the middle lies deeper in its block than the others."""
+    model, text = tiny_mamba(family), tokens(1, 4)
+    for site in layers(model)[:-1]:
+        with attach(model, {(site.layer_index, 0): None}) as tap, stopping_after(model, site.layer_index):
+            with pytest.raises(Stopped):
+                model(text, use_cache=False)
+        assert tap.calls == {site.layer_index: 1}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, "autocast"])

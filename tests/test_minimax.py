@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import tiny_minimax, tokens
+from tiny_models import mamba_families, tiny_minimax, tokens
 
 from writesae import SAE, Edits
 from writesae.models import attach, hf_minimax, layers, self_test, sites
@@ -248,6 +248,8 @@ OTHERS = {
     "xLSTM": (dict(num_heads=2, num_blocks=2), "divides its matrix by a sum of its own"),
     "Llama": (_ATTENTION, "which calls the gated delta rule or .* nowhere"),
 }
+if not mamba_families():
+    OTHERS["Mamba"] = dict(state_size=4), "recurrence is written out in its forward before transformers 5.15"
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -126,7 +126,7 @@ def test_read_after_is_a_rollout_with_a_patched_cache(name, layer, head, firings
         for c in CONDITIONS:
             worst = max(worst, abs(mine[c] / slow[c] - 1))
         assert sorted(CONDITIONS, key=mine.get) == sorted(CONDITIONS, key=slow.get)
-    record_property(f"median KL, {name}", worst)
+    record_property(f"median KL, {name}", float(worst))
     assert worst < 1e-3
     # Firing by firing, too: the same condition is closer, wherever the two are not equal to rounding.
     for a, b in (("atom", "delete"), ("delete", "random"), ("atom", "random")):

@@ -12,7 +12,7 @@ from writesae import ops
 from writesae.ops._dispatch import kernel_error, operators
 from writesae.ops.scan import pack_edits
 
-KIND = "cpu"  # cases that have a kernel there
+KIND = "scans"  # cases whose operators are alike
 
 
 def operator(case, suffix=""):

@@ -159,7 +159,7 @@ def test_tracing_autocast_and_subclasses(name, transform):
     def run(*inputs):
         return case.run("reference" if transform == "autocast_reference" else None, *inputs)
 
-    if transform == "autocast_backward" and name in ("dplr", "selective_scan"):
+    if transform == "autocast_backward" and name == "dplr":
         return  # no kernel: torch's own backward of torch's own operations
     refusal = case.refused.get(transform)
     if refusal is None and transform == "autocast_backward":
@@ -179,7 +179,9 @@ def test_tracing_autocast_and_subclasses(name, transform):
             check_close(f"{name}, {transform}, {i}", a, b.detach(), TOLERANCE)
 
 
-SCANS = tuple(name for name, rule in ops.RULES.items() if rule.limits)  # rules whose three operators are alike
+SCANS = tuple(
+    name for name, rule in ops.RULES.items() if rule.limits and "element" not in rule.gates
+)  # whose operators are alike
 
 
 # ---- the operators themselves ---------------------------------------------------------------------------------------
@@ -211,6 +213,8 @@ def _arguments_of() -> dict[str, tuple]:
     low_rank = {"": (True, *erase), "_backward": (*back, *erase, *erased)}
     scans |= {f"dplr{suffix}": (*channel, *rule[5:], *rest) for suffix, rest in low_rank.items()}
     scans["dplr_step"] = (*(y[:, 0].contiguous() for y in channel), *step[5:], *(y[:, 0] for y in erase))
+    mixed = (normal(B, T, V), normal(B, T, V).abs(), -normal(V, K).abs(), normal(B, T, K), normal(B, T, K), normal(V))
+    initial, none_of_scan = normal(B, 1, K, V), (None,) * 5
     writes = make_writes(generator, B, T, H, 1, K, V)
     v, w, b = floats(*dictionary(generator, H, F, K, V))
     first = (*floats(writes.decay, writes.left, writes.right), torch.arange(H), v, w)
@@ -218,6 +222,13 @@ def _arguments_of() -> dict[str, tuple]:
     none = (None,) * 4
     return {
         **scans,
+        "selective_scan": (*mixed, initial, *none_of_scan, True),
+        "selective_scan_backward": (
+            *mixed, initial, *none_of_scan, normal(B, T, V), normal(B, 1, K, V), normal(B, T, V), None,
+        ),
+        "selective_scan_step": (
+            *(y[:, :1].contiguous() if y.ndim == 3 else y for y in mixed[:5]), initial, mixed[5], *[None] * 3, True,
+        ),
         "causal_conv": (normal(B, T, 4), normal(4, 3), normal(4), True, None),
         "rms_norm": (normal(B, 4), normal(4), normal(B, 4), 1e-6, False, False),
         "encode_topk": (*first, b, TOP, carry, *none, "fp32"),
@@ -235,7 +246,12 @@ RIGHT = "right"
 OPERATORS = {  # forward mode, gradients of torch.func, gradients of torch.autograd, vmap
     **{name: (RIGHT, RIGHT, RIGHT, RIGHT) for name in SCANS},
     **{f"{name}_backward": ("no forward-mode", "no backward", "no backward", RIGHT) for name in SCANS},
-    **{f"{name}_step": ("no forward-mode", "no backward", "no backward", "not defined under vmap") for name in SCANS},
+    **{
+        f"{name}_step": ("no forward-mode", "no backward", "no backward", "not defined under vmap")
+        for name in (*SCANS, "selective_scan")
+    },
+    "selective_scan": (RIGHT, RIGHT, RIGHT, RIGHT),
+    "selective_scan_backward": ("no forward-mode", "no backward", "no backward", RIGHT),
     "causal_conv": (RIGHT, RIGHT, "no backward", RIGHT),
     "rms_norm": (RIGHT, RIGHT, "no backward", RIGHT),
     "encode_topk": ("no forward-mode", "no backward", "no backward", RIGHT),
@@ -286,6 +302,11 @@ def _reference_of(scan: str):
     return lambda q, k, v, g, beta, s: reference(q, k, v, g, beta, 0.5, s, False, *[None] * 3)[:4]
 
 
+def _selective_reference(*inputs):
+    o, final, _, right, _ = import_module("writesae.ops.reference.selective_scan").selective_scan(*inputs, *[None] * 3)
+    return o, final, right[:, :, 0, 0]
+
+
 @pytest.mark.filterwarnings("ignore:.*running the slow")
 @pytest.mark.parametrize("asked", range(3), ids=("forward", "func", "autograd"))
 @pytest.mark.parametrize("name", OPERATORS)
@@ -305,6 +326,7 @@ def test_operators_differentiate_or_refuse(name, asked):
     got = transform(call, inputs)
     plain = {
         **{scan: _reference_of(scan) for scan in SCANS},
+        "selective_scan": _selective_reference,
         "causal_conv": lambda *y: (ops.causal_conv(*y, "silu", backend="reference"),),
         "rms_norm": lambda *y: (ops.rms_norm(*y, backend="reference"),),
     }[name]

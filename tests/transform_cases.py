@@ -124,11 +124,17 @@ def _cases() -> dict[str, Case]:
         state = state.clone()
         return ops.dplr_step(q, k, v, g, state, a, b, backend=backend).o, state
 
+    def selective_step(backend, x, dt, A, B, C, D, state):
+        state = state.clone()
+        return ops.selective_scan_step(x, dt, A, B, C, state, D, backend=backend).o, state
+
     plain = gated_delta_rule_inputs(B, T, H, H, K, V)
     channel = -torch.nn.functional.softplus(normal(B, T, H, K))
     low_rank = (plain["q"], plain["k"], plain["v"], channel, normal(B, T, H, K), normal(B, T, H, K) / 4)
     mamba = (normal(B, T, H, V), normal(B, T, H).abs(), -normal(H).abs(), normal(B, T, 1, K), normal(B, T, 1, K),
              normal(H), state)  # fmt: skip
+    selective = (normal(B, T, V), normal(B, T, V).abs(), -normal(V, K).abs(), normal(B, T, K), normal(B, T, K),
+                 normal(V), state[:, :1])  # fmt: skip
     # A kernel's second derivative is refused; what has no kernel has one.
     hidden = dict.fromkeys(TRACING, "numbers.*are needed, and t")
     rule = dict.fromkeys(("double_backward", "forward_over_reverse"), "gated_delta_rule_backward: no")
@@ -175,14 +181,20 @@ def _cases() -> dict[str, Case]:
             mamba_step, (*(y if y.ndim == 1 else y[:, 0] for y in mamba[:-1]), state),
             dict.fromkeys(DERIVATIVES, "ssd_step"),
         ),
-        "dplr": Case(of("dplr"), (*low_rank, state), {"vmap_under_backward": "dplr_backward: no backward"}),
+        "dplr": Case(
+            of("dplr"), (*low_rank, state),
+            dict.fromkeys(("double_backward", "forward_over_reverse"), "dplr_backward: no"),
+        ),
         "dplr_step": Case(
             low_rank_step, (*(y[:, 0] for y in low_rank), state), dict.fromkeys(DERIVATIVES, "dplr_step"),
         ),
         "selective_scan": Case(
-            of("selective_scan"),
-            (normal(B, T, V), normal(B, T, V).abs(), -normal(V, K).abs(), normal(B, T, K), normal(B, T, K), normal(V),
-             state[:, :1]), {},
+            of("selective_scan"), selective,
+            dict.fromkeys(("double_backward", "forward_over_reverse"), "selective_scan_backward: no"),
+        ),
+        "selective_scan_step": Case(
+            selective_step, tuple(y[:, 0] if y.ndim == 3 else y for y in selective),
+            dict.fromkeys(DERIVATIVES, "selective_scan_step"),
         ),
     }  # fmt: skip
 

@@ -80,7 +80,7 @@ class Plan {
     // By the problem alone, never by the number of threads.
     blocks = in.N * in.H < FEW ? (in.V + 63) / 64 : 1;
     width = (in.V + blocks - 1) / blocks;
-    stride = 16 + (in.channel_gate ? 3 : 2) * round_up(in.K, 16);
+    stride = 16 + ((in.channel_gate ? 3 : 2) + (in.a.data != nullptr ? 2 : 0)) * round_up(in.K, 16);
   }
 
   Item item(int64_t n, int64_t h, int64_t block) const {
@@ -145,7 +145,7 @@ void run_group(const Plan& plan, const Params& p, const Kernels<Form>& kernel, i
       p.d_initial_state[i] = p.d_final_state != nullptr ? p.d_final_state[i] : 0.0f;
   }
   const int64_t worker_size =
-      round_up(std::max(portable::memory_size<Form>(in.K, plan.width, pieces), 4 * round_up(in.K, 16)), 16);
+      round_up(std::max(portable::memory_size<Form>(in.K, plan.width, pieces), 6 * round_up(in.K, 16)), 16);
   const Buffer memory(worker_size * parallel.threads), parts(tokens * H * plan.blocks * plan.stride);
   const Buffer starts(std::max<int64_t>(segments - 1, 0) * members * H * size);  // states before segments 1, 2, ...
   const auto start_of = [&](const Item& item, int64_t segment) -> const float* {

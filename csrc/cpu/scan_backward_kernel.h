@@ -10,7 +10,7 @@
 //     D <- G_L D + Q^T (G dO) - K^T (G beta dU)
 // dbeta and dg fall out of products that are there already. Nothing is divided: dbeta = dU . (V - what was read), not u / beta.
 // A rule that does not read has no K K^T, no F, and nothing of beta dU in dK and D. With a gate of each channel, G, E and D
-// stand inside the products over K: scan_backward_channels_kernel.h.
+// stand inside the products over K: scan_backward_channels_kernel.h. A low-rank erase: scan_backward_low_rank_kernel.h.
 //
 // Multiply-adds of the delta rule, a token and head at K = V = 128: 8 products with a whole state (two of them rebuild S from
 // U), 131 k, and about 3.5 C (K + V) / 2 = 29 k inside the piece, against 49 k of the forward. C = 64 keeps the transposes of
@@ -41,9 +41,15 @@ struct Work {
   float gate[C], beta[C], since[C], until[C];  // a_j, beta_j, G_j, E_j
   // With a gate of each channel, [C][ld_k]: a_j, G_j, E_j, E_j k_j, d_g_j.
   float *gates, *sinces, *untils, *k_end, *d_gates;
+  // With a low-rank erase, of a and b what the others are of q and k, and of R what they are of U.
+  float *a, *b, *b_end, *xa, *zb;  // [C][ld_k]
+  float *r, *dr;                   // [C][ld_v]: R, dR
+  float *bt, *rt, *drt;            // [pk][PC], [pv][PC]
+  float *qb, *ab, *eb, *fb;        // [C][PC]
 
   // With memory == nullptr, only counts. Returns the floats taken.
-  int64_t layout(int64_t key, int64_t value, int64_t pieces, bool channels, float* memory) {
+  template <class Form>
+  int64_t layout(int64_t key, int64_t value, int64_t pieces, float* memory) {
     K = key, V = value, pk = round_up(key, 16), pv = round_up(value, 16), ld_k = pk + 16, ld_v = pv + 16;
     int64_t used = 0;
     const auto take = [&](int64_t count) {
@@ -57,7 +63,12 @@ struct Work {
     for (float** m : {&ut, &ot, &dut}) *m = take(pv * PC);
     for (float** m : {&st, &dt}) *m = take(pv * ld_k);
     for (float** m : {&reach, &kk, &qk, &e, &f, &et}) *m = take(C * PC);
-    for (float** m : {&gates, &sinces, &untils, &k_end, &d_gates}) *m = take(channels ? C * ld_k : 0);
+    for (float** m : {&gates, &sinces, &untils, &k_end, &d_gates}) *m = take(Form::CHANNEL ? C * ld_k : 0);
+    for (float** m : {&a, &b, &b_end, &xa, &zb}) *m = take(Form::LOW_RANK ? C * ld_k : 0);
+    for (float** m : {&r, &dr}) *m = take(Form::LOW_RANK ? C * ld_v : 0);
+    for (float** m : {&rt, &drt}) *m = take(Form::LOW_RANK ? pv * PC : 0);
+    for (float** m : {&qb, &ab, &eb, &fb}) *m = take(Form::LOW_RANK ? C * PC : 0);
+    bt = take(Form::LOW_RANK ? pk * PC : 0);
     d = take(pk * ld_v), line = take(std::max(pk, pv)), states = take(pieces * pk * ld_v);
     return used;
   }
@@ -131,7 +142,25 @@ inline void load_gates(Work& w, const Params& p, const Item& item, const Piece& 
   }
 }
 
-// k, beta, gates and U of a piece, which is all the recurrence of the state needs. Returns the padded length.
+// a, b, R and E_i b_i of a piece whose gates are loaded.
+inline void load_erase(Work& w, const Params& p, const Item& item, const Piece& piece, int64_t padded) {
+  const int64_t L = piece.length, t = item.origin + piece.start;
+  for (int64_t j = 0; j < padded; j++) {
+    float *const a = w.a + j * w.ld_k, *const b = w.b + j * w.ld_k;
+    if (j < L) {
+      read_row(p.in.a, item.b, t + j, item.h, w.K, w.pk, false, 1.0f, a);
+      read_row(p.in.b, item.b, t + j, item.h, w.K, w.pk, false, 1.0f, b);
+    } else {
+      zero(a, w.pk), zero(b, w.pk);
+    }
+    multiply_rows(w.untils + j * w.ld_k, b, w.pk, w.b_end + j * w.ld_k);
+  }
+  // E is 1 at the last token; untils is 0 there where the native write is removed after its read, but the erase stays.
+  std::memcpy(w.b_end + (L - 1) * w.ld_k, w.b + (L - 1) * w.ld_k, w.pk * sizeof(float));
+  load_values(w, item, p.erased, t, L, padded, w.r);
+}
+
+// k, beta, gates and U of a piece (a, b, R), which is all the recurrence of the state needs. Returns the padded length.
 template <class Form>
 inline int64_t load_piece(Work& w, const Params& p, const Item& item, const Piece& piece) {
   const int64_t L = piece.length, padded = round_up(L, 8), t = item.origin + piece.start, hk = item.h / (p.in.H / p.in.Hk);
@@ -145,6 +174,7 @@ inline int64_t load_piece(Work& w, const Params& p, const Item& item, const Piec
   }
   load_gates<Form>(w, p, item, piece, padded);
   load_values(w, item, p.right, t, L, padded, w.u);
+  if constexpr (Form::LOW_RANK) load_erase(w, p, item, piece, padded);
   return padded;
 }
 
@@ -164,6 +194,7 @@ inline void advance(Work& w, const Params& p, const Item& item, const Piece& pie
   decay_state<Form>(w, padded, from, to);
   for (int64_t j = 0; j < padded && !Form::CHANNEL; j++) scale_row(w.u + j * w.ld_v, w.until[j], w.pv);
   multiply(Form::CHANNEL ? w.k_end : w.k, w.ld_k, w.u, w.ld_v, padded, to, w.ld_v, w.pk, w.pv, true);
+  if constexpr (Form::LOW_RANK) multiply(w.b_end, w.ld_k, w.r, w.ld_v, padded, to, w.ld_v, w.pk, w.pv, true);
   for (int64_t e = piece.edit; e < piece.edit_end; e++) {
     if (!p.in.edits.kind(e).adds()) continue;
     const float *left = p.in.edits.left + e * w.K, *right = p.in.edits.right + e * p.in.V + item.column;
@@ -177,7 +208,7 @@ template <class Form>
 inline void sweep(const Params& p, const Item& item, const Piece* pieces, int64_t count, const float* from, float* to,
                   float* memory) {
   Work w;
-  w.layout(p.in.K, item.width, 2, Form::CHANNEL, memory);
+  w.layout<Form>(p.in.K, item.width, 2, memory);
   const int64_t size = w.pk * w.ld_v;
   load_state(w, from, p.in.V, w.states);
   for (int64_t i = 0; i < count; i++) {
@@ -323,6 +354,7 @@ inline void reverse_rows(Work& w, int64_t padded) {
 }
 
 #include "cpu/scan_backward_channels_kernel.h"
+#include "cpu/scan_backward_low_rank_kernel.h"
 
 // One piece, from the state before it and the adjoint w.d of the state after it, which becomes that of the state before.
 template <class Form>
@@ -344,7 +376,9 @@ inline void reverse_piece(Work& w, const Params& p, const Item& item, const Piec
     if (p.in.edits.kind(e).removes()) deleted = L - 1;
 
   transpose(padded, w.pv, w.u, w.ld_v, w.ut, PC), transpose(padded, w.pv, w.o, w.ld_v, w.ot, PC);
-  if constexpr (Form::CHANNEL) {
+  if constexpr (Form::LOW_RANK) {
+    low_rank_products(w, L, padded);
+  } else if constexpr (Form::CHANNEL) {
     channel_products<Form>(w, L, padded);
   } else {
     head_products<Form>(w, padded);
@@ -356,6 +390,7 @@ inline void reverse_piece(Work& w, const Params& p, const Item& item, const Piec
       store(w.du + j * w.ld_v + c,
             load(w.du + j * w.ld_v + c) * (Form::CHANNEL ? 1.0f : w.until[j]) + load(w.dw + j * w.ld_v + c));
   add_lower_transposed(w.qk, w.o, w.ld_v, padded, w.du, w.pv);
+  if constexpr (Form::LOW_RANK) solve_erase(w, p, item, t, L, padded);
   solve<Form>(w, padded, deleted);
   for (int64_t j = 0; j < L; j++) {
     const int64_t at = ((item.b * p.in.T + t + j) * p.in.H + item.h) * p.in.V + item.column;
@@ -370,7 +405,9 @@ inline void reverse_piece(Work& w, const Params& p, const Item& item, const Piec
   multiply(w.ut, PC, w.dt, w.ld_k, w.pv, w.z, w.ld_k, padded, w.pk, false);
   multiply_lower(w.ot, w.ut, w.pv, padded, w.e);
   if constexpr (Form::READS) multiply_lower(w.dut, w.ut, w.pv, padded, w.f);
-  if constexpr (Form::CHANNEL) {
+  if constexpr (Form::LOW_RANK) {
+    reverse_low_rank(w, p, item, piece, padded, s, partial, stride);
+  } else if constexpr (Form::CHANNEL) {
     reverse_channels<Form>(w, p, item, piece, padded, s, partial, stride);
   } else {
     reverse_scalars<Form>(w, p, item, piece, padded, s, partial, stride);
@@ -388,11 +425,17 @@ inline void reverse_piece(Work& w, const Params& p, const Item& item, const Piec
     std::memcpy(partial + j * stride + 16 + w.pk, w.z + j * w.ld_k, w.pk * sizeof(float));
     if constexpr (Form::CHANNEL)
       std::memcpy(partial + j * stride + 16 + 2 * w.pk, w.d_gates + j * w.ld_k, w.pk * sizeof(float));
+    if constexpr (Form::LOW_RANK) {
+      std::memcpy(partial + j * stride + 16 + 3 * w.pk, w.xa + j * w.ld_k, w.pk * sizeof(float));
+      std::memcpy(partial + j * stride + 16 + 4 * w.pk, w.zb + j * w.ld_k, w.pk * sizeof(float));
+    }
   }
 
   for (int64_t j = 0; j < padded; j++) {
     if constexpr (Form::CHANNEL) {
       multiply_rows(w.q + j * w.ld_k, w.sinces + j * w.ld_k, w.pk, w.q + j * w.ld_k);
+      if constexpr (Form::LOW_RANK)
+        if (j > 0) multiply_rows(w.a + j * w.ld_k, w.sinces + (j - 1) * w.ld_k, w.pk, w.a + j * w.ld_k);
       if constexpr (Form::READS) multiply_rows(w.k + j * w.ld_k, w.sinces + j * w.ld_k, w.pk, w.k + j * w.ld_k);
     } else {
       scale_row(w.o + j * w.ld_v, w.since[j], w.pv);
@@ -401,17 +444,19 @@ inline void reverse_piece(Work& w, const Params& p, const Item& item, const Piec
   }
   decay_state<Form>(w, padded, w.d, w.d);
   multiply(w.q, w.ld_k, w.o, w.ld_v, padded, w.d, w.ld_v, w.pk, w.pv, true);
+  if constexpr (Form::LOW_RANK) multiply(w.a, w.ld_k, w.dr, w.ld_v, padded, w.d, w.ld_v, w.pk, w.pv, true);
   if constexpr (Form::READS) multiply(w.k, w.ld_k, w.dw, w.ld_v, padded, w.d, w.ld_v, w.pk, w.pv, true);
 }
 
 // The pieces of one segment of one head's column block, last to first. `start`: state before the segment; `d_end` and
 // `d_start`: adjoints after and before it (dense [K, V]; null: zero; they may be the same). Row (token - segment's first) *
-// stride of `partial` gets [dg, dbeta, ..., dq (16 on), dk, and dg of channels]: of used queries and keys, summed by `finish`.
+// stride of `partial` gets [dg, dbeta, ..., dq (16 on), dk, dg of channels, da, db]: of used queries and keys, summed by
+// `finish`.
 template <class Form>
 inline void reverse(const Params& p, const Item& item, const Piece* pieces, int64_t count, const float* start,
                     const float* d_end, float* d_start, float* partial, int64_t stride, float* memory) {
   Work w;
-  w.layout(p.in.K, item.width, count, Form::CHANNEL, memory);
+  w.layout<Form>(p.in.K, item.width, count, memory);
   const int64_t size = w.pk * w.ld_v;
   load_state(w, start, p.in.V, w.states);
   for (int64_t i = 0; i + 1 < count; i++) {
@@ -428,7 +473,7 @@ inline void reverse(const Params& p, const Item& item, const Piece* pieces, int6
 // Floats of scratch that `sweep` and `reverse` need.
 template <class Form>
 inline int64_t memory_size(int64_t K, int64_t width, int64_t pieces) {
-  return Work().layout(K, width, pieces, Form::CHANNEL, nullptr);
+  return Work().layout<Form>(K, width, pieces, nullptr);
 }
 
 // ---- from parts to gradients -----------------------------------------------------------------------------------------
@@ -448,24 +493,34 @@ inline void unread_row(const View& x, int64_t a, int64_t b, int64_t c, int64_t K
   for (int64_t i = 0; i < padded; i += LANES) store(d + i, (load(d + i) - along * load(raw + i)) * (inverse * scale));
 }
 
-// One token of key head hk: parts [value head of the group][block][stride] summed in that order. memory: 4 padded rows.
+// One token of key head hk: parts [value head of the group][block][stride] summed in that order. memory: 6 padded rows.
 template <class Form>
 inline void finish(const Params& p, int64_t b, int64_t t, int64_t hk, const float* parts, int64_t blocks, int64_t stride,
                    float* memory) {
   const int64_t K = p.in.K, padded = round_up(K, 16), group = p.in.H / p.in.Hk, row = (b * p.in.T + t) * p.in.Hk + hk;
   float *dq = memory, *dk = memory + padded, *raw = memory + 2 * padded, *dg = memory + 3 * padded;
+  float *da = dg + padded, *db = da + padded;
   zero(dq, padded), zero(dk, padded);
   if (p.d_left != nullptr) std::memcpy(dk, p.d_left + row * K, K * sizeof(float));
   for (int64_t i = 0; i < group; i++) {
     float scalars[2] = {0, 0};
     if constexpr (Form::CHANNEL) zero(dg, padded);
+    if constexpr (Form::LOW_RANK) zero(da, padded), zero(db, padded);
     for (int64_t c = 0; c < blocks; c++, parts += stride) {
       scalars[0] += parts[0], scalars[1] += parts[1];
       add_scaled(dq, parts + 16, 1.0f, padded);
       add_scaled(dk, parts + 16 + padded, 1.0f, padded);
       if constexpr (Form::CHANNEL) add_scaled(dg, parts + 16 + 2 * padded, 1.0f, padded);
+      if constexpr (Form::LOW_RANK) {
+        add_scaled(da, parts + 16 + 3 * padded, 1.0f, padded);
+        add_scaled(db, parts + 16 + 4 * padded, 1.0f, padded);
+      }
     }
     const int64_t at = row * group + i;
+    if constexpr (Form::LOW_RANK) {
+      convert_out(p.in.a.type, da, static_cast<char*>(p.d_a) + at * K * element_size(p.in.a.type), K);
+      convert_out(p.in.b.type, db, static_cast<char*>(p.d_b) + at * K * element_size(p.in.b.type), K);
+    }
     const int64_t gates = Form::CHANNEL ? K : 1;
     convert_out(p.in.g.type, Form::CHANNEL ? dg : scalars,
                 static_cast<char*>(p.d_g) + at * gates * element_size(p.in.g.type), gates);

@@ -17,14 +17,13 @@ void forward(const ScanParams& p, void* workspace, void* stream, Plan plan) {
 }
 
 int64_t backward_workspace(const ScanBackwardParams& p) {
-  if (p.in.a.data != nullptr)
-    throw std::invalid_argument("dplr_backward: the CUDA kernel has no backward of an erase (a and b), got K = " +
-                                std::to_string(p.in.K));
-  return lay_out_backward<AdditiveRule>(p, nullptr).workspace;
+  return p.in.a.data != nullptr ? lay_out_backward<LowRankRule>(p, nullptr).workspace
+                                : lay_out_backward<AdditiveRule>(p, nullptr).workspace;
 }
 
 void backward(const ScanBackwardParams& p, void* workspace, void* stream) {
-  run_scan_backward<AdditiveRule>(p, workspace, static_cast<tile::Stream>(stream));
+  const auto backward = p.in.a.data != nullptr ? run_scan_backward<LowRankRule> : run_scan_backward<AdditiveRule>;
+  backward(p, workspace, static_cast<tile::Stream>(stream));
 }
 
 void step(const ScanStepParams& p, void* stream) {

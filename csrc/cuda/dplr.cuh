@@ -20,16 +20,18 @@ struct AdditiveRule {
   static void run_backward(const ChannelBackward& b, tile::Stream stream);
 };
 
-// With them (RWKV-7, Comba); forward and step.
+// With them (RWKV-7, Comba).
 struct LowRankRule {
   static constexpr const char* NAME = "dplr";
   static constexpr bool READS = true, CHANNEL = true, LOW_RANK = true, ALL = false;
 
-  // Host: the kernels in one type of computation, dplr_low_rank_<type>.cu.
+  // Host: the kernels in one type of computation, dplr_low_rank_<type>.cu and dplr_low_rank_backward_<type>.cu.
   template <class T>
   static void run_prepare(const LowRankProblem& p, tile::Stream stream);
   template <class T>
   static void run_chunks(const LowRankProblem& p, int warps, tile::Stream stream);
+  template <class T>
+  static void run_backward(const LowRankBackward& b, tile::Stream stream);
 };
 
 }  // namespace writesae::cuda::dplr

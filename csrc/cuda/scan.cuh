@@ -109,7 +109,7 @@ struct ChannelProblem : Problem {
 struct LowRankProblem : ChannelProblem {
   Rows a, b;          // [B, T, H, K]
   Rows erase_write;   // [B, T, H, K]
-  void* mix;          // as `solve`
+  void* mix;          // as `solve`; where that is plain, what a finds of k itself
   void* erase_reach;  // as `reach`
   void* erase_shots;  // as `shot_rows`, of b
   float* erased;      // [B, T, H, V] R, or null
@@ -120,6 +120,7 @@ using Given = std::conditional_t<Rule::LOW_RANK, LowRankProblem, std::conditiona
 
 struct Backward;  // scan_backward.cuh
 struct ChannelBackward;
+struct LowRankBackward;
 
 // One chunk's factors by token. The first HOT floats are what every chunk needs.
 template <int C>

@@ -53,8 +53,26 @@ struct ChannelBackward : Backward {
   float* decays;          // [slots, H, padded_keys(K)]  e^{G_C}, 0 beyond K
 };
 
+// With a low-rank erase (LowRankProblem) R are the erased rows of the forward, dP the adjoint of the right side of their system,
+// and the native increments V have an adjoint of their own:
+//     dR_all = dR + erase_write D + erase_reach^T dO,    dP = N^T dR_all
+//     dU = dV + write D + reach^T dO + found^T dP,    found_ji = a_j . D_{j-1,i} r_i k_i  for i < j
+//     D <- e^{G_C} D + ask^T dO + read^T dP
+// `d_y` is dP. `gradients_channels` runs twice, for what k and then b has written, and adds.
+struct LowRankBackward : ChannelBackward {
+  View erased, d_erased;  // [B, T, H, V]; d_erased without data: none
+  Rows a, b;              // [B, T, H, K]
+  Element a_type, b_type;
+  void *d_a, *d_b;
+  Rows erase_write;           // [B, T, H, K]
+  void *found, *erase_reach;  // as `reach`
+  void* d_u;                  // as `d_y`
+  float *a_parts, *g_parts;   // [B, T, H, K]  dA and dg of what k has written
+};
+
 template <class Rule>
-using GivenBack = std::conditional_t<Rule::CHANNEL, ChannelBackward, Backward>;
+using GivenBack =
+    std::conditional_t<Rule::LOW_RANK, LowRankBackward, std::conditional_t<Rule::CHANNEL, ChannelBackward, Backward>>;
 
 // A sequence's chunks.
 struct Span {

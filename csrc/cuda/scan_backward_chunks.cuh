@@ -58,20 +58,26 @@ void launch_backward_walks(const GivenBack<Rule>& b, tile::Stream stream) {
 template <class Rule, class T, int KT>
 void launch_gradients(const GivenBack<Rule>& b, tile::Stream stream) {
   const auto blocks = static_cast<unsigned>(b.p.slots * b.p.Hk * key_tiles(b.p.K));
-  if constexpr (Rule::CHANNEL)
-    return tile::launch("scan_backward gradients_channels", gradients_channels<Rule, T, KT>, {blocks, 1, 1},
-                        2 * Operand<T>::CHUNK, ChannelGradientsShared<T, KT>::BYTES, stream, b);
-  else
+  if constexpr (Rule::CHANNEL) {
+    tile::launch("scan_backward gradients_channels", gradients_channels<Rule, T, KT, false>, {blocks, 1, 1},
+                 2 * Operand<T>::CHUNK, ChannelGradientsShared<T, KT>::BYTES, stream, b);
+    if constexpr (Rule::LOW_RANK)
+      tile::launch("scan_backward gradients_channels of b", gradients_channels<Rule, T, KT, true>, {blocks, 1, 1},
+                   2 * Operand<T>::CHUNK, ChannelGradientsShared<T, KT>::BYTES, stream, b);
+  } else {
     tile::launch("scan_backward gradients", gradients<Rule, T, KT>, {blocks, 1, 1}, 2 * Operand<T>::CHUNK,
                  GradientsShared<T, KT>::BYTES, stream, b);
+  }
 }
 
 template <class Rule, class T>
 void launch_backward(const GivenBack<Rule>& b, tile::Stream stream) {
   if constexpr (Rule::CHANNEL) {
-    ChannelProblem p = {};
+    Given<Rule> p = {};
     static_cast<Problem&>(p) = b.p;
     p.read = b.read, p.ask = b.ask, p.write = b.write, p.decays = b.decays;
+    if constexpr (Rule::LOW_RANK)
+      p.a = b.a, p.b = b.b, p.erase_write = b.erase_write, p.mix = b.found, p.erase_reach = b.erase_reach;
     Rule::template run_prepare<T>(p, stream);
   } else {
     Rule::template run_prepare<T>(b.p, stream);

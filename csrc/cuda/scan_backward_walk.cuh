@@ -20,12 +20,12 @@ constexpr int BACK_WARPS = 4;  // of a walk's block
 template <class Rule, class T, int KP>
 struct StartsShared {
   static constexpr int C = Operand<T>::CHUNK;
-  static constexpr size_t BYTES =
-      (KP * C + BACK_WARPS * 16 * KP) * sizeof(T) + tile::shared_piece(Factors<C>::SIZE * 4) + (Rule::CHANNEL ? KP * 4 : 0);
+  static constexpr size_t BYTES = ((Rule::LOW_RANK ? 2 : 1) * KP * C + BACK_WARPS * 16 * KP) * sizeof(T) +
+                                  tile::shared_piece(Factors<C>::SIZE * 4) + (Rule::CHANNEL ? KP * 4 : 0);
 };
 template <class Rule, class T, int KP>
 struct ReverseShared {
-  static constexpr int C = Operand<T>::CHUNK, IMAGES = Rule::READS ? 2 : 1;
+  static constexpr int C = Operand<T>::CHUNK, IMAGES = (Rule::READS ? 2 : 1) + (Rule::LOW_RANK ? 2 : 0);
   static constexpr size_t BYTES =
       StartsShared<Rule, T, KP>::BYTES + (KP * C + IMAGES * Triangle<T, C>::SIZE + BACK_WARPS * C * 16) * sizeof(T);
 };
@@ -102,6 +102,7 @@ __global__ void __launch_bounds__(32 * BACK_WARPS, KP <= 64 ? 4 : 1) starts(cons
   const Tile<T, KP> slab = {shared.template take<T>(BACK_WARPS * 16 * KP), tile::warp() * 16 * KP};
   float* const factors = shared.template take<float>(F::SIZE);
   float* const decays = Rule::CHANNEL ? shared.template take<float>(KP) : nullptr;
+  const Tile<T, KP> erase_write = {Rule::LOW_RANK ? shared.template take<T>(KP * C) : nullptr};
   const Lane at(p);
   const Span span = span_of<C>(b, at.n);
 
@@ -122,6 +123,7 @@ __global__ void __launch_bounds__(32 * BACK_WARPS, KP <= 64 ? 4 : 1) starts(cons
       } else {
         issue_rows<T, KP>(k, p.k, span.s.row, token, at.hk, cut.count);
       }
+      if constexpr (Rule::LOW_RANK) issue_rows<T, KP>(erase_write, b.erase_write, span.s.row, token, at.h, cut.count);
       issue_factors<C>(factors, p, slot, at.h);
       tile::commit_copies();
     }
@@ -130,13 +132,16 @@ __global__ void __launch_bounds__(32 * BACK_WARPS, KP <= 64 ? 4 : 1) starts(cons
     if (last) break;
     const int lane = tile::fresh(tile::lane()), g = lane / 4, c = 2 * (lane % 4);
     float u[C / 8][4];
+    const auto load = [&](const View& from) {
 #pragma unroll
-    for (int j = 0; j < C / 8; j++)
+      for (int j = 0; j < C / 8; j++)
 #pragma unroll
-      for (int e = 0; e < 4; e++) {
-        const int i = 8 * j + c + e % 2, v = g + e / 2 * 8;
-        u[j][e] = i < cut.count && v < at.columns ? read(b.right, span.s.row, token + i, at.h, at.column + v) : 0.0f;
-      }
+        for (int e = 0; e < 4; e++) {
+          const int i = 8 * j + c + e % 2, v = g + e / 2 * 8;
+          u[j][e] = i < cut.count && v < at.columns ? read(from, span.s.row, token + i, at.h, at.column + v) : 0.0f;
+        }
+    };
+    load(b.right);
     tile::wait_copies<0>();
     tile::sync();
     const float decay = factors[F::DECAY];
@@ -150,6 +155,10 @@ __global__ void __launch_bounds__(32 * BACK_WARPS, KP <= 64 ? 4 : 1) starts(cons
 #pragma unroll
       for (int e = 0; e < 4; e++) u[j][e] *= factors[F::WRITE + 8 * j + c + e % 2];
     add_tokens<T, KP, C>(state, k, down, 0, u);
+    if constexpr (Rule::LOW_RANK) {
+      load(b.erased);
+      add_tokens<T, KP, C>(state, erase_write, down, 0, u);
+    }
     const EditRange range = edits_at(p.edits, at.n, at.h, cut.first + cut.count - 1);
 #pragma unroll 1
     for (int64_t e = range.begin; e < range.end; e++)
@@ -173,6 +182,9 @@ __global__ void __launch_bounds__(32 * BACK_WARPS, KP <= 64 ? ((Rule::READS && !
   const Tile<T, KP> slab = {shared.template take<T>(BACK_WARPS * 16 * KP), tile::warp() * 16 * KP};
   float* const factors = shared.template take<float>(F::SIZE);
   float* const decays = Rule::CHANNEL ? shared.template take<float>(KP) : nullptr;
+  const Tile<T, KP> erase_write = {Rule::LOW_RANK ? shared.template take<T>(KP * C) : nullptr};
+  const Triangle<T, C> found = {Rule::LOW_RANK ? shared.template take<T>(IMAGE) : nullptr};
+  const Triangle<T, C> erase_reach = {Rule::LOW_RANK ? shared.template take<T>(IMAGE) : nullptr};
   // Of a gate of each channel: its keys to read by, over the slabs once states are out; k are those to write by.
   const Tile<T, KP> keys = {Rule::CHANNEL ? slab.data : k.data};
   const Lane at(p);
@@ -203,6 +215,10 @@ __global__ void __launch_bounds__(32 * BACK_WARPS, KP <= 64 ? ((Rule::READS && !
     };
     if constexpr (Rule::READS) image(inverse, p.solve);
     image(reach, p.reach);
+    if constexpr (Rule::LOW_RANK) {
+      issue_rows<T, KP>(erase_write, b.erase_write, span.s.row, token, at.h, cut.count);
+      image(found, b.found), image(erase_reach, b.erase_reach);
+    }
     {
       const T* x = b.d_o.template at<T>(span.s.row, token, at.h) + at.column;
 #pragma unroll 4
@@ -234,21 +250,34 @@ __global__ void __launch_bounds__(32 * BACK_WARPS, KP <= 64 ? ((Rule::READS && !
     const auto down = Op::lane_place_down(k), down_image = Op::lane_place_down(Rule::READS ? inverse : reach);
 
     // ---- R^T = dR^T + e^{G_C - G} r D^T K^T + dO^T reach ------------------------------------------------------------------
-    float r[NC][4] = {};
+    float r[NC][4] = {}, native[Rule::LOW_RANK ? NC : 1][4];  // of a low-rank erase r is dR, and this dU
+    const auto from_adjoint = [&](float (*to)[4], const Tile<T, KP>& rows) {
 #pragma unroll
-    for (int step = 0; step < KP; step += STEP) {
-      const auto a = Op::accumulators(&state[step / 8]);
+      for (int step = 0; step < KP; step += STEP) {
+        const auto a = Op::accumulators(&state[step / 8]);
 #pragma unroll
-      for (int j = 0; j < NC; j += 2) {
-        typename Op::B x[2];
-        Op::load_rows(x, k, along, 8 * j, step);
-        Op::multiply(r[j], a, x[0]), Op::multiply(r[j + 1], a, x[1]);
+        for (int j = 0; j < NC; j += 2) {
+          typename Op::B x[2];
+          Op::load_rows(x, rows, along, 8 * j, step);
+          Op::multiply(to[j], a, x[0]), Op::multiply(to[j + 1], a, x[1]);
+        }
       }
+    };
+    if constexpr (Rule::LOW_RANK) {
+      from_adjoint(r, erase_write);
+#pragma unroll
+      for (int j = 0; j < NC; j++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) native[j][e] = 0;
+      from_adjoint(native, k);
+    } else {
+      from_adjoint(r, k);
     }
+    float (*const increments)[4] = Rule::LOW_RANK ? native : r;
 #pragma unroll
     for (int j = 0; j < NC; j++)
 #pragma unroll
-      for (int e = 0; e < 4; e++) r[j][e] *= factors[F::WRITE + 8 * j + c + e % 2];
+      for (int e = 0; e < 4; e++) increments[j][e] *= factors[F::WRITE + 8 * j + c + e % 2];
 #pragma unroll
     for (int j = 0; j < C; j += 16) {
       float o[2][4];
@@ -261,18 +290,26 @@ __global__ void __launch_bounds__(32 * BACK_WARPS, KP <= 64 ? ((Rule::READS && !
         for (int i = 0; i < j / 8 + 2; i += 2) {
           typename Op::B x[2];
           Op::load_columns(x, reach, down_image, j + step, 8 * i);
-          Op::multiply(r[i], a, x[0]), Op::multiply(r[i + 1], a, x[1]);
+          Op::multiply(increments[i], a, x[0]), Op::multiply(increments[i + 1], a, x[1]);
+          if constexpr (Rule::LOW_RANK) {
+            Op::load_columns(x, erase_reach, down_image, j + step, 8 * i);
+            Op::multiply(r[i], a, x[0]), Op::multiply(r[i + 1], a, x[1]);
+          }
         }
       }
     }
-    if (b.d_right.data != nullptr) {
+    const auto add_given = [&](float (*to)[4], const View& given) {
 #pragma unroll
       for (int j = 0; j < NC; j++)
 #pragma unroll
         for (int e = 0; e < 4; e++) {
           const int i = 8 * j + c + e % 2, v = g + e / 2 * 8;
-          if (i < cut.count && v < at.columns) r[j][e] += read(b.d_right, span.s.row, token + i, at.h, at.column + v);
+          if (i < cut.count && v < at.columns) to[j][e] += read(given, span.s.row, token + i, at.h, at.column + v);
         }
+    };
+    if (b.d_right.data != nullptr) add_given(increments, b.d_right);
+    if constexpr (Rule::LOW_RANK) {
+      if (b.d_erased.data != nullptr) add_given(r, b.d_erased);
     }
 
     // ---- D^T <- e^{G_C} D^T + (e^G scale / |q| dO)^T Q -------------------------------------------------------------------------
@@ -298,32 +335,40 @@ __global__ void __launch_bounds__(32 * BACK_WARPS, KP <= 64 ? ((Rule::READS && !
 
     // ---- dY^T = R^T N, and out ----------------------------------------------------------------------------------------------
     float own[NC][4] = {};
-    if constexpr (Rule::READS) {
+    const auto transposed = [&](float (*to)[4], const float (*from)[4], const Triangle<T, C>& image) {
 #pragma unroll
       for (int step = 0; step < C; step += STEP) {
-        const auto a = Op::accumulators(&r[step / 8]);
+        const auto a = Op::accumulators(&from[step / 8]);
 #pragma unroll
         for (int i = 0; i < step / 16 * 2 + 2; i += 2) {
           typename Op::B x[2];
-          Op::load_columns(x, inverse, down_image, step, 8 * i);
-          Op::multiply(own[i], a, x[0]), Op::multiply(own[i + 1], a, x[1]);
+          Op::load_columns(x, image, down_image, step, 8 * i);
+          Op::multiply(to[i], a, x[0]), Op::multiply(to[i + 1], a, x[1]);
         }
       }
-    }
+    };
+    if constexpr (Rule::READS) transposed(own, r, inverse);
     float (&y)[NC][4] = *(Rule::READS ? &own : &r);
-    tile::sync_warp();
+    const auto leave = [&](void* values, const float (*from)[4]) {
+      tile::sync_warp();
 #pragma unroll
-    for (int j = 0; j < NC; j++)
+      for (int j = 0; j < NC; j++)
 #pragma unroll
-      for (int e = 0; e < 4; e++) *rows.at(8 * j + c + e % 2, g + e / 2 * 8) = Op::narrow(y[j][e]);
-    tile::sync_warp();
-    T* to = static_cast<T*>(b.d_y) + ((span.s.row * p.T + token) * p.H + at.h) * b.value_width + at.column;
+        for (int e = 0; e < 4; e++) *rows.at(8 * j + c + e % 2, g + e / 2 * 8) = Op::narrow(from[j][e]);
+      tile::sync_warp();
+      T* to = static_cast<T*>(values) + ((span.s.row * p.T + token) * p.H + at.h) * b.value_width + at.column;
 #pragma unroll 4
-    for (int i = lane; i < C * SLAB_UNITS; i += tile::WARP) {
-      const int j = i / SLAB_UNITS, unit = i % SLAB_UNITS * EACH;
-      if (j < cut.count && at.column + unit < b.value_width)
-        *reinterpret_cast<tile::Vec16*>(to + static_cast<int64_t>(j) * p.H * b.value_width + unit) =
-            *reinterpret_cast<const tile::Vec16*>(rows.at(j, unit));
+      for (int i = lane; i < C * SLAB_UNITS; i += tile::WARP) {
+        const int j = i / SLAB_UNITS, unit = i % SLAB_UNITS * EACH;
+        if (j < cut.count && at.column + unit < b.value_width)
+          *reinterpret_cast<tile::Vec16*>(to + static_cast<int64_t>(j) * p.H * b.value_width + unit) =
+              *reinterpret_cast<const tile::Vec16*>(rows.at(j, unit));
+      }
+    };
+    leave(b.d_y, y);
+    if constexpr (Rule::LOW_RANK) {
+      transposed(native, y, found);
+      leave(b.d_u, native);
     }
 
     // ---- D^T <- D^T - (e^G r beta dY)^T K ---------------------------------------------------------------------------------------
@@ -333,7 +378,7 @@ __global__ void __launch_bounds__(32 * BACK_WARPS, KP <= 64 ? ((Rule::READS && !
 #pragma unroll
         for (int e = 0; e < 4; e++) {
           const int i = 8 * j + c + e % 2;
-          y[j][e] *= -factors[F::READ + i] * factors[F::BETA + i];
+          if constexpr (!Rule::LOW_RANK) y[j][e] *= -factors[F::READ + i] * factors[F::BETA + i];
         }
       if constexpr (Rule::CHANNEL) {
         tile::wait_copies<0>();

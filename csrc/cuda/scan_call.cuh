@@ -121,7 +121,7 @@ struct BackwardCall {
   GivenBack<Rule> b;
   Element type;  // of computation
   int chunk;
-  Packing packing[4];
+  Packing packing[6];
   Cutting cutting;
   int64_t workspace;
 };
@@ -143,7 +143,8 @@ BackwardCall<Rule> lay_out_backward(const ScanBackwardParams& from, void* worksp
   b.d_initial_state = from.d_initial_state, b.d_edit_left = from.d_edit_left, b.d_edit_right = from.d_edit_right;
   if (b.d_snapshots == nullptr) p.P = 0;
   // Adjoints may be of any size, which f16 has no room for: its inputs are multiplied as float.
-  const bool narrow = in.q.type == Element::bf16 && in.k.type == Element::bf16 && in.v.type == Element::bf16;
+  bool narrow = in.q.type == Element::bf16 && in.k.type == Element::bf16 && in.v.type == Element::bf16;
+  if (Rule::LOW_RANK) narrow = narrow && in.a.type == Element::bf16 && in.b.type == Element::bf16;
   call.type = narrow ? Element::bf16 : Element::f32;
   const int64_t bytes = element_size(call.type), each = 16 / bytes, E = p.edits.count, tokens = in.B * in.T;
   const int C = call.chunk = narrow ? Operand<bf16>::CHUNK : Operand<float>::CHUNK;
@@ -176,6 +177,17 @@ BackwardCall<Rule> lay_out_backward(const ScanBackwardParams& from, void* worksp
   b.parts = space.take<float>(tokens * p.Hk * 2 * p.K);
   b.scalars = space.take<float>(tokens * p.H * 2 * key_tiles(p.K));
   if constexpr (Rule::CHANNEL) lay_channels(p, Rule::READS, b, bytes, space);
+  if constexpr (Rule::LOW_RANK) {
+    call.packing[4] = rows(in.a, p.H, p.K, b.a);
+    call.packing[5] = rows(in.b, p.H, p.K, b.b);
+    b.erased = from.erased, b.d_erased = from.d_erased, b.d_a = from.d_a, b.d_b = from.d_b;
+    b.a_type = in.a.type, b.b_type = in.b.type;
+    b.erase_write = b.write, b.erase_write.data = space.take<char>(tokens * p.H * b.write.width * bytes);
+    b.found = space.take<char>(p.slots * p.H * image * bytes);
+    b.erase_reach = space.take<char>(p.slots * p.H * image * bytes);
+    b.d_u = space.take<char>(tokens * p.H * b.value_width * bytes);
+    b.a_parts = space.take<float>(tokens * p.H * p.K), b.g_parts = space.take<float>(tokens * p.H * p.K);
+  }
   call.workspace = space.used;
   return call;
 }
@@ -185,8 +197,9 @@ void run_scan_backward(const ScanBackwardParams& from, void* workspace, tile::St
   const BackwardCall<Rule> call = lay_out_backward<Rule>(from, workspace);
   const GivenBack<Rule>& b = call.b;
   const Problem& p = b.p;
-  const Rows* const targets[4] = {&p.q, &p.k, &p.v, &b.d_o};
-  for (int i = 0; i < 4; i++) run_packing(call.packing[i], call.type, p.B, p.T, *targets[i], stream);
+  const Rows* targets[6] = {&p.q, &p.k, &p.v, &b.d_o};
+  if constexpr (Rule::LOW_RANK) targets[4] = &b.a, targets[5] = &b.b;
+  for (int i = 0; i < (Rule::LOW_RANK ? 6 : 4); i++) run_packing(call.packing[i], call.type, p.B, p.T, *targets[i], stream);
   run_cuts(b, call.cutting, call.chunk, stream);
   if (call.type == Element::bf16) {
     Rule::template run_backward<bf16>(b, stream);

@@ -36,13 +36,14 @@ __device__ __forceinline__ float row_sum(float x) {
   return x + tile::shuffle_xor(x, 2);
 }
 
-// Along the value columns, VT at a time: what it sums, and in the first keys' columns dV, and dY . V in `value`. `work` is
+// Along the value columns, VT at a time: what it sums, and in the first keys' columns dV, and dY . V in `value`. ERASE: of the
+// increments of an erase, `right`, which have no values, and without what the state before has to do with it. `work` is
 // STAGE bytes of shared memory, beta and value [C] of it. on_states(thread): for every VT columns, while S0^T lies in `work`
 // at 3 VALUES and D^T at STATES more.
-template <class Rule, class T, int KT, class OnStates>
-__device__ __forceinline__ void sum_values(const Backward& b, int64_t row, int64_t token, int64_t slot, int h, int column,
-                                           int count, int warp, T* work, const float* beta, float* value,
-                                           float (&x)[KT / 8][4], float (&y)[KT / 8][4], float (&z)[KT / 8][4],
+template <class Rule, class T, int KT, bool ERASE, class OnStates>
+__device__ __forceinline__ void sum_values(const GivenBack<Rule>& b, const View& right, int64_t row, int64_t token,
+                                           int64_t slot, int h, int column, int count, int warp, T* work, const float* beta,
+                                           float* value, float (&x)[KT / 8][4], float (&y)[KT / 8][4], float (&z)[KT / 8][4],
                                            float (&e)[Operand<T>::CHUNK / 8][4], float (&f)[Operand<T>::CHUNK / 8][4],
                                            const OnStates& on_states) {
   using Op = Operand<T>;
@@ -81,7 +82,7 @@ __device__ __forceinline__ void sum_values(const Backward& b, int64_t row, int64
 #pragma unroll 4
     for (int i = thread; i < C * VT; i += THREADS) {
       const int j = i / VT, l = i % VT;
-      *u.at(j, l) = Op::narrow(j < count && v + l < p.V ? read(b.right, row, token + j, h, v + l) : 0.0f);
+      *u.at(j, l) = Op::narrow(j < count && v + l < p.V ? read(right, row, token + j, h, v + l) : 0.0f);
     }
     tile::wait_copies<0>();
     tile::sync();
@@ -97,8 +98,8 @@ __device__ __forceinline__ void sum_values(const Backward& b, int64_t row, int64
         Op::load_columns(r, start, down_states, step, 8 * m);
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-          Op::multiply(x[m + i], left_o, r[i]);
-          if constexpr (Rule::READS) Op::multiply(y[m + i], left_y, r[i]);
+          if constexpr (!ERASE) Op::multiply(x[m + i], left_o, r[i]);
+          if constexpr (!ERASE && Rule::READS) Op::multiply(y[m + i], left_y, r[i]);
         }
         Op::load_columns(r, end, down_states, step, 8 * m);
 #pragma unroll
@@ -116,12 +117,14 @@ __device__ __forceinline__ void sum_values(const Backward& b, int64_t row, int64
       }
     }
     on_states(thread);
-    if (column == 0) {
+    if (!ERASE && column == 0) {
 #pragma unroll 1
       for (int i = thread; i < C * VALUE_UNITS; i += THREADS) {
         const int j = i / VALUE_UNITS, unit = i % VALUE_UNITS * EACH;
         const T *from = p.v.template at<T>(row, token + j, h) + v + unit, *d = d_y.at(j, unit);
         const int64_t to = ((first_row + j) * p.H + h) * p.V + v + unit;
+        if constexpr (Rule::LOW_RANK)
+          d = static_cast<const T*>(b.d_u) + ((first_row + j) * p.H + h) * b.value_width + v + unit;
         float sum = 0;
 #pragma unroll 4
         for (int l = 0; l < EACH; l++) {
@@ -204,7 +207,8 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK) gradients(const __grid_
         for (int l = 0; l < EACH; l++) overlap += tile::load_float(s + l) * tile::load_float(d + l);
       }
     };
-    sum_values<Rule, T, KT>(b, row, token, slot, h, column, count, warp, work, beta, value, x, y, z, e, f, overlap_states);
+    sum_values<Rule, T, KT, false>(b, b.right, row, token, slot, h, column, count, warp, work, beta, value, x, y, z, e, f,
+                                   overlap_states);
     overlap = tile::warp_sum(overlap);
     tile::sync();  // the tiles are read, and images may lie there
     if (lane == 0) warps[warp] = overlap;

@@ -10,6 +10,10 @@
 // Sums over tokens are matrix products of rows that hold E and L already. Tokens of one sixteen meet pair by pair, a lane a
 // channel with the sixteen in its registers, where gates multiply from token to token and nothing is exponentiated.
 //
+// A low-rank erase has a in the place of the key that reads: Y is of a, with the gates before its own token, and nothing of it is
+// multiplied by -beta. Rows are written by k and by b, so the kernel runs twice; the second time (ERASE) b and R are in the place
+// of k and the native increments, the state before is left out, and what it finds is added to what the first run left.
+//
 // dg_l sums, of each channel, all that decays through token l: pairs of its own sixteen; rows of its sixteen with what came
 // before it, or goes beyond it; and what passes its whole sixteen: from the state or an earlier sixteen to a later one or the
 // adjoint. Only such terms, so that a strong gate keeps its own precision.
@@ -49,15 +53,16 @@ __device__ __forceinline__ float sum_of_16(float (&x)[16], int lane) {
   return sum_by_lane<8>(x, lane);
 }
 
-template <class Rule, class T, int KT>
-__global__ void __launch_bounds__(2 * Operand<T>::CHUNK) gradients_channels(const __grid_constant__ ChannelBackward b) {
+template <class Rule, class T, int KT, bool ERASE>
+__global__ void __launch_bounds__(2 * Operand<T>::CHUNK) gradients_channels(const __grid_constant__ GivenBack<Rule> b) {
+  constexpr bool DELTA = Rule::READS && !Rule::LOW_RANK;
   using Op = Operand<T>;
   using Size = ChannelGradientsShared<T, KT>;
   constexpr int C = Op::CHUNK, STEP = Op::STEP, THREADS = 2 * C, WARPS = C / 16, NK = KT / 8, NC = C / 8;
   using F = Factors<C>;
   const Problem& p = b.p;
   tile::Shared shared;
-  // L o k, E o k and E o q.
+  // L o k, E o k (or a) and E o q.
   const Tile<T, KT> later = {shared.template take<T>(Size::ROWS)}, keys = {shared.template take<T>(Size::ROWS)};
   const Tile<T, KT> queries = {shared.template take<T>(Size::ROWS)};
   T* const work = shared.template take<T>(Size::WORK / sizeof(T));
@@ -96,7 +101,14 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK) gradients_channels(cons
     };
     const auto key_of = [&](int j, int channel) {
       if (j >= count || channel >= p.K) return 0.0f;
+      if constexpr (ERASE) return tile::load_float(b.b.template at<T>(row, token + j, h) + channel);
       return factors[F::KEY + j] * tile::load_float(p.k.template at<T>(row, token + j, hk) + channel);
+    };
+    const auto reader_of = [&](int j, int channel) {
+      if constexpr (Rule::LOW_RANK) {
+        if (j < count && channel < p.K) return tile::load_float(b.a.template at<T>(row, token + j, h) + channel);
+      }
+      return 0.0f;
     };
     const auto query_of = [&](int j, int channel) {
       if (j >= count || channel >= p.K) return 0.0f;
@@ -110,8 +122,9 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK) gradients_channels(cons
       for (int i = 0; i < 16; i++) gate[i] = gate_of(top + i, channel), k[i] = key_of(top + i, channel);
 #pragma unroll
       for (int i = 0; i < 16; i++) {
+        if constexpr (Rule::LOW_RANK) *keys.at(top + i, here) = Op::narrow(product * reader_of(top + i, channel));
         product *= gate[i];
-        if constexpr (Rule::READS) *keys.at(top + i, here) = Op::narrow(product * k[i]);
+        if constexpr (DELTA) *keys.at(top + i, here) = Op::narrow(product * k[i]);
         *queries.at(top + i, here) = Op::narrow(product * query_of(top + i, channel));
       }
       totals[warp * KT + here] = product;
@@ -120,14 +133,23 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK) gradients_channels(cons
       for (int i = 15; i >= 0; i--) *later.at(top + i, here) = Op::narrow(product * k[i]), product *= gate[i];
     }
 
+    const auto increments = [&]() -> const View& {
+      if constexpr (ERASE) {
+        return b.erased;
+      } else {
+        return b.right;
+      }
+    };
     // ---- along the value columns --------------------------------------------------------------------------------------------
     float x[NK][4] = {}, y[NK][4] = {}, z[NK][4] = {}, e[NC][4] = {}, f[NC][4] = {}, overlap = 0;
     const auto overlap_states = [&](int thread) {
+      if constexpr (ERASE) return;
 #pragma unroll 4
       for (int v = thread / KT; v < GradientsShared<T, KT>::VT; v += THREADS / KT)
         overlap += tile::load_float(start.at(v, thread % KT)) * tile::load_float(end.at(v, thread % KT));
     };
-    sum_values<Rule, T, KT>(b, row, token, slot, h, column, count, warp, work, beta, value, x, y, z, e, f, overlap_states);
+    sum_values<Rule, T, KT, ERASE>(b, increments(), row, token, slot, h, column, count, warp, work, beta, value, x, y, z, e,
+                                   f, overlap_states);
     overlaps[thread] = overlap;
     tile::sync();  // the tiles are read, and images may lie there
 
@@ -139,7 +161,7 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK) gradients_channels(cons
 #pragma unroll
         for (int i = 0; i < 4; i++) rows[m][i] *= totals[sixteen * KT + 8 * m + c + i % 2];
     };
-    const float strength[2] = {-beta[top + g], -beta[top + g + 8]};
+    const float strength[2] = {Rule::LOW_RANK ? 1.0f : -beta[top + g], Rule::LOW_RANK ? 1.0f : -beta[top + g + 8]};
 #pragma unroll
     for (int j = 0; j < WARPS; j++) {
       if (j > warp) continue;
@@ -208,7 +230,7 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK) gradients_channels(cons
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       // A native write that is removed after its read reaches nothing after the chunk, which it ends.
-      const bool kept = factors[F::KEPT + top + g + 8 * i] != 0;
+      const bool kept = ERASE || factors[F::KEPT + top + g + 8 * i] != 0;
 #pragma unroll
       for (int m = 0; m < NK; m++)
 #pragma unroll
@@ -259,7 +281,7 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK) gradients_channels(cons
 #pragma unroll 1
     for (int part = 0; part < KT; part += tile::WARP) {
       const int here = part + lane, channel = column + here;
-      float gate[16], k[16], q[16], dq[16], dy[16], dk[16], dg[16], faded[16];
+      float gate[16], k[16], q[16], a[Rule::LOW_RANK ? 16 : 1], dq[16], dy[16], dk[16], dg[16], faded[16];
       // What passes the whole sixteen: from the state to the adjoint, from an earlier one to it, from before to a later one.
       float passing = 0;
       for (int i = 0; i < THREADS / KT; i++) passing += overlaps[i * KT + here];
@@ -274,18 +296,24 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK) gradients_channels(cons
 #pragma unroll
       for (int i = 0; i < 16; i++)
         gate[i] = gate_of(top + i, channel), k[i] = key_of(top + i, channel), q[i] = query_of(top + i, channel);
+      if constexpr (Rule::LOW_RANK) {
+#pragma unroll
+        for (int i = 0; i < 16; i++) a[i] = reader_of(top + i, channel);
+      }
       float product = 1, sum = passing;
 #pragma unroll
       for (int j = 0; j < 16; j++) {
+        dy[j] = Rule::READS ? product * *y_out.at(top + j, here) : 0.0f;
         product *= gate[j];
         dq[j] = product * *x_out.at(top + j, here);
-        dy[j] = Rule::READS ? product * *y_out.at(top + j, here) : 0.0f;
+        if constexpr (DELTA) dy[j] *= gate[j];
       }
 #pragma unroll
       for (int l = 15; l >= 0; l--) {
         sum += q[l] * dq[l];
-        if constexpr (Rule::READS) sum -= beta[top + l] * k[l] * dy[l];
+        if constexpr (DELTA) sum -= beta[top + l] * k[l] * dy[l];
         dg[l] = sum;
+        if constexpr (Rule::LOW_RANK) sum += a[l] * dy[l];
       }
       product = 1;
 #pragma unroll
@@ -309,23 +337,25 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK) gradients_channels(cons
         faded[i] = k[i];
 #pragma unroll
         for (int j = i + 1; j < 16; j++) {
+          if constexpr (Rule::LOW_RANK) dy[j] += of_f[j] * faded[j - 1];
           faded[j] = faded[j - 1] * gate[j];
           dq[j] += of_e[j] * faded[j];
-          if constexpr (Rule::READS) dy[j] += of_f[j] * faded[j];
+          if constexpr (DELTA) dy[j] += of_f[j] * faded[j];
         }
         float rest = 0;
 #pragma unroll
         for (int l = 15; l > i; l--) {
           rest += of_e[l] * q[l];
-          if constexpr (Rule::READS) rest -= beta[top + l] * of_f[l] * k[l];
+          if constexpr (DELTA) rest -= beta[top + l] * of_f[l] * k[l];
           rest *= gate[l];
           dg[l] += faded[l - 1] * rest;
+          if constexpr (Rule::LOW_RANK) rest += of_f[l] * a[l];
         }
         dk[i] += of_e[i] * q[i] + rest;
       }
       // What the last token asks of the edits made there.
 #pragma unroll 1
-      for (int64_t i = range.begin; i < range.end; i++) {
+      for (int64_t i = range.begin; i < range.end && !ERASE; i++) {
         if (!p.edits.kind(i).adds() || p.edits.kind(i).after() || (count - 1) / 16 != warp) continue;
         float asked = 0;
         for (int v = lane; v < b.d_o.width && v < p.V; v += tile::WARP)
@@ -336,16 +366,28 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK) gradients_channels(cons
       }
 #pragma unroll
       for (int j = 0; j < 16; j++) {
-        if (Rule::READS) dk[j] -= beta[top + j] * dy[j], dy[j] *= -k[j];
+        if constexpr (DELTA) dk[j] -= beta[top + j] * dy[j], dy[j] *= -k[j];
         if (top + j >= count || channel >= p.K) continue;
         float* const to = b.parts + ((first_row + j + top) * p.Hk + hk) * 2 * p.K + channel;
+        const int64_t own = ((first_row + j + top) * p.H + h) * p.K + channel;
         const bool first = h == hk * group;
-        to[0] = first ? dq[j] : to[0] + dq[j];
-        to[p.K] = first ? dk[j] : to[p.K] + dk[j];
-        write(b.d_g, b.g_type, ((first_row + j + top) * p.H + h) * p.K + channel, dg[j]);
+        if constexpr (ERASE) {
+          to[0] += dq[j];
+          write(b.d_a, b.a_type, own, b.a_parts[own] + dy[j]), write(b.d_b, b.b_type, own, dk[j]);
+          write(b.d_g, b.g_type, own, b.g_parts[own] + dg[j]);
+        } else {
+          to[0] = first ? dq[j] : to[0] + dq[j];
+          to[p.K] = first ? dk[j] : to[p.K] + dk[j];
+          if constexpr (Rule::LOW_RANK) {
+            b.a_parts[own] = dy[j], b.g_parts[own] = dg[j];
+          } else {
+            write(b.d_g, b.g_type, own, dg[j]);
+          }
+        }
       }
-      if constexpr (Rule::READS) d_beta += sum_of_16(dy, lane);
+      if constexpr (DELTA) d_beta += sum_of_16(dy, lane);
     }
+    if constexpr (ERASE) continue;
     const int j = top + lane;
     if (lane >= 16 || j >= count) continue;
     const int64_t to = (first_row + j) * p.H + h;

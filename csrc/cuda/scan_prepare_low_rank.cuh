@@ -262,7 +262,12 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK, 2)
   tile::sync();
   leave(solve, p.solve);
   tile::sync();
-  solve_for<T, C>(solve, square, right, warp, lane);
+  if (p.plain) {
+    for (int j = top; j < top + 16; j++)
+      for (int i = lane; i < top + 16; i += tile::WARP) *solve.at(j, i) = Operand<T>::narrow(*right.at(j, i));
+  } else {
+    solve_for<T, C>(solve, square, right, warp, lane);
+  }
   tile::sync();
   leave(solve, p.mix);
 }

@@ -59,3 +59,13 @@ def dictionaries(target: str = "state") -> dict[tuple[int, int], Path]:
         layer, head = path.name[1:].split("H")
         found[int(layer), int(head)] = path
     return found
+
+
+def families() -> dict[str, Path]:
+    """{family: folder} of the small trained models on other write rules, for `writesae.models.load(folder)`.
+
+    Stacks of recurrent layers alone, trained on the same text with the same tokenizer as the default model, each for
+    about half an hour: stand-ins to run a method on, not models to draw conclusions from. `training.json` in each
+    folder says how well it does beside counts of one and two tokens.
+    """
+    return {path.parent.name: path.parent for path in sorted((FOLDER / "families").glob("*/config.json"))}

@@ -310,11 +310,14 @@ class ForkEngine:
 
         def site_rule(call: RuleCall, output_final_state: bool) -> RuleOutput:
             value, _ = self.site.binding.factors(call)
-            return RuleOutput(changed["o"].view(value.shape), None, None, None)
+            o, site = changed["o"], self.site
+            # Some families ask for a state in every call; no token comes after these.
+            final = o.new_zeros(len(o), site.num_v_heads, site.K, site.V) if output_final_state else None
+            return RuleOutput(o.view(value.shape), final, None, None)
 
         def rule(i):
             def handler(call: RuleCall, output_final_state: bool) -> RuleOutput:
-                return replace(call, initial_state=clean.states[i]).run()
+                return replace(call, initial_state=clean.states[i]).run(output_final_state=output_final_state)
 
             return handler
 

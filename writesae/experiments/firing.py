@@ -153,7 +153,8 @@ def native_writes(
         place[site][torch.from_numpy(draw)] = torch.arange(sae.F)
     for found, real, number in stream(model, saes, passages, "native writes", progress):
         for (layer, head), (p, q) in books.items():
-            left, right = (x.squeeze(2).cpu() for x in found[layer].head(head).rank_one("native writes"))
+            row, column = (torch.arange(n) for n in real.shape)
+            left, right = (x.cpu() for x in found[layer].native(row[:, None], column, head))
             total[layer, head] += torch.einsum("btk,btv->kv", left.double() * real[..., None], right.double())
             to = place[layer, head][number]
             p[to[to >= 0]], q[to[to >= 0]] = left[to >= 0].float(), right[to >= 0].float()

@@ -4,11 +4,15 @@ Its layers need more than their recurrence: norms, the short convolution, token 
 which end in "0 active drivers" on such a machine. While something is attached to one of its models there, these stand
 where fla's modules look the helpers up, by their names and with their arguments, differentiable by torch. It is said
 once, and undone with the last attach. Where there is a driver nothing of this happens.
+
+transformers, too, binds its own models' functions to fla's wherever fla can be imported: see `runnable`.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
 import sys
 from collections.abc import Callable
 
@@ -55,6 +59,41 @@ def install(owner: patch.Owner, layers: list[nn.Module]) -> bool:
                 if id(value) in found:
                     owner.patch(vars(module), key, lambda original, instead=found[id(value)]: instead)
     return True
+
+
+def runnable(function: Callable) -> Callable:
+    """A function that transformers has bound to one of fla's, or any other. Where fla's cannot run: the torch function
+    it would be without fla, called as then."""
+    plain = inspect.unwrap(function)
+    if plain is function or _is_flas(plain) or not _calls_fla(function) or missing_driver() is None:
+        return function
+    names = inspect.signature(plain).parameters
+
+    @functools.wraps(plain)
+    def without_fla(*args, **kwargs):
+        if kwargs.get("cu_seqlens") is not None:  # which it would leave out
+            return function(*args, **kwargs)
+        return plain(*args, **{name: value for name, value in kwargs.items() if name in names})
+
+    return without_fla
+
+
+def _calls_fla(function) -> bool:
+    """Whether a wrapper, or one inside it, keeps a function of fla's."""
+    while function is not None:
+        for cell in getattr(function, "__closure__", None) or ():
+            try:
+                held = cell.cell_contents
+            except ValueError:  # not filled yet
+                continue
+            if callable(held) and _is_flas(held):
+                return True
+        function = getattr(function, "__wrapped__", None)
+    return False
+
+
+def _is_flas(function) -> bool:
+    return str(getattr(function, "__module__", "")).startswith("fla.")
 
 
 def _original(module: str, name: str) -> Callable:

@@ -103,12 +103,12 @@ class Frame:
     @functools.cached_property
     def mask(self) -> Tensor | None:
         """`[B, T]` bool, False at pads and at what `generate` feeds past a row's end; None when all are real tokens."""
-        shape = (self.hidden.shape[0], self.hidden.shape[1])
-        real = None if self.layer_mask is None or self.layer_mask.ndim != 2 else self.layer_mask.bool()
-        if real is not None:
-            real = real[:, -shape[1] :]  # some releases hand over the columns that the cache holds, too
+        real = None
+        if self.layer_mask is not None and self.layer_mask.ndim == 2:
+            real = self.layer_mask[:, -self.hidden.shape[1] :].bool()  # some layers are given cached columns' too
         if self.call is None:
             return real
+        shape = (self.hidden.shape[0], self.hidden.shape[1])
         known = self.call.real_tokens(shape, self.start, self.hidden.device)
         return known if real is None else real if known is None else real & known.to(real.device)
 

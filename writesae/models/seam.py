@@ -18,6 +18,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from ..ops.rule import RuleCall, RuleOutput
 from . import generation, patch, short_conv
 from .binding import Binding, LayerSite, Recurrence
+from .fla_stand_ins import runnable
 from .frame import Frame, Met, running
 from .model_call import ModelCall, model_body
 from .patch import Owner
@@ -204,6 +205,8 @@ def shim(binding: Binding, name: str) -> Callable[[Any], Any]:
 
 
 def _rule_shim(recurrence: Recurrence, original: Callable) -> Callable:
+    original = runnable(original)
+
     @functools.wraps(original)
     def stand_in(*args, **kwargs):
         frame = running()

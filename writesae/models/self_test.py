@@ -19,6 +19,7 @@ from ..ops.rule import RuleCall, RuleOutput
 from . import hf_norms, patch, seam
 from .arguments import without_cache
 from .binding import LayerSite, Recurrence
+from .fla_stand_ins import runnable
 from .frame import Met, running
 from .model_call import text_config
 from .sites import device_of, enclosing, steps, targets, unpatched
@@ -102,7 +103,7 @@ class _Trial:
             assert ours.final_state is not None
             # And what the layer calls for one token, on what a cache would hold by now.
             for recurrence, original in steps(site):
-                self._step(site, met, recurrence, original, ours.final_state)
+                self._step(site, met, recurrence, runnable(original), ours.final_state)
         return ours if output_final_state else replace(ours, final_state=None)
 
     def _step(self, site: LayerSite, met: Met, recurrence: Recurrence, original: Callable, state: Tensor) -> None:

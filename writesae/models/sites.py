@@ -164,6 +164,15 @@ def steps(site: LayerSite) -> list[tuple[Recurrence, Callable]]:
     return found
 
 
+def _block(modules: Mapping[str, nn.Module], path: str) -> nn.Module:
+    """The decoder layer that holds a module: the one of a list, however deep the module lies in it (Zamba's)."""
+    inside = path.split(".")[:-1]
+    for i in range(len(inside), 0, -1):
+        if isinstance(modules[".".join(inside[: i - 1])], nn.ModuleList):
+            return modules[".".join(inside[:i])]
+    return modules[".".join(inside)]
+
+
 def layers(model: nn.Module) -> list[LayerSite]:
     """The model's layers with a recurrent state, in order, wherever they are nested.
 
@@ -178,8 +187,7 @@ def layers(model: nn.Module) -> list[LayerSite]:
             continue
         try:
             index = binding.index(module)
-            block = modules[path.rpartition(".")[0]]
-            site = binding.site(module, block, path, whole=is_of_library(type(module)))
+            site = binding.site(module, _block(modules, path), path, whole=is_of_library(type(module)))
         except ValueError as error:
             if is_of_library(type(module)):
                 raise

@@ -13,7 +13,7 @@ from .rule import Rule, RuleCall, RuleOutput, RuleStepOutput
 from .sae_training import Step, training_loss
 from .scan import first_nonfinite
 from .selective_scan import RULE as _selective
-from .selective_scan import selective_scan
+from .selective_scan import selective_scan, selective_scan_step
 from .ssd import RULE as _ssd
 from .ssd import ssd, ssd_step
 
@@ -39,6 +39,7 @@ __all__ = [
     "pursuit",
     "rms_norm",
     "selective_scan",
+    "selective_scan_step",
     "ssd",
     "ssd_step",
     "training_loss",

@@ -130,5 +130,5 @@ def _strength(v: Tensor) -> Tensor:
     return v.new_ones(()).expand(v.shape[:-1])
 
 
-LIMITS = SCAN.declare(cpu=Limits("dplr", gates=("channel",), gradient=()))
+LIMITS = SCAN.declare(cpu=Limits("dplr", gates=("channel",), gradient=("channel",)))
 RULE = Rule("dplr", ("channel",), "low rank", ("q", "k", "v", "g", "a", "b"), dplr, LIMITS)
