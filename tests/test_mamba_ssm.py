@@ -196,7 +196,7 @@ def test_settings_of_mamba2(settings):
 @pytest.mark.parametrize("layer", ["Mamba2", "Mamba1"])
 @torch.no_grad()
 def test_half_precision(layer):
-    model, text = tiny(layer, torch.bfloat16), tokens()
+    model, text = tiny(layer, dtype=torch.bfloat16), tokens()
     with mamba_ssm.on_cpu():
         plain = model(text).logits
     with attach(model, {(0, 0): None}):
