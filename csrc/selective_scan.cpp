@@ -66,6 +66,9 @@ std::tuple<Tensor, Tensor> run(SelectiveScanParams& p, const Tensor& x, bool ret
   p.right = return_writes ? floats(right) : nullptr;
 #if WRITESAE_SIDE == 0
   cpu::selective_scan::forward(p, torch_threads());
+#else
+  const Workspace workspace(cuda::selective_scan::forward_workspace(p));
+  cuda::selective_scan::forward(p, workspace.data(), stream());
 #endif
   return {o, right};
 }
@@ -121,6 +124,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   p.d_edit_left = floats(d_edit_left), p.d_edit_right = floats(d_edit_right);
 #if WRITESAE_SIDE == 0
   cpu::selective_scan::backward(p, torch_threads());
+#else
+  const Workspace workspace(cuda::selective_scan::backward_workspace(p));
+  cuda::selective_scan::backward(p, workspace.data(), stream());
 #endif
   return {d_x, d_dt, d_A, d_B, d_C, d_D, d_initial_state, d_edit_left, d_edit_right};
 }

@@ -51,4 +51,14 @@ void backward(const SelectiveScanBackwardParams& p, const Parallel& parallel);
 
 }  // namespace cpu::selective_scan
 
+namespace cuda::selective_scan {
+
+// All pointers are the device's; launches on `stream` (a cudaStream_t) and returns. `workspace`: so many bytes. K <= 256.
+int64_t forward_workspace(const SelectiveScanParams& p);
+void forward(const SelectiveScanParams& p, void* workspace, void* stream);
+int64_t backward_workspace(const SelectiveScanBackwardParams& p);
+void backward(const SelectiveScanBackwardParams& p, void* workspace, void* stream);
+
+}  // namespace cuda::selective_scan
+
 }  // namespace writesae

@@ -297,7 +297,7 @@ def targets(case: Case, which: str = "all", gradient: bool = False) -> list[Targ
 
 
 def cases(which: str = "all", gradient: bool = False) -> list[Case]:
-    """Those with a target; which: as in `targets`, or a kind of target, or "scans": on the CPU, those of csrc/scan.h."""
+    """Those with a target; which: as in `targets`, or a kind of target, or "scans": of the CPU, in csrc/scan.h."""
     if which == "scans":
         return [case for case in cases("cpu", gradient) if case.heads != "one"]
     if which in ("reference", "cpu"):

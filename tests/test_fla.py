@@ -12,20 +12,22 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("fla", reason="flash-linear-attention is not installed; `make test-fla` runs these")
+pytest.importorskip(
+    "fla", reason="flash-linear-attention is not installed; `make test-libraries LIBRARIES=fla` runs these"
+)
 
 import fla_oracle  # noqa: E402
 import tiny_models  # noqa: E402
 from tiny_fla import FAMILIES, padded, tiny_fla, tokens  # noqa: E402
 
 from writesae import SAE, Edits  # noqa: E402
-from writesae.models import attach, binding, fla_stand_ins, layers, self_test  # noqa: E402
+from writesae.models import attach, binding, fla_stand_ins, layers, load, self_test  # noqa: E402
 from writesae.models import fla as tables  # noqa: E402
 from writesae.ops import _dispatch, dplr, gated_delta_rule  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(fla_stand_ins.missing_driver() is None, reason="there is a GPU: nothing is stood in for"),
-    pytest.mark.usefixtures("one_thread", "oracle"),
+    pytest.mark.usefixtures("one_thread", "oracle_beside"),
     pytest.mark.filterwarnings("ignore"),  # fla's own and transformers' deprecations; ours are asked for by name
 ]
 LAYER = 1
@@ -61,6 +63,13 @@ def oracle(tmp_path_factory):
     process.kill()
     process.wait()
     log.close()
+
+
+@pytest.fixture(scope="module")
+def oracle_beside(request):
+    """Starts it with the first test, if a test asks for it."""
+    if any("oracle" in item.fixturenames for item in request.session.items):
+        request.getfixturevalue("oracle")
 
 
 @functools.cache
@@ -282,6 +291,38 @@ def test_a_call_that_says_more_than_the_table_knows_is_refused():
     rule = tables.GATED_DELTANET.recurrence("chunk_gated_delta_rule")
     with pytest.raises(ValueError, match="got scale, which changes what it computes"):
         rule.read((), dict(q=x, k=x, v=x, g=x[..., 0], beta=x[..., 0], scale=2.0))
+
+
+class Layer(torch.nn.Module):
+    """As code that comes with a model would have it: fla's function under a name of its own."""
+
+    layer_idx, num_heads, head_dim = 3, 2, 4
+
+    def forward(self, hidden_states):
+        from_fla = gated_linear_attention  # noqa: F821 (the test puts it there)
+        return from_fla(hidden_states, hidden_states, hidden_states, hidden_states)[0]
+
+
+def test_layers_of_other_code_are_known_by_the_function(monkeypatch):
+    from fla.ops.gla import chunk_gla
+
+    monkeypatch.setitem(globals(), "gated_linear_attention", chunk_gla)
+    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.ModuleDict({"mixer": Layer()})])})
+    (site,) = layers(model)
+    assert site.binding is tables.GLA and (site.num_v_heads, site.K, site.V) == (2, 4, 4) and site.layer_index == 3
+    assert site.norm is None and site.conv_kernel_size == 1
+
+
+@pytest.mark.parametrize("family", ["gla", "rwkv7"])
+@torch.no_grad()
+def test_load_knows_flas_models(family, tmp_path):
+    model = model_of(family)
+    model.save_pretrained(tmp_path)
+    load()[1].save_pretrained(tmp_path)
+    loaded, _ = load(tmp_path)
+    assert type(loaded) is type(model)
+    with stood_in(model), stood_in(loaded):
+        assert torch.equal(result(loaded, tokens(1, 5)), result(model, tokens(1, 5)))
 
 
 def test_flas_own_layers_come_before_functions_of_the_same_name():

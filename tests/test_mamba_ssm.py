@@ -21,7 +21,10 @@ from writesae.ops import selective_scan, ssd
 from writesae.testing import check_close
 
 if importlib.util.find_spec("mamba_ssm") is None:
-    pytest.skip("mamba-ssm is not installed; `make test-mamba-ssm` runs these with it", allow_module_level=True)
+    pytest.skip(
+        "mamba-ssm is not installed; `make test-libraries LIBRARIES=mamba-ssm` runs these with it",
+        allow_module_level=True,
+    )
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

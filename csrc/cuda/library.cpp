@@ -17,6 +17,9 @@ namespace writesae {
 template <class Module>
 void implement_device_operators(Module& m) {
   for_each_scan([&](auto rule) { implement_scan<decltype(rule)>(m); });
+  m.impl("selective_scan", TORCH_BOX(&selective_scan));
+  m.impl("selective_scan_backward", TORCH_BOX(&selective_scan_backward));
+  m.impl("selective_scan_step", TORCH_BOX(&selective_scan_step));
   m.impl("encode_topk", TORCH_BOX(&encode_topk));
   m.impl("encode_threshold", TORCH_BOX(&encode_threshold));
   m.impl("encode_at", TORCH_BOX(&encode_at));

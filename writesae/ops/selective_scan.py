@@ -6,6 +6,7 @@ csrc/scan.h, and its operators take x, dt, A, B, C and D as they are."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 
@@ -263,10 +264,13 @@ if CPU_ERROR is None:
     _transforms.register("selective_scan_step", "use selective_scan, or torch.no_grad()")
 
 _GATE = ("element",)
-LIMITS = _dispatch.declare(
-    "selective_scan", {"cpu": _dispatch.Limits("selective_scan", gates=_GATE, gradient=_GATE)}
-)  # fmt: skip
-_dispatch.declare(
-    "selective_scan_step", {"cpu": _dispatch.Limits("selective_scan_step", gates=_GATE, gradient=_GATE)}
-)  # fmt: skip
+
+
+def _limits(operator: str) -> dict[str, _dispatch.Limits]:
+    cpu = _dispatch.Limits(operator, gates=_GATE, gradient=_GATE)
+    return {"cpu": cpu, "cuda": replace(cpu, largest={"B": 256})}
+
+
+LIMITS = _dispatch.declare("selective_scan", _limits("selective_scan"))
+_dispatch.declare("selective_scan_step", _limits("selective_scan_step"))
 RULE = Rule("selective_scan", _GATE, "none", ("x", "dt", "A", "B", "C", "D"), selective_scan, LIMITS)
