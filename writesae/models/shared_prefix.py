@@ -286,6 +286,12 @@ class Stack:
         self._tuples = watch.tuples
         return watch
 
+    def last(self, input_ids: Tensor) -> Tensor:
+        """What the last block returns for passages `[P, T]`, `[P, T, ...]`: see `logits`."""
+        output = self.watch(input_ids, len(self.blocks)).output  # of no block are input, keys and values kept
+        assert output is not None
+        return output
+
     def fork(
         self,
         input_ids: Tensor,  # [n, L]
