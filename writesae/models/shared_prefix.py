@@ -314,4 +314,4 @@ class Stack:
         run = Fork(len(self.blocks), hidden[:, None], {}, self._tuples)
         ids = torch.zeros(len(hidden), 1, dtype=torch.int64, device=self.model.get_input_embeddings().weight.device)
         with self.during(run):  # one token a row: no mask of m x m
-            return self.model(input_ids=ids, use_cache=False).logits[:, 0]
+            return self.model(input_ids=ids, use_cache=False)["logits"][:, 0]
