@@ -42,27 +42,29 @@ V_FIRST = ("gated_deltanet", "kda", "gla", "hgrn2")
 
 @pytest.fixture(scope="module")
 def oracle(tmp_path_factory):
-    """`{family: what its own Triton code makes}`, asked for when it is needed: it takes a minute, beside the tests."""
-    out = tmp_path_factory.mktemp("fla") / "oracle.pt"
-    here = Path(__file__).parent
+    """`{family: what its own Triton code makes}`, asked for when it is needed: it takes a minute of two cores, beside
+    the tests."""
+    folder, here = tmp_path_factory.mktemp("fla"), Path(__file__).parent
     paths = os.pathsep.join([str(here), str(here.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    log = open(out.with_suffix(".log"), "w+")  # noqa: SIM115
-    process = subprocess.Popen(
-        [sys.executable, str(here / "fla_oracle.py"), str(out)], env=environment, stdout=log, stderr=log
-    )
+    runs = []
+    for half in (FAMILIES[::2], FAMILIES[1::2]):
+        out = folder / f"{half[0]}.pt"
+        command = [sys.executable, str(here / "fla_oracle.py"), str(out), *half]
+        with open(out.with_suffix(".log"), "w") as log:
+            runs.append((half, out, subprocess.Popen(command, env=environment, stdout=log, stderr=log)))
 
     @functools.cache
-    def found():
+    def found(family):
+        _, out, process = next(run for run in runs if family in run[0])
         if process.wait():
-            log.seek(0)
-            pytest.fail("fla's own code, interpreted, failed:\n" + log.read()[-3000:])
-        return torch.load(out)
+            pytest.fail("fla's own code, interpreted, failed:\n" + out.with_suffix(".log").read_text()[-3000:])
+        return torch.load(out)[family]
 
     yield found
-    process.kill()
-    process.wait()
-    log.close()
+    for _, _, process in runs:
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +193,7 @@ def test_gradients_in_training_mode(family, oracle):
         assert tap.write_gradients[LAYER].abs().max() > 0
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert all(x is not None for x in found.values())
-    own = oracle()[family]["gradients"]
+    own = oracle(family)["gradients"]
     size = max(float(x.norm()) for x in own.values()) if own else 0
     for name, x in own.items():
         assert (found[name] - x).norm() <= 2e-4 * max(float(x.norm()), 1e-3 * size), name
@@ -466,7 +468,7 @@ def test_flas_own_triton_code(family, oracle, record_property):
     """Interpreted, on the same weights: whole model, prefill, padded, states, a step; and many tokens in chunks."""
     with stood_in(model_of(family)):
         ours = fla_oracle.outputs(model_of(family))
-    own = oracle()[family]["own"]
+    own = oracle(family)["own"]
     assert ours.keys() == own.keys()
     for name in own:
         off = rms_off(ours[name], own[name])
@@ -477,6 +479,6 @@ def test_flas_own_triton_code(family, oracle, record_property):
 @family_all
 def test_in_the_place_of_flas_triton_code(family, oracle):
     """Attached where fla runs: there the self-test has held every function beside fla's own."""
-    own, found = oracle()[family]["own"]["one row"], oracle()[family]["attached"]
+    own, found = oracle(family)["own"]["one row"], oracle(family)["attached"]
     for name, x in found.items():
         assert rms_off(x, own) <= 2e-5, name
