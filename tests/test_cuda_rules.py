@@ -27,7 +27,7 @@ def compare(case, record_property):
 @pytest.mark.parametrize("K, V", [(32, 32), (64, 136), (128, 128), (256, 64), (40, 72), (7, 5)])
 def test_sizes(K, V, dtype, case, compare):
     x = case.make(1, 131, 1, 2, K, V, dtype, correlated=True)
-    compare(x, edits=edits_for(1, [131], 2, K, V), snapshots=[0, 63, 64, 130])
+    compare(x, edits=edits_for(1, [131], case.sizes(x)[3], K, V), snapshots=[0, 63, 64, 130])
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -56,7 +56,10 @@ def test_packed_and_split(dtype, case, compare):
     lengths = [700, 0, 1, 1600, 65]
     x, offsets = packed(case, lengths, 1, 2, 32, 40, dtype=dtype)
     compare(
-        x, cu_seqlens=offsets, edits=edits_for(5, lengths, 2, 32, 40, count=30), initial_state=state_for(case, x, 5)
+        x,
+        cu_seqlens=offsets,
+        edits=edits_for(5, lengths, case.sizes(x)[3], 32, 40, count=30),
+        initial_state=state_for(case, x, 5),
     )
 
 

@@ -46,7 +46,7 @@ def test_edits_and_snapshots(dtype, case, compare):
     """Chunks cut at edits and snapshots, several of both at one place, in packed sequences."""
     lengths = [70, 0, 1, 131, 65]
     x, offsets = packed(case, lengths, 1, 2, 32, 40, dtype=dtype)
-    edits = edits_for(5, lengths, 2, 32, 40, count=30)
+    edits = edits_for(5, lengths, case.sizes(x)[3], 32, 40, count=30)
     places = torch.tensor([[3, 130], [0, 0], [3, 64], [0, 63], [3, 64], [2, 0], [3, 64], [4, 32]])
     compare(x, initial_state=state_for(case, x, 5), edits=edits, cu_seqlens=offsets, snapshots=places)
 
