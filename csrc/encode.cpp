@@ -21,10 +21,11 @@ Precision precision_of(const char* op, const std::string& name) {
 
 void check_limits(const char* op, const EncodeParams& p) {
   constexpr int64_t most = std::numeric_limits<int32_t>::max();
-  refuse_channels(op, p);
   STD_TORCH_CHECK(p.K <= 256 && p.V <= 256, op, ": the CUDA kernel takes K and V up to 256, got ", p.K, " and ", p.V);
   STD_TORCH_CHECK(p.B * p.T * p.Hs <= most && p.B * p.T * p.R + p.edits.count <= most - 65536, op,
                   ": B * T * Hs and the rows of the writes must be below 2^31");
+  STD_TORCH_CHECK(!p.channels || (p.B <= 65535 && p.rank <= 65535), op,
+                  ": B and r must be below 65536 under a channel gate");
 }
 
 // One launch, with the memory it needs.
@@ -159,8 +160,8 @@ std::tuple<Tensor, Tensor, Tensor> encode_backward(Tensor decay, Tensor left, Te
   Tensor dv = empty({e.Hs, e.F, e.rank, e.K}, ScalarType::Float);
   Tensor dw = empty({e.Hs, e.F, e.rank, e.V}, ScalarType::Float);
   Tensor d_carry = empty({e.N, e.Hs, e.F}, ScalarType::Float);
-#if WRITESAE_SIDE == 0
   refuse_channels(op, e);
+#if WRITESAE_SIDE == 0
   SaeTrainingParams p = {};
   p.rows = e, p.grad = d_values;
   p.encoder = p.gradients = true;
@@ -186,6 +187,7 @@ std::tuple<Tensor, Tensor> encode_writes_backward(Tensor decay, Tensor left, Ten
   std::vector<Tensor> keep;
   EncodeParams e = encode_arguments(op, decay, left, right, heads, v_enc, w_enc, std::nullopt, std::nullopt, cu_seqlens,
                                     std::nullopt, std::nullopt, std::nullopt, keep);
+  refuse_channels(op, e);
   take_indices(op, indices, e, keep);
   const float* d_values = take_floats(op, "grad", grad, {e.B, e.T, e.Hs, e.m}, keep);
   check_limits(op, e);

@@ -12,9 +12,7 @@ template <class F>
 void for_each_scan(const F& f) {
   f(GatedDeltaRule{});
   f(Ssd{});
-#if WRITESAE_SIDE == 0
   f(Dplr{});
-#endif
 }
 
 }  // namespace writesae

@@ -111,8 +111,8 @@ def main() -> None:
     parser.add_argument("--family", nargs="+", help="these only (default: all in --models)")
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="dictionaries of what")
     parser.add_argument("--sites", type=int, default=2, help="heads of a model, those of the longest memory")
-    parser.add_argument("--steps", type=int, default=300, help="training steps of a dictionary")
-    parser.add_argument("--firings", type=int, default=300, help="firings tested at each site")
+    parser.add_argument("--steps", type=int, default=200, help="training steps of a dictionary")
+    parser.add_argument("--firings", type=int, default=200, help="firings tested at each site")
     args = parser.parse_args()
     names = args.family or sorted(path.parent.name for path in args.models.glob("*/config.json"))
     if not names:
@@ -127,7 +127,7 @@ def main() -> None:
         loss = json.loads(losses.read_text()).get("validation", {}).get("loss") if losses.exists() else None
         for target in args.target:
             if target == "state" and binding.gate != "scalar":
-                continue  # states of other gates have no encoder from writes
+                continue  # the paper has states of this gate alone
             rule = f"{binding.rule.name}, {binding.gate} gate"
             rows.append(row(name, rule, target, sites, loss, tested(folder, place, target, sites, args)))
             write_json(args.work / "families.json", {"rows": rows, "paper": PAPER})

@@ -353,6 +353,7 @@ def describe(args, state: dict, model, **losses) -> dict:
         "tokens_seen": state["step"] * args.batch * args.length,
         "passes_over_library": round(state["passes"], 2),
         "minutes": round(state["elapsed"] / 60, 1),
+        "machine": f"{platform.machine()} CPU shared with other work, {torch.get_num_threads()} thread(s)",
         "muon_lr": args.muon_lr,
         "adam_lr": args.adam_lr,
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_encode import CASES, build, run, same_up_to_ties
+from targets import DEVICES
+from test_encode import CASES, build, from_states, run, same_up_to_ties
+from test_encode_gates import build as build_gated
 
 from writesae.ops.encode import activations, encode
 from writesae.ops.reference.encode import preactivations, topk
@@ -154,3 +156,36 @@ def test_sizes(device_target, record_property):
         worst = float((got - pre.gather(-1, at)).abs().max() / pre.abs().max())
         record_property("sizes", worst)
         assert worst <= 2e-6
+
+
+# ---- channel gates --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 50])
+@pytest.mark.parametrize("name", ["packed edits", "rank 2", "state", "T65"])
+def test_channel_gates_in_chunks(name, tokens, segments):
+    """What a chunk leaves to the next: S w of sequences that go on, whatever ends or begins inside."""
+    writes, v, w, b, k, heads = build_gated(CASES[name], "channel")
+    given = float32(writes, v, w, b)
+    target = next(x for x in DEVICES if x.kind == "twin")
+    segments(tokens)
+    cut = run(target, encode, *given, k=k, heads=heads)
+    above = run(target, encode, *given, threshold=0.5, heads=heads)
+    indices = torch.randint(v.shape[1], (*writes.shape[:2], len(heads), 3))
+    chosen = run(target, activations, *given[:3], indices, given[3], heads=heads)
+    segments(0)
+    whole = run(target, encode, *given, k=k, heads=heads)
+    assert torch.equal(cut.values, whole.values) and torch.equal(cut.indices, whole.indices)
+    assert torch.equal(cut.carry, whole.carry)
+    pre = from_states(writes, v, w, b, heads)
+    torch.testing.assert_close(chosen.double(), pre.gather(-1, indices), rtol=1e-4, atol=1e-4)
+    assert torch.equal(above.offsets.diff(), (pre > 0.5).sum(-1).flatten())
+
+
+def test_channel_gates_round_to_bf16(device_target):
+    writes, v, w, b, k, heads = build_gated(CASES["edits"], "channel")
+    codes = run(device_target, encode, *float32(writes, v, w, b), k=k, precision="bf16")
+    want = encode(writes, v, w, b, k=k, precision="bf16", backend="reference")
+    torch.testing.assert_close(codes.values.double(), want.values, rtol=1e-4, atol=1e-4)
+    tf32 = run(device_target, encode, *float32(writes, v, w, b), k=k, precision="tf32")  # as in float32
+    assert torch.equal(tf32.values, run(device_target, encode, *float32(writes, v, w, b), k=k).values)

@@ -82,13 +82,17 @@ def test_large_keys_are_refused(case):
         with target.in_use(), pytest.raises(ValueError, match=f"{key} has 264 entries, expected at most 256"):
             case.rule.run(**target.put(x), backend=target.kind)
         given = [*target.put(rules.operator_inputs(case, 1, 3, 1, 1, 264, 8)).values(), 1.0, None, False, *[None] * 5]
+        erase = [target.put(y) for y in rules.operator_erase(case, 1, 3, 1, 1, 264, 8)]
         op = operators(target.kind)
         with target.in_use(), pytest.raises(ValueError, match=f"{case.rule.name}: .* K up to 256, got K = 264"):
-            getattr(op, case.rule.name)(*given, True)
+            getattr(op, case.rule.name)(*given, True, *erase)
         right = torch.zeros_like(given[2])
         if rules.runs(case, target, gradient=True):
+            gradients = [right, torch.ones_like(right), *[None] * 4, *erase]
+            if erase:  # what it read, and its gradient
+                gradients += [None if erase[0] is None else right, None]
             with target.in_use(), pytest.raises(ValueError, match=f"{case.rule.name}_backward: .* K up to 256"):
-                getattr(op, case.rule.name + "_backward")(*given, right, torch.ones_like(right), *[None] * 4)
+                getattr(op, case.rule.name + "_backward")(*given, *gradients)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

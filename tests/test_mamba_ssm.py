@@ -7,6 +7,7 @@ import importlib.util
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,18 +15,23 @@ import torch.nn.functional as F
 
 from writesae import SAE, Edits
 from writesae.models import attach, binding, layers, mamba_ssm, patch, self_test
+from writesae.models.tiny import VOCAB
+from writesae.models.tiny import tiny_mamba_ssm as tiny
 from writesae.ops import selective_scan, ssd
 from writesae.testing import check_close
 
 if importlib.util.find_spec("mamba_ssm") is None:
-    pytest.skip("mamba-ssm is not installed; `make test-mamba-ssm` runs these with it", allow_module_level=True)
+    pytest.skip(
+        "mamba-ssm is not installed; `make test-libraries LIBRARIES=mamba-ssm` runs these with it",
+        allow_module_level=True,
+    )
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:mamba_ssm. ", "ignore:.*running the slow", "ignore:attach. slow path"),
 ]
 mamba_ssm.import_library()
-VOCAB, T = 64, 12
+T = 12
 # of a layer: heads, K, V
 SIZES = {"Mamba2": (4, 8, 16), "Mamba1": (1, 8, 64)}
 each_layer = pytest.mark.parametrize("layer", ["Mamba2", "Mamba1"])
@@ -37,32 +43,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def tiny(layer="Mamba2", dtype=torch.float32, attention=(), **settings):
-    """A random model of three layers in eval mode whose states are felt in the logits."""
-    from mamba_ssm.models.config_mamba import MambaConfig
-    from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
-
-    more = {"headdim": 16, "ngroups": 2, "chunk_size": 8} if layer == "Mamba2" else {}
-    ssm = {"layer": layer, "d_state": 8, **more, **settings}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = MambaConfig(
-            d_model=32, n_layer=3, vocab_size=VOCAB, ssm_cfg=ssm, attn_layer_idx=list(attention),
-            attn_cfg={"num_heads": 4, "causal": True},
-        )  # fmt: skip
-        model = MambaLMHeadModel(config).eval()
-        for name, parameter in model.named_parameters():
-            if name.endswith("A_log"):
-                parameter.data.uniform_(-3.0, -1.0)
-            elif name.endswith(".D"):
-                parameter.data.uniform_(0.2, 1.0)
-            elif name.endswith(("dt_bias", "dt_proj.bias")):
-                parameter.data.uniform_(-1.0, 1.0)
-            elif parameter.ndim >= 2:
-                parameter.data.normal_(0.0, 0.4 if "conv" in name else parameter.shape[-1] ** -0.5)
-    return model.to(dtype)
 
 
 def tokens(rows=2, length=T):
@@ -133,8 +113,6 @@ def test_generate_is_the_models_own_and_fires_once_a_token(layer):
         plain = model.generate(text, max_length=T)
     with attach(model, {(1, 0): None}) as tap:
         assert torch.equal(model.generate(text, max_length=T), plain) and tap.calls == {1: T - 5}
-    if layer == "Mamba1":  # whose dictionaries are tested with those of transformers
-        return
     sae = dictionary(layer)
     with attach(model, {(1, 0): sae}) as tap:
         assert torch.equal(model.generate(text, max_length=T), plain)
@@ -221,7 +199,7 @@ def test_settings_of_mamba2(settings):
 @pytest.mark.parametrize("layer", ["Mamba2", "Mamba1"])
 @torch.no_grad()
 def test_half_precision(layer):
-    model, text = tiny(layer, torch.bfloat16), tokens()
+    model, text = tiny(layer, dtype=torch.bfloat16), tokens()
     with mamba_ssm.on_cpu():
         plain = model(text).logits
     with attach(model, {(0, 0): None}):
@@ -236,8 +214,9 @@ def test_the_same_weights_in_transformers():
     from transformers import Mamba2Config, Mamba2ForCausalLM
 
     theirs, text = tiny(), tokens()
+    model_vocab = theirs.backbone.embedding.num_embeddings  # padded to a multiple of eight
     config = Mamba2Config(
-        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=3, num_heads=4, head_dim=16, state_size=8, n_groups=2,
+        vocab_size=model_vocab, hidden_size=32, num_hidden_layers=3, num_heads=4, head_dim=16, state_size=8, n_groups=2,
         expand=2, chunk_size=8, tie_word_embeddings=True,
     )  # fmt: skip
     model = Mamba2ForCausalLM(config).eval()
@@ -282,6 +261,14 @@ def test_their_references_agree_with_the_rules(seed):
     out = selective_scan(u, rate, A1, b[:, :, 0], c[:, :, 0], skip, output_final_state=True)
     check_close("selective_scan_ref y", out.o, y.mT)
     check_close("selective_scan_ref state", out.final_state[:, 0], final.mT)
+
+
+def test_its_own_triton_code_agrees():
+    """Interpreted, in a process of its own."""
+    oracle = Path(__file__).with_name("mamba_ssm_oracle.py")
+    run = subprocess.run([sys.executable, oracle], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.split("\n")[:3] == ["steps: the same", "norms: the same", "sequences: the same"]
 
 
 @torch.no_grad()

@@ -9,7 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_models import kda_families, mamba2_families, tiny_kda, tiny_mamba2, tiny_model
+from tiny_models import (
+    kda_families,
+    mamba2_families,
+    mamba_families,
+    tiny_kda,
+    tiny_mamba,
+    tiny_mamba2,
+    tiny_model,
+)
 
 import writesae
 from writesae.experiments import passages_of, replace, run_replacement
@@ -184,16 +192,17 @@ def test_memory_is_that_of_the_decay(model):
 
 def other(family):
     """A tiny model on another rule."""
-    if family not in (*mamba2_families(), *kda_families()):
-        pytest.skip(f"this transformers has no {family}")
-    return tiny_mamba2(family) if family in mamba2_families() else tiny_kda(family)
+    for make, known in ((tiny_mamba2, mamba2_families), (tiny_kda, kda_families), (tiny_mamba, mamba_families)):
+        if family in known():
+            return make(family)
+    pytest.skip(f"this transformers has no {family}")
 
 
-@pytest.mark.parametrize("family", ["mamba2", "kimi_linear"])
+@pytest.mark.parametrize("family", ["mamba2", "kimi_linear", "mamba"])
 def test_other_rules_are_tested_in_the_same_way(family):
     model = other(family)
     site = layers(model)[0]
-    sae = SAE(site.K, site.V, 12, 3, "bilinear", layer=site.layer_index, head=1, target="write")
+    sae = SAE(site.K, site.V, 12, 3, "bilinear", layer=site.layer_index, head=site.num_v_heads // 2, target="write")
     select = passages_of(texts(2, seed=1), Letters(), 50)
     conditions = ("native", "atom", "delete", "codebook", "singular", "reconstruction", "zero")
     result = run(model, sae, n=3, firings=6, select=select, min_selected=1, conditions=conditions, read="both")
@@ -206,10 +215,10 @@ def test_other_rules_are_tested_in_the_same_way(family):
         np.array_equal(result.kl("increment", c, s, read=r), result.kl("outer", c, s, read=r))
         for r in ("before", "after") for c, s in (("delete", None), ("atom", "coef"))
     )  # fmt: skip
-    assert same == (family == "mamba2")  # without an erase, the increment is the outer product
+    assert same == (family != "kimi_linear")  # without an erase, the increment is the outer product
 
 
-@pytest.mark.parametrize("family, gate", [("mamba2", 3), ("kimi_linear", 4)])
+@pytest.mark.parametrize("family, gate", [("mamba2", "scalar"), ("kimi_linear", "channel"), ("mamba", "element")])
 def test_memory_of_other_rules(family, gate):
     model = other(family)
     [passage] = passages_of(texts(1, 49), Letters(), 50)
@@ -217,7 +226,9 @@ def test_memory_of_other_rules(family, gate):
     with torch.no_grad(), writesae.attach(model, {(1, 0): None}) as tap:
         model(torch.from_numpy(passage.tokens)[None])
     decay = tap.writes[1].decay
-    assert decay.ndim == gate
+    assert tap.writes[1].gate == gate
+    if gate == "element":
+        decay = decay[:, :, :, None] * tap.writes[1].decay_matrix
     for head in range(decay.shape[2]):
         assert found[1, head] == pytest.approx(-1 / float(decay[0, :, head].double().mean()), rel=1e-5)
 

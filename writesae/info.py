@@ -1,7 +1,9 @@
-"""`writesae info`: what is installed, what is built, what can run here and why not."""
+"""`writesae info`: what is installed, what is built, what can run here and why not; `--models`: which models are
+attached to, each class tried on a tiny random instance."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
@@ -67,10 +69,52 @@ def _rule(rule) -> dict:
 
 def configure(parser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    parser.add_argument(
+        "--models", action="store_true",
+        help="list the classes of models that are attached to, and try each on a tiny random instance (about half a "
+        "minute); status 1 if one fails",
+    )  # fmt: skip
+
+
+def _models(as_json: bool) -> int:
+    """Tries every class and prints what was found, each as soon as it is known."""
+    from .models.tiny import absent
+    from .models.trial import Tried, trials
+
+    found: list[Tried] = []
+    missing = absent()
+    for tried in trials():
+        if not as_json:
+            if not found:
+                print(f"{'model':32} {'layers':12} {'rule':34} {'library':27} tried")
+            rule = f"{tried.rule} ({tried.gate} gate)"
+            library = f"{tried.library} {tried.release or ''}"
+            status = "pass" if tried.passed else "FAIL"
+            print(f"{tried.model:32} {tried.layers:12} {rule:34} {library:27} {status}", flush=True)
+            for check, what in tried.checks.items():
+                if what is not None:
+                    print(f"    {check}: {what}", flush=True)
+        found.append(tried)
+    failed = [tried.model for tried in found if not tried.passed]
+    if as_json:
+        rows = [{**dataclasses.asdict(tried), "passed": tried.passed} for tried in found]
+        print(json.dumps({"models": rows, "not_installed": missing}, indent=2))
+    else:
+        checks = ", ".join(found[0].checks) if found else "nothing"
+        print(f"{len(found) - len(failed)} of {len(found)} classes pass ({checks})")
+        for library in dict.fromkeys(tried.library for tried in found):
+            releases = next(tried.releases for tried in found if tried.library == library)
+            print(f"{library}: tests run with {', '.join(releases)}")
+        for library, names in missing.items():
+            print(f"{library}: not installed, so not tried: {', '.join(names)}")
+    return int(bool(failed))
 
 
 def run(args) -> int:
     from .models import versions
+
+    if args.models:
+        return _models(args.json)
 
     info = gather()
     if args.json:

@@ -8,6 +8,9 @@
 // K = V = 64 a 16th. With C tokens a chunk instead of a walk, a read from the chunk's start and one of every earlier token in
 // it cost K (3 + C) / 2 a token and K V / C or K to go on: more, whatever C.
 //
+// Of two writes a token the second needs no gate, and the first is not read: rows then go in pairs, and a token costs
+// (4 K + 2 V) F.
+//
 // A tile never reaches over the start of a sequence (`Stream`), where y begins anew.
 
 // e^g of the rows of a tile to [K][MT], 1 where a row has no gate. `row` holds round_up(K, 32) floats.
@@ -47,14 +50,16 @@ inline void start_channels(const EncodeParams& p, int64_t h, int64_t sequence, c
     }
 }
 
-// A tile of rows through y [K][16] of LANES atoms: sums_i += v . y after row i. c: right_i . w.
+// A tile of rows through y [K][16] of LANES atoms: sums_i += v . y after row i, PAIRED after every second row. c: right_i . w.
+template <bool PAIRED>
 inline void walk_channels(int64_t K, const float* v, const float* left, const float* gates, const Vec (&c)[MT], float* y,
                           Vec (&sums)[MT]) {
   for (int64_t k = 0; k < K; k++, v += PANEL, y += PANEL, left += MT, gates += MT) {
     const Vec atom = load(v);
     Vec s = load(y);
-    for (int i = 0; i < MT; i++) {
-      s = s * gates[i] + c[i] * left[i];
+    for (int i = PAIRED; i < MT; i += 1 + PAIRED) {
+      s = s * gates[i - PAIRED] + c[i - PAIRED] * left[i - PAIRED];
+      if (PAIRED) s += c[i] * left[i];
       sums[i] += atom * s;
     }
     store(y, s);
@@ -67,6 +72,7 @@ inline void run_panel_channels(const EncodeParams& p, const Block& block, int64_
                                float* y, int32_t* keys, int64_t stride) {
   const int64_t count = block.rows.size(), first = panel * PANEL;
   const int64_t width = p.F - first < PANEL ? p.F - first : PANEL;
+  const bool two = paired(p, MT);
   for (int64_t start = 0; start < count; start += MT, left += p.K * MT, right += p.V * MT, gates += p.K * MT) {
     if (block.rows[start].begin >= 0) start_channels(p, h, block.rows[start].begin, w, y);
     alignas(64) float total[MT][PANEL] = {};
@@ -76,7 +82,13 @@ inline void run_panel_channels(const EncodeParams& p, const Block& block, int64_
       for (int n = 0; n < NV; n++) {
         Vec c[MT], sums[MT];
         for (int i = 0; i < MT; i++) c[i] = on_right[i][n], sums[i] = load(total[i] + n * LANES);
-        walk_channels(p.K, v + r * p.K * PANEL + n * LANES, left, gates, c, y + r * p.K * PANEL + n * LANES, sums);
+        const float* const atoms = v + r * p.K * PANEL + n * LANES;
+        float* const states = y + r * p.K * PANEL + n * LANES;
+        if (two) {
+          walk_channels<true>(p.K, atoms, left, gates, c, states, sums);
+        } else {
+          walk_channels<false>(p.K, atoms, left, gates, c, states, sums);
+        }
         for (int i = 0; i < MT; i++) store(total[i] + n * LANES, sums[i]);
       }
     }

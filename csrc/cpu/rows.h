@@ -25,15 +25,20 @@ struct Block {
   std::vector<int64_t> tokens;  // b * T + t of each slot
 };
 
+// Whether rows go two and two through a tile, a gate and a read each: two writes a token under channel gates.
+inline bool paired(const EncodeParams& p, int64_t tile) { return p.channels && p.R == 2 && tile % 2 == 0; }
+
 // All rows of one head, sequence after sequence. Under channel gates every sequence begins at a multiple of `tile`, rows that
-// write nothing before it, and an empty one has such a row too, so that what is carried on is made of its first state.
+// write nothing before it, and an empty one has such rows too, so that what is carried on is made of its first state. Paired,
+// a token has an even number of rows, one that writes nothing before the last where there would be an odd one.
 class Stream {
  public:
   Stream(const EncodeParams& p, int64_t head, int64_t tile = 1)
       : p_(p),
         head_(head),
         left_(head / (p.H / p.Hl)),
-        tile_(tile) {}
+        tile_(tile),
+        paired_(paired(p, tile)) {}
 
   // Up to `limit` more rows; false when there are none.
   bool next(Block& block, int64_t limit) {
@@ -47,7 +52,10 @@ class Stream {
         if (static_cast<int64_t>(block.rows.size()) == limit) break;
       }
       if (length == 0) {
-        if (p_.channels) block.rows.push_back({nullptr, nullptr, Element::f32, Element::f32, 1.0f, -1, n_, n_});
+        if (p_.channels) {
+          block.rows.insert(block.rows.end(), 2, NOTHING);
+          block.rows[block.rows.size() - 2].begin = block.rows.back().end = n_;
+        }
         n_++;
         continue;
       }
@@ -72,6 +80,7 @@ class Stream {
       const bool last = sub_ >= p_.R && !edit_here(edit_ + sub_ - p_.R);
       row.slot = last ? static_cast<int32_t>(block.tokens.size()) : -1;
       row.end = last && t_ == length - 1 ? n_ : -1;
+      if (paired_ && last && sub_ % 2 != 0) block.rows.push_back(NOTHING);
       block.rows.push_back(row);
       if (!last) continue;
       block.tokens.push_back(b * p_.T + t);
@@ -92,6 +101,7 @@ class Stream {
 
   const EncodeParams& p_;
   int64_t head_, left_, tile_;
+  bool paired_;
   int64_t n_ = 0, t_ = 0, sub_ = 0, edit_ = 0;
 };
 

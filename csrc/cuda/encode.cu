@@ -108,6 +108,7 @@ __global__ void __launch_bounds__(SCAN_THREADS) offsets_kernel(const int64_t* co
 }  // namespace
 
 int64_t encode_scratch(const EncodeParams& p, Precision precision, EncodeMode mode) {
+  if (p.channels) return channels_scratch(p, forced_segment);
   return decodes(p) ? 0 : plan_of(p, precision, mode, kernel_of(p, precision)).bytes;
 }
 
@@ -120,6 +121,7 @@ void encode(const EncodeParams& p, Precision precision, EncodeMode mode, const E
   work.offsets = findings.offsets;
   work.found_values = findings.values;
   work.found_indices = findings.indices;
+  if (p.channels) return encode_channels(p, work, precision, forced_segment, scratch, stream);
   if (decodes(p)) return decode(p, work, stream);
 
   const Kernel kernel = kernel_of(p, precision);

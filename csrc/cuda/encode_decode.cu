@@ -74,11 +74,13 @@ __device__ int flags_before(bool flag, int* counts, int& total) {
   return before;
 }
 
-// Selects from the activations that sums_kernel left; a block has a sequence and a head.
-__global__ void __launch_bounds__(THREADS) select_kernel(EncodeParams p, EncodeWork work) {
-  const int h = tile::block_x(), n = tile::block_y(), F = static_cast<int>(p.F), k = static_cast<int>(p.k);
-  const int64_t place = n * p.Hs + h;
-  const float* sums = p.carry_out + place * F;
+// Selects from activations, [B][count][Hs][F] from token `start` on; a block has a token and a head.
+__global__ void __launch_bounds__(THREADS)
+    select_kernel(EncodeParams p, EncodeWork work, const float* sums, int start, int count) {
+  const int h = tile::block_x(), t = tile::block_y(), b = tile::block_z();
+  const int F = static_cast<int>(p.F), k = static_cast<int>(p.k);
+  const int64_t place = (b * p.T + start + t) * p.Hs + h;
+  sums += ((int64_t{b} * count + t) * p.Hs + h) * F;
   const float* bias = p.b_enc == nullptr ? nullptr : p.b_enc + int64_t{h} * F;
   const int thread = tile::thread();
   tile::Shared shared;
@@ -180,9 +182,15 @@ void decode(const EncodeParams& p, const EncodeWork& work, tile::Stream stream) 
                       : depth == 128 ? sums_kernel<4>
                                      : sums_kernel<8>;
   tile::launch("encode: sums", kernel, {parts, heads, groups}, THREADS, 0, stream, p);
+  select_from(p, work, p.carry_out, 0, 1, stream);
+}
+
+void select_from(const EncodeParams& p, const EncodeWork& work, const float* sums, int first, int count,
+                 tile::Stream stream) {
   const auto piece = [](int64_t words) { return tile::shared_piece(4 * words); };
   const size_t shared = work.mode == Mode::topk ? piece(8) + piece(256) + piece(2) + 2 * piece(p.k) : piece(8);
-  tile::launch("encode: select", select_kernel, {heads, static_cast<unsigned>(p.N), 1}, THREADS, shared, stream, p, work);
+  const tile::Grid grid = {static_cast<unsigned>(p.Hs), static_cast<unsigned>(count), static_cast<unsigned>(p.B)};
+  tile::launch("encode: select", select_kernel, grid, THREADS, shared, stream, p, work, sums, first, count);
 }
 
 }  // namespace writesae::cuda

@@ -13,6 +13,15 @@ void pack_dictionary(const EncodeParams& p, const EncodeWork& work, const Encode
 void segment_states(const EncodeParams& p, const EncodeWork& work, const EncodePlan& plan, float* states, float* reach,
                     tile::Stream stream);
 
+// From activations without bias, sums [B][count][Hs][F], of the tokens first .. first + count - 1 of every batch row.
+void select_from(const EncodeParams& p, const EncodeWork& work, const float* sums, int first, int count,
+                 tile::Stream stream);
+
+// Under channel gates. `forced`: tokens of a chunk, 0 to choose.
+int64_t channels_scratch(const EncodeParams& p, int forced);
+void encode_channels(const EncodeParams& p, const EncodeWork& work, Precision precision, int forced, void* scratch,
+                     tile::Stream stream);
+
 // One token of every sequence; nothing of `work` but the mode and where counts and findings go.
 void decode(const EncodeParams& p, const EncodeWork& work, tile::Stream stream);
 

@@ -4,8 +4,10 @@
 #include <array>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 
 #include "cuda/tile.cuh"
+#include "dplr.h"
 #include "gated_delta_rule.h"
 #include "scan_plain.h"
 #include "ssd.h"
@@ -18,16 +20,18 @@ namespace {
 
 struct Rule {
   const char* name;
-  bool reads;
+  bool reads, low_rank;
   decltype(&cpu::gated_delta_rule::backward) on_cpu;
   decltype(&cuda::gated_delta_rule::backward_workspace) workspace;
-  decltype(&cuda::gated_delta_rule::backward) on_cuda;
+  decltype(&cuda::gated_delta_rule::backward) on_cuda;  // null where there is none
 };
 
 const Rule RULES[] = {
-    {"gated_delta_rule", true, cpu::gated_delta_rule::backward, cuda::gated_delta_rule::backward_workspace,
+    {"gated_delta_rule", true, false, cpu::gated_delta_rule::backward, cuda::gated_delta_rule::backward_workspace,
      cuda::gated_delta_rule::backward},
-    {"ssd", false, cpu::ssd::backward, cuda::ssd::backward_workspace, cuda::ssd::backward},
+    {"ssd", false, false, cpu::ssd::backward, cuda::ssd::backward_workspace, cuda::ssd::backward},
+    {"dplr", false, false, cpu::dplr::backward, nullptr, nullptr},
+    {"dplr with an erase", false, true, cpu::dplr::backward, nullptr, nullptr},
 };
 
 struct Case {
@@ -38,15 +42,16 @@ struct Case {
 };
 
 struct Gradients {
-  std::vector<double> q, k, v, g, beta, initial, left, right;
+  std::vector<double> q, k, v, g, beta, a, b, initial, left, right;
 };
 
 double value_or_zero(const View& x, int64_t a, int64_t b, int64_t c, int64_t d) {
   return x.data == nullptr ? 0.0 : value(x, a, b, c, d);
 }
 
-// Forward and reverse, token by token, every state kept. Fills `right` (the increments) on the way.
-Gradients plain(const ScanBackwardParams& p, const Sequences& sequences, bool reads, std::vector<float>& right) {
+// Forward and reverse, token by token, every state kept. Fills `right` (the increments) and `erased` on the way.
+Gradients plain(const ScanBackwardParams& p, const Sequences& sequences, bool reads, std::vector<float>& right,
+                std::vector<float>& erased) {
   const ScanParams& in = p.in;
   const int64_t K = in.K, V = in.V, T = in.T, H = in.H, Hk = in.Hk, E = in.edits.count;
   Gradients out;
@@ -54,6 +59,8 @@ Gradients plain(const ScanBackwardParams& p, const Sequences& sequences, bool re
   out.g.assign(in.B * T * H * (in.channel_gate ? K : 1), 0), out.beta.assign(in.B * T * H, 0),
       out.initial.assign(in.N * H * K * V, 0);
   out.left.assign(E * K, 0), out.right.assign(E * V, 0);
+  const bool erases = in.a.data != nullptr;
+  if (erases) out.a.assign(in.B * T * H * K, 0), out.b = out.a;
   if (p.d_left != nullptr) std::copy_n(p.d_left, out.k.size(), out.k.begin());
   const auto unit = [&](const View& x, int64_t b, int64_t t, int64_t h, double scale) {
     std::vector<double> row(K + 1);
@@ -75,7 +82,8 @@ Gradients plain(const ScanBackwardParams& p, const Sequences& sequences, bool re
       const int64_t b = sequences[n][0], origin = sequences[n][1], length = sequences[n][2], hk = h / (H / Hk);
       std::vector<double> S(K * V, 0.0), D(K * V, 0.0), dk(K), dq(K), du(V), dw(V), rest(V);
       if (in.initial_state != nullptr) std::copy_n(in.initial_state + (n * H + h) * K * V, K * V, S.begin());
-      std::vector<std::vector<double>> decayed(length), read_of(length), u(length, std::vector<double>(V));
+      std::vector<std::vector<double>> before(length), decayed(length), read_of(length), u(length, std::vector<double>(V)),
+          r = u;
       std::vector<bool> native(length, true), kept(length, true);
       for (int64_t t = 0; t < length; t++) {
         const auto k = unit(in.k, b, origin + t, hk, 1);
@@ -84,8 +92,14 @@ Gradients plain(const ScanBackwardParams& p, const Sequences& sequences, bool re
             native[t] = native[t] && !in.edits.kind(e).removes();
             kept[t] = kept[t] && !in.edits.kind(e).removes_after();
           }
+        before[t] = S;
         for (int64_t i = 0; i < K * V; i++) S[i] *= gate_of(b, origin + t, h, i / V);
         decayed[t] = S;
+        for (int64_t c = 0; c < V && erases; c++) {
+          for (int64_t i = 0; i < K; i++) r[t][c] += before[t][i * V + c] * value(in.a, b, origin + t, h, i);
+          for (int64_t i = 0; i < K; i++) S[i * V + c] += value(in.b, b, origin + t, h, i) * r[t][c];
+          erased[((b * T + origin + t) * H + h) * V + c] = r[t][c];
+        }
         for (int64_t c = 0; c < V; c++) {
           double read = 0;
           for (int64_t i = 0; i < K && reads; i++) read += S[i * V + c] * k[i];
@@ -148,7 +162,20 @@ Gradients plain(const ScanBackwardParams& p, const Sequences& sequences, bool re
             dk[i] -= reads ? decayed[t][i * V + c] * dw[c] : 0.0;
             D[i * V + c] -= reads ? k[i] * dw[c] : 0.0;
             out.g[in.channel_gate ? at * K + i : at] += decayed[t][i * V + c] * D[i * V + c];
+          }
+        std::vector<double> dr(V);
+        for (int64_t c = 0; c < V && erases; c++) {
+          dr[c] = value_or_zero(p.d_erased, b, origin + t, h, c);
+          for (int64_t i = 0; i < K; i++) {
+            dr[c] += D[i * V + c] * value(in.b, b, origin + t, h, i);
+            out.b[at * K + i] += D[i * V + c] * r[t][c];
+          }
+        }
+        for (int64_t i = 0; i < K; i++)
+          for (int64_t c = 0; c < V; c++) {
             D[i * V + c] *= gate_of(b, origin + t, h, i);
+            if (erases) D[i * V + c] += value(in.a, b, origin + t, h, i) * dr[c];
+            if (erases) out.a[at * K + i] += before[t][i * V + c] * dr[c];
           }
         const int64_t row = ((b * T + origin + t) * Hk + hk) * K;
         for (int64_t i = 0; i < K; i++) out.q[row + i] += dq[i], out.k[row + i] += dk[i];
@@ -183,6 +210,7 @@ void check(const Rule& rule, bool channels, const Case& c, int thread_count) {
   auto beta = normal(c.B * in.T * c.H);
   const auto g = gates(in, channels, beta);
   in.beta = view(beta, in.T * c.H, c.H, 1, 0);
+  const auto erase = rule.low_rank ? std::make_unique<Erase>(in) : nullptr;
   in.scale = 0.3f, in.use_qk_l2norm = c.l2norm;
   const int64_t states = in.N * c.H * c.K * c.V, rows = c.B * in.T * c.H * c.V;
   const auto initial = normal(states);
@@ -192,19 +220,22 @@ void check(const Rule& rule, bool channels, const Case& c, int thread_count) {
   edits.give(in);
 
   const auto d_o = normal(rows), d_right = normal(rows), d_left = normal(c.B * in.T * c.Hk * c.K);
-  const auto d_final = normal(states), d_shots = normal(in.P * c.H * c.K * c.V);
+  const auto d_erased = normal(rows), d_final = normal(states), d_shots = normal(in.P * c.H * c.K * c.V);
   p.d_o = view(d_o, in.T * c.H * c.V, c.H * c.V, c.V, 1);
   if (c.outputs) {
     p.d_right = view(d_right, in.T * c.H * c.V, c.H * c.V, c.V, 1), p.d_left = d_left.data();
+    if (rule.low_rank) p.d_erased = view(d_erased, in.T * c.H * c.V, c.H * c.V, c.V, 1);
     p.d_final_state = d_final.data(), p.d_snapshots = d_shots.data();
   }
-  auto right = poison(rows);
-  const Gradients expected = plain(p, sequences, rule.reads, right);
+  auto right = poison(rows), erased = right;
+  const Gradients expected = plain(p, sequences, rule.reads, right, erased);
   p.right = view(right, in.T * c.H * c.V, c.H * c.V, c.V, 1);
+  if (rule.low_rank) p.erased = view(erased, in.T * c.H * c.V, c.H * c.V, c.V, 1);
   auto q = poison(d_left.size()), k = q, v = poison(rows), dg = poison(g.size()), db = poison(beta.size()),
-       start = poison(states);
+       da = poison(expected.a.size()), d_b = da, start = poison(states);
   auto left = poison(edits.left.size()), added = poison(edits.right.size());
   p.d_q = q.data(), p.d_k = k.data(), p.d_v = v.data(), p.d_g = dg.data(), p.d_beta = db.data();
+  if (rule.low_rank) p.d_a = da.data(), p.d_b = d_b.data();
   p.d_initial_state = start.data(), p.d_edit_left = left.data(), p.d_edit_right = added.data();
   if (thread_count > 0) {
     rule.on_cpu(p, threads(thread_count));
@@ -221,6 +252,8 @@ void check(const Rule& rule, bool channels, const Case& c, int thread_count) {
   expect_close("d_v", v, expected.v);
   expect_close("d_g", dg, expected.g);
   expect_close("d_beta", db, expected.beta);
+  expect_close("d_a", da, expected.a);
+  expect_close("d_b", d_b, expected.b);
   expect_close("d_initial_state", start, expected.initial);
   expect_close("d_edit_left", left, expected.left);
   expect_close("d_edit_right", added, expected.right);
@@ -240,12 +273,14 @@ int main() {
     for (const Rule& rule : RULES) {
       for (bool channels : {false, true})
         for (const Case& c : cases)
-          for (int thread_count : {1, 3}) check(rule, channels, c, thread_count);
-      std::printf("%s_backward, %s: %zu cases agree, and as many with a gate of each channel\n", rule.name, name.c_str(),
-                  cases.size());
+          for (int thread_count : {1, 3})
+            if (channels || !rule.low_rank) check(rule, channels, c, thread_count);
+      std::printf("%s_backward, %s: %zu cases agree%s a gate of each channel\n", rule.name, name.c_str(), cases.size(),
+                  rule.low_rank ? ", all with" : ", and as many with");
     }
   });
   for (const Rule& rule : RULES) {
+    if (rule.on_cuda == nullptr) continue;
     for (const auto schedule : {tile::twin::Schedule::forward, tile::twin::Schedule::reverse}) {
       tile::twin::schedule = schedule;
       for (const Case& c : cases) check(rule, false, c, 0);

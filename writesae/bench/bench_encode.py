@@ -3,7 +3,7 @@
 K = V = 128, F = 2,048, k = 32, float32. The peer products are `torch.mm` into preallocated memory from a transposed
 dictionary, the fastest form found; they leave out the running sum, the bias and the selection. Rates count the two
 products, 2 (K + V) F operations a token and head. A row of processor time on one thread is disturbed less by a busy
-machine.
+machine. Under a channel gate, 32 heads of K = V = 64: against states that lie there already, and their one product.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,10 +20,11 @@ from .. import Writes, ops
 from .._library import cpu_isa
 from ..testing import dictionary, make_writes
 from .case import Case, Disagree, Missing, Options, Row, agree
-from .timing import compare, flat_rows, interleaved, median_and_spread
+from .timing import compare, flat_rows, interleaved, median_and_spread, ratio_row
 
 K = V = 128
 F, TOP = 2048, 32
+ONE_PRODUCT = "one product of states that are there"
 PRODUCTS, STATES, FP32 = "its two torch.mm alone", "states and einsum", "the same in fp32"
 
 
@@ -129,6 +131,42 @@ def from_states(options: Options) -> Iterator[Row]:
     yield row.does(2 * (K + V) * F * T, "GFLOP/s", "float32")
 
 
+def channels(options: Options) -> Iterator[Row]:
+    """Processor time on one thread of rounds taken in turn. All heads have one dictionary, whose 2,048 dense atoms then
+    fit in memory; forming the states is not counted, and would double what the peer takes."""
+    size, (T, H) = 64, (32, 2) if options.quick else (256, 32)
+    generator = torch.Generator().manual_seed(0)
+    writes = make_writes(generator, 1, T, H, H, size, size)
+    decay = -0.1 * torch.randn(1, T, H, size, generator=generator).abs()
+    v, w, b = (x.float() for x in dictionary(generator, 1, F, size, size))
+    for R in (1, 2):
+        right = writes.right if R == 1 else torch.cat([0.3 * writes.right.flip(1), writes.right], 3)
+        left = writes.left if R == 1 else torch.cat([writes.left.flip(1), writes.left], 3)
+        gated = replace(writes, decay=decay, left=left, right=right).to(torch.float32)
+        states = gated.states(range(T))[0].flatten(2)  # [T, H, K V]
+        atoms = (v[0, :, 0, :, None] * w[0, :, 0, None]).flatten(1).T.contiguous()
+        factors = [x.expand(H, *x.shape[1:]).contiguous() for x in (v, w, b)]
+
+        def ours(gated=gated, factors=factors):
+            return ops.encode(gated, *factors, k=TOP)
+
+        def theirs(states=states, atoms=atoms):
+            return [torch.addmm(b, states[:, h], atoms).topk(TOP).values.relu() for h in range(H)]
+
+        name = f"encode, channel gate, {R} write{'s' * (R > 1)} a token, T = {T:,}, {H} heads of 64 x 64"
+        agree(name, ours().values[0], torch.stack(theirs(), 1), 1e-4)
+        threads, taken = torch.get_num_threads(), ([], [])
+        torch.set_num_threads(1)
+        for _ in range(options.rounds(5)):
+            for run, seconds in zip((ours, theirs), taken, strict=True):
+                start = time.process_time()
+                run()
+                seconds.append(time.process_time() - start)
+        torch.set_num_threads(threads)
+        asked = dict(target=12, aim=16) if R == 1 else {}
+        yield ratio_row(f"{name}: processor time", ONE_PRODUCT, "x faster", *taken, **asked)
+
+
 def _resident(name: str) -> int:
     """VmRSS or VmHWM of this process, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -216,6 +254,7 @@ CASES = [
     Case("encode", "encode, T = 1,024 and 8,192", products, PRODUCTS),
     Case("encode-bf16", "encode, products in bf16", bf16_products, FP32, ("bfloat16", "copy")),
     Case("encode-states", "encode, T = 1,024, 1 head", from_states, STATES),
+    Case("encode-channels", "encode, channel gate, 32 heads of 64 x 64", channels, ONE_PRODUCT),
     Case("encode-memory", "encode, T = 65,536: extra memory", memory),
     Case("encode-length", "encode, 1 head: time a token at T = 1 k, 8 k, 64 k", length, "the same at T = 1,024"),
     Case("encode-processor", "encode: least processor time, 1 thread", processor_time, PRODUCTS),

@@ -86,7 +86,7 @@ class Clean:
         layer_input: `[n, L, hidden]` input of the edited block.
         o: `[n, L, H, V]` clean output of its recurrence, float32 (float64 for a float64 model).
         reader: `[n, L, K]` r_s of each fork's head; None under an element gate.
-        later: the layer's recurrence on tokens t..t + horizon of every fork, that writes nothing.
+        later: under an element gate, what runs in its place; else None.
         left, right: `[n, K]`, `[n, V]`: the native write, k_t and u_t.
         outer_right: `[n, V]` beta_t v_t, so that k_t outer_right^T is the write without its erase.
         writes: the edited layer's whole trace.
@@ -102,7 +102,7 @@ class Clean:
     layer_input: Tensor
     o: Tensor
     reader: Tensor | None
-    later: Later
+    later: Later | None
     left: Tensor
     right: Tensor
     outer_right: Tensor
@@ -253,8 +253,10 @@ class ForkEngine:
         left, right = writes.native(row, places.position, head)
         # The queries' heads are the keys'.
         queries = self.site.binding.queries(keep["call"])[rows, every, writes.left_head(heads)]
-        r = None
-        if writes.gate != "element":
+        r = later = None
+        if writes.gate == "element":
+            later = self._later(keep["call"], queries, rows, every, head)
+        else:
             keys, _ = writes.native(rows, every, heads)  # [n, horizon + 1, K]
             r = reader(
                 queries, keys, writes.decay[rows, every, heads],
@@ -264,8 +266,8 @@ class ForkEngine:
         assert watch.input is not None and watch.output is not None
         o = keep["o"].view(*keep["o"].shape[:2], self.site.num_v_heads, self.site.V)
         return Clean(
-            places, self.first, valid, of(watch.input), of(o), r, self._later(keep["call"], queries, rows, every, head),
-            left, right, self._outer(keep["call"], writes, places, right), writes, of(input_ids),
+            places, self.first, valid, of(watch.input), of(o), r, later, left, right,
+            self._outer(keep["call"], writes, places, right), writes, of(input_ids),
             position_ids.to(input_ids.device), of(watch.output), states, conv_left, prefixes,
         )  # fmt: skip
 
@@ -429,8 +431,9 @@ def read(clean: Clean, left: Tensor, right: Tensor) -> Tensor:
 
     Equal factors give equal bits, so a write taken out and put back cancels.
     """
-    if clean.reader is None:
+    if clean.later is not None:
         return read_matrix(clean, left[:, :, None] * right[:, None])
+    assert clean.reader is not None
     return (clean.reader * left[:, None]).sum(-1, keepdim=True) * right[:, None]
 
 
@@ -445,6 +448,7 @@ def unread(clean: Clean, delta: Tensor) -> Tensor:
 
 def read_matrix(clean: Clean, matrix: Tensor) -> Tensor:
     """`[n, L, V]`: `read` for a full `[n, K, V]` addition."""
-    if clean.reader is None:
+    if clean.later is not None:
         return clean.later.read(matrix.to(clean.o))[:, clean.first :]
+    assert clean.reader is not None
     return clean.reader @ matrix

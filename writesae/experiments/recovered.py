@@ -184,24 +184,17 @@ def passage_losses(
         done: told the tokens of each batch when it is finished.
     """
     stack = Stack(model)
-    norm: torch.nn.Module = stack.norm  # type: ignore[assignment]
     every = {layer: rules.get(layer, plain_rule) for layer in stack.sites}
     found: list[Tensor] = []
-    hidden: list[Tensor] = []
     device = model.get_input_embeddings().weight.device
     with intercept(model, every, private=True):
         for rows in passages.ids.split(batch):
             ids = rows.long().to(device)
-            hook = norm.register_forward_hook(lambda module, given, made: hidden.append(made))
-            try:
-                model(input_ids=ids, use_cache=False, logits_to_keep=1)
-            finally:
-                hook.remove()
-            last, wanted = hidden[-1][:, :-1], ids[:, 1:]
-            hidden.clear()
-            step = max(1, _SLICE // (stack.head.weight.shape[0] * max(last.shape[1], 1)))
+            last, wanted = stack.last(ids)[:, :-1], ids[:, 1:]
+            step = max(1, _SLICE // (stack.vocabulary * max(last.shape[1], 1)))
             for lo in range(0, len(ids), step):
-                logits = stack.head(last[lo : lo + step])
+                part = last[lo : lo + step]
+                logits = stack.logits(part.flatten(0, 1)).unflatten(0, part.shape[:2])
                 to = wanted[lo : lo + step].to(logits.device)
                 wide = logits if logits.dtype == torch.float64 else logits.float()
                 loss = torch.nn.functional.cross_entropy(wide.transpose(1, 2), to, reduction="none")

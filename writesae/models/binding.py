@@ -21,8 +21,9 @@ To add a family, write one file `models/NAME.py` that holds its table, in this o
 7. **Name value, strength and queries** in the call: a token writes `strength * (value - what is erased)`, and `queries`
    are what reads the state, normalised and scaled.
 8. **Register**: `BINDING = register(Binding(...))`, and import the file in `models/__init__.py`.
-9. **Test**: a tiny random model of the family in `tests/tiny_models.py`. Attach runs its self-test at first: it holds
-   each function beside the model's own on the same inputs, so a wrong table is refused and not recorded.
+9. **Test**: a tiny random model of the family in `models/tiny.py`, listed in its `every`: `writesae info --models`
+   tries it. Attach runs its self-test at first: it holds each function beside the model's own on the same inputs, so a
+   wrong table is refused and not recorded.
 
 `hf_gated_delta.py` is such a table, and `tests/test_binding.py` has the smallest one.
 """
@@ -73,6 +74,9 @@ class LayerSite:
     out_proj: nn.Module | None = None
     path: str
     binding: Binding = field(repr=False)
+
+
+_DEFAULTS = ("conv_kernel_size", "norm", "out_proj")  # fields of `LayerSite` that have one
 
 
 def _as_pair(given: Given, returned: Any) -> tuple[Tensor, Tensor | None]:
@@ -220,10 +224,18 @@ class Binding:
         """A layer's number in its model."""
         return self._of(module, "layer_index")
 
-    def site(self, module: nn.Module, block: nn.Module, path: str) -> LayerSite:
-        """Raises ValueError for a layer without one of the attributes."""
-        sizes = {name: self._of(module, name) for name in self.layer}
+    def site(self, module: nn.Module, block: nn.Module, path: str, whole: bool = True) -> LayerSite:
+        """Raises ValueError for a layer without one of the attributes; not `whole`: without one that has no default."""
+        names = [name for name in self.layer if whole or name not in _DEFAULTS or self._has(module, name)]
+        sizes = {name: self._of(module, name) for name in names}
+        if "conv_kernel_size" not in sizes:
+            widths = (x.kernel_size[0] for x in module.modules() if isinstance(x, nn.Conv1d))
+            sizes["conv_kernel_size"] = max(widths, default=1)
         return LayerSite(module=module, block=block, path=path, binding=self, **sizes)
+
+    def _has(self, module: nn.Module, name: str) -> bool:
+        where = self.layer[name]
+        return not isinstance(where, tuple) or any(hasattr(module, x) for x in where if isinstance(x, str))
 
     def _of(self, module: nn.Module, name: str) -> Any:
         where = self.layer[name]

@@ -49,16 +49,20 @@ def install(owner: patch.Owner, layers: list[nn.Module]) -> bool:
         f"attach: flash-linear-attention cannot run here ({why.rstrip('.')}): all recurrences of the model run on this "
         f"package's ops, and in torch, slower than on a GPU, its {', '.join(name for _, name in _STAND_INS)}"
     )
-    found = {}
+    found: dict[int, Callable] = {}
     for (module, name), instead in _STAND_INS.items():
         original = _original(module, name)
         found[id(original)] = found[id(instead)] = instead  # where it stands already, it has one owner more
-    for name, module in tuple(sys.modules.items()):
-        if name.startswith("fla."):
-            for key, value in tuple(vars(module).items()):
+    for path, space in [(path, vars(module)) for path, module in tuple(sys.modules.items()) if module is not None]:
+        if path.startswith("fla."):
+            for key, value in tuple(space.items()):
                 if id(value) in found:
-                    owner.patch(vars(module), key, lambda original, instead=found[id(value)]: instead)
+                    owner.patch(space, key, functools.partial(_instead, found[id(value)]))
     return True
+
+
+def _instead(stand_in: Callable, original: Callable) -> Callable:
+    return stand_in
 
 
 def runnable(function: Callable) -> Callable:
@@ -98,10 +102,10 @@ def _is_flas(function) -> bool:
 
 def _original(module: str, name: str) -> Callable:
     space = vars(importlib.import_module(module))
-    if name not in space:
+    if not callable(space.get(name)):
         raise ValueError(f"model: expected {module}.{name} in flash-linear-attention (tested: 0.6.0), which has none")
     standing = patch.patches.get((id(space), name))
-    return space[name] if standing is None else standing.original
+    return space[name] if standing is None or standing.original is None else standing.original
 
 
 # ---- norms ----------------------------------------------------------------------------------------------------

@@ -55,13 +55,15 @@ def _bind(site: LayerSite, given: Given) -> RuleCall:
 
 def _refuse_a_dropped_state(site: LayerSite, T: int) -> None:
     frame = running()
-    of_layer = None if frame is None else getattr(frame.cache, "get_recurrent_state", None)
-    if of_layer is not None and of_layer(site.layer_index, state_idx=0) is not None:
-        raise ValueError(
-            f"cache: expected an empty one, or one token at a time, got {T} tokens on a filled cache of "
-            f"{type(site.module).__name__}, which drops its state there (transformers {transformers.__version__}); "
-            "feed the whole text at once, or token by token"
-        )
+    held = () if frame is None else getattr(frame.cache, "layers", ())
+    states = getattr(held[site.layer_index], "recurrent_states", None) if site.layer_index < len(held) else None
+    for state in states.values() if isinstance(states, dict) else (states,):
+        if isinstance(state, Tensor) and bool(state.any()):  # one that was reset is zero
+            raise ValueError(
+                f"cache: expected an empty one, or one token at a time, got {T} tokens on a filled cache of "
+                f"{type(site.module).__name__}, which drops its state there (transformers {transformers.__version__}); "
+                "feed the whole text at once, or token by token"
+            )
 
 
 def _answer(given: Given, output: RuleOutput) -> Tensor | tuple[Tensor, Tensor | None]:

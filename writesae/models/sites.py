@@ -61,25 +61,30 @@ def _of_attributes(module: nn.Module, binding: Binding) -> list[tuple[dict, str]
 
 @functools.lru_cache(1024)
 def _names_in(kind: type) -> tuple[tuple[dict, tuple[str, ...]], ...]:
-    """What the methods of a class look up: (globals, name and the attributes taken of it) each."""
+    """What the methods of a class look up, and functions of its own file that they call: (globals, name and the
+    attributes taken of it) each."""
     found: dict[tuple, tuple[dict, tuple[str, ...]]] = {}
-    for base in kind.__mro__:
-        if base.__module__.startswith("torch."):
+    bases = [base for base in kind.__mro__ if not base.__module__.startswith("torch.")]
+    waiting = [method for base in bases for method in vars(base).values()]
+    looked: set[int] = set()
+    while waiting:
+        method = waiting.pop()
+        method = inspect.unwrap(method) if callable(method) else None
+        if not isinstance(method, FunctionType) or id(method) in looked:
             continue
-        for method in vars(base).values():
-            method = inspect.unwrap(method) if callable(method) else None
-            if not isinstance(method, FunctionType):
-                continue
-            chain: tuple[str, ...] = ()
-            for i in dis.get_instructions(method):
-                if i.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-                    chain = (i.argval,)
-                elif chain and i.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-                    chain = (*chain, i.argval)
-                else:
-                    chain = ()
-                if chain:
-                    found[id(method.__globals__), chain] = method.__globals__, chain
+        looked.add(id(method))
+        space = method.__globals__
+        chain: tuple[str, ...] = ()
+        for i in dis.get_instructions(method):
+            if i.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+                chain = (i.argval,)
+                helper = space.get(i.argval)
+                if getattr(helper, "__module__", None) == kind.__module__:
+                    waiting.append(helper)
+            else:
+                chain = (*chain, i.argval) if chain and i.opname in ("LOAD_ATTR", "LOAD_METHOD") else ()
+            if chain:
+                found[id(space), chain] = space, chain
     return tuple(found.values())
 
 
@@ -180,13 +185,22 @@ def layers(model: nn.Module) -> list[LayerSite]:
         binding, _ = targets_of(module)
         if binding is None:
             continue
-        index = binding.index(module)
+        try:
+            index = binding.index(module)
+            site = binding.site(module, _block(modules, path), path, whole=is_of_library(type(module)))
+        except ValueError as error:
+            if is_of_library(type(module)):
+                raise
+            raise ValueError(
+                f"{error}; {path} is taken for one of the {binding.kind} layers because it calls "
+                f"{', '.join(name for _, name in targets(module))}"
+            ) from None
         if index in found:
             raise ValueError(
                 f"model: expected one stack of layers, got layer {index} at {found[index].path} and at {path}; "
                 "pass the sub-model you mean"
             )
-        found[index] = binding.site(module, _block(modules, path), path)
+        found[index] = site
     return [found[i] for i in sorted(found)]
 
 
@@ -207,8 +221,31 @@ _WHY_NOT = {  # family of transformers: why its layers are not attached to
 }  # fmt: skip
 
 
+_ORIGINS = ("fla.ops.", "mamba_ssm.ops.")  # prefixes of modules that define recurrences
+
+
+def _recurrences_of(module: nn.Module) -> list[str]:
+    """Functions of known libraries' operators that a module can call, by where they are defined and its own name."""
+    found = []
+    for space, name in functions_of(module):
+        function = inspect.unwrap(unpatched(space, name))
+        home = getattr(function, "__module__", None)
+        if isinstance(home, str) and home.startswith(_ORIGINS) and isinstance(function, FunctionType):
+            own = function.__name__
+            found.append(f"{home}.{own}" + (f" (as {name})" if name != own else ""))
+    return found
+
+
 def _why_not(model: nn.Module) -> str:
     """What is said of a model without layers to attach to."""
+    for module in model.modules():
+        found = _recurrences_of(module)
+        if found:
+            known = {r.name for b in bindings for r in b.recurrences if r.step is None}
+            return (
+                f"whose {type(module).__name__} calls {', '.join(found[:4])}, of which none is one that runs whole "
+                f"sequences and is known here ({', '.join(sorted(known))})"
+            )
     for module in model.modules():
         place = type(module).__module__.split(".")
         if place[:2] == ["transformers", "models"] and place[2] in _WHY_NOT:

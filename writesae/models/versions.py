@@ -8,10 +8,10 @@ from importlib.metadata import PackageNotFoundError, version
 TESTED = ("5.14.1", "5.23.0", "5.24.0")  # in CI, each by its own run
 
 
-def installed() -> str | None:
-    """The installed release of transformers, or None. Reads its metadata; does not import it."""
+def installed(package: str = "transformers") -> str | None:
+    """The installed release of a package, or None. Reads its metadata; does not import it."""
     try:
-        return version("transformers")
+        return version(package)
     except PackageNotFoundError:
         return None
 

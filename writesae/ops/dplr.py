@@ -130,5 +130,8 @@ def _strength(v: Tensor) -> Tensor:
     return v.new_ones(()).expand(v.shape[:-1])
 
 
-LIMITS = SCAN.declare(cpu=Limits("dplr", gates=("channel",), gradient=("channel",)))
+LIMITS = SCAN.declare(
+    cpu=Limits("dplr", gates=("channel",), gradient=("channel",)),
+    cuda=Limits("dplr", largest={"k": 256}, gates=("channel",), gradient=("channel",)),
+)
 RULE = Rule("dplr", ("channel",), "low rank", ("q", "k", "v", "g", "a", "b"), dplr, LIMITS)

@@ -35,10 +35,11 @@ from .reference import encode as reference
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 LARGEST = {"left": 256, "right": 256}  # K and V of the CUDA kernels
-GATES = ("scalar", "channel")  # of the CPU kernels; other gates are read off states, a block of tokens at a time
+GATES = ("scalar", "channel")  # of the kernels; other gates are read off states, a block of tokens at a time
 for _op, _operator in (("encode", "encode_topk"), ("activations", "encode_at")):
     _cpu = Limits(_operator, gates=GATES, gradient=GATES)
-    _dispatch.declare(_op, {"cpu": _cpu, "cuda": Limits(_operator, largest=LARGEST)})
+    _cuda = Limits(_operator, largest=LARGEST, gates=GATES, gradient=GATES)
+    _dispatch.declare(_op, {"cpu": _cpu, "cuda": _cuda})
 
 
 @dataclass(frozen=True, repr=False)
@@ -82,7 +83,7 @@ def encode(
         writes: the trace of one layer (edits in it are honoured). A code at token t is of the state that the query of t
             read: edits after the read come with token t + 1, and into `codes.carry`. Of an element gate the states of a
             block of tokens are formed, and each token costs K V F multiply-adds a head, as from states: the slow path,
-            of which a warning tells once. So does a channel gate without a kernel for it (CUDA).
+            of which a warning tells once.
         v_enc, w_enc: encoder factors of the heads encoded; a rank axis r is summed over.
         b_enc: encoder bias, default 0.
         k: features kept a token and head, 1 <= k <= F.

@@ -25,7 +25,8 @@ from .sae_training import _ADVICE, loss_sums
 # On CUDA made of the operator of `activations`.
 _LARGEST = {"v_dec": 256, "right": 256}
 _cpu = Limits("factored_loss", gates=GATES, gradient=GATES)
-_dispatch.declare("factored_loss", {"cpu": _cpu, "cuda": Limits("encode_at", largest=_LARGEST)})
+_cuda = Limits("encode_at", largest=_LARGEST, gates=GATES, gradient=GATES)
+_dispatch.declare("factored_loss", {"cpu": _cpu, "cuda": _cuda})
 
 _BLOCK = 64  # tokens of one triangular product
 _GATHERED = 1 << 22  # numbers gathered at a time for the Gram matrix of the active set

@@ -25,7 +25,8 @@ from .reference import sae_training as reference
 _ADVICE = "torch.func (a grad of a grad, hessian) has one"
 # On CUDA made of the operators of encode and of its backward.
 _cpu = Limits("factored_loss", gates=GATES, gradient=GATES)
-_dispatch.declare("training_loss", {"cpu": _cpu, "cuda": Limits("encode_topk", largest=LARGEST)})
+_cuda = Limits("encode_topk", largest=LARGEST, gates=GATES, gradient=GATES)
+_dispatch.declare("training_loss", {"cpu": _cpu, "cuda": _cuda})
 
 
 @dataclass(frozen=True, repr=False)
