@@ -426,21 +426,12 @@ def test_the_self_test_catches_a_wrong_table(monkeypatch, name):
 # ---- experiments ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("attention", [0, 2])
 @torch.no_grad()
-def test_forks_are_refused_below_latent_attention():
-    """Which caches latents, not keys and values."""
-    text, places = tokens(1, 12), Places(torch.tensor([0]), torch.tensor([2]), torch.tensor([1]))
-    engine = ForkEngine(model_of(), LAYER, 3)
-    clean = engine.clean(text, torch.tensor([12]), lambda writes: places)
-    with pytest.raises(
-        ValueError, match=r"caches its keys as it reads them, 3 heads of 12, got 1 of 8 from KimiLinear"
-    ):
-        engine.run(clean, {"baseline": None})
-
-
-@torch.no_grad()
-def test_forks_above_all_attention():
-    model, text = tiny_kda(layer_types=["full_attention", "linear_attention", "linear_attention"]), tokens(1, 12)
+def test_forks_above_and_below_latent_attention(attention):
+    """Which caches latents, not the keys and values that it reads."""
+    types = ["full_attention" if i == attention else "linear_attention" for i in range(3)]
+    model, text = tiny_kda(layer_types=types), tokens(1, 12)
     places = Places(torch.tensor([0, 0]), torch.tensor([2, 6]), torch.tensor([2, 1]))
     engine = ForkEngine(model, LAYER, 3)
     clean = engine.clean(text, torch.tensor([12]), lambda writes: places)

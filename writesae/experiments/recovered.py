@@ -16,7 +16,6 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +26,7 @@ from ..interrupt import finishing
 from ..models.hf_gated_delta import RuleHandler, intercept, layers
 from ..models.identity import require_same_model, weights_digest
 from ..models.quiet import quiet
+from ..models.shared_prefix import Stack
 from ..sae import SAE
 from ..sae.resume import tokens_digest
 from ..sae.stream import Passages
@@ -183,36 +183,18 @@ def passage_losses(
         rules: {layer: what its recurrence calls}; layers without one run as they are, by our kernel.
         done: told the tokens of each batch when it is finished.
     """
-    head: Any = model.get_output_embeddings()
-    every = {site.layer_index: rules.get(site.layer_index, plain_rule) for site in layers(model)}
+    stack = Stack(model)
+    every = {layer: rules.get(layer, plain_rule) for layer in stack.sites}
     found: list[Tensor] = []
-    hidden: list[Tensor] = []
     device = model.get_input_embeddings().weight.device
-
-    def one_token(module, args):
-        """Keeps what the output map is given and has the model go on with one token of it: a slice of logits at a time
-        is made below."""
-        hidden.append(args[0])
-        return (args[0][:, -1:],)
-
     with intercept(model, every, private=True):
         for rows in passages.ids.split(batch):
             ids = rows.long().to(device)
-            hook = head.register_forward_pre_hook(one_token)
-            try:
-                own = model(input_ids=ids, use_cache=False).logits
-            finally:
-                hook.remove()
-            if not found and not torch.equal(own, head(hidden[-1][:, -1:])):
-                raise ValueError(
-                    "model: expected logits as its output map makes them, got a "
-                    f"{type(model).__name__}, which changes them"
-                )
-            last, wanted = hidden[-1][:, :-1], ids[:, 1:]
-            hidden.clear()
-            step = max(1, _SLICE // (head.weight.shape[0] * max(last.shape[1], 1)))
+            last, wanted = stack.last(ids)[:, :-1], ids[:, 1:]
+            step = max(1, _SLICE // (stack.vocabulary * max(last.shape[1], 1)))
             for lo in range(0, len(ids), step):
-                logits = head(last[lo : lo + step])
+                part = last[lo : lo + step]
+                logits = stack.logits(part.flatten(0, 1)).unflatten(0, part.shape[:2])
                 to = wanted[lo : lo + step].to(logits.device)
                 wide = logits if logits.dtype == torch.float64 else logits.float()
                 loss = torch.nn.functional.cross_entropy(wide.transpose(1, 2), to, reduction="none")

@@ -286,6 +286,12 @@ class Stack:
         self._tuples = watch.tuples
         return watch
 
+    def last(self, input_ids: Tensor) -> Tensor:
+        """What the last block returns for passages `[P, T]`, `[P, T, ...]`: see `logits`."""
+        output = self.watch(input_ids, len(self.blocks)).output  # of no block are input, keys and values kept
+        assert output is not None
+        return output
+
     def fork(
         self,
         input_ids: Tensor,  # [n, L]
@@ -308,4 +314,4 @@ class Stack:
         run = Fork(len(self.blocks), hidden[:, None], {}, self._tuples)
         ids = torch.zeros(len(hidden), 1, dtype=torch.int64, device=self.model.get_input_embeddings().weight.device)
         with self.during(run):  # one token a row: no mask of m x m
-            return self.model(input_ids=ids, use_cache=False).logits[:, 0]
+            return self.model(input_ids=ids, use_cache=False)["logits"][:, 0]
