@@ -7,7 +7,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/
 # The CUDA kernels take minutes to compile: here they are built only for a torch that can run them (cuda-check builds all).
 HAS_CUDA = $(shell $(BIN)/python -c 'import torch; print(int(torch.version.cuda is not None))')
 
-.PHONY: demo test test-transformers test-mamba-ssm test-fla fuzz bench sanitize cuda-check lint format docs info clean
+.PHONY: demo test test-libraries fuzz bench sanitize cuda-check lint format docs info clean
 
 demo: $(VENV)/.built
 	$(BIN)/writesae demo
@@ -17,17 +17,11 @@ demo: $(VENV)/.built
 test: $(VENV)/.built
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --twin $$($(BIN)/python scripts/build_twin.py 2> /dev/null) tests
 
-# What a model takes part in, under every other release of transformers that is supported, and the newest.
-test-transformers: $(VENV)/.built
-	$(BIN)/python scripts/test_transformers.py
-
-# The models of mamba-ssm, installed for that beside the environment, without its CUDA extension.
-test-mamba-ssm: $(VENV)/.built
-	$(BIN)/python scripts/test_mamba_ssm.py
-
-# The models of flash-linear-attention, installed for that beside the environment, against its Triton code interpreted.
-test-fla: $(VENV)/.built
-	$(BIN)/python scripts/test_fla.py
+# What a model takes part in: with flash-linear-attention, with mamba-ssm, and under every other release of transformers that
+# is supported, and the newest; each installed beside the environment. LIBRARIES="fla" runs some.
+LIBRARIES ?= fla mamba-ssm transformers
+test-libraries: $(VENV)/.built
+	$(BIN)/python scripts/test_libraries.py $(LIBRARIES)
 
 # Random and hostile inputs for so many minutes; what is found can be seen again from its seed.
 MINUTES ?= 1

@@ -10,6 +10,7 @@ from targets import ALL
 from test_encode import CASES, from_states, run, same_up_to_ties
 
 from writesae.edits import Edits
+from writesae.ops import _encode_states
 from writesae.ops._encode_arguments import as_read
 from writesae.ops.encode import activations, encode
 from writesae.ops.scan import pack_edits
@@ -278,6 +279,20 @@ def test_gradients_are_those_of_states(name, gate):
     for name, x in exact.items():
         close = dict(rtol=1e-8, atol=1e-8, msg=lambda m, name=name: f"{name}: {m}")
         torch.testing.assert_close(leaves[name].grad, x.grad, **close)
+
+
+@pytest.mark.parametrize("gate", ["channel", "element"])
+def test_however_few_states_are_held(gate, monkeypatch):
+    writes, v, w, b, k, heads = build(CASES["edits"], gate)
+    found = []
+    for held in (_encode_states._HELD, 100):  # one token at a time
+        monkeypatch.setattr(_encode_states, "_HELD", held)
+        leaves = leaves_of(writes, v, w, b)
+        codes = encode(with_leaves(writes, leaves), *(leaves[n] for n in "vwb"), k=k, backend="reference")
+        codes.values.square().sum().backward()
+        found.append([codes.values.detach(), *(x.grad for x in leaves.values())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
 def test_the_kernel_has_the_reference_gradient():

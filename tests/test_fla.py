@@ -12,20 +12,22 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("fla", reason="flash-linear-attention is not installed; `make test-fla` runs these")
+pytest.importorskip(
+    "fla", reason="flash-linear-attention is not installed; `make test-libraries LIBRARIES=fla` runs these"
+)
 
 import fla_oracle  # noqa: E402
 import tiny_models  # noqa: E402
 from tiny_fla import FAMILIES, padded, tiny_fla, tokens  # noqa: E402
 
 from writesae import SAE, Edits  # noqa: E402
-from writesae.models import attach, binding, fla_stand_ins, layers, self_test  # noqa: E402
+from writesae.models import attach, binding, fla_stand_ins, layers, load, self_test  # noqa: E402
 from writesae.models import fla as tables  # noqa: E402
 from writesae.ops import _dispatch, dplr, gated_delta_rule  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(fla_stand_ins.missing_driver() is None, reason="there is a GPU: nothing is stood in for"),
-    pytest.mark.usefixtures("one_thread", "oracle"),
+    pytest.mark.usefixtures("one_thread", "oracle_beside"),
     pytest.mark.filterwarnings("ignore"),  # fla's own and transformers' deprecations; ours are asked for by name
 ]
 LAYER = 1
@@ -40,27 +42,36 @@ V_FIRST = ("gated_deltanet", "kda", "gla", "hgrn2")
 
 @pytest.fixture(scope="module")
 def oracle(tmp_path_factory):
-    """`{family: what its own Triton code makes}`, asked for when it is needed: it takes a minute, beside the tests."""
-    out = tmp_path_factory.mktemp("fla") / "oracle.pt"
-    here = Path(__file__).parent
+    """`{family: what its own Triton code makes}`, asked for when it is needed: it takes a minute of two cores, beside
+    the tests."""
+    folder, here = tmp_path_factory.mktemp("fla"), Path(__file__).parent
     paths = os.pathsep.join([str(here), str(here.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    log = open(out.with_suffix(".log"), "w+")  # noqa: SIM115
-    process = subprocess.Popen(
-        [sys.executable, str(here / "fla_oracle.py"), str(out)], env=environment, stdout=log, stderr=log
-    )
+    runs = []
+    for half in (FAMILIES[::2], FAMILIES[1::2]):
+        out = folder / f"{half[0]}.pt"
+        command = [sys.executable, str(here / "fla_oracle.py"), str(out), *half]
+        with open(out.with_suffix(".log"), "w") as log:
+            runs.append((half, out, subprocess.Popen(command, env=environment, stdout=log, stderr=log)))
 
     @functools.cache
-    def found():
+    def found(family):
+        _, out, process = next(run for run in runs if family in run[0])
         if process.wait():
-            log.seek(0)
-            pytest.fail("fla's own code, interpreted, failed:\n" + log.read()[-3000:])
-        return torch.load(out)
+            pytest.fail("fla's own code, interpreted, failed:\n" + out.with_suffix(".log").read_text()[-3000:])
+        return torch.load(out)[family]
 
     yield found
-    process.kill()
-    process.wait()
-    log.close()
+    for _, _, process in runs:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def oracle_beside(request):
+    """Starts it with the first test, if a test asks for it."""
+    if any("oracle" in item.fixturenames for item in request.session.items):
+        request.getfixturevalue("oracle")
 
 
 @functools.cache
@@ -182,7 +193,7 @@ def test_gradients_in_training_mode(family, oracle):
         assert tap.write_gradients[LAYER].abs().max() > 0
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert all(x is not None for x in found.values())
-    own = oracle()[family]["gradients"]
+    own = oracle(family)["gradients"]
     size = max(float(x.norm()) for x in own.values()) if own else 0
     for name, x in own.items():
         assert (found[name] - x).norm() <= 2e-4 * max(float(x.norm()), 1e-3 * size), name
@@ -282,6 +293,38 @@ def test_a_call_that_says_more_than_the_table_knows_is_refused():
     rule = tables.GATED_DELTANET.recurrence("chunk_gated_delta_rule")
     with pytest.raises(ValueError, match="got scale, which changes what it computes"):
         rule.read((), dict(q=x, k=x, v=x, g=x[..., 0], beta=x[..., 0], scale=2.0))
+
+
+class Layer(torch.nn.Module):
+    """As code that comes with a model would have it: fla's function under a name of its own."""
+
+    layer_idx, num_heads, head_dim = 3, 2, 4
+
+    def forward(self, hidden_states):
+        from_fla = gated_linear_attention  # noqa: F821 (the test puts it there)
+        return from_fla(hidden_states, hidden_states, hidden_states, hidden_states)[0]
+
+
+def test_layers_of_other_code_are_known_by_the_function(monkeypatch):
+    from fla.ops.gla import chunk_gla
+
+    monkeypatch.setitem(globals(), "gated_linear_attention", chunk_gla)
+    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.ModuleDict({"mixer": Layer()})])})
+    (site,) = layers(model)
+    assert site.binding is tables.GLA and (site.num_v_heads, site.K, site.V) == (2, 4, 4) and site.layer_index == 3
+    assert site.norm is None and site.conv_kernel_size == 1
+
+
+@pytest.mark.parametrize("family", ["gla", "rwkv7"])
+@torch.no_grad()
+def test_load_knows_flas_models(family, tmp_path):
+    model = model_of(family)
+    model.save_pretrained(tmp_path)
+    load()[1].save_pretrained(tmp_path)
+    loaded, _ = load(tmp_path)
+    assert type(loaded) is type(model)
+    with stood_in(model), stood_in(loaded):
+        assert torch.equal(result(loaded, tokens(1, 5)), result(model, tokens(1, 5)))
 
 
 def test_flas_own_layers_come_before_functions_of_the_same_name():
@@ -425,7 +468,7 @@ def test_flas_own_triton_code(family, oracle, record_property):
     """Interpreted, on the same weights: whole model, prefill, padded, states, a step; and many tokens in chunks."""
     with stood_in(model_of(family)):
         ours = fla_oracle.outputs(model_of(family))
-    own = oracle()[family]["own"]
+    own = oracle(family)["own"]
     assert ours.keys() == own.keys()
     for name in own:
         off = rms_off(ours[name], own[name])
@@ -436,6 +479,6 @@ def test_flas_own_triton_code(family, oracle, record_property):
 @family_all
 def test_in_the_place_of_flas_triton_code(family, oracle):
     """Attached where fla runs: there the self-test has held every function beside fla's own."""
-    own, found = oracle()[family]["own"]["one row"], oracle()[family]["attached"]
+    own, found = oracle(family)["own"]["one row"], oracle(family)["attached"]
     for name, x in found.items():
         assert rms_off(x, own) <= 2e-5, name

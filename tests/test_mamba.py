@@ -18,8 +18,7 @@ FAMILIES = mamba_families()
 pytestmark = [
     pytest.mark.skipif(not FAMILIES, reason="transformers before 5.15 has no functions to stand in for"),
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:selective_scan. running the slow"),
-    pytest.mark.filterwarnings("ignore:attach. slow path"),
+    pytest.mark.filterwarnings("ignore:(selective_scan|encode). running the slow"),
 ]
 K = 4
 family_all = pytest.mark.parametrize("family", FAMILIES)
@@ -337,6 +336,25 @@ def test_an_edit_while_decoding_is_what_it_does_to_the_cache(family):
     with attach(model, {}, edits={layer: Edits.add(0, t, h, left, right, when="after")}):
         close(run(), expected)
     assert (expected - plain)[0, 2:].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f in ("falcon_mamba", "zamba")])
+@torch.no_grad()
+def test_edits_planned_for_generate_are_those_of_the_whole_text(family):
+    """In the prompt and in what is generated, of every head, by attaches around one another."""
+    model, text = tiny_mamba(family), tokens(2, 6)
+    site = layers(model)[0]
+    layer, last = site.layer_index, site.num_v_heads - 1
+    deleted = [Edits.delete(row, t, h, K, site.V) for row, t, h in ((0, 2, 0), (1, 4, last), (0, 8, last))]
+    around, inside = {layer: deleted[0]}, {layer: Edits.cat(deleted[1:])}
+    kwargs = dict(max_new_tokens=5, min_new_tokens=5, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    plain = model.generate(text, **kwargs)
+    with attach(model, {}, edits=around, strict=True), attach(model, {}, edits=inside, strict=True):
+        out = model.generate(text, **kwargs)
+    with attach(model, {}, edits={layer: Edits.cat(deleted)}):
+        whole = model(out.sequences, use_cache=False).logits
+    close(torch.stack(out.logits, 1), whole[:, 5:-1])
+    assert (torch.stack(out.logits, 1) - torch.stack(plain.logits, 1)).abs().amax((1, 2)).min() > 1e-4
 
 
 # ---- what is wrong is refused ---------------------------------------------------------------------------------

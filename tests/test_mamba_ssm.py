@@ -7,6 +7,7 @@ import importlib.util
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +21,10 @@ from writesae.ops import selective_scan, ssd
 from writesae.testing import check_close
 
 if importlib.util.find_spec("mamba_ssm") is None:
-    pytest.skip("mamba-ssm is not installed; `make test-mamba-ssm` runs these with it", allow_module_level=True)
+    pytest.skip(
+        "mamba-ssm is not installed; `make test-libraries LIBRARIES=mamba-ssm` runs these with it",
+        allow_module_level=True,
+    )
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -109,8 +113,6 @@ def test_generate_is_the_models_own_and_fires_once_a_token(layer):
         plain = model.generate(text, max_length=T)
     with attach(model, {(1, 0): None}) as tap:
         assert torch.equal(model.generate(text, max_length=T), plain) and tap.calls == {1: T - 5}
-    if layer == "Mamba1":  # whose dictionaries are tested with those of transformers
-        return
     sae = dictionary(layer)
     with attach(model, {(1, 0): sae}) as tap:
         assert torch.equal(model.generate(text, max_length=T), plain)
@@ -197,7 +199,7 @@ def test_settings_of_mamba2(settings):
 @pytest.mark.parametrize("layer", ["Mamba2", "Mamba1"])
 @torch.no_grad()
 def test_half_precision(layer):
-    model, text = tiny(layer, torch.bfloat16), tokens()
+    model, text = tiny(layer, dtype=torch.bfloat16), tokens()
     with mamba_ssm.on_cpu():
         plain = model(text).logits
     with attach(model, {(0, 0): None}):
@@ -259,6 +261,14 @@ def test_their_references_agree_with_the_rules(seed):
     out = selective_scan(u, rate, A1, b[:, :, 0], c[:, :, 0], skip, output_final_state=True)
     check_close("selective_scan_ref y", out.o, y.mT)
     check_close("selective_scan_ref state", out.final_state[:, 0], final.mT)
+
+
+def test_its_own_triton_code_agrees():
+    """Interpreted, in a process of its own."""
+    oracle = Path(__file__).with_name("mamba_ssm_oracle.py")
+    run = subprocess.run([sys.executable, oracle], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.split("\n")[:3] == ["steps: the same", "norms: the same", "sequences: the same"]
 
 
 @torch.no_grad()

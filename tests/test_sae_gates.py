@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_encode_gates import build
 from test_sae_training import SITE, Planted, config, same, trainer
-from tiny_models import tiny_kda, tokens
+from tiny_models import tiny_kda, tiny_mamba, tokens
 
 from writesae.ops import factored_loss, training_loss
 from writesae.sae import ModelStream, Passages, Trainer, evaluate
@@ -17,6 +17,7 @@ from writesae.sae.site import Batch, SiteTrainer
 from writesae.testing import dictionary, poisoned_memory
 
 GATES = ("channel", "element")
+WAYS = [("channel", "reference"), ("channel", "cpu"), ("element", "reference")]
 pytestmark = pytest.mark.usefixtures("one_thread")
 CASES = {
     "state": dict(B=2, T=70, H=3, Hl=3, K=6, V=5, F=20, k=4, state=True, heads=[2, 0]),
@@ -83,12 +84,9 @@ def leaf(x):
     return x.detach().clone().requires_grad_()
 
 
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize(("gate", "backend"), WAYS)
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_factored_loss(name, gate, backend):
-    if gate == "element" and backend == "cpu":
-        pytest.skip("no kernel")
     writes, v, w, _, k, heads = build(CASES[name], gate)
     B, T, _, K, V = writes.shape
     values = torch.rand(B, T, len(heads), k, dtype=torch.float64)
@@ -112,12 +110,9 @@ def test_factored_loss(name, gate, backend):
         assert float((got.double() - x).abs().max()) <= tolerance * float(x.abs().max())
 
 
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize(("gate", "backend"), WAYS)
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_training_loss(name, gate, backend):
-    if gate == "element" and backend == "cpu":
-        pytest.skip("no kernel")
     writes, v, w, b, k, heads = build(CASES[name], gate)
     B, T, _, K, V = writes.shape
     gen = torch.Generator().manual_seed(5)
@@ -218,12 +213,19 @@ def test_the_path_goes_by_the_gate(K, gate, more, path):
     assert config(**more).resolved_path(K, K, gate) == path
 
 
-@pytest.mark.parametrize("path", ["dense", "factored"])
-def test_training_at_a_site_of_kda(path):
-    model, passages = tiny_kda(), Passages(tokens(32, 20))
-    with ModelStream(model, passages, [(1, 2)]) as stream:
-        run = Trainer(stream, [(1, 2)], config(F=16, steps=30, states=40, block=16, path=path), progress=False)
-        sae = run.run()[1, 2]
-        block = Block([part[1] for part in stream.writes(torch.arange(32))], 2)
-    assert block.gate == "channel" and run.history[-1]["loss"] < 1
+@pytest.mark.filterwarnings("ignore:.*running the slow:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("tiny", "site", "gate", "path"),
+    [
+        (tiny_kda, (1, 2), "channel", "dense"), (tiny_kda, (1, 2), "channel", "factored"),
+        (tiny_mamba, (1, 0), "element", "dense"),
+    ],
+)  # fmt: skip
+def test_training_at_a_site_of_a_model(tiny, site, gate, path):
+    model, passages = tiny(), Passages(tokens(32, 20))
+    with ModelStream(model, passages, [site]) as stream:
+        run = Trainer(stream, [site], config(F=16, steps=30, states=40, block=16, path=path), progress=False)
+        sae = run.run()[site]
+        block = Block([part[site[0]] for part in stream.writes(torch.arange(32))], site[1])
+    assert block.gate == gate and run.history[-1]["loss"] < 1
     assert evaluate(sae, block)["fvu"] < 1

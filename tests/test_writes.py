@@ -428,7 +428,6 @@ def test_doors_refuse_by_name():
         (lambda: out.writes.native(0, torch.zeros(2), 0), "^position: expected a tensor of integers"),
         (lambda: out.writes.native(torch.zeros(2).long(), torch.zeros(3).long(), 0), "^row, position, head: expected"),
         (lambda: out.writes.native(0, 0, 0, write="first"), "^write: expected one of new, erase, total, got 'first'"),
-        (lambda: rule("gla")[0].require_scalar("memory"), r"^memory: expected a scalar gate \(decay \[B, T, H\]\)"),
         (lambda: replace(out.writes, beta=out.writes.beta[:, :5]), r"^beta: expected \[B=2, T=70, H=4\], got"),
         (lambda: replace(rule("rwkv7")[0], beta=torch.zeros(B, 23, H)), "^beta: .* beside an erase"),
         (lambda: replace(rule("rwkv7")[0], erase=(torch.zeros(2), torch.zeros(3))), r"^erase: expected \(read, write"),

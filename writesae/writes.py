@@ -546,11 +546,6 @@ class Writes:
             out[:, step] = p
         return out
 
-    def require_scalar(self, what: str) -> None:
-        """Raises ValueError, naming who asks, unless the gate is scalar."""
-        if self.gate != "scalar":
-            raise ValueError(f"{what}: expected a scalar gate (decay [B, T, H]), got decay {tuple(self.decay.shape)}")
-
     def _require_rank_one(self, what: str) -> None:
         R = self.right.shape[3]
         if R != 1:

@@ -14,20 +14,14 @@ constexpr int64_t TILE = 32;  // tokens
 
 inline Vec all(float x) { return Vec{} + x; }
 
-// 2^(dt rate), the rate being A log2 e: e^(dt A), with a relative error of 1e-7 beside that of a product rounded to float32, and
-// exact where the product is 0. SMALL: no exponent is beyond 125. Otherwise what is below 2^-126 is 0, and what is above 2^127
-// infinite.
+// 2^(dt rate), the rate being A log2 e: e^(dt A), with a relative error of 1e-7 beside that of an exponent rounded to float32, and
+// exact where that is 0. SMALL: no exponent is beyond 125, which saves the ends; in between both give the same bits. What is below
+// 2^-125 is 0, what is above 2^127 infinite.
 template <bool SMALL>
 inline Vec decay(Vec dt, Vec rate) {
-  Vec y = dt * rate;
-  const Vec given = y;
-  if constexpr (!SMALL) {
-    y = y < all(-126.0f) ? all(-126.0f) : y;
-    y = y > all(127.0f) ? all(127.0f) : y;
-  }
-  const Vec magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, which lies in the low bits
-  const Vec shifted = y + magic;
-  const Vec f = y - (shifted - magic);
+  const Vec y = dt * rate, magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
+  const Vec shifted = y + magic, whole = shifted - magic;
+  const Vec f = y - whole;
   Vec p = f * 1.3264727e-3f + 9.6715130e-3f;  // (2^f - 1) / f on [-1/2, 1/2]
   p = p * f + 5.5507336e-2f;
   p = p * f + 2.4022242e-1f;
@@ -36,7 +30,7 @@ inline Vec decay(Vec dt, Vec rate) {
   const Vec e = (Vec)((Whole)p + ((Whole)shifted << 23));
   if constexpr (SMALL) return e;
   const Vec zero = {}, infinite = all(std::numeric_limits<float>::infinity());
-  return given < all(-126.0f) ? zero : given > all(127.0f) ? infinite : given == given ? e : given;
+  return whole < all(-125.0f) ? zero : whole > all(127.0f) ? infinite : whole == whole ? e : whole;
 }
 
 // Whether no exponent of `count` tokens is beyond 125, where `bound` is the largest rate of each lane.

@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(THREADS)
     to[int64_t{i} * features] = f < p.F ? rounded(load_element(from.data, from.type, row + i), bf16) : 0.0f;
 }
 
-__global__ void __launch_bounds__(THREADS) walk_channels_kernel(EncodeParams p, ChannelWork work) {
+__global__ void __launch_bounds__(THREADS, 8) walk_channels_kernel(EncodeParams p, ChannelWork work) {
   const int K = static_cast<int>(p.K), V = static_cast<int>(p.V), F = static_cast<int>(p.F), T = static_cast<int>(p.T);
   const int h = tile::block_y(), b = tile::block_z(), thread = tile::thread(), f = tile::block_x() * THREADS + thread;
   const int head = static_cast<int>(p.heads[h]), rank = static_cast<int>(p.rank);

@@ -92,7 +92,8 @@ __device__ __forceinline__ void leave_state(const float (&state)[KP / 8][4], con
 }
 
 template <class Rule, class T, int KP>
-__global__ void __launch_bounds__(32 * BACK_WARPS, KP <= 64 ? 4 : 1) starts(const __grid_constant__ GivenBack<Rule> b) {
+__global__ void __launch_bounds__(32 * BACK_WARPS, KP <= 64 ? (Rule::LOW_RANK ? 3 : 4) : 1)
+    starts(const __grid_constant__ GivenBack<Rule> b) {
   using Op = Operand<T>;
   constexpr int C = Op::CHUNK, NK = KP / 8;
   using F = Factors<C>;
@@ -167,8 +168,9 @@ __global__ void __launch_bounds__(32 * BACK_WARPS, KP <= 64 ? 4 : 1) starts(cons
 }
 
 template <class Rule, class T, int KP>
-__global__ void __launch_bounds__(32 * BACK_WARPS, KP <= 64 ? ((Rule::READS && !Rule::CHANNEL) || sizeof(T) == 2 ? 3 : 2)
-                                                            : 1) reverse(const __grid_constant__ GivenBack<Rule> b) {
+__global__ void __launch_bounds__(32 * BACK_WARPS,
+                                  KP <= 64 ? ((Rule::READS && !Rule::CHANNEL) || (sizeof(T) == 2 && !Rule::LOW_RANK) ? 3 : 2)
+                                           : 1) reverse(const __grid_constant__ GivenBack<Rule> b) {
   using Op = Operand<T>;
   constexpr int C = Op::CHUNK, STEP = Op::STEP, NK = KP / 8, NC = C / 8, EACH = Tile<T, KP>::EACH;
   constexpr int IMAGE = Triangle<T, C>::SIZE, SLAB_UNITS = 16 / EACH;

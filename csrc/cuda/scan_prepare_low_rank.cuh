@@ -19,7 +19,7 @@ struct LowRankShared {
   static constexpr int PIECE = WIDTH * C > IMAGE ? WIDTH * C : IMAGE;  // of rows, and then of an image: elements
   static constexpr int SUMS = C * Padded<WIDTH>::STRIDE, SQUARE = C * Padded<C>::STRIDE;
   static constexpr size_t BYTES =
-      3 * PIECE * sizeof(T) + 3 * SUMS * 4 + 2 * SQUARE * 4 + 2 * C * 4 + tile::shared_piece(WARPS * WIDTH * 4);
+      3 * PIECE * sizeof(T) + 4 * SUMS * 4 + 2 * SQUARE * 4 + 2 * C * 4 + tile::shared_piece(WARPS * WIDTH * 4);
 };
 
 // (I + A)^-1 right, a warp per 16 of its columns; of A the diagonal blocks are inverted already.
@@ -81,11 +81,12 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK, 2)
   // Sums of gates within a 16: of the tokens up to this one, and of those after it. And of pairs: 16 of a, 16 of queries.
   const Padded<WIDTH> before = {shared.template take<float>(Size::SUMS)}, after = {shared.template take<float>(Size::SUMS)};
   const Padded<WIDTH> pairs = {shared.template take<float>(Size::SUMS)};
-  const Padded<C> square = {shared.template take<float>(Size::SQUARE)};  // -A
-  const Padded<C> right = {shared.template take<float>(Size::SQUARE)};   // what a finds of k
-  float* const key = shared.template take<float>(C);                     // r_j
-  float* const query = shared.template take<float>(C);                   // scale / |q_j|
-  float* const totals = shared.template take<float>(WARPS * WIDTH);      // of gates, by 16 and channel
+  const Padded<WIDTH> gates = {shared.template take<float>(Size::SUMS)};  // in registers they would be spilled
+  const Padded<C> square = {shared.template take<float>(Size::SQUARE)};   // -A
+  const Padded<C> right = {shared.template take<float>(Size::SQUARE)};    // what a finds of k
+  float* const key = shared.template take<float>(C);                      // r_j
+  float* const query = shared.template take<float>(C);                    // scale / |q_j|
+  float* const totals = shared.template take<float>(WARPS * WIDTH);       // of gates, by 16 and channel
 
   const int warp = tile::warp(), lane = tile::lane(), thread = tile::thread(), g = lane / 4, c = 2 * (lane % 4);
   const int h = tile::block_x() % p.H, hk = h / (p.H / p.Hk);
@@ -143,17 +144,16 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK, 2)
       }
       tile::commit_copies();
       const int channel = column + lane;
-      float gates[16];
-#pragma unroll
-      for (int i = 0; i < 16; i++)
-        gates[i] = top + i < count && channel < p.K ? channel_gate(p, s, first + top + i, h, channel) : 0.0f;
+#pragma unroll 4
+      for (int i = top; i < top + 16; i++)
+        *gates.at(i, lane) = i < count && channel < p.K ? channel_gate(p, s, first + i, h, channel) : 0.0f;
       double sum = 0;
 #pragma unroll
-      for (int i = 0; i < 16; i++) *before.at(top + i, lane) = static_cast<float>(sum += gates[i]);
+      for (int i = 0; i < 16; i++) *before.at(top + i, lane) = static_cast<float>(sum += *gates.at(top + i, lane));
       totals[warp * WIDTH + lane] = static_cast<float>(sum);
       sum = 0;
 #pragma unroll
-      for (int i = 15; i >= 0; i--) *after.at(top + i, lane) = static_cast<float>(sum), sum += gates[i];
+      for (int i = 15; i >= 0; i--) *after.at(top + i, lane) = static_cast<float>(sum), sum += *gates.at(top + i, lane);
       tile::wait_copies<0>();
       tile::sync();
 
@@ -185,19 +185,20 @@ __global__ void __launch_bounds__(2 * Operand<T>::CHUNK, 2)
 #pragma unroll 1
       for (int j = 0; j < 16; j++) {
         const float reading = tile::load_float(reads.at(top + j, lane)), asked = tile::load_float(q.at(top + j, lane));
-        float x[tile::WARP], between = 0, gate = 0;  // between: of the tokens after i and before j
+        const float gate = *gates.at(top + j, lane);
+        float x[tile::WARP], between = 0;  // between: of the tokens after i and before j
 #pragma unroll
         for (int i = 15; i >= 0; i--) {
           x[i] = x[16 + i] = 0;
           if (i > j) continue;
           const float own = tile::load_float(writes.at(top + i, lane));
           if (i == j) {
-            x[16 + i] = asked * own, gate = gates[i];
+            x[16 + i] = asked * own;
             continue;
           }
           x[i] = reading * tile::exponential(between) * own;
           x[16 + i] = asked * tile::exponential(between + gate) * own;
-          between += gates[i];
+          between += *gates.at(top + i, lane);
         }
         *pairs.at(top + j, lane) += sum_by_lane(x, lane);
       }

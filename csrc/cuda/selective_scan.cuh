@@ -22,6 +22,7 @@ struct Shape {
   static constexpr int TOKENS = EACH > 4 ? 8 : 32;  // of a tile: a thread's states of all of them are 128 floats
   static constexpr int LD = CHANNELS + 1;
   static constexpr int ROWS = TOKENS * LD, FACTORS = TOKENS * KEYS;  // floats of a tile of channels, of keys
+  static constexpr int STATES = (TOKENS + 1) * EACH * THREADS;
 };
 
 // f(the shape for so many keys).
@@ -71,7 +72,7 @@ __device__ __forceinline__ Place place(const SelectiveScanParams& p) {
 
 // Tokens [first, first + count) of the block's channels, zeros elsewhere. Threads go along whichever axis lies dense.
 template <class S>
-__device__ __forceinline__ void load_rows(const View& x, int64_t row, int64_t first, int count, int channel, int64_t V,
+__device__ __forceinline__ void load_rows(const View& x, int64_t row, int64_t first, int count, int channel, int V,
                                           float* to) {
   const bool turned = x.stride[2] != 1;
   for (int i = tile::thread(); i < S::TOKENS * S::CHANNELS; i += THREADS) {
@@ -82,7 +83,7 @@ __device__ __forceinline__ void load_rows(const View& x, int64_t row, int64_t fi
 }
 
 template <class S>
-__device__ __forceinline__ void load_factors(const View& x, int64_t row, int64_t first, int count, int64_t K, float* to) {
+__device__ __forceinline__ void load_factors(const View& x, int64_t row, int64_t first, int count, int K, float* to) {
   for (int i = tile::thread(); i < S::FACTORS; i += THREADS) {
     const int t = i / S::KEYS, n = i % S::KEYS;
     to[i] = t < count && n < K ? cuda::read(x, row, first + t, n) : 0.0f;
@@ -91,20 +92,20 @@ __device__ __forceinline__ void load_factors(const View& x, int64_t row, int64_t
 
 // A thread's entries of a state [K, V], zeros where there are none, and back.
 template <class S>
-__device__ __forceinline__ void load_state(const float* from, const Place& at, int64_t K, int64_t V, float (&s)[S::EACH]) {
+__device__ __forceinline__ void load_state(const float* from, const Place& at, int K, int V, float (&s)[S::EACH]) {
 #pragma unroll
   for (int r = 0; r < S::EACH; r++) {
     const int n = at.part + S::PARTS * r;
-    s[r] = from != nullptr && n < K && at.channel < V ? from[n * V + at.channel] : 0.0f;
+    s[r] = from != nullptr && n < K && at.channel < V ? from[static_cast<int64_t>(n) * V + at.channel] : 0.0f;
   }
 }
 
 template <class S>
-__device__ __forceinline__ void store_state(float* to, const Place& at, int64_t K, int64_t V, const float (&s)[S::EACH]) {
+__device__ __forceinline__ void store_state(float* to, const Place& at, int K, int V, const float (&s)[S::EACH]) {
 #pragma unroll
   for (int r = 0; r < S::EACH; r++) {
     const int n = at.part + S::PARTS * r;
-    if (n < K && at.channel < V) to[n * V + at.channel] = s[r];
+    if (n < K && at.channel < V) to[static_cast<int64_t>(n) * V + at.channel] = s[r];
   }
 }
 

@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(THREADS) reverse(const __grid_constant__ Backw
   const SelectiveScanParams& p = b.g.in;
   const Place at = place<S>(p);
   const Span span = span_of<S>(p, at.n);
-  const int64_t K = p.K, V = p.V;
+  const int K = static_cast<int>(p.K), V = static_cast<int>(p.V);
   const bool inside = at.channel < V, speaks = inside && at.part == 0;
   const int channels = at.channel - at.slot;
   tile::Shared shared;
@@ -66,11 +66,11 @@ __global__ void __launch_bounds__(THREADS) reverse(const __grid_constant__ Backw
   float* d_o = shared.take<float>(S::ROWS);
   float* B = shared.take<float>(S::FACTORS);
   float* C = shared.take<float>(S::FACTORS);
-  float* states = shared.take<float>(S::TOKENS * S::EACH * THREADS);  // [TOKENS][EACH][THREADS]  as the tokens read them
-  float* sums = shared.take<float>(WARPS * 2 * S::FACTORS);           // [WARPS][d_B, d_C][TOKENS][KEYS]
+  float* states = shared.take<float>(S::STATES);  // [1 + TOKENS][EACH][THREADS]  the first, and as tokens read them
+  float* sums = shared.take<float>(WARPS * 2 * S::FACTORS);  // [WARPS][d_B, d_C][TOKENS][KEYS]
   float l[S::EACH], rate[S::EACH], d_rates[S::EACH] = {}, d_skip = 0;
   load_rates<S>(p, at, rate);
-  load_state<S>(b.p.d_final_state == nullptr ? nullptr : b.p.d_final_state + at.n * K * V, at, K, V, l);
+  load_state<S>(b.p.d_final_state == nullptr ? nullptr : b.p.d_final_state + at.n * p.K * V, at, K, V, l);
   const float skip = p.skip != nullptr && inside ? p.skip[at.channel] : 0.0f;
   const EditRange range = edits_of(p.edits, at.n, 0);
   int64_t edits_end = range.end;  // of those not taken yet
@@ -78,8 +78,6 @@ __global__ void __launch_bounds__(THREADS) reverse(const __grid_constant__ Backw
   for (int i = tiles - 1; i >= 0; i--) {
     const int64_t first = static_cast<int64_t>(i) * S::TOKENS, origin = span.origin + first;
     const int count = static_cast<int>(span.length - first < S::TOKENS ? span.length - first : S::TOKENS);
-    float start[S::EACH];
-    load_state<S>(b.g.starts + (span.first_slot + i) * K * V, at, K, V, start);
     tile::sync();
     load_rows<S>(p.dt, span.row, origin, count, channels, V, dt);
     load_rows<S>(p.x, span.row, origin, count, channels, V, x);
@@ -100,8 +98,10 @@ __global__ void __launch_bounds__(THREADS) reverse(const __grid_constant__ Backw
     };
     int64_t edit = first_edit(p.edits, at.n, 0, first);
     float s[S::EACH];
+    load_state<S>(b.g.starts + (span.first_slot + i) * p.K * V, at, K, V, s);
 #pragma unroll
-    for (int r = 0; r < S::EACH; r++) s[r] = start[r];
+    for (int r = 0; r < S::EACH; r++) states[r * THREADS + tile::thread()] = s[r];
+#pragma unroll 1
     for (int t = 0; t < count; t++) {
       const bool edited = edit < range.end && position(p.edits, edit) == first + t;
       const Here here = edited ? edits_here(p.edits, edit, range.end, first + t) : Here{edit, edit, true, true};
@@ -111,17 +111,18 @@ __global__ void __launch_bounds__(THREADS) reverse(const __grid_constant__ Backw
         s[r] = tile::exponential(step * rate[r]) * s[r] + B[t * S::KEYS + at.part + S::PARTS * r] * u;
       if (edited) add_edits<S>(p, here, false, at, s);
 #pragma unroll
-      for (int r = 0; r < S::EACH; r++) states[(t * S::EACH + r) * THREADS + tile::thread()] = s[r];
+      for (int r = 0; r < S::EACH; r++) states[((t + 1) * S::EACH + r) * THREADS + tile::thread()] = s[r];
       if (edited) finish(here, t, u, s);
       edit = here.end;
     }
 
+#pragma unroll 1
     for (int t = count - 1; t >= 0; t--) {
       const int64_t token = span.row * p.T + origin + t;
       if (b.g.first_place != nullptr && b.p.d_snapshots != nullptr)
         for (int j = b.g.first_place[token]; j != 0; j = b.g.next_place[j - 1]) {
           float more[S::EACH];
-          load_state<S>(b.p.d_snapshots + (j - 1) * K * V, at, K, V, more);
+          load_state<S>(b.p.d_snapshots + (j - 1) * p.K * V, at, K, V, more);
 #pragma unroll
           for (int r = 0; r < S::EACH; r++) l[r] += more[r];
         }
@@ -132,18 +133,12 @@ __global__ void __launch_bounds__(THREADS) reverse(const __grid_constant__ Backw
       const float step = dt[t * S::LD + at.slot], value = x[t * S::LD + at.slot], d = d_o[t * S::LD + at.slot];
       const float u = write_of(here, t);
       edit_gradients<S>(b, here, true, at, l);
-      // What a write removed after its read becomes later is no part of its gradient.
-      float old[S::EACH];
 #pragma unroll
-      for (int r = 0; r < S::EACH; r++) {
-        old[r] = here.kept ? 0.0f : l[r];
-        l[r] += C[t * S::KEYS + at.part + S::PARTS * r] * d;
-      }
+      for (int r = 0; r < S::EACH; r++) l[r] += C[t * S::KEYS + at.part + S::PARTS * r] * d;
       edit_gradients<S>(b, here, false, at, l);
       float before[S::EACH];
 #pragma unroll
-      for (int r = 0; r < S::EACH; r++)
-        before[r] = t > 0 ? states[((t - 1) * S::EACH + r) * THREADS + tile::thread()] : start[r];
+      for (int r = 0; r < S::EACH; r++) before[r] = states[(t * S::EACH + r) * THREADS + tile::thread()];
       if (t > 0 && begin > range.begin && position(p.edits, begin - 1) == first + t - 1) {
         int64_t from = begin - 1;
         while (from > range.begin && position(p.edits, from - 1) == first + t - 1) from--;
@@ -154,9 +149,10 @@ __global__ void __launch_bounds__(THREADS) reverse(const __grid_constant__ Backw
 #pragma unroll
       for (int r = 0; r < S::EACH; r++) {
         const int n = at.part + S::PARTS * r;
-        const float made = l[r] - old[r];
+        // What a write removed after its read becomes later is no part of its gradient.
+        const float made = here.kept ? l[r] : C[t * S::KEYS + n] * d;
         d_u += B[t * S::KEYS + n] * made;
-        const float d_C = sum_channels<S>(d * states[(t * S::EACH + r) * THREADS + tile::thread()]);
+        const float d_C = sum_channels<S>(d * states[((t + 1) * S::EACH + r) * THREADS + tile::thread()]);
         const float d_B = sum_channels<S>(u * made);
         if (tile::lane() < S::PARTS) {
           float* const to = sums + tile::warp() * 2 * S::FACTORS + t * S::KEYS + n;
@@ -187,7 +183,7 @@ __global__ void __launch_bounds__(THREADS) reverse(const __grid_constant__ Backw
       if (n < K) (which == 0 ? b.parts.d_B : b.parts.d_C)[(group * p.B * p.T + span.row * p.T + origin + t) * K + n] = total;
     }
   }
-  store_state<S>(b.p.d_initial_state + at.n * K * V, at, K, V, l);
+  store_state<S>(b.p.d_initial_state + at.n * p.K * V, at, K, V, l);
 #pragma unroll
   for (int r = 0; r < S::EACH; r++) {
     const int n = at.part + S::PARTS * r;
@@ -233,8 +229,7 @@ void run(const SelectiveScanBackwardParams& p, void* workspace, tile::Stream str
   }
   launch_walk<S, false>(b.g, stream);
   const size_t shared = 3 * tile::shared_piece(S::ROWS * 4) + 2 * tile::shared_piece(S::FACTORS * 4) +
-                        tile::shared_piece(S::TOKENS * S::EACH * THREADS * 4) +
-                        tile::shared_piece(WARPS * 2 * S::FACTORS * 4);
+                        tile::shared_piece(S::STATES * 4) + tile::shared_piece(WARPS * 2 * S::FACTORS * 4);
   tile::launch("selective_scan reverse", reverse<S>, {static_cast<unsigned>(in.N * blocks), 1, 1}, THREADS, shared, stream,
                b);
   const auto sum = [&](const float* from, int64_t count, int64_t size, Element type, void* to) {

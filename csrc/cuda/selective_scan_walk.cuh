@@ -12,7 +12,7 @@ __global__ void __launch_bounds__(THREADS) walk(const __grid_constant__ Given g)
   const SelectiveScanParams& p = g.in;
   const Place at = place<S>(p);
   const Span span = span_of<S>(p, at.n);
-  const int64_t K = p.K, V = p.V;
+  const int K = static_cast<int>(p.K), V = static_cast<int>(p.V);
   const bool inside = at.channel < V;
   tile::Shared shared;
   float* dt = shared.take<float>(S::ROWS);
@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(THREADS) walk(const __grid_constant__ Given g)
   float* C = FULL ? shared.take<float>(S::FACTORS) : nullptr;
   float s[S::EACH], rate[S::EACH];
   load_rates<S>(p, at, rate);
-  load_state<S>(p.initial_state == nullptr ? nullptr : p.initial_state + at.n * K * V, at, K, V, s);
+  load_state<S>(p.initial_state == nullptr ? nullptr : p.initial_state + at.n * p.K * V, at, K, V, s);
   const float skip = FULL && p.skip != nullptr && inside ? p.skip[at.channel] : 0.0f;
   const EditRange range = edits_of(p.edits, at.n, 0);
   int64_t edit = range.begin;
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(THREADS) walk(const __grid_constant__ Given g)
     const int count = static_cast<int>(span.length - first < S::TOKENS ? span.length - first : S::TOKENS);
     const int64_t origin = span.origin + first;
     if constexpr (!FULL) {
-      store_state<S>(g.starts + (span.first_slot + first / S::TOKENS) * K * V, at, K, V, s);
+      store_state<S>(g.starts + (span.first_slot + first / S::TOKENS) * p.K * V, at, K, V, s);
       if (first + S::TOKENS >= span.length) break;  // what comes after is nobody's start
     }
     tile::sync();
@@ -38,6 +38,7 @@ __global__ void __launch_bounds__(THREADS) walk(const __grid_constant__ Given g)
     load_factors<S>(p.write, span.row, origin, count, K, B);
     if constexpr (FULL) load_factors<S>(p.read, span.row, origin, count, K, C);
     tile::sync();
+#pragma unroll 1  // more at once takes registers that are not there
     for (int t = 0; t < count; t++) {
       const float step = dt[t * S::LD + at.slot], value = x[t * S::LD + at.slot];
       const bool edited = edit < range.end && position(p.edits, edit) == first + t;
@@ -66,11 +67,11 @@ __global__ void __launch_bounds__(THREADS) walk(const __grid_constant__ Given g)
       if constexpr (FULL) {
         if (g.first_place != nullptr)
           for (int i = g.first_place[span.row * p.T + origin + t]; i != 0; i = g.next_place[i - 1])
-            store_state<S>(p.snapshots + (i - 1) * K * V, at, K, V, s);
+            store_state<S>(p.snapshots + (i - 1) * p.K * V, at, K, V, s);
       }
     }
   }
-  if constexpr (FULL) store_state<S>(p.final_state + at.n * K * V, at, K, V, s);
+  if constexpr (FULL) store_state<S>(p.final_state + at.n * p.K * V, at, K, V, s);
 }
 
 template <class S, bool FULL>

@@ -1,5 +1,5 @@
-"""`selective_scan` on the CPU against transformers' own recurrence, interleaved, at Mamba-130m's size (1,536 channels of
-16 keys), and against its exponentials alone, one an entry of the state and token, as torch makes them.
+"""`selective_scan` on the CPU against transformers' own recurrence, interleaved, at Mamba-130m's size (1,536 channels
+of 16 keys), and against its exponentials alone, one an entry of the state and token, as torch makes them.
 """
 
 from __future__ import annotations

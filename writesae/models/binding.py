@@ -21,8 +21,9 @@ To add a family, write one file `models/NAME.py` that holds its table, in this o
 7. **Name value, strength and queries** in the call: a token writes `strength * (value - what is erased)`, and `queries`
    are what reads the state, normalised and scaled.
 8. **Register**: `BINDING = register(Binding(...))`, and import the file in `models/__init__.py`.
-9. **Test**: a tiny random model of the family in `tests/tiny_models.py`. Attach runs its self-test at first: it holds
-   each function beside the model's own on the same inputs, so a wrong table is refused and not recorded.
+9. **Test**: a tiny random model of the family in `models/tiny.py`, listed in its `every`: `writesae info --models`
+   tries it. Attach runs its self-test at first: it holds each function beside the model's own on the same inputs, so a
+   wrong table is refused and not recorded.
 
 `hf_gated_delta.py` is such a table, and `tests/test_binding.py` has the smallest one.
 """

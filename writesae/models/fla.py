@@ -29,6 +29,7 @@ from .binding import Binding, Given, LayerSite, Recurrence, register
 from .frame import running
 
 _V_FIRST = ("state_v_first", "transpose_state_layout")  # its name in 0.6, and before
+_ORIGIN = ("fla.ops.",)
 _SAME = frozenset({"scale", "initial_state", "output_final_state", "cu_seqlens", *_V_FIRST})
 _CHANGES = frozenset({
     "head_first", "reverse", "gk", "gv", "g_gamma", "cp_context", "output_attentions", "return_intermediate_states",
@@ -120,12 +121,17 @@ def _step(*tokens: str, settings: tuple[str, ...] = ()) -> Callable[[Given, Tens
 
 
 def _sizes(norm: Callable[[nn.Module], Any], **names: Any) -> dict[str, Any]:
-    """Fields of a layer's site. norm: its norm after the rule, if it takes a gate."""
+    """Fields of a layer's site, by the names of fla's layers and of those that come with models. norm: its norm after
+    the rule, if it takes a gate."""
     return {
-        "layer_index": ("layer_idx",), "num_k_heads": ("num_heads",), "num_v_heads": ("num_heads",),
-        "K": ("head_k_dim",), "V": ("head_v_dim",), "norm": norm, "out_proj": ("o_proj",),
-        "conv_kernel_size": lambda layer: layer.conv_size if layer.use_short_conv else 1, **names,
+        "layer_index": ("layer_idx",), "num_k_heads": ("num_k_heads", "num_heads"),
+        "num_v_heads": ("num_v_heads", "num_heads"), "K": ("head_k_dim", "head_dim"), "V": ("head_v_dim", "head_dim"),
+        "norm": norm, "out_proj": lambda layer: getattr(layer, "o_proj", None), "conv_kernel_size": _conv_size, **names,
     }  # fmt: skip
+
+
+def _conv_size(layer: nn.Module) -> Any:
+    return getattr(layer, "conv_size", 1) if getattr(layer, "use_short_conv", False) else 1
 
 
 def _queries(name: str) -> Callable[[RuleCall], Tensor]:
@@ -205,25 +211,26 @@ def _delta_binding(name: str, kind: str, model: str, functions: str, *gate: str,
         Binding(
             name=name, kind=kind, models=(f"{model} in flash-linear-attention",), rule=DELTA,
             recurrences=_delta_rule(functions, *gate), value="v", strength="beta", queries=_delta_queries,
-            stand_ins=fla_stand_ins.install, origin=("fla.ops.",), **more,
+            origin=_ORIGIN, stand_ins=fla_stand_ins.install, **more,
         )
     )  # fmt: skip
 
 
 def _gated_norm(layer: nn.Module) -> Any:
-    return layer.o_norm if layer.use_gate else None  # without a gate another class, and no second argument
+    # Without a gate it is of another class, and takes no second argument.
+    return getattr(layer, "o_norm", None) if getattr(layer, "use_gate", False) else None
 
 
 GATED_DELTANET = _delta_binding(
     "gated delta rule", "gated-delta", "GatedDeltaNet", "gated_delta_rule", "g", home=("fla.layers.gated_deltanet",),
-    layer=_sizes(_gated_norm, num_v_heads=("num_v_heads",)),
+    layer=_sizes(_gated_norm),
 )  # fmt: skip
 DELTANET = _delta_binding(
     "delta rule", "delta", "DeltaNet", "delta_rule", home=("fla.layers.delta_net",), layer=_sizes(_gated_norm)
 )
 KDA = _delta_binding(
     "Kimi delta rule", "Kimi-delta", "KimiDeltaAttention", "kda", "g", home=("fla.layers.kda",), gate="channel",
-    layer=_sizes(lambda layer: layer.o_norm, num_v_heads=("num_v_heads",)),
+    layer=_sizes(lambda layer: getattr(layer, "o_norm", None)),
 )  # fmt: skip
 
 
@@ -253,14 +260,14 @@ def _bind_nothing(site: LayerSite, given: Given) -> RuleCall:
 
 
 def _gla_norm(layer: nn.Module) -> Any:
-    return layer.g_norm_swish_gate if layer.fuse_norm_and_gate else None
+    return getattr(layer, "g_norm_swish_gate", None)
 
 
 def _additive_binding(name: str, kind: str, model: str, **more: Any) -> Binding:
     return register(
         Binding(
             name=name, kind=kind, models=(f"{model} in flash-linear-attention",), value="v", gate="channel", rule=DPLR,
-            queries=_queries("q"), stand_ins=fla_stand_ins.install, origin=("fla.ops.",), **more,
+            queries=_queries("q"), origin=_ORIGIN, stand_ins=fla_stand_ins.install, **more,
         )
     )  # fmt: skip
 
@@ -327,8 +334,8 @@ RETENTION = register(
         strength="dt",
         queries=_queries("C"),
         home=("fla.layers.multiscale_retention",),
+        origin=_ORIGIN,
         stand_ins=fla_stand_ins.install,
-        origin=("fla.ops.",),
     )
 )
 
@@ -378,12 +385,12 @@ RWKV7 = register(
         ),
         layer={
             "layer_index": ("layer_idx",), "num_k_heads": ("num_heads",), "num_v_heads": ("num_heads",),
-            "K": ("head_dim",), "V": ("head_v_dim",), "out_proj": ("o_proj",),
+            "K": ("head_dim",), "V": ("head_v_dim", "head_dim"), "out_proj": ("o_proj",),
         },
         value="v",
         queries=_queries("q"),
         home=("fla.layers.rwkv7",),
+        origin=_ORIGIN,
         stand_ins=fla_stand_ins.install,
-        origin=("fla.ops.",),
     )
 )  # fmt: skip

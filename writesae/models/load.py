@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -62,6 +64,7 @@ def load(
 def _model(folder: Path, held: Held, dtype: torch.dtype, options: dict):
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    _make_known(folder)
     with _named(folder, "config.json"):
         config = AutoConfig.from_pretrained(folder, **options)
     with _named(folder, "config.json"), no_larger_than(held, folder / "config.json"):
@@ -79,6 +82,16 @@ def _model(folder: Path, held: Held, dtype: torch.dtype, options: dict):
                 if not bool(torch.isfinite(piece).all()):
                     raise ValueError(f"{folder}: {name}: expected finite weights, got a NaN or infinity as {dtype}")
     return model
+
+
+def _make_known(folder: Path) -> None:
+    """Imports flash-linear-attention, which tells transformers of its models, for a folder of another kind than those
+    that transformers knows, if it is installed."""
+    from transformers import CONFIG_MAPPING
+
+    kind = read_json(folder / "config.json", strict=False).get("model_type")
+    if kind not in CONFIG_MAPPING and find_spec("fla") is not None:
+        importlib.import_module("fla.models")
 
 
 @contextmanager

@@ -55,7 +55,8 @@ def intercept(
             called in the one-token decode step with a cache.
         private: serve calls of this thread only.
         calls: as `rules`, for whatever rule: `{layer_index: fn}` with `fn(call, output_final_state) -> output`, a
-            `RuleCall` and a `RuleOutput`, of which o and final_state are used. A layer is in one of the two.
+            `RuleCall` and a `RuleOutput`, of which o and final_state are used. A layer is in one of the two. Zamba's
+            layers call once a head, in order: `running().head`.
 
     A function may return NotImplemented to leave the call to the one installed before it, and in the end to the model.
     The latest installed goes first. `running()` tells a function which layer and call it serves. Handlers see the calls
