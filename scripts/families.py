@@ -4,9 +4,9 @@
 
 For each model: the heads whose writes last longest are its sites, by the decays on the training split and nothing
 else; dictionaries of writes are trained at all of them and, where the gate is scalar, dictionaries of states; each is
-put to the replacement test on the test split, features chosen on the validation split. Every setting below was written
-down before the first result, and holds for every family. What is there already is not made again; --firings and --steps
-make a quicker, rougher table.
+put to the replacement test on the test split, features chosen on the validation split. The settings were not chosen by
+any result, and hold for every family, but that under an element gate there is no readers' metric. What is there
+already is not made again; --firings and --steps make a quicker, rougher table.
 
 The paper's rows are of other models and other dictionaries. They stand beside, and are no target.
 """
