@@ -44,10 +44,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     std::optional<Tensor> initial_state, std::optional<Tensor> cu_seqlens, std::optional<Tensor> v_enc,
     std::optional<Tensor> w_enc, bool gradients);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> selective_scan(
-    Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, std::optional<Tensor> D, std::optional<Tensor> initial_state,
-    std::optional<Tensor> cu_seqlens, std::optional<Tensor> edit_index, std::optional<Tensor> edit_left,
-    std::optional<Tensor> edit_right, std::optional<Tensor> snapshots, bool return_writes);
+std::tuple<Tensor, Tensor, Tensor, Tensor> selective_scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C,
+                                                          std::optional<Tensor> D, std::optional<Tensor> initial_state,
+                                                          std::optional<Tensor> cu_seqlens, std::optional<Tensor> edit_index,
+                                                          std::optional<Tensor> edit_left, std::optional<Tensor> edit_right,
+                                                          std::optional<Tensor> snapshots, bool return_writes);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selective_scan_backward(
     Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, std::optional<Tensor> D, std::optional<Tensor> initial_state,

@@ -50,6 +50,7 @@ def _kda() -> transformers.PretrainedConfig:
     return transformers.KimiLinearConfig(
         **_COMMON, num_hidden_layers=4, intermediate_size=384, linear_num_heads=6, linear_head_dim=32,
         layer_types=["linear_attention"] * 4, mlp_layer_types=["dense"] * 4, max_position_embeddings=4096,
+        use_cache=False,  # transformers counts the columns of a cache by its attention layers
         # Of layers that are not there:
         num_attention_heads=6, num_key_value_heads=6, kv_lora_rank=32, qk_rope_head_dim=16, qk_nope_head_dim=16,
         v_head_dim=32, moe_intermediate_size=32, num_local_experts=2, num_experts_per_tok=1,

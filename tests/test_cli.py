@@ -122,7 +122,7 @@ def test_info_lists_the_write_rules(capsys):
     assert cli.main(["info"]) == 0
     lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("rule ")]
     assert [x.split()[1].removesuffix(":") for x in lines] == list(ops.RULES)
-    assert "channel gate" in lines[0] and "kernels: cpu" in lines[0] and lines[-1].endswith("reference only")
+    assert "channel gate" in lines[0] and "kernels: cpu" in lines[0]
     assert cli.main(["info", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)["rules"]
     for name, rule in ops.RULES.items():
@@ -130,7 +130,7 @@ def test_info_lists_the_write_rules(capsys):
         assert told[name]["backends"]["reference"] == {"error": None, "gates": told[name]["gates"],
                                                        "gradient": told[name]["gates"]}  # fmt: skip
         assert ("gates" in told[name]["backends"]["cpu"]) == ("cpu" in rule.limits)
-    assert told["dplr"]["backends"]["cpu"] == {"error": "dplr has no cpu kernel in this version"}
+    assert info._kernels({"gates": ("element",), "backends": {"cpu": {"error": "no kernel"}}}) == "reference only"
 
 
 @pytest.mark.parametrize(

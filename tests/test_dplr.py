@@ -187,3 +187,26 @@ def test_packed_sequences_are_their_own():
         )
         assert torch.equal(out.o[:, lo:hi], one.o) and torch.equal(out.final_state[2 * n], one.final_state[0])
     assert torch.equal(out.final_state[1], start[1]) and torch.equal(out.snapshots[0], one.snapshots[0, 0])
+
+
+@pytest.mark.filterwarnings("ignore:.*running the slow")
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_a_step_returns_both_writes(backend):
+    x = {name: value[:, 0].float() for name, value in erasing().items()}
+    start = torch.randn(ROWS, H, K, V)
+    state = start.clone()
+    out = ops.dplr_step(**x, state=state, return_writes=True, backend=backend)
+    read = torch.einsum("bhkv,bhk->bhv", start, x["a"])
+    check_close("left", out.left, torch.stack((x["b"], x["k"]), 2))
+    check_close("right", out.right, torch.stack((read, x["v"]), 2))
+    check_close("state", state, x["g"].exp()[..., None] * start + out.left.transpose(2, 3) @ out.right)
+    out = ops.dplr_step(**{name: x[name] for name in "qkvg"}, state=state, return_writes=True, backend=backend)
+    assert out.left.shape == x["k"].shape and torch.equal(out.right, x["v"])
+
+
+def test_a_step_without_one_of_a_and_b_is_refused():
+    x = {name: value[:, 0].float() for name, value in erasing().items() if name != "b"}
+    with pytest.raises(ValueError, match="b: expected a and b together or neither"):
+        ops.dplr_step(**x, state=torch.zeros(ROWS, H, K, V))
+    with pytest.raises(ValueError, match=rf"k: expected \[B={ROWS}, H={H}, K\]"):
+        ops.dplr_step(**x | {"k": x["k"][:, :1]}, state=torch.zeros(ROWS, H, K, V))

@@ -327,6 +327,43 @@ def test_nothing_is_left_behind(layer):
         model(text)
 
 
+@each_layer
+@torch.no_grad()
+def test_contexts_nest_in_any_order(layer):
+    model, text = tiny(layer), tokens()
+    with mamba_ssm.on_cpu():
+        plain = model(text).logits
+        with attach(model, {(0, 0): None}) as outer, attach(model, {(1, 0): None}) as inner:
+            with mamba_ssm.on_cpu():
+                close(model(text).logits, plain)
+            close(model(text).logits, plain)
+        assert torch.equal(model(text).logits, plain)
+    assert outer.calls == {0: 2} and inner.calls == {1: 2}
+    assert not patch.patches and not patch.entries
+
+
+def test_gradients_of_writes():
+    """The gradient of what a token writes, times that, is the first-order change of its being deleted."""
+    model, text = tiny(), tokens()
+
+    def loss():
+        return F.cross_entropy(model(text).logits[:, -1], text[:, 0])
+
+    with attach(model, {(1, 2): None}, write_gradients=True) as tap:
+        loss().backward()
+    right = tap.writes[1].native(0, 6, 2)[1].flatten()
+    predicted = -(right @ tap.write_gradients[1][0, 6, 2])
+    small = torch.zeros(1, 8), torch.zeros(1, 16)
+    left = tap.writes[1].native(0, 6, 2)[0].reshape(1, 8)
+    with torch.no_grad():
+        with attach(model, {(1, 2): None}, edits={1: Edits([0], [6], [2], left, -right[None] * 1e-2)}):
+            changed = loss()
+        with attach(model, {(1, 2): None}, edits={1: Edits([0], [6], [2], *small)}):
+            before = loss()
+    assert predicted.abs() > 1e-6
+    torch.testing.assert_close((changed - before) / 1e-2, predicted.detach(), rtol=0.1, atol=1e-5)
+
+
 @torch.no_grad()
 def test_a_wrong_table_is_caught():
     def halved(site, given):

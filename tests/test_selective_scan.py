@@ -1,4 +1,4 @@
-"""`selective_scan` against transformers' Mamba recurrence; its exponentials; its operators, which are like no other rule's."""
+"""`selective_scan` against transformers' Mamba recurrence; its exponentials; its operators, which are its own."""
 
 from __future__ import annotations
 

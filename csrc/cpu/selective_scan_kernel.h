@@ -8,7 +8,7 @@
 // Counted an entry of the state and token, in vector operations: 11 for the exponential (product, range 3, polynomial 5,
 // exponent 2), 3 for the state and the output. On a Zen 4 core 10 of them are products, one of 16 lanes a cycle.
 
-typedef int32_t Whole __attribute__((vector_size(WRITESAE_LANES * 4)));
+typedef uint32_t Whole __attribute__((vector_size(WRITESAE_LANES * 4)));
 
 constexpr int64_t TILE = 32;  // tokens
 

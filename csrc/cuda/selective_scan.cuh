@@ -2,11 +2,11 @@
 //
 // A block takes CHANNELS channels of one sequence and goes along its tokens, in tiles of TOKENS that lie in shared memory. A channel's
 // state is spread over PARTS neighbouring lanes, EACH keys a thread, in registers; what is summed over keys is summed by shuffles.
-// Nothing that a token makes waits for anything but one multiply-add a key, so exponentials of several tokens overlap.
+// Tokens follow each other, one multiply-add a key apart.
 //
 // Counted an entry and token: one exponential, 3 multiply-adds. Predicted on an H100 (16 exponentials a multiprocessor and cycle),
 // 2,048 tokens of 1,536 channels and 16 keys: 13 us of exponentials on all of it; one sequence fills 48 of 132 multiprocessors, and
-// its time is that of 2,048 tokens one after the other, about 50 cycles each, 60 us.
+// its time is that of 2,048 tokens one after the other, about 100 cycles each, 0.12 ms.
 #pragma once
 
 #include "../selective_scan.h"
@@ -14,7 +14,8 @@
 
 namespace writesae::cuda::selective_scan {
 
-constexpr int THREADS = 128;
+// Without a number of blocks to keep, compilers give registers up for one block more.
+constexpr int THREADS = 128, BLOCKS = 2;  // so many blocks a multiprocessor at least
 
 template <int PARTS_, int EACH_>
 struct Shape {
@@ -70,24 +71,40 @@ __device__ __forceinline__ Place place(const SelectiveScanParams& p) {
   return {slot, tile::thread() % S::PARTS, tile::block_x() % blocks * S::CHANNELS + slot, tile::block_x() / blocks};
 }
 
+// f(data) with a view's numbers in their type, from element (a, b, c) on; of none, with null.
+template <class F>
+__device__ __forceinline__ void with_data(const View& x, int64_t a, int64_t b, int64_t c, const F& f) {
+  const int64_t offset = x.data == nullptr ? 0 : a * x.stride[0] + b * x.stride[1] + c * x.stride[2];
+  if (x.type == Element::bf16) return f(static_cast<const bf16*>(x.data) + offset);
+  if (x.type == Element::f16) return f(static_cast<const f16*>(x.data) + offset);
+  f(static_cast<const float*>(x.data) + offset);
+}
+
 // Tokens [first, first + count) of the block's channels, zeros elsewhere. Threads go along whichever axis lies dense.
 template <class S>
 __device__ __forceinline__ void load_rows(const View& x, int64_t row, int64_t first, int count, int channel, int V,
                                           float* to) {
-  const bool turned = x.stride[2] != 1;
-  for (int i = tile::thread(); i < S::TOKENS * S::CHANNELS; i += THREADS) {
-    const int t = turned ? i % S::TOKENS : i / S::CHANNELS, c = turned ? i / S::TOKENS : i % S::CHANNELS;
-    const bool inside = x.data != nullptr && t < count && channel + c < V;
-    to[t * S::LD + c] = inside ? cuda::read(x, row, first + t, channel + c) : 0.0f;
-  }
+  with_data(x, row, first, channel, [&](const auto* from) {
+    const bool turned = x.stride[2] != 1;
+    const int tokens = from == nullptr ? 0 : count;
+#pragma unroll 4
+    for (int i = tile::thread(); i < S::TOKENS * S::CHANNELS; i += THREADS) {
+      const int t = turned ? i % S::TOKENS : i / S::CHANNELS, c = turned ? i / S::TOKENS : i % S::CHANNELS;
+      const bool inside = t < tokens && channel + c < V;
+      to[t * S::LD + c] = inside ? tile::load_float(from + t * x.stride[1] + c * x.stride[2]) : 0.0f;
+    }
+  });
 }
 
 template <class S>
 __device__ __forceinline__ void load_factors(const View& x, int64_t row, int64_t first, int count, int K, float* to) {
-  for (int i = tile::thread(); i < S::FACTORS; i += THREADS) {
-    const int t = i / S::KEYS, n = i % S::KEYS;
-    to[i] = t < count && n < K ? cuda::read(x, row, first + t, n) : 0.0f;
-  }
+  with_data(x, row, first, 0, [&](const auto* from) {
+#pragma unroll 4
+    for (int i = tile::thread(); i < S::FACTORS; i += THREADS) {
+      const int t = i / S::KEYS, n = i % S::KEYS;
+      to[i] = t < count && n < K ? tile::load_float(from + t * x.stride[1] + n) : 0.0f;
+    }
+  });
 }
 
 // A thread's entries of a state [K, V], zeros where there are none, and back.

@@ -53,7 +53,7 @@ __device__ __forceinline__ void edit_gradients(const Backward& b, const Here& he
 }
 
 template <class S>
-__global__ void __launch_bounds__(THREADS) reverse(const __grid_constant__ Backward b) {
+__global__ void __launch_bounds__(THREADS, BLOCKS) reverse(const __grid_constant__ Backward b) {
   const SelectiveScanParams& p = b.g.in;
   const Place at = place<S>(p);
   const Span span = span_of<S>(p, at.n);

@@ -8,7 +8,7 @@ namespace writesae::cuda::selective_scan {
 
 // FULL: writes o, right, snapshots and the final state; otherwise the state before each tile.
 template <class S, bool FULL>
-__global__ void __launch_bounds__(THREADS) walk(const __grid_constant__ Given g) {
+__global__ void __launch_bounds__(THREADS, BLOCKS) walk(const __grid_constant__ Given g) {
   const SelectiveScanParams& p = g.in;
   const Place at = place<S>(p);
   const Span span = span_of<S>(p, at.n);
