@@ -9,7 +9,7 @@ namespace writesae {
 namespace {
 
 // Of x and dt, read in place as far as tokens or channels lie next to each other.
-View rows_of_tokens(const char* op, const char* name, const Tensor& x, std::vector<Tensor>& keep) {
+View selective_scan_view(const char* op, const char* name, const Tensor& x, std::vector<Tensor>& keep) {
   return view(op, name, x, x.stride(1) != 1 || x.stride(2) == 1, keep);
 }
 
@@ -28,8 +28,8 @@ SelectiveScanParams inputs(const char* op, const Tensor& x, const Tensor& dt, co
   check_shape(op, "B", B, {p.B, p.T, p.K});
   check_shape(op, "C", C, {p.B, p.T, p.K});
   if (D.has_value()) check_shape(op, "D", *D, {p.V});
-  p.x = rows_of_tokens(op, "x", x, keep);
-  p.dt = rows_of_tokens(op, "dt", dt, keep);
+  p.x = selective_scan_view(op, "x", x, keep);
+  p.dt = selective_scan_view(op, "dt", dt, keep);
   p.rates = view(op, "A", A, false, keep);
   p.write = view(op, "B", B, true, keep);
   p.read = view(op, "C", C, true, keep);

@@ -38,10 +38,6 @@ def test_codes_are_of_states_as_read(lengths, case):
     out = run(case, Target("reference", "reference"), x, **call)
     check_close("states as read", out.writes.states(places, read=True), truth.read, EXACT)
     v, w = torch.randn(heads, 9, 1, K).double(), torch.randn(heads, 9, 1, V).double()
-    if case.gate != "scalar":
-        with pytest.raises(ValueError, match="encode supports the scalar gate"):
-            ops.encode(out.writes, v, w, k=9)
-        return
     codes = ops.encode(out.writes, v, w, k=9)
     expected = torch.einsum("hfk,thkv,hfv->thf", v[:, :, 0], truth.read, w[:, :, 0])
     check_close("codes", codes.values[0], expected.relu().sort(descending=True).values, EXACT)

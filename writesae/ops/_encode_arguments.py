@@ -50,7 +50,7 @@ def as_read(writes: Writes) -> tuple[Writes, Edits | None]:
     seen, unseen = edits._at((~beyond).nonzero().flatten()), edits._at(beyond.nonzero().flatten())
     token, late = token[~beyond], late[~beyond]
     decay = writes.decay[b[seen.row], token, seen.head]
-    decay = decay.reshape(len(token), -1)  # [E, 1], or [E, K] of a channel gate
+    decay = decay[:, None] if decay.ndim == 1 else decay  # [E, 1], or [E, K] of a channel gate
     decay = torch.where(late.to(decay.device)[:, None], decay, 0)
     gate = decay.to(torch.promote_types(decay.dtype, torch.float32)).exp()
     seen = seen._with(
