@@ -90,4 +90,4 @@ def test_the_committed_table():
         assert archs.keys() == check_ptxas.SHARED.keys()
         spilling |= {kernel for used in archs.values() if check_ptxas.Usage(*used).spill_loads}
     assert spilling == committed["may_spill"].keys()
-    assert all(", 256" in kernel for kernel in spilling)
+    assert all(", 256" in kernel or "dplr::" in kernel for kernel in spilling)  # two writes a token need more
