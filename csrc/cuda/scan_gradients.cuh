@@ -141,8 +141,10 @@ __device__ __forceinline__ void sum_values(const GivenBack<Rule>& b, const View&
   }
 }
 
+// Of float operands and no reads the compiler would rather spill than take registers from other blocks: told not to.
 template <class Rule, class T, int KT>
-__global__ void __launch_bounds__(2 * Operand<T>::CHUNK, 1) gradients(const __grid_constant__ Backward b) {
+__global__ void __launch_bounds__(2 * Operand<T>::CHUNK, !Rule::READS && sizeof(T) == 4 ? 1 : 0)
+    gradients(const __grid_constant__ Backward b) {
   using Op = Operand<T>;
   using Size = GradientsShared<T, KT>;
   constexpr int C = Op::CHUNK, STEP = Op::STEP, THREADS = 2 * C, WARPS = C / 16, VT = Size::VT, NK = KT / 8, NC = C / 8;
