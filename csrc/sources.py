@@ -12,6 +12,9 @@ def both_sides() -> list[str]:
 
 def kernels() -> list[str]:
     """Names of the files of CUDA kernels, the longest to compile first, so that all cores are busy to the end."""
-    longest = ("ssd", "dplr_low_rank_", "dplr_additive_", "gated_delta_rule_backward_", "gated_delta_rule_f", "gated_delta_rule_", "encode_")
+    longest = (
+        "ssd", "dplr_low_rank_", "dplr_additive_", "gated_delta_rule_backward_", "gated_delta_rule_f",
+        "gated_delta_rule_", "encode_",
+    )  # fmt: skip
     rank = lambda name: next((i for i, start in enumerate(longest) if name.startswith(start)), len(longest))  # noqa: E731
     return sorted((path.name for path in (CSRC / "cuda").glob("*.cu")), key=lambda name: (rank(name), name))
