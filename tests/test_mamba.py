@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from decoding import close, functions, go_on, states_by_token
 from tiny_models import mamba_families, tiny_mamba, tokens
 
 from writesae import SAE, Edits
@@ -24,15 +24,6 @@ K = 4
 family_all = pytest.mark.parametrize("family", FAMILIES)
 
 
-def close(a, b, tolerance=2e-5):
-    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
-
-
-def functions(model):
-    """The file in which the model's layers look up their functions."""
-    return sys.modules[type(layers(model)[0].module).__module__]
-
-
 def state_in(cache, layer):
     """The cache's own tensor, `[B, V, K]` or Zamba's `[B, H, V, K]`."""
     state = cache.layers[layer].recurrent_states
@@ -45,20 +36,9 @@ def recurrent_state(cache, layer):
     return (state if state.ndim == 4 else state[:, None]).mT.clone()
 
 
-def go_on(model, text, start, cache=None):
-    past = {} if cache is None else given_cache(model, cache)
-    at = torch.arange(start, start + text.shape[1]).expand(len(text), -1)
-    return model(text, use_cache=True, position_ids=at, **past)
-
-
-@torch.no_grad()
 def own_states(model, text, layer):
     """`[B, T, H, K, V]`, token by token, by the model alone."""
-    cache, found = None, []
-    for t in range(text.shape[1]):
-        cache = cache_of(go_on(model, text[:, t : t + 1], t, cache))
-        found.append(recurrent_state(cache, layer))
-    return torch.stack(found, 1)
+    return states_by_token(model, text, layer, recurrent_state)
 
 
 # ---- the same model -------------------------------------------------------------------------------------------

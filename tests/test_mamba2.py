@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from decoding import close, functions, go_on, states_by_token
 from tiny_models import mamba2_families, tiny_mamba2, tokens
 
 from writesae import SAE, Edits
@@ -25,36 +25,15 @@ family_all = pytest.mark.parametrize("family", FAMILIES)
 family_some = pytest.mark.parametrize("family", [f for f in FAMILIES if f in ("mamba2", "bamba")])
 
 
-def close(a, b, tolerance=2e-5):
-    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
-
-
-def functions(model):
-    """The file in which the model's layers look up their functions."""
-    return sys.modules[type(layers(model)[0].module).__module__]
-
-
 def recurrent_state(cache, layer):
     """`[B, H, K, V]` of a cache."""
     state = cache.layers[layer].recurrent_states
     return (state[0] if isinstance(state, dict) else state).transpose(-1, -2).clone()
 
 
-def go_on(model, text, start, cache=None):
-    """Runs columns from `start` on, on a cache that holds those before. (Bamba does not count them itself.)"""
-    past = {} if cache is None else given_cache(model, cache)
-    at = torch.arange(start, start + text.shape[1]).expand(len(text), -1)
-    return model(text, use_cache=True, position_ids=at, **past)
-
-
-@torch.no_grad()
 def own_states(model, text, layer):
     """`[B, T, H, K, V]`, token by token, by the model alone."""
-    cache, found = None, []
-    for t in range(text.shape[1]):
-        cache = cache_of(go_on(model, text[:, t : t + 1], t, cache))
-        found.append(recurrent_state(cache, layer))
-    return torch.stack(found, 1)
+    return states_by_token(model, text, layer, recurrent_state)
 
 
 # ---- the same model -------------------------------------------------------------------------------------------

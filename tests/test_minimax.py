@@ -7,35 +7,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from decoding import close, go_on, states_by_token
 from tiny_models import mamba_families, tiny_minimax, tokens
 
 from writesae import SAE, Edits
 from writesae.models import attach, hf_minimax, layers, self_test, sites
-from writesae.models.arguments import cache_of, given_cache
+from writesae.models.arguments import cache_of
 
 pytestmark = [pytest.mark.usefixtures("one_thread")]
 H, D = 3, 8  # K = V
 
 
-def close(a, b, tolerance=2e-5):
-    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
-
-
-def go_on(model, text, start, cache=None):
-    """Runs columns from `start` on. (The model's cache says 0 of itself, so that positions have to be given.)"""
-    past = {} if cache is None else given_cache(model, cache)
-    at = torch.arange(start, start + text.shape[1]).expand(len(text), -1)
-    return model(text, use_cache=True, position_ids=at, **past)
-
-
-@torch.no_grad()
 def own_states(model, text, layer):
     """`[B, T, H, K, V]`, token by token, by the model alone."""
-    cache, found = None, []
-    for t in range(text.shape[1]):
-        cache = cache_of(go_on(model, text[:, t : t + 1], t, cache))
-        found.append(cache.linear_cache[layer].clone())
-    return torch.stack(found, 1)
+    return states_by_token(model, text, layer, lambda cache, layer: cache.linear_cache[layer].clone())
 
 
 @pytest.mark.parametrize("accelerate", [False, True])

@@ -8,6 +8,7 @@ the rule's value x is what is written and nothing else.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +22,7 @@ from .binding import Binding, Given, LayerSite, Recurrence, register
 _INPUTS = ("hidden_states", "dt", "A", "B", "C")
 
 
-def _transposed(state: Tensor | None) -> Tensor | None:
+def transposed(state: Tensor | None) -> Tensor | None:
     return None if state is None else state.transpose(-1, -2)
 
 
@@ -45,21 +46,21 @@ def _bind(site: LayerSite, given: Given) -> RuleCall:
     if limits is not None:
         dt = dt.clamp(*limits)
     inputs = _inputs(given["hidden_states"], dt, given["A"], given["B"], given["C"])
-    return RuleCall(site.binding.rule, inputs, initial_state=_transposed(given.get("initial_states")))
+    return RuleCall(site.binding.rule, inputs, initial_state=transposed(given.get("initial_states")))
 
 
 def _answer(given: Given, output: RuleOutput) -> Tensor | tuple[Tensor, Tensor | None]:
     o, D = output.o, given.get("D")
     if D is not None:
         o = o + D[:, None] * given["hidden_states"].float()
-    return (o, _transposed(output.final_state)) if given.get("return_final_states") else o
+    return (o, transposed(output.final_state)) if given.get("return_final_states") else o
 
 
 # ---- one token ------------------------------------------------------------------------------------------------
 
 
-def _of_heads(given: Given, name: str, axes: int) -> Tensor:
-    """`[..., H]` of an argument that layers repeat along its last axes, as a view.
+def one_a_head(given: Given, name: str, axes: int, function: str) -> Tensor:
+    """`[..., H]` of an argument of `function` that layers repeat along its last axes, as a view.
 
     Raises:
         ValueError: it is not one value repeated.
@@ -68,7 +69,7 @@ def _of_heads(given: Given, name: str, axes: int) -> Tensor:
     repeated = zip(x.shape[-axes:], x.stride()[-axes:], strict=True)
     if any(size > 1 and stride != 0 for size, stride in repeated):
         raise ValueError(
-            f"model: expected {name} of mamba2_selective_state_update to be one value a head (expanded), got shape "
+            f"model: expected {name} of {function} to be one value a head (expanded), got shape "
             f"{tuple(x.shape)} with strides {x.stride()}"
         )
     for _ in range(axes):
@@ -76,17 +77,20 @@ def _of_heads(given: Given, name: str, axes: int) -> Tensor:
     return x
 
 
+_a_head = functools.partial(one_a_head, function="mamba2_selective_state_update")
+
+
 def _bind_one(site: LayerSite, given: Given) -> RuleCall:
-    bias = None if given.get("dt_bias") is None else _of_heads(given, "dt_bias", 1)
+    bias = None if given.get("dt_bias") is None else _a_head(given, "dt_bias", 1)
     # No limits: the models clamp dt in whole sequences only, also where theirs (Nemotron-H, Zamba2) are above 0.
-    dt = _step_sizes(_of_heads(given, "dt", 1), bias, given.get("dt_softplus"))
+    dt = _step_sizes(_a_head(given, "dt", 1), bias, given.get("dt_softplus"))
     x, B, C = (given[name][:, None] for name in ("hidden_states", "B", "C"))
-    inputs = _inputs(x, dt[:, None], _of_heads(given, "A", 2), B, C)
-    return RuleCall(site.binding.rule, inputs, initial_state=_transposed(given["state"].float()))
+    inputs = _inputs(x, dt[:, None], _a_head(given, "A", 2), B, C)
+    return RuleCall(site.binding.rule, inputs, initial_state=transposed(given["state"].float()))
 
 
 def _answer_one(given: Given, output: RuleOutput) -> Tensor:
-    given["state"].copy_(_transposed(output.final_state))
+    given["state"].copy_(transposed(output.final_state))
     o, x = output.o[:, 0], given["hidden_states"]
     if given.get("D") is not None:
         o = o + x.float() * given["D"]

@@ -11,6 +11,7 @@ The package is for GPUs. What it takes to run it on a CPU is in `mamba_ssm_cpu`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ from ..ops.selective_scan import RULE as SELECTIVE_SCAN
 from ..ops.ssd import RULE as SSD
 from . import mamba_ssm_cpu
 from .binding import Binding, Given, LayerSite, Recurrence, register
+from .hf_mamba2 import one_a_head, transposed
 from .mamba_ssm_cpu import import_library, on_cpu
 from .model_call import offsets
 
@@ -62,13 +64,9 @@ def _finished(o: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tenso
 # ---- Mamba-2 ---------------------------------------------------------------------------------------------------------
 
 
-def _transposed(state: Tensor | None) -> Tensor | None:
-    return None if state is None else state.transpose(-1, -2)
-
-
 def _ssd(site: LayerSite, given: Given, dt: Tensor, A: Tensor, state: Tensor | None, cu_seqlens=None) -> RuleCall:
     inputs = {"x": given["x"].float(), "dt": dt, "A": A, "B": given["B"].float(), "C": given["C"].float()}
-    return RuleCall(site.binding.rule, inputs, initial_state=_transposed(state), cu_seqlens=cu_seqlens)
+    return RuleCall(site.binding.rule, inputs, initial_state=transposed(state), cu_seqlens=cu_seqlens)
 
 
 def _bind_scan(site: LayerSite, given: Given) -> RuleCall:
@@ -85,25 +83,10 @@ def _bind_scan(site: LayerSite, given: Given) -> RuleCall:
 def _answer_scan(given: Given, output: RuleOutput) -> Tensor | tuple[Tensor, Tensor | None]:
     D = given.get("D")
     o = _finished(output.o, given["x"], D if D is None or D.ndim == 2 else D[:, None], given.get("z"))
-    return (o, _transposed(output.final_state)) if given.get("return_final_states") else o
+    return (o, transposed(output.final_state)) if given.get("return_final_states") else o
 
 
-def _a_head(given: Given, name: str, axes: int) -> Tensor:
-    """`[..., H]` of an argument that layers repeat along its last axes.
-
-    Raises:
-        ValueError: it is not one value repeated.
-    """
-    x = given[name]
-    repeated = zip(x.shape[-axes:], x.stride()[-axes:], strict=True)
-    if any(size > 1 and stride != 0 for size, stride in repeated):
-        raise ValueError(
-            f"model: expected {name} of selective_state_update to be one value a head (expanded), got shape "
-            f"{tuple(x.shape)} with strides {x.stride()}"
-        )
-    for _ in range(axes):
-        x = x[..., 0]
-    return x
+_a_head = functools.partial(one_a_head, function="selective_state_update")
 
 
 def _bind_scan_step(site: LayerSite, given: Given) -> RuleCall:
@@ -121,7 +104,7 @@ def _bind_scan_step(site: LayerSite, given: Given) -> RuleCall:
 
 
 def _answer_scan_step(given: Given, output: RuleOutput) -> Tensor:
-    given["state"].copy_(_transposed(output.final_state))
+    given["state"].copy_(transposed(output.final_state))
     return _finished(output.o[:, 0], given["x"], given.get("D"), given.get("z"))
 
 
