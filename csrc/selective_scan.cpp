@@ -1,8 +1,8 @@
 // selective_scan on tensors: checks, allocation, and the kernels' parameters.
 #include "selective_scan.h"
 
-#include "edit_list.h"
 #include "operators.h"
+#include "scan_sequences.h"
 #include "tensors.h"
 
 namespace writesae {
@@ -34,27 +34,7 @@ SelectiveScanParams inputs(const char* op, const Tensor& x, const Tensor& dt, co
   p.write = view(op, "B", B, true, keep);
   p.read = view(op, "C", C, true, keep);
   p.skip = static_cast<const float*>(data_as(op, "D", D, ScalarType::Float, keep));
-  std::vector<int64_t> lengths(p.B, p.T);
-  if (cu_seqlens.has_value()) {
-    p.cu_seqlens = sequence_offsets(op, *cu_seqlens, p.B, p.T, keep);
-    p.N = cu_seqlens->size(0) - 1;
-    lengths.clear();
-    for (int64_t n = 0; READABLE && n < p.N; n++) lengths.push_back(p.cu_seqlens[n + 1] - p.cu_seqlens[n]);
-  }
-  if (initial_state.has_value()) check_shape(op, "initial_state", *initial_state, {p.N, 1, p.K, p.V});
-  p.initial_state = static_cast<const float*>(data_as(op, "initial_state", initial_state, ScalarType::Float, keep));
-  p.edits = edit_list(op, edit_index, edit_left, edit_right, p.N, lengths, 1, p.K, p.V, keep);
-  if (snapshots.has_value()) {
-    STD_TORCH_CHECK(snapshots->dim() == 2 && snapshots->size(1) == 2, op, ": snapshots must be [P, 2]");
-    check_dtype(op, "snapshots", *snapshots, ScalarType::Long);
-    p.P = snapshots->size(0);
-    p.places = static_cast<const int64_t*>(data_as(op, "snapshots", snapshots, ScalarType::Long, keep));
-    for (int64_t i = 0; READABLE && i < p.P; i++) {
-      const int64_t n = p.places[2 * i], t = p.places[2 * i + 1];
-      STD_TORCH_CHECK(n >= 0 && n < p.N && t >= 0 && t < lengths[n], op, ": snapshot ", i, " is out of range: row ", n,
-                      ", position ", t);
-    }
-  }
+  scan_sequences(op, 1, initial_state, cu_seqlens, edit_index, edit_left, edit_right, snapshots, p, keep);
   return p;
 }
 
