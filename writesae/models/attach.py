@@ -188,7 +188,7 @@ class _Handler:
         players = [x for h in reversed(recording) if (x := Player.of(h.tap, frame)) is not None]
         walked = walk(frame, call, players, edits, self.backend) if players else None
         edits = edits if walked is None else walked.edits
-        if walked is not None and walked.output is not None and not torch.is_grad_enabled():
+        if walked is not None and walked.output is not None:
             out, codes = walked.output, walked.codes
             out = out if output_final_state else replace(out, final_state=None)
         else:

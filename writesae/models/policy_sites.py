@@ -17,6 +17,20 @@ _NO_CODES = ("matrix", "flat")  # dense encoders, which read whole states
 
 
 @dataclass(eq=False)
+class Group:
+    """Heads of one layer whose dictionaries have one shape, so that one `ops.encode` call serves them all."""
+
+    heads: list[int]
+    v_enc: Tensor  # [Hs, F, r, K]
+    w_enc: Tensor  # [Hs, F, r, V]
+    b_enc: Tensor  # [Hs, F]
+    k: int
+    threshold: Tensor | None  # [Hs, F]
+    of_writes: bool
+    atoms: tuple[Tensor, Tensor] | None  # [Hs, F, r, K], [Hs, F, r, V] of pursuit dictionaries
+
+
+@dataclass(eq=False)
 class GroupCodes:
     """Codes of a run of tokens for the heads of one group of dictionaries, as `ops.encode` gives them."""
 
