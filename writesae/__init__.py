@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers
     from .edits import Edits
     from .firings import Firings
     from .models.attach import attach
+    from .models.run_with_sae import run_with_sae
     from .policies import Amplify, Clamp, Erase, Install, Policy, Scale
     from .sae import SAE
     from .writes import Writes
@@ -36,6 +37,7 @@ __all__ = [
     "models",
     "ops",
     "report",
+    "run_with_sae",
     "sae",
 ]
 
@@ -46,6 +48,7 @@ _HOME = {
     "Edits": "writesae.edits",
     "SAE": "writesae.sae",
     "attach": "writesae.models",
+    "run_with_sae": "writesae.models",
     "load_default": "writesae.default",
     "Store": "writesae.collect",
     **dict.fromkeys(("Amplify", "Clamp", "Erase", "Install", "Policy", "Scale"), "writesae.policies"),
