@@ -121,19 +121,27 @@ class TokenView:
         features: `[n]` int64 that fire at the token, by falling activation (of threshold dictionaries by number).
         activations: `[n]` their codes, > 0.
         mine: `[n]` bool: which of them the policy listens to (all, if it names none).
-        left: `[K]` key side of the native write, right: `[V]` its value side.
+        left: `[K]` key side of the native write (of two, of the new one). right: `[V]` its value side.
     """
 
     def __init__(
         self, site: PolicySite, row: int, position: int, features: Tensor, activations: Tensor, mine: Tensor,
-        left: Tensor, right: Tensor, read: Callable[[Tensor], Tensor],
+        native: Callable[[], tuple[Tensor, Tensor]], read: Callable[[Tensor], Tensor],
     ):  # fmt: skip
         self.site, self.row, self.position = site, row, position
-        self.features, self.activations, self.mine, self.left, self.right = features, activations, mine, left, right
-        self._read = read
+        self.features, self.activations, self.mine = features, activations, mine
+        self._native, self._read = native, read
 
     def __repr__(self) -> str:
         return f"TokenView(site {self.site.key}, row {self.row}, position {self.position}, {len(self.features)} fire)"
+
+    @cached_property
+    def left(self) -> Tensor:
+        return self._native()[0]
+
+    @cached_property
+    def right(self) -> Tensor:
+        return self._native()[1]
 
     def activation(self, features: Sequence[int] | Tensor) -> Tensor:
         """`[m]` raw pre-activations (bias included) of any features, whether they fire or not."""
@@ -467,7 +475,8 @@ class PolicyReport:
 
 
 def _scaled(view: TokenView, factor: float) -> Change:
-    return view.add_atoms(view.features[view.mine], (factor - 1) * view.activations[view.mine])
+    fires = view.mine.nonzero()[:, 0]
+    return view.add_atoms(view.features[fires], (factor - 1) * view.activations[fires])
 
 
 def _norms(v: Tensor, w: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,13 +42,19 @@ class GroupCodes:
 
     def of_token(self, token: int, slot: int, slots: int) -> tuple[Tensor, Tensor]:
         """Features `[n]` and codes `[n]` that fire at one token (counted through the rows) and head."""
-        if self.offsets is None:
-            values, indices = (x.flatten(0, 1)[token, slot] for x in (self.values, self.indices))
-        else:
+        if self.offsets is not None:
             lo, hi = self.offsets[token * slots + slot : token * slots + slot + 2].tolist()
-            values, indices = self.values[lo:hi], self.indices[lo:hi]
-        fires = values > 0
-        return indices[fires], values[fires]
+            fires = self.values[lo:hi] > 0
+            return self.indices[lo:hi][fires], self.values[lo:hi][fires]
+        values, indices, counts = self._by_token
+        n = counts[token][slot]
+        return indices[token, slot, :n], values[token, slot, :n]
+
+    @cached_property
+    def _by_token(self) -> tuple[Tensor, Tensor, list[list[int]]]:
+        """Top-k values and indices `[tokens, slots, k]`, copied (they may be changed), and how many are above 0."""
+        values, indices = self.values.flatten(0, 1).clone(), self.indices.flatten(0, 1).clone()
+        return values, indices, (values > 0).sum(-1).tolist()
 
 
 @dataclass(eq=False)

@@ -91,7 +91,8 @@ class Step:
         if kept:
             row, at, lefts, rights, late = zip(*kept, strict=True)
             sides = torch.stack(lefts), torch.stack(rights)
-            writes = replace(writes, edits=Edits(row, [0] * len(row), at, *sides, "add", late))  # type: ignore[call-arg]
+            rows, heads, whens = (torch.tensor(x) for x in (row, at, late))
+            writes = replace(writes, edits=Edits(rows, rows * 0, heads, *sides, "add", whens))  # type: ignore[call-arg]
         return replace(self.plain, writes=writes)
 
     def codes(self, group: Group, heads: dict[int, int], codes: GroupCodes, carry: Tensor | None) -> GroupCodes | None:
@@ -120,7 +121,7 @@ class Step:
             if when == BEFORE:
                 for n, head in before:
                     slot = heads[head]
-                    values, indices = topk(now[n, slot] + group.b_enc[slot], group.k)
+                    values, indices = _topk(now[n, slot] + group.b_enc[slot], group.k)
                     codes.values.flatten(0, 1)[n, slot] = values
                     codes.indices.flatten(0, 1)[n, slot] = indices
         return codes
@@ -131,6 +132,15 @@ class Step:
         else:
             left, right = self.native(n, head)
             now[n, slot] -= _responses(group, slot, left[None], right[None])
+
+
+def _topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`topk` of one token, without sorting what is below."""
+    some = (pre >= pre.topk(k).values[-1]).nonzero().flatten()
+    if len(some) < k:  # a NaN
+        return topk(pre, k)
+    values, order = topk(pre[some], k)
+    return values, some[order]
 
 
 def _moved(group: Group, slot: int, change: Change, site: PolicySite) -> Tensor:

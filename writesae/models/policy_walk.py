@@ -274,14 +274,14 @@ class _Walk:
         site, policy, writes = listener.sites[slot], listener.policy, run.writes
         b, at = divmod(token, writes.right.shape[1])
         head = self._head(site.head)
-        left, right = writes.left[b, at, writes.left_head(head), -1], writes.right[b, at, head, -1]
-        features = torch.empty(0, dtype=torch.int64, device=right.device)
-        values = right.new_empty(0)
-        if listener.group is not None:
+        if listener.group is None:
+            features, values = torch.empty(0, dtype=torch.int64, device=site.device), writes.right.new_empty(0)
+        else:
             features, values = run.codes[p][listener.group].of_token(token, slot, len(listener.heads))
         view = TokenView(
-            site, n + self.frame.first_row, t + self.start, features, values, listener.mine(slot, features), left,
-            right, lambda which: self._activation(run, p, listener, slot, token, piece, which),
+            site, n + self.frame.first_row, t + self.start, features, values, listener.mine(slot, features),
+            lambda: (writes.left[b, at, writes.left_head(head), -1], writes.right[b, at, head, -1]),
+            lambda which: self._activation(run, p, listener, slot, token, piece, which),
         )  # fmt: skip
         answer = policy.act(view)
         changes = [] if answer is None else [answer] if isinstance(answer, Change) else list(answer)
