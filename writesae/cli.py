@@ -80,8 +80,8 @@ COMMANDS = {
     "paper": Command(
         "writesae.paper.command",
         "run the paper's experiments, one by name or all in one report",
-        "Each study writes summary.json (statistics with their intervals, the paper's claims beside ours), a CSV a table "
-        "and plots/ to its folder in --out; --all also report.html. Interrupted, the same command goes on.",
+        "Each study writes summary.json (statistics with their intervals, the paper's claims beside ours), a CSV a "
+        "table and plots/ to its folder in --out; --all also report.html. Interrupted, the same command goes on.",
         "writesae paper partition --quick",
         _GOES_ON,
     ),

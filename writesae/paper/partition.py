@@ -152,7 +152,7 @@ def _figures(median: np.ndarray, shuffled: np.ndarray, threshold: float) -> dict
 STUDY = Study(
     "partition", "Registers and bundles",
     "For every alive feature, the median over its firings of the signed cosine of its atom with the write that the "
-    "model itself makes there. The paper finds two groups: registers, which look like writes, and bundles, which don't.",
+    "model itself makes there. The paper finds two groups: registers, that look like writes, and bundles.",
     (
         Claim("partition.two_groups", "Median cosines form two groups: a mixture of two beats one by BIC.",
               "ΔBIC −296 (L9H4)", "the paper's script multiplies the state on its other side"),
