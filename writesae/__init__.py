@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers
-    from . import collect, experiments, models, ops, report, sae
+    from . import atoms, collect, experiments, models, ops, report, sae
     from .collect import Store
     from .default import load_default
     from .edits import Edits
@@ -22,6 +22,7 @@ __all__ = [
     "Store",
     "Writes",
     "__version__",
+    "atoms",
     "attach",
     "collect",
     "experiments",

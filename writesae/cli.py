@@ -96,7 +96,7 @@ COMMANDS = {
     "report": Command(
         "writesae.report.command",
         "draw the pictures and the page of a finished run again",
-        "Writes report.html and plots/ from the files of a run of replace or loss-recovered; runs no model.",
+        "Writes report.html and plots/ from the files of a run of replace, loss-recovered or paper; runs no model.",
         "writesae report runs/replace",
     ),
 }  # fmt: skip
