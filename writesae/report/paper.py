@@ -201,7 +201,7 @@ def shown(text: str) -> str:
 
 def span(pair: Sequence[float] | None) -> str:
     """An interval in the number's own unit."""
-    return "–" if pair is None else f"{number(pair[0])} to {number(pair[1])}"
+    return "–" if pair is None else f"{number(pair[0])} to {number(pair[1])}".replace("-", "−")
 
 
 def render(
