@@ -12,13 +12,20 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers
     from .edits import Edits
     from .firings import Firings
     from .models.attach import attach
+    from .policies import Amplify, Clamp, Erase, Install, Policy, Scale
     from .sae import SAE
     from .writes import Writes
 
 __all__ = [
     "SAE",
+    "Amplify",
+    "Clamp",
     "Edits",
+    "Erase",
     "Firings",
+    "Install",
+    "Policy",
+    "Scale",
     "Store",
     "Writes",
     "__version__",
@@ -42,6 +49,7 @@ _HOME = {
     "attach": "writesae.models",
     "load_default": "writesae.default",
     "Store": "writesae.collect",
+    **dict.fromkeys(("Amplify", "Clamp", "Erase", "Install", "Policy", "Scale"), "writesae.policies"),
 }
 
 
