@@ -18,6 +18,7 @@ pytest.importorskip(
 
 import fla_oracle  # noqa: E402
 import tiny_models  # noqa: E402
+from forking import compare_times_of_reading, compare_with_whole_passes  # noqa: E402
 from tiny_fla import FAMILIES, padded, tiny_fla, tokens  # noqa: E402
 
 from writesae import SAE, Edits  # noqa: E402
@@ -406,6 +407,39 @@ def test_transformers_models_that_bind_flas_functions(family, monkeypatch):
         assert tap.calls[index] == 1
     with attach(model, {}, accelerate=True):
         close(model(text).logits, one, 1e-4)
+
+
+# ---- forks ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])  # a block that hands on values of its own, one between, and the last
+@pytest.mark.parametrize("family", [x for x in FAMILIES if x != "retnet"])
+def test_forks_equal_whole_forward_passes(family, layer):
+    model = tiny_fla(family, num_hidden_layers=3, vocab_size=128)
+    with stood_in(model):
+        compare_with_whole_passes(model, layer)
+        compare_times_of_reading(model, layer)
+
+
+def test_forks_of_rotated_keys_are_refused_by_name():
+    """Of RetNet, whose layers count the tokens that they are given."""
+    model = tiny_fla("retnet", num_hidden_layers=3, vocab_size=128)
+    with stood_in(model), pytest.raises(RuntimeError, match="forks of RetNetForCausalLM without a change differ"):
+        compare_with_whole_passes(model, 0)
+
+
+def test_a_fork_leaves_flas_layers_as_they_were():
+    import fla.models.rwkv7.modeling_rwkv7 as modeling
+    from fla.layers.gated_deltanet import GatedDeltaNet
+
+    original = modeling.token_shift, GatedDeltaNet._use_fused_qkv_conv
+    for family in ("rwkv7", "gated_deltanet"):
+        model = tiny_fla(family, vocab_size=128)
+        with stood_in(model):
+            before = result(model, tokens(2, 9))
+            compare_times_of_reading(model, 0)
+            assert torch.equal(result(model, tokens(2, 9)), before)
+    assert (modeling.token_shift, GatedDeltaNet._use_fused_qkv_conv) == original
 
 
 # ---- fla's own numbers ----------------------------------------------------------------------------------------
