@@ -49,7 +49,8 @@ MAY_IMPORT = {
         "untrusted",
         "_library",
     },
-    "models": {"ops", "writes", "firings", "edits", "files", "default", "untrusted"},
+    "policies": {"_arguments"},
+    "models": {"ops", "writes", "firings", "edits", "files", "default", "untrusted", "policies"},
     "collect": {
         "_installed",
         "models",

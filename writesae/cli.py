@@ -77,6 +77,14 @@ COMMANDS = {
         "writesae loss-recovered --sae runs/writes --k 1 8 --out runs/recovered",
         _GOES_ON,
     ),
+    "paper": Command(
+        "writesae.paper.command",
+        "run the paper's experiments, one by name or all in one report",
+        "Each study writes summary.json (statistics with their intervals, the paper's claims beside ours), a CSV a "
+        "table and plots/ to its folder in --out; --all also report.html. Interrupted, the same command goes on.",
+        "writesae paper partition --quick",
+        _GOES_ON,
+    ),
     "bench": Command(
         "writesae.bench.command",
         "measure every figure of speed and accuracy beside its peer",
@@ -88,7 +96,7 @@ COMMANDS = {
     "report": Command(
         "writesae.report.command",
         "draw the pictures and the page of a finished run again",
-        "Writes report.html and plots/ from the files of a run of replace or loss-recovered; runs no model.",
+        "Writes report.html and plots/ from the files of a run of replace, loss-recovered or paper; runs no model.",
         "writesae report runs/replace",
     ),
 }  # fmt: skip

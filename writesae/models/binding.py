@@ -56,7 +56,7 @@ class LayerSite:
         num_k_heads, num_v_heads: key heads and value heads (H = num_v_heads).
         K, V: key and value size of one head's state `[K, V]`.
         conv_kernel_size: width of the causal convolution before the rule, 1 where there is none.
-        norm: gated RMSNorm after the rule, called as `norm(o [*, V], gate [*, V])`, or None.
+        norm: norm after the rule, of a head's output `[*, V]` or of all heads' `[*, H * V]`, or None.
         out_proj: linear map of the normed heads `[..., H * V]` to the residual stream, or None.
         path: the module's name in its model.
         binding: the table of its family.

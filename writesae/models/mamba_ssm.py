@@ -161,6 +161,7 @@ MAMBA2 = register(
             "K": ("d_state", "ssm_state_size"),
             "V": ("headdim", "head_dim"),
             "conv_kernel_size": ("d_conv", "conv_kernel_size"),
+            "norm": lambda layer: getattr(layer, "norm", None),  # if rmsnorm
             "out_proj": ("out_proj",),
         },
         value="x",
