@@ -21,7 +21,11 @@ if TYPE_CHECKING:
     from .lab import Lab
 
 # One file each, in the order of a reader of the paper; see `studies`.
-NAMES = ("partition",)
+NAMES = (
+    "partition",
+    "population",
+    "all_heads",
+)
 
 
 @dataclass(frozen=True)
