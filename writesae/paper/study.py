@@ -24,6 +24,9 @@ NAMES = (
     "partition",
     "population",
     "all_heads",
+    "baselines",
+    "spectral",
+    "residual_coherence",
 )
 
 
