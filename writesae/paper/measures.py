@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from ..experiments.firing import survey
-from ..experiments.replace import run_replacement
+from ..experiments.firing import stream, survey
+from ..experiments.replace import Passage, run_replacement
 from ..experiments.result import ReplacementResult
 from ..experiments.statistics import ClusterBootstrap
 from ..sae import SAE
@@ -66,6 +68,11 @@ def most_firing(lab: Lab, saes: Mapping[Site, SAE], atoms: int, tokens: int) -> 
     return {(layer, head): max(2, least) for layer, head, least in rows}
 
 
+def tested_text(lab: Lab) -> list[Passage]:
+    """The test passages of `replaced`."""
+    return lab.text("test", 40 * lab["firings"] + 2000)
+
+
 def replaced(
     lab: Lab,
     saes: Mapping[Site, SAE],
@@ -79,11 +86,28 @@ def replaced(
     "horizon": features chosen on validation, codebook from train, firings on test. Kept under `name`, and resumed."""
     book = max(sae.F for sae in saes.values())
     return run_replacement(
-        lab.model, None, saes, lab.text("test", 40 * lab["firings"] + 2000), select=lab.text("validation", tokens),
+        lab.model, None, saes, tested_text(lab), select=lab.text("validation", tokens),
         train=lab.text("train", max(2 * book, 4000)), min_selected=least, firings=lab["firings"], each=lab["each"],
         horizon=lab["horizon"], natives=("increment",), scales=("coef", "matched"), conditions=list(conditions),
         seed=lab.seed, out=lab.place(name), progress=lab.progress, any_model=True,
     )  # fmt: skip
+
+
+@torch.no_grad()
+def states_at(lab: Lab, site: Site, passages: Sequence[Passage], passage: np.ndarray, position: np.ndarray) -> Tensor:
+    """`[n, K, V]` states of a site after the tokens at (passage, position) `[n]`, on the CPU."""
+    used, at = np.unique(passage, return_inverse=True)
+    text = [passages[i].tokens for i in used]
+    number = torch.from_numpy(np.cumsum([0, *map(len, text)])[at] + position)
+    wanted, back = number.unique(return_inverse=True)
+    out: list[tuple[Tensor, Tensor]] = []
+    for found, _, here in stream(lab.model, [site], text, "states", lab.progress):
+        places = torch.isin(here, wanted).nonzero()
+        if len(places):
+            states = found[site[0]].head(site[1]).states(places.to(found[site[0]].right.device))[:, 0]
+            out.append((here[places[:, 0], places[:, 1]], states.float().cpu()))
+    numbers, states = (torch.cat(x) for x in zip(*out, strict=True))
+    return states[numbers.argsort()][back]
 
 
 def features_of(table: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -25,6 +25,9 @@ NAMES = (
     "partition",
     "population",
     "all_heads",
+    "baselines",
+    "spectral",
+    "residual_coherence",
 )
 
 
