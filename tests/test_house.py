@@ -65,8 +65,11 @@ MAY_IMPORT = {
         "_library",
         "options",
     },
+    "atoms": {"firings", "models", "ops", "sae", "text"},
     "experiments": {
         "_installed",
+        "atoms",
+        "untrusted",
         "models",
         "sae",
         "ops",
