@@ -181,7 +181,7 @@ def test_the_random_control_has_the_dose_of_what_it_stands_for(model):
 
 def test_install_raises_the_tokens_logit():
     """All heads of a layer of the embedded model: the direct path adds up."""
-    model, tokenizer = writesae.load_default()
+    model, tokenizer, _ = writesae.load_default()
     ids = tokenizer("def main():\n    return os.path.", return_tensors="pt")["input_ids"]
     site, last = layers(model)[-1], ids.shape[1] - 1
     sites = {(site.layer_index, head): None for head in range(site.num_v_heads)}

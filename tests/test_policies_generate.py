@@ -95,8 +95,8 @@ def test_every_family_generates_as_by_the_slow_reference(make, family, record_pr
 @pytest.mark.parametrize("read", ["before", "after"])
 @pytest.mark.parametrize("policy", [
     lambda read: Erase(SOME, read=read), lambda read: Erase(SOME, what="atom", read=read),
-    lambda read: Scale(SOME, 2.0, read=read), lambda read: Clamp([2, 6, 9], 0.4, read=read),
-    lambda read: Clamp([2, 6], 0.4, always=True, read=read), lambda read: Install(5, [4, 5, 9], 2.0, read=read),
+    lambda read: Scale(SOME, 2.0, read=read), lambda read: Clamp([2, 6, 9], 3.0, read=read),
+    lambda read: Clamp([2, 6], 3.0, always=True, read=read), lambda read: Install(5, [4, 5, 9], 2.0, read=read),
 ], ids=["write", "atom", "scale", "clamp", "always", "install"])  # fmt: skip
 def test_each_policy_before_and_after_the_read(model, policy, read, record_property):
     record_property("codes", check(model, *padded(), some_sites(model), [policy(read)], do_sample=False))
