@@ -69,6 +69,7 @@ MAY_IMPORT = {
     "experiments": {
         "_installed",
         "atoms",
+        "policies",
         "untrusted",
         "models",
         "sae",

@@ -1,6 +1,6 @@
 """The side effects of edits: what else changes when a memory is edited, beside what random edits of that size do.
 
-    result = writesae.audit(model, tokenizer, {"erase 17": Erase(17, 5, 3)}, text, saes=saes)
+    result = writesae.audit(model, tokenizer, {"erase 17": EraseFeature(17, 5, 3)}, text, saes=saes)
     print(result.lines())
 
 Of every passage the unedited model is run, then the edited one, then two controls that make changes of the same size,
@@ -15,6 +15,7 @@ change is itself a memory with those gates, made of the differences of the write
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,11 +30,12 @@ from ..models.attach import attach
 from ..models.identity import require_same_model
 from ..models.quiet import quiet
 from ..models.sites import layers
+from ..policies import Policy
 from ..sae import SAE
 from ..text import Corpus
 from ..text.tokens import check_ids
 from ..writes import Writes
-from .audit_edits import Audited, Clean, Given, Site
+from .audit_edits import Acting, Audited, Clean, Given, Site
 from .audit_result import ARMS, AuditResult
 from .divergence import kl_pair
 from .parts import concatenate
@@ -47,9 +49,10 @@ __all__ = ["audit"]
 def audit(
     model,
     tokenizer,
-    edits,
-    text,
+    edits=None,
+    text=None,
     *,
+    policies=None,
     saes: Mapping[Site, SAE] | None = None,
     passages: int = 64,
     context: int = 256,
@@ -66,10 +69,11 @@ def audit(
         model: causal language model in evaluation mode, of any family that `attach` takes.
         tokenizer: its tokenizer; not needed for `text` that is tokens.
         edits: {name: what is done}, or one without a name. What is done is `{layer: Edits}` (row is the number of the
-            passage, -1 every one), an `audit_edits.Delete`, `Erase`, `Scale` or `Install`, or anything of your own with
-            their three attributes.
+            passage, -1 every one), an `audit_edits.DeleteHead`, `EraseFeature`, `ScaleFeature` or `InstallToken`, or
+            anything of your own with their three attributes.
         text: `[P, T]` tokens, a `Corpus`, or (name, text) pairs.
-        saes: {(layer, head): dictionary}, where an edit is of a feature.
+        policies: {name: policy, or several that act together}, or such without a name: audited beside the edits.
+        saes: {(layer, head): dictionary}, of the features that edits and policies name.
         passages, context: of a text, how many passages of how many tokens are used.
         horizon: tokens after a passage's first edit at which effects are told one by one.
         batch: passages in one forward pass.
@@ -81,7 +85,9 @@ def audit(
         ValueError: before any work for arguments of other kinds, a dictionary that is missing or of another model, text
             without a whole passage; in the end for an edit that was made in fewer than two passages.
     """
-    named = _named(edits)
+    named = _named(edits, "edit") | _named(policies, "policies")
+    if not named:
+        raise ValueError("edits: expected at least one, or policies, got none")
     saes = dict(saes or {})
     require_same_model(model, saes, any_model)
     if model.training:
@@ -120,21 +126,26 @@ def audit(
     )  # fmt: skip
 
 
-def _named(edits) -> dict[str, Audited]:
-    if not isinstance(edits, Mapping) or not all(isinstance(name, str) for name in edits):
-        edits = {"edit": edits}
-    if not edits:
-        raise ValueError("edits: expected at least one, got none")
-    return {name: _audited(name, one) for name, one in edits.items()}
+def _named(given, name: str) -> dict[str, Audited]:
+    """What was given by its names; without one, by this one."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or not all(isinstance(x, str) for x in given):
+        given = {name: given}
+    return {name: _audited(name, one) for name, one in given.items()}
 
 
 def _audited(name: str, one: Any) -> Audited:
     if isinstance(one, Mapping) and one and all(isinstance(x, Edits) for x in one.values()):
         return Given(one)
+    several = (one,) if isinstance(one, Policy) else one
+    if isinstance(several, (list, tuple)) and several and all(isinstance(x, Policy) for x in several):
+        return Acting(tuple(several))
     if all(hasattr(one, x) for x in ("says", "needs", "edits")):
         return one
     raise ValueError(
-        f"edits: {name}: expected {{layer: Edits}}, or an edit such as audit_edits.Delete, got {type(one).__name__}"
+        f"edits: {name}: expected {{layer: Edits}}, an edit such as audit_edits.DeleteHead, or policies, got "
+        f"{type(one).__name__}"
     )
 
 
@@ -174,11 +185,16 @@ class _Runner:
         self._tested = False
 
     def _run(self, ids: Tensor, sites: Mapping[Site, Any], **more) -> tuple[_Run, Any]:
-        every = {**{(layer, 0): None for layer in self.layers}, **sites}
-        with attach(self.model, every, any_model=True, self_test=not self._tested, **more) as tap:
+        """One run with the writes of all layers recorded, and (run, tap of the sites and whatever else acts)."""
+        every, acts = {(layer, 0): None for layer in self.layers}, bool(sites or more)
+        with contextlib.ExitStack() as stack:
+            tap = stack.enter_context(attach(self.model, every, self_test=not self._tested))
+            # Apart, so that policies without sites of their own act at those that were given, and at no others.
+            inner = attach(self.model, sites, any_model=True, self_test=not self._tested, **more) if acts else None
+            of_sites = tap if inner is None else stack.enter_context(inner)
             logits = self.model(input_ids=ids, use_cache=False).logits
         self._tested = True
-        return _Run(logits, dict(tap.writes)), tap
+        return _Run(logits, dict(tap.writes)), of_sites
 
     def read(self, ids: Tensor, first: int) -> None:
         """The unedited model on passages `[B, T]`, of which `first` is the number of the first."""
@@ -190,12 +206,19 @@ class _Runner:
 
     def arms(self, one: Audited, number: int) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
         """(arm, its columns), of the passages in which the edit is made; none where it is made in none."""
-        edits = one.edits(self.clean)
-        if not any(map(len, edits.values())):
+        asked: dict[int, Edits | None] = dict(one.edits(self.clean))
+        if isinstance(one, Acting):
+            sites: dict[Site, Any] = {site: None for policy in one.policies for site in policy.sites or ()}
+            edited, _ = self._run(self.ids, {**sites, **self.saes}, policies=list(one.policies))
+            asked = dict.fromkeys(self.layers)
+        elif any(asked.values()):
+            edited, _ = self._run(self.ids, {}, edits=asked)
+        else:
             return
-        edited, _ = self._run(self.ids, {}, edits=edits)
-        made = {layer: changes(self.plain.writes[layer], edited.writes[layer], e) for layer, e in edits.items()}
-        rows, first, places = _begins(made)
+        made = {layer: changes(self.plain.writes[layer], edited.writes[layer], e) for layer, e in asked.items()}
+        rows, first, places = _begins(made, self.ids.shape[1] - 3)
+        if not len(rows):
+            return
         yield "edit", self._compare(edited, rows, first, places)
         for arm, control in (("random", gaussian), ("other", elsewhere)):
             instead = {
@@ -262,8 +285,9 @@ def _losses(logits: Tensor, ids: Tensor) -> Tensor:
     return torch.stack(out).cpu()
 
 
-def _begins(made: Mapping[int, Edits]) -> tuple[Tensor, Tensor, Tensor]:
-    """(rows with a change, position of the first in each, places changed in each), all `[n]`."""
+def _begins(made: Mapping[int, Edits], latest: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(rows with a change, position of the first in each, places changed in each), all `[n]`; of rows in which that is
+    no later than `latest`."""
     row = torch.cat([e.row for e in made.values()])
     position = torch.cat([e.position for e in made.values()])
     rows, of = torch.unique(row, return_inverse=True)
@@ -274,7 +298,8 @@ def _begins(made: Mapping[int, Edits]) -> tuple[Tensor, Tensor, Tensor]:
     places = torch.zeros_like(rows).index_add_(
         0, torch.searchsorted(rows, distinct[:, 0].contiguous()), torch.ones_like(distinct[:, 0])
     )
-    return rows, first, places
+    early = first <= latest
+    return rows[early], first[early], places[early]
 
 
 # ---- what was changed, and what is put there instead ----------------------------------------------------------------

@@ -110,18 +110,18 @@ def _parsed(option: str, text: str) -> dict[str, str]:
 
 
 def _made(option: str, found: dict[str, str], args: argparse.Namespace, tokenizer):
-    from .audit_edits import Delete, Erase, Install, Scale
+    from .audit_edits import DeleteHead, EraseFeature, InstallToken, ScaleFeature
 
     layer, head, how = int(found["layer"]), int(found["head"]), {"every": args.every, "when": args.when}
     if option == "delete":
-        return Delete(layer, head, **how)
+        return DeleteHead(layer, head, **how)
     if option == "install":
         number = _number(option, found.get("number", "3"))
-        return Install(_token(found["token"], tokenizer), layer, head, number, **how)
+        return InstallToken(_token(found["token"], tokenizer), layer, head, number, **how)
     feature = int(found["feature"])
     if option == "erase":
-        return Erase(feature, layer, head, **how)
-    return Scale(feature, layer, head, factor=_number(option, found["number"]), **how)
+        return EraseFeature(feature, layer, head, **how)
+    return ScaleFeature(feature, layer, head, factor=_number(option, found["number"]), **how)
 
 
 def _number(option: str, text: str) -> float:

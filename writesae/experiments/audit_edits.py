@@ -19,6 +19,7 @@ from torch import Tensor
 from ..atoms import direction_to
 from ..edits import KINDS, WHENS, Edits
 from ..firings import Firings
+from ..policies import Policy
 from ..sae import SAE
 from ..untrusted import is_integer, is_number, read_json, shown
 from ..writes import Writes
@@ -135,7 +136,7 @@ class Given:
 
 
 @dataclass(frozen=True)
-class Delete:
+class DeleteHead:
     """Deletes a head's write at one token of every passage, or `every` one from there on."""
 
     layer: int
@@ -188,7 +189,7 @@ class _OfFeature:
 
 
 @dataclass(frozen=True)
-class Erase(_OfFeature):
+class EraseFeature(_OfFeature):
     """Deletes the whole write at firings of a feature: the paper's erase."""
 
     @property
@@ -202,7 +203,7 @@ class Erase(_OfFeature):
 
 
 @dataclass(frozen=True)
-class Scale(_OfFeature):
+class ScaleFeature(_OfFeature):
     """Multiplies a feature's part in the state where it fires: adds `(factor - 1) a A`, a its code, A its atom."""
 
     factor: float = 2.0
@@ -228,7 +229,7 @@ class Scale(_OfFeature):
 
 
 @dataclass(frozen=True)
-class Install:
+class InstallToken:
     """Writes `m |N| k w*^T` at three tokens in a row, w* the direction of a token's logit: the paper's install."""
 
     token: int
@@ -256,6 +257,21 @@ class Install:
         toward = direction_to(clean.model, self.layer, self.head, self.token).cpu()
         left = self.magnitude * right.norm(dim=1, keepdim=True) * left
         return {self.layer: Edits.add(row, position, self.head, left, toward, when=self.when)}
+
+
+@dataclass(frozen=True)
+class Acting:
+    """Policies of an attach: what they change is known once the model has run with them."""
+
+    policies: tuple[Policy, ...]
+    needs: tuple[Site, ...] = field(default=(), init=False)
+
+    @property
+    def says(self) -> str:
+        return f"the polic{'y' if len(self.policies) == 1 else 'ies'} {', '.join(map(repr, self.policies))}"
+
+    def edits(self, clean: Clean) -> dict[int, Edits]:
+        return {}
 
 
 # ---- from a file ----------------------------------------------------------------------------------------------------

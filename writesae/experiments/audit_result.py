@@ -18,7 +18,8 @@ Reach, of the mean KL at the last quarter of the horizon, less a tenth (`FADED`)
     lingering       the whole interval lies above 0
     cannot be told  the interval holds 0
 
-Intervals resample passages. An edit that changes no prediction at all does nothing, which is said instead.
+Intervals resample passages; of fewer than `LEAST` = 10 nothing can be told. An edit that changes no prediction at all
+does nothing, which is said instead.
 """
 
 from __future__ import annotations
@@ -38,9 +39,10 @@ from .result import versions
 
 TEST = "audit"
 ARMS = ("edit", "random", "other")
-HARM, FADED = 0.01, 0.1
+HARM, FADED, LEAST = 0.01, 0.1, 10
+_ROUNDING = 1e-10  # nats: a KL of float32's rounding
 COSTS = ("harmful", "harmless", "cannot be told")
-BESIDE = ("more", "less", "no more")
+BESIDE = ("more", "less", "no more", "cannot be told")
 REACHES = ("local", "lingering", "cannot be told")
 
 
@@ -90,7 +92,7 @@ class AuditResult:
         return {
             "test": TEST, "passages": self.passages, "context": self.context, "horizon": self.horizon,
             "seed": self.seed, "resamples": resamples, "layers": list(self.layers), "grid": list(self.grid),
-            "rules": {"harm": HARM, "faded": FADED},
+            "rules": {"harm": HARM, "faded": FADED, "least": LEAST},
             "edits": [self._edit(name, resamples) for name in self.says], "versions": versions(),
         }  # fmt: skip
 
@@ -107,13 +109,14 @@ class AuditResult:
             "name": name, "says": self.says[name], "n": len(edit["passage"]), "places": int(edit["places"].sum()),
             "plain": plain, "perplexity": math.exp(min(plain, 700)), "arms": arms,
         }  # fmt: skip
-        if not np.nanmax(edit["kl"]) > 0 and not np.abs(edit["change"]).max() > 0:
+        if np.nanmax(edit["kl"]) < _ROUNDING and np.abs(edit["change"]).max() < _ROUNDING**0.5:
             return {**out, "does": "nothing"}
-        against = {}
+        against, enough = {}, len(edit["passage"]) >= LEAST
         for arm in ARMS[1:]:
             difference = edit["change"] - self.runs[name, arm]["change"]
             ci95 = boot.interval(difference, "passage")["ci95"]
-            against[arm] = {"change": float(difference.mean()), "ci95": ci95, "is": beside_of(*ci95)}
+            word = beside_of(*ci95) if enough else BESIDE[-1]
+            against[arm] = {"change": float(difference.mean()), "ci95": ci95, "is": word}
         kl = edit["kl"]
         means = np.nanmean(kl, 0)
         peak = int(np.nanargmax(means))
@@ -123,8 +126,10 @@ class AuditResult:
         below = np.flatnonzero(means < FADED * means[peak])
         below = below[below > peak]
         return {
-            **out, "does": "something", "cost": cost_of(*arms["edit"]["change"]["ci95"]), "against": against,
-            "reach": reach_of(low, high), "left": {"n": len(kl), "kl": float(tail.mean()), "ci95": [low, high]},
+            **out, "does": "something", "against": against,
+            "cost": cost_of(*arms["edit"]["change"]["ci95"]) if enough else COSTS[-1],
+            "reach": reach_of(low, high) if enough else REACHES[-1],
+            "left": {"n": len(kl), "kl": float(tail.mean()), "ci95": [low, high]},
             "peak": {"at": peak, "kl": float(means[peak])}, "faded_at": int(below[0]) if len(below) else None,
         }  # fmt: skip
 
@@ -194,6 +199,7 @@ def verdict(edit: Mapping) -> str:
     beside = {
         "more": "more than random changes of its size do", "less": "less than random changes of its size do",
         "no more": "no more than random changes of its size do, as far as can be told",
+        "cannot be told": "beside random changes of its size",
     }[edit["against"]["random"]["is"]]  # fmt: skip
     reach = {
         "local": "local: its effect fades below a tenth of its peak",
@@ -201,6 +207,8 @@ def verdict(edit: Mapping) -> str:
         "cannot be told": "whether its effect fades below a tenth of its peak cannot be told",
     }[edit["reach"]]  # fmt: skip
     low, high = rise["ci95"]
+    if change["n"] < LEAST:
+        cost, reach = f"Too few passages to tell (at least {LEAST})", "how far it reaches cannot be told"
     return (
         f"{cost}: it changes the perplexity of the rest by {percent(rise['share'])} (95 %: {percent(low)} to "
         f"{percent(high)}, {change['n']} passages), {beside} ({percent(random)}); {reach} within the horizon."

@@ -37,12 +37,12 @@ def _summary(horizon: int, grid: int, layers: int) -> Check:
         "perplexity_rise": _fields({"share": NUMBER, "ci95": _PAIR}), "flips": _fields({"n": COUNT, "share": RATE}),
         "kl": curve, "flip": curve, "decay": some, "share": _list(some, layers),
     })  # fmt: skip
-    against = _fields({"change": NUMBER, "ci95": _PAIR, "is": _one_of("more", "less", "no more")})
+    against = _fields({"change": NUMBER, "ci95": _PAIR, "is": _one_of("more", "less", "no more", "cannot be told")})
     return _fields(
         {
             "test": _one_of(TEST), "passages": _SOME, "context": _SOME, "horizon": _SOME, "seed": INTEGER,
             "resamples": COUNT, "layers": _list(COUNT), "grid": _list(COUNT),
-            "rules": _fields({"harm": NUMBER, "faded": NUMBER}), "versions": _mapping(TEXT, TEXT),
+            "rules": _fields({"harm": NUMBER, "faded": NUMBER, "least": COUNT}), "versions": _mapping(TEXT, TEXT),
             "edits": _list(_fields(
                 {
                     "name": TEXT, "says": TEXT, "verdict": TEXT, "n": COUNT, "places": COUNT, "plain": NUMBER,
