@@ -358,7 +358,7 @@ def test_of_three_edits_the_harmful_one_is_told(tmp_path, capsys):
     assert harmful["name"] == "delete 5:3" and harmful["against"]["random"]["is"] == "more"
     assert summary["command"] == "writesae " + command
     text = allowed((tmp_path / "report.html").read_text())
-    assert "delete 5:3 is harmful" in text and harmful["verdict"] in text
+    assert "Harmful: delete 5:3 (1 of 3)" in text and harmful["verdict"] in text
     rows = (tmp_path / "audit.csv").read_text().splitlines()
     assert len(rows) == 1 + 3 * 3 * 12
     before = (tmp_path / "report.html").read_bytes()
@@ -398,7 +398,7 @@ def test_the_page_holds_the_numbers_and_fetches_nothing(tmp_path):
     text = allowed(page)
     rest = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", page)
     assert not re.search(r"https?:|//|<script|url\(", rest) and rest.count("<img") == 5
-    for words in ("x is harmful", "a <tiny> model", "40 passages of 64 tokens", "+22 %", "local",
+    for words in ("Harmful: x (1 of 1)", "a <tiny> model", "40 passages of 64 tokens", "+22 %", "local",
                   "above 0.01 nats a token", "fewer than 10 passages", "Something done: 40 places"):  # fmt: skip
         assert words in text.replace("\u202f", " "), words
 

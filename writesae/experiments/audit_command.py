@@ -22,17 +22,19 @@ _SAMPLE = {
 
 def configure(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("edits, each audited by itself; at least one")
-    what.add_argument("--edit", action="append", default=[], metavar="FILE", help='JSON with edits made together: '
+    what.add_argument("--edit", action="append", default=[], metavar="FILE", help='edits made together, of a JSON file: '
                       '{"edits": [{"position": 40, "layer": 5, "head": 3, "feature": 17, "scale": 2.0}, ...]}; row (a '
-                      "passage's number), kind, when, left and right as in the docs; repeatable")  # fmt: skip
+                      "passage's number), kind, when, left and right as in docs/audit.md; repeatable "
+                      "(default: none)")  # fmt: skip
     what.add_argument("--delete", action="append", default=[], metavar=_SAMPLE["delete"], help="delete a head's write; "
-                      "repeatable")  # fmt: skip
+                      "repeatable (default: none)")  # fmt: skip
     what.add_argument("--erase", action="append", default=[], metavar=_SAMPLE["erase"], help="delete the write where a "
-                      "feature fires; repeatable")  # fmt: skip
+                      "feature fires; repeatable (default: none)")  # fmt: skip
     what.add_argument("--scale", action="append", default=[], metavar=_SAMPLE["scale"], help="multiply a feature's "
-                      "part of the state where it fires; repeatable")  # fmt: skip
+                      "part of the state where it fires; repeatable (default: none)")  # fmt: skip
     what.add_argument("--install", action="append", default=[], metavar=_SAMPLE["install"], help="write a token's "
-                      "direction, in units of the write's norm (3); TOKEN is text or a number; repeatable")  # fmt: skip
+                      "direction, in units of the write's norm (3); TOKEN is text or a number; repeatable (default: "
+                      "none)")  # fmt: skip
     what.add_argument("--every", action="store_true", help="make the last four at every such token, and not at one of "
                       "every passage")  # fmt: skip
     what.add_argument("--when", choices=("after", "before"), default="after", help="whether a token reads its state "

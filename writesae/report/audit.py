@@ -221,6 +221,8 @@ def curves(edit: Mapping, what: str, path: Path) -> Path:
 def decay(edit: Mapping, grid: Sequence[int], path: Path) -> Path:
     """Size of the change of the edited layer's state by tokens after the first edit."""
 
+    least = min(min(edit["arms"][arm]["decay"]) for arm in ARMS)
+
     def paint(axes, colours):
         for arm, mark in (("edit", "o"), ("random", "^"), ("other", "s")):
             share = np.maximum(edit["arms"][arm]["decay"], _FADED)
@@ -229,7 +231,7 @@ def decay(edit: Mapping, grid: Sequence[int], path: Path) -> Path:
             )
         axes.set(yscale="log", xlabel="tokens after the first edit", ylabel="|δS| of its first size")
         axes.set_xticks(range(len(grid)), [str(h) for h in grid])
-        axes.set_ylim(bottom=_FADED / 2)
+        axes.set_ylim(bottom=min(max(least / 3, _FADED / 2), 0.1))
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, ncols=3, columnspacing=1.0)
 
     return plots.draw(path, (5.4, 3.4), paint)
