@@ -36,7 +36,7 @@ bench: $(VENV)/.built
 # The kernels' own C++ checks under the address and undefined-behaviour sanitizers, on the twin that cuda-check tests; needs
 # cmake.
 sanitize: $(VENV)/.built
-	$(BIN)/python scripts/build_twin.py --sanitize 2> /dev/null
+	$(BIN)/python scripts/build_twin.py --sanitize
 	cmake -S . -B build/sanitize -DWRITESAE_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo \
 	  -DWRITESAE_TWIN=$(CURDIR)/build/twin-sanitize
 	cmake --build build/sanitize -j2
