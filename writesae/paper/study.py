@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from .lab import Lab
 
 # One file each, in the order of a reader of the paper; see `studies`.
-NAMES = ("partition",)
+NAMES = (
+    "partition",
+    "closed_form",
+)
 
 
 @dataclass(frozen=True)
