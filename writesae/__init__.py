@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers
-    from . import collect, experiments, models, ops, report, sae
+    from . import atoms, collect, experiments, models, ops, report, sae
     from .collect import Store
     from .default import load_default
     from .edits import Edits
+    from .experiments.audit import audit
     from .firings import Firings
     from .models.attach import attach
     from .models.run_with_sae import run_with_sae
@@ -30,7 +31,9 @@ __all__ = [
     "Store",
     "Writes",
     "__version__",
+    "atoms",
     "attach",
+    "audit",
     "collect",
     "experiments",
     "load_default",
@@ -48,6 +51,7 @@ _HOME = {
     "Edits": "writesae.edits",
     "SAE": "writesae.sae",
     "attach": "writesae.models",
+    "audit": "writesae.experiments.audit",
     "run_with_sae": "writesae.models",
     "load_default": "writesae.default",
     "Store": "writesae.collect",
