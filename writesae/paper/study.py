@@ -27,6 +27,10 @@ NAMES = (
     "baselines",
     "spectral",
     "residual_coherence",
+    "selectivity",
+    "readers",
+    "transplant",
+    "geometry",
 )
 
 
