@@ -43,9 +43,9 @@ def run(lab: Lab) -> Findings:
     return Findings(statistics, {"features": join(parts)}, {"selectivity": _figure(join(parts))}, answers, [
         f"A feature counts with {lab['least']} firings on validation and as many on test text. Its preferred token is "
         "the most frequent one at its validation firings; shares are of its test firings.",
-        "Null models: the exact permutation test over all firings of the site (hypergeometric, with a false discovery "
-        f"rate of 5 %), and each passage's tokens moved round by {lab['shifts']} random distances, which keeps how "
-        "firings and tokens come in bursts.",
+        "Null models: the exact permutation test, a feature's firings put on any of the test tokens (hypergeometric, "
+        f"false discovery rate 5 %), and each passage's tokens moved round by {lab['shifts']} random distances, which "
+        "keeps how firings and tokens come in bursts.",
     ])  # fmt: skip
 
 
@@ -107,7 +107,7 @@ def selective(
         shifts: `[S, P]` distances of the moved-round null model.
     Returns:
         feature, firings `[m]`, and for each of `PLACES`: `<place>_id` (the preferred token), `_share` (of the test
-        firings), `_base` (of all firings of the site), `_shifted` (its share with tokens moved round), `_p` and `_q`
+        firings), `_base` (of all tokens), `_shifted` (its share with tokens moved round), `_p` and `_q`
         (one-sided exact permutation test, and as a false discovery rate).
     """
     T = ids.shape[1]
@@ -123,7 +123,7 @@ def selective(
         best = _modes(index, ids[seen[:, 0], seen[:, 1] + offset], len(kept))
         tokens = test_ids[test[:, 0], test[:, 1] + offset]
         hit = np.bincount(at, tokens == best[at], len(kept))
-        everywhere = test_ids[inside[1][:, 0], inside[1][:, 1] + offset]
+        everywhere = test_ids[:, 1 + offset : T - 1 + offset]
         labels, counts = np.unique(everywhere, return_counts=True)
         of = dict(zip(labels.tolist(), counts.tolist(), strict=True))
         base = np.array([of.get(token, 0) for token in best.tolist()])
@@ -131,9 +131,9 @@ def selective(
         for shift in shifts:
             there = (test[:, 1] + offset + shift[test[:, 0]]) % T
             moved += np.bincount(at, test_ids[test[:, 0], there] == best[at], len(kept)) / n
-        p = need("scipy.stats").hypergeom.sf(hit - 1, len(everywhere), base, n)
+        p = need("scipy.stats").hypergeom.sf(hit - 1, everywhere.size, base, n)
         q = need("statsmodels.stats.multitest").multipletests(p, method="fdr_bh")[1] if len(p) else p
-        found = {"id": best, "share": hit / n, "base": base / len(everywhere), "shifted": moved / len(shifts),
+        found = {"id": best, "share": hit / n, "base": base / everywhere.size, "shifted": moved / len(shifts),
                  "p": p, "q": q}  # fmt: skip
         out |= {f"{place}_{name}": column for name, column in found.items()}
     return out

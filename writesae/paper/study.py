@@ -30,6 +30,7 @@ NAMES = (
     "selectivity",
     "readers",
     "transplant",
+    "probing",
     "geometry",
 )
 
