@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from writesae.cli import main
 from writesae.paper import Claim, Findings, Study, studies
 from writesae.paper.study import save

@@ -176,7 +176,7 @@ def _figure(statistics: dict) -> Figure:
             axes.errorbar(100 * value, names, xerr=100 * spread, fmt="o", lw=1.4, color=colours[colour], label=label)
         axes.axvline(100 * statistics["chance"], color=colours["line"], lw=0.9, ls=(0, (4, 3)))
         axes.set(xlabel=f"balanced accuracy of the label “{statistics['label']}”, %", xlim=(0, 102))
-        axes.legend(loc="lower right")
+        axes.legend(loc="upper right")
 
     return Figure(paint, "Balanced accuracy of linear probes on test text, with intervals over passages; the dashed "
                   "line is chance.")  # fmt: skip
