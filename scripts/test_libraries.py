@@ -81,7 +81,7 @@ class Library:
 
 FLA = Library(
     "fla", "0.6.0", ("flash-linear-attention==0.6.0", "fla-core==0.6.0", "einops==0.8.2", *_TRITON),
-    ("tests/test_fla.py", "tests/test_info_models.py"),
+    ("tests/test_fla.py", "tests/test_info_models.py", "tests/test_families.py"),
 )  # fmt: skip
 MAMBA_SSM = Library(
     "mamba-ssm", "2.3.2.post1", ("mamba-ssm==2.3.2.post1", "causal-conv1d==1.7.0", "einops==0.8.2", *_TRITON),

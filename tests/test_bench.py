@@ -16,7 +16,7 @@ import torch
 from writesae.bench import MODULES, command, show
 from writesae.bench.case import Case, Disagree, Options, Row, agree, load_cases
 from writesae.bench.record import read_records, record
-from writesae.bench.timing import flat_rows, median_and_spread, ratio_row
+from writesae.bench.timing import flat_rows, floor_row, median_and_spread, ratio_row
 
 TESTS = Path(__file__).parent
 FIELDS = {"name": str, "peer": str, "value": float, "unit": str, "target": float, "met": bool, "spread": float}
@@ -207,11 +207,12 @@ def test_list(tmp_path, capsys):
 def test_every_case_of_the_package_is_listed_once():
     cases = load_cases(MODULES)
     assert {"scan", "scan-few-heads", "scan-length", "encode", "encode-states", "encode-memory", "encode-length",
-            "model-float32", "model-bfloat16", "collect", "replace", "training"} <= {c.name for c in cases}  # fmt: skip
+            "model-float32", "model-bfloat16", "collect", "replace", "training", "kda", "encode-ssd",
+            "ssd", "dplr"} <= {c.name for c in cases}  # fmt: skip
     assert all(case.title and case.module in MODULES for case in cases)
 
 
-@pytest.mark.parametrize("name", ["scan", "encode", "encode-memory"])
+@pytest.mark.parametrize("name", ["scan", "encode", "encode-memory", "encode-ssd", "kda", "dplr"])
 def test_a_real_case_quickly(tmp_path, name):
     parser = argparse.ArgumentParser()
     command.configure(parser)
@@ -252,6 +253,28 @@ def test_flat_rows_see_growth(monkeypatch):
     flat, grown = flat_rows("a", (1, 2, 4), [work(0, 1.0), work(1, 2.0), work(2, 6.0)], 3)
     assert (flat.value, flat.met, grown.value, grown.met) == (1.0, True, 1.5, False)
     assert calls == [16, 8, 4]  # a round to warm up and three
+
+
+def test_a_floor_is_of_a_product_in_the_same_rounds(monkeypatch):
+    """On a clock of processor time that the products move too: a slow moment on both leaves the ratio alone."""
+    now, pace, mm, size = [0.0], iter((1.0, 9.0, 1.0, 2.0)), torch.mm, 8
+    monkeypatch.setattr("writesae.bench.timing.time.process_time", lambda: now[0])
+    monkeypatch.setattr("writesae.bench.timing.torch.get_num_threads", lambda: 2)
+    slow = [1.0]
+
+    def run():
+        slow[0] = next(pace)
+        now[0] += 6 * slow[0]
+
+    def product(*args, **kwargs):
+        now[0] += 2 * slow[0]
+        return mm(*args, **kwargs)
+
+    monkeypatch.setattr("writesae.bench.timing.torch.mm", product)
+    row = floor_row("a", run, work=4 * size**3, repeats=3, size=size)
+    assert row.value == 1.5 and row.spread == 0.0 and row.target == 1.25 and row.met is False
+    assert row.product_rate == 2 * size**3 / 2 / 1e9  # 2 processor seconds on two threads, in the median round
+    assert row.seconds == 6.0 and "at the product's" in row.note
 
 
 @pytest.mark.parametrize("bad", [float("nan"), 2.0])

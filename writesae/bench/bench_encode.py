@@ -4,6 +4,7 @@ K = V = 128, F = 2,048, k = 32, float32. The peer products are `torch.mm` into p
 dictionary, the fastest form found; they leave out the running sum, the bias and the selection. Rates count the two
 products, 2 (K + V) F operations a token and head. A row of processor time on one thread is disturbed less by a busy
 machine. Under a channel gate, 32 heads of K = V = 64: against states that lie there already, and their one product.
+Of Mamba-2's writes (`ops.ssd`, one key group of K = 128, 32 heads of V = 64) the same products count.
 """
 
 from __future__ import annotations
@@ -75,6 +76,28 @@ def products(options: Options) -> Iterator[Row]:
             _products(writes, v, w), options.rounds(), target=1.6, aim=1.2,
         )  # fmt: skip
         yield row.does(2 * (K + V) * F * T * H, "GFLOP/s", "float32")
+
+
+@torch.no_grad()
+def ssd_writes(options: Options) -> Iterator[Row]:
+    """32 heads that share their keys."""
+    (T, H), size = (64, 2) if options.quick else (1024, 32), 64
+    generator = torch.Generator().manual_seed(0)
+    x, B = (torch.randn(1, T, *shape, generator=generator) for shape in ((H, size), (1, K)))
+    dt = 0.02 + 0.02 * torch.rand(1, T, H, generator=generator)
+    writes = ops.ssd(x, dt, -torch.arange(1.0, H + 1), B / K**0.25, B, return_writes=True).writes
+    factors = [y.float() for y in dictionary(generator, H, F, K, size)]
+
+    def ours():
+        return ops.encode(writes, *factors, k=TOP)
+
+    name, few = f"encode, ssd's writes, T = {T:,}, {H} heads of {K} x {size}", min(T, 128)
+    first = replace(writes, **{part: getattr(writes, part)[:, :few] for part in ("decay", "left", "right")})
+    wide = (y.double() for y in factors)
+    exact = ops.encode(first.to(torch.float64), *wide, k=TOP, backend="reference")
+    agree(f"{name}, against the float64 reference", ours().values[:, :few], exact.values, 1e-5)
+    row = compare(name, PRODUCTS, "x time", ours, _products(writes, *factors[:2]), options.rounds(), target=1.2)
+    yield row.does(2 * (K + size) * F * T * H, "GFLOP/s", "float32")
 
 
 def bf16_products(options: Options) -> Iterator[Row]:
@@ -252,6 +275,7 @@ def gradient(options: Options) -> Iterator[Row]:
 
 CASES = [
     Case("encode", "encode, T = 1,024 and 8,192", products, PRODUCTS),
+    Case("encode-ssd", "encode, ssd's writes, 32 heads of 128 x 64", ssd_writes, PRODUCTS),
     Case("encode-bf16", "encode, products in bf16", bf16_products, FP32, ("bfloat16", "copy")),
     Case("encode-states", "encode, T = 1,024, 1 head", from_states, STATES),
     Case("encode-channels", "encode, channel gate, 32 heads of 64 x 64", channels, ONE_PRODUCT),

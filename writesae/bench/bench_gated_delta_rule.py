@@ -1,7 +1,7 @@
 """`gated_delta_rule` on the CPU against transformers' own fallbacks and TransformerLens' eager scan, interleaved.
 
 Rates count 6 K V floating-point operations a token and head (three multiply-adds a state element), the least the
-token-by-token form can do.
+token-by-token form can do. Kimi Delta Attention's floor counts its gate of each channel too, as one operation.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch.nn.functional import logsigmoid
 
 from .. import ops
 from ..testing import gated_delta_rule_inputs
 from .case import Case, Disagree, Missing, Options, Row, agree
-from .timing import compare, flat_rows, interleaved, ratio_row
+from .timing import compare, flat_rows, floor_row, interleaved, ratio_row
 
 SIZE = 128
 AGREE = 1e-4  # relative RMS; both compute in float32
@@ -60,7 +61,43 @@ def sequence_row(T: int, H: int, repeats: int, dtype: torch.dtype = torch.float3
 
 
 def scan(options: Options) -> Iterator[Row]:
-    yield sequence_row(256 if options.quick else 2048, 16, options.rounds(), target=3, aim=5)
+    T, H = 256 if options.quick else 2048, 16
+    yield sequence_row(T, H, options.rounds(), target=3, aim=5)
+    x = _inputs(T, H)
+    yield floor_row(
+        f"{_name(T, H)}: processor time",
+        lambda: ops.gated_delta_rule(**x, use_qk_l2norm=True, output_final_state=True), _flop(T, H), options.rounds(),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def kda(options: Options) -> Iterator[Row]:
+    """Kimi Delta Attention. Few tokens for the peer, whose decays of all pairs in chunks of 64 take 1 MB each."""
+    try:
+        from transformers.models.kimi_linear.modeling_kimi_linear import chunk_kimi_delta_attention
+    except ImportError as error:
+        raise Missing(f"transformers with Kimi Linear is not installed ({error})") from error
+    H, T, longer = (2, 64, 128) if options.quick else (32, 512, 2048)
+
+    def inputs(T: int) -> dict[str, torch.Tensor]:
+        g = 0.1 * logsigmoid(torch.randn(1, T, H, SIZE, generator=torch.Generator().manual_seed(0)))
+        return _inputs(T, H) | {"g": g}
+
+    def ours(x):
+        return ops.gated_delta_rule(**x, use_qk_l2norm=True, output_final_state=True)
+
+    def theirs(x):
+        q, k, v, g, beta = (x[name] for name in ("q", "k", "v", "g", "beta"))
+        return chunk_kimi_delta_attention(q, k, v, g, beta, output_final_state=True, use_qk_l2norm_in_kernel=True)
+
+    name, x = f"KDA, T = {T:,}, {H} heads, fp32", inputs(T)
+    out, (o, state) = ours(x), theirs(x)
+    agree(name, out.final_state, state, AGREE)
+    agree(name, out.o, o, AGREE)
+    row = compare(name, KIMI, "x faster", lambda: ours(x), lambda: theirs(x), options.rounds(3), target=4)
+    yield row.does(_flop(T, H), "GFLOP/s", "float32")
+    name, work, y = f"KDA, T = {longer:,}, {H} heads, fp32", _flop(longer, H) + SIZE * SIZE * longer * H, inputs(longer)
+    yield floor_row(f"{name}: processor time", lambda: ours(y), work, options.rounds())
 
 
 def few_heads(options: Options) -> Iterator[Row]:
@@ -167,7 +204,7 @@ def eager_scan(options: Options) -> Iterator[Row]:
     yield compare(name, "TransformerLens' eager scan", "x faster", ours, theirs, options.rounds(3))
 
 
-CHUNKED = "transformers' chunked fallback"
+CHUNKED, KIMI = "transformers' chunked fallback", "transformers' own KDA"
 CASES = [
     Case("scan", "scan, T = 2,048, 16 heads, fp32", scan, CHUNKED),
     Case("scan-few-heads", "scan, T = 8,192, 1 and 2 heads, fp32", few_heads, CHUNKED),
@@ -175,5 +212,6 @@ CASES = [
     Case("scan-length", "scan, 1 head: time a token at T = 1 k, 8 k, 64 k", length, "the same at T = 1,024"),
     Case("scan-writes", "scan, T = 2,048, 4 heads: writes and edits", writes, "the same without"),
     Case("scan-step", "one token, 16 heads, fp32", step, "transformers' recurrent fallback"),
+    Case("kda", "KDA, T = 512 and 2,048, 32 heads, fp32", kda, KIMI),
     Case("scan-eager", "scan, T = 512, 16 heads, fp32, with its writes", eager_scan, "TransformerLens' eager scan"),
 ]

@@ -1,7 +1,8 @@
-"""`ssd` on the CPU against transformers' own chunk scan, interleaved, at Granite's and Bamba's size (V = 64, K = 256).
+"""`ssd` on the CPU against transformers' own chunk scan, interleaved, at Granite's and Bamba's size (V = 64, K = 256),
+and against its arithmetic at Mamba-2's (V = 64, K = 128) too.
 
 Rates count 4 K V floating-point operations a token and head (two multiply-adds a state element), the least the
-token-by-token form can do.
+token-by-token form can do. The sum with D x is in the time.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from torch.nn.functional import softplus
 from .. import ops
 from .bench_gated_delta_rule import AGREE
 from .case import Case, Options, Row, agree
-from .timing import compare
+from .timing import compare, floor_row
 
 V, K, GROUPS, CHUNK = 64, 256, 1, 256
 
 
-def _inputs(T: int, H: int) -> dict[str, Tensor]:
+def _inputs(T: int, H: int, K: int = K) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -52,6 +53,13 @@ def scan(options: Options) -> Iterator[Row]:
     agree(name, out.o, o, AGREE)
     row = compare(name, "transformers' chunk scan", "x faster", ours, theirs, options.rounds())
     yield row.does(4 * K * V * T * H, "GFLOP/s", "float32")
+    H = 4 if options.quick else 32
+    for size in (128, 256):
+        x = _inputs(T, H, size)
+        yield floor_row(
+            f"ssd, T = {T:,}, {H} heads, {size} x {V}, fp32: processor time",
+            lambda x=x: ops.ssd(**x, output_final_state=True), 4 * size * V * T * H, options.rounds(),
+        )  # fmt: skip
 
 
 @torch.no_grad()
@@ -79,6 +87,6 @@ def step(options: Options) -> Iterator[Row]:
 
 
 CASES = [
-    Case("ssd", "ssd, T = 2,048, 16 heads, 256 x 64, fp32", scan, "transformers' chunk scan"),
+    Case("ssd", "ssd, T = 2,048, 16 and 32 heads, 256 and 128 x 64, fp32", scan, "transformers' chunk scan"),
     Case("ssd-step", "ssd, one token, 16 heads, 256 x 64, fp32", step, "transformers' state update"),
 ]

@@ -38,6 +38,7 @@ class Row:
         ceiling_of: which ceiling of the machine bounds `rate`: "float32" or "bfloat16" (matrix products), "copy".
         ceiling, share: that ceiling as measured around this case, and rate / ceiling. Filled in by `run_case`.
         seconds, peer_seconds: medians.
+        product_rate: GFLOP/s of a float32 product in the rounds of a row against its arithmetic (`timing.floor_row`).
         note: the reason for a missing value, or a remark.
     """
 
@@ -56,6 +57,7 @@ class Row:
     share: float | None = None
     seconds: float | None = None
     peer_seconds: float | None = None
+    product_rate: float | None = None
     note: str = ""
     less_is_better: bool | None = None
 

@@ -11,6 +11,7 @@ import torch
 from .case import Row
 
 Run = Callable[[], object]
+FLOOR = "its arithmetic at a product's rate"
 
 
 def interleaved(runs: Sequence[Run], repeats: int = 9, warmup: int = 1) -> list[list[float]]:
@@ -59,6 +60,24 @@ def ratio_row(
 def compare(name: str, peer: str, unit: str, ours: Run, theirs: Run, repeats: int, warmup: int = 1, **targets) -> Row:
     """Runs both in turn and makes the row."""
     return ratio_row(name, peer, unit, *interleaved([ours, theirs], repeats, warmup), **targets)
+
+
+def floor_row(name: str, run: Run, work: float, repeats: int, target: float | None = 1.25, size: int = 2048) -> Row:
+    """Processor time of `run` over that of its arithmetic alone: `work` FLOP at the rate that a square float32 product
+    of `size` reaches in the same rounds. Processor time, a thread, since others may use the machine."""
+    a, b, out = (torch.randn(size, size) for _ in range(3))
+    threads, seconds = torch.get_num_threads(), ([], [])
+    for turn in range(repeats + 1):
+        for side, call in zip(seconds, (run, lambda: torch.mm(a, b, out=out)), strict=True):
+            start = time.process_time()
+            call()
+            if turn:  # the first round only warms up
+                side.append((time.process_time() - start) / threads)
+    rates = [2 * size**3 / s for s in seconds[1]]
+    row = ratio_row(name, FLOOR, "x time", seconds[0], [work / rate for rate in rates], target)
+    row.product_rate = statistics.median(rates) / 1e9
+    row.note = f"at the product's {row.product_rate:.0f} GFLOP/s"
+    return row
 
 
 def flat_rows(name: str, lengths: Sequence[int], runs: Sequence[Run], repeats: int, target: float = 1.15) -> list[Row]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from ..options import add_device, add_dictionaries, add_model, dictionaries, require_device
 from ..text.arguments import NAMED
 from .lab import SPLITS, TEXTS, Lab
-from .study import Setting, Study, save, studies
+from .study import Setting, Study, remember, save, studies
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +23,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="small numbers, to see that all runs (about 15 minutes "
                         "for all on two cores)")  # fmt: skip
     parser.add_argument("--set", action="append", default=[], metavar="[STUDY.]NAME=VALUE", help="another value for a "
-                        "setting of --list, as JSON or text; repeatable")  # fmt: skip
+                        "setting of --list, as JSON or text; repeatable (default: that of --list)")  # fmt: skip
     what = parser.add_argument_group("what is studied")
     add_model(what)
     add_dictionaries(what)
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer = load(args.model, getattr(torch, args.dtype), args.trust_remote_code)
     model = model.to(args.device)
     saes, writes = ({site: sae.to(args.device) for site, sae in x.items()} for x in (found, written))
-    failed = []
+    failed: dict[str, str] = {}
     for study in chosen:
         folder = Path(args.out) / study.name
         lab = Lab(
@@ -86,8 +86,9 @@ def run(args: argparse.Namespace) -> int:
         except (ValueError, RuntimeError) as error:
             if not args.all:
                 raise
-            failed.append(study.name)
+            failed[study.name] = str(error)
             print(f"writesae paper {study.name}: {error}", file=sys.stderr)
+    remember(Path(args.out), known.values(), {study.name for study in chosen}, failed)
     if args.all:
         from ..report import paper
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib import import_module
@@ -15,6 +15,7 @@ import numpy as np
 
 from ..experiments.parts import concatenate
 from ..files import make_folder, write_json, write_text
+from ..untrusted import read_json
 
 if TYPE_CHECKING:
     from .lab import Lab
@@ -185,6 +186,24 @@ def save(study: Study, findings: Findings, folder: Path, record: Mapping[str, An
     }  # fmt: skip
     write_json(folder / "summary.json", summary)
     return summary
+
+
+def remember(folder: Path, known: Iterable[Study], ran: Collection[str], failed: Mapping[str, str]) -> None:
+    """Writes `paper.json` beside the studies' folders, for the report: which studies there are, in its order, and why
+    the latest run of one failed, where it did.
+
+    Args:
+        ran: names of those that this run was of; of others, what was written before stays.
+        failed: {name: why}.
+    """
+    path = folder / "paper.json"
+    before = {}
+    if path.is_file():
+        before = {study["name"]: study["failed"] for study in read_json(path)["studies"]}
+    write_json(make_folder(folder) / path.name, {"studies": [
+        {"name": study.name, "title": study.title,
+         "failed": failed.get(study.name) if study.name in ran else before.get(study.name)} for study in known
+    ]})  # fmt: skip
 
 
 def join(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
