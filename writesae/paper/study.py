@@ -29,6 +29,11 @@ NAMES = (
     "spectral",
     "residual_coherence",
     "closed_form",
+    "selectivity",
+    "readers",
+    "transplant",
+    "probing",
+    "geometry",
 )
 
 
