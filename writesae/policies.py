@@ -255,7 +255,7 @@ class Erase(Policy):
     """Removes what is written at tokens where one of the features fires.
 
     Args:
-        features, sites, read, positions: see `Policy`.
+        features: see `Policy`. where: its `sites`, `read` and `positions`.
         what: "write": the token's whole native write, the paper's erase. "atom": the part `-a_i A_i` alone, for every
             one of the features that fires, with a_i its code.
     """
@@ -279,7 +279,7 @@ class Scale(Policy):
     """Multiplies the contribution of features where they fire: adds `(factor - 1) a_i A_i`, with a_i the code.
 
     Args:
-        features, sites, read, positions: see `Policy`.
+        features: see `Policy`. where: its `sites`, `read` and `positions`.
         factor: > 1 amplifies, 0 takes the atom's part away, < 0 turns it round.
     """
 
@@ -299,7 +299,7 @@ class Amplify(Scale):
     """`Scale` with a factor > 1, and a control of the same dose.
 
     Args:
-        features, sites, read, positions: see `Policy`.
+        features: see `Policy`. where: its `sites`, `read` and `positions`.
         factor: > 1.
         control: None, or "random": in the place of each feature's atom another one of the dictionary (drawn once a site
             and feature, none of the features), of the same Frobenius norm as what it stands for.
@@ -353,7 +353,7 @@ class Clamp(Policy):
     belongs to the top k is another matter.
 
     Args:
-        features, sites, read, positions: see `Policy`.
+        features: see `Policy`. where: its `sites`, `read` and `positions`.
         value: the pre-activation, bias included.
         always: at every token, and not only those of the features that fire, where they do.
     """
@@ -427,8 +427,7 @@ class Install(Policy):
         token: number of the token.
         positions: columns, cached ones and pads counted.
         magnitude: m, in units of the native write's norm.
-        sites: (layer, head); None: all of the attach, with or without a dictionary.
-        read: see `Policy`.
+        where: `sites` (None: all of the attach, with or without a dictionary) and `read` of `Policy`.
     """
 
     reads_codes = False

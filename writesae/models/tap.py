@@ -189,6 +189,7 @@ class Tap:
         return [] if self._policy_sites is None else self._policy_sites.layers.get(layer, [])
 
     def group(self, layer: int, number: int) -> Group:
+        """Heads of a layer that are encoded together, by number."""
         return self._groups[layer][number]
 
     def note_policies(self, frame: Frame, tokens: int, counts: Mapping[tuple[int, int], int]) -> None:
