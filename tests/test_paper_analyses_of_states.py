@@ -8,8 +8,9 @@ from scipy import stats
 
 import writesae
 from writesae.experiments.engine import ForkEngine, Places, read
-from writesae.paper import geometry, probing, readers, selectivity, studies, token_classes, transplant
+from writesae.paper import geometry, probing, readers, selectivity, studies, token_classes, trained, transplant
 from writesae.paper.readers import Frozen
+from writesae.writes import Writes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FAMILIES = ("gated", "mamba2")
@@ -262,3 +263,29 @@ def test_every_head_of_the_model_has_a_row(tmp_path, family):
         table["first_key"] <= table["four_keys"] + 1e-9
     )
     assert np.all(table["memory"] > 0) and np.all(np.abs(table["successive"]) <= 1)
+
+
+def test_of_two_writes_a_token_the_new_one_is_looked_at(tmp_path):
+    here = lab("geometry", tmp_path, sample=40)
+    draw = torch.Generator().manual_seed(0)
+
+    def some(*shape):
+        return torch.randn(2, 30, *shape, generator=draw)
+
+    decay, left, right = -0.1 * torch.rand(2, 30, 1, 5, generator=draw), some(1, 2, 5), some(1, 2, 3)
+    erase = (some(1, 5), some(1, 5))
+    both = Writes(decay, left, right, erase=erase)
+    got = geometry._head(here, (0, 0), trained._joined([both]))
+    assert got["norm"] == pytest.approx(float((left[..., 1, :].norm(dim=-1) * right[..., 1, :].norm(dim=-1)).median()))
+    halves = [
+        Writes(*(x[i : i + 1] for x in (decay, left, right)), erase=tuple(x[i : i + 1] for x in erase)) for i in (0, 1)
+    ]
+    assert geometry._head(here, (0, 0), trained._joined(halves)) == got
+
+
+def test_a_study_that_is_run_again_reads_its_units_and_finds_the_same(tmp_path, monkeypatch):
+    settings = dict(keep=True, passages=2, each=2, horizon=1)
+    first = found("readers", tmp_path, **settings)
+    monkeypatch.setattr(readers, "_site", lambda *args: pytest.fail("made again"))
+    again = found("readers", tmp_path, **settings)
+    assert again.statistics == first.statistics and [x.ours for x in again.answers] == [x.ours for x in first.answers]
