@@ -22,9 +22,9 @@ _SAMPLE = {
 
 def configure(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("edits, each audited by itself; at least one")
-    what.add_argument("--edit", action="append", default=[], metavar="FILE", help='edits made together, of a JSON file: '
-                      '{"edits": [{"position": 40, "layer": 5, "head": 3, "feature": 17, "scale": 2.0}, ...]}; row (a '
-                      "passage's number), kind, when, left and right as in docs/audit.md; repeatable "
+    what.add_argument("--edit", action="append", default=[], metavar="FILE", help="edits made together, of a JSON "
+                      'file: {"edits": [{"position": 40, "layer": 5, "head": 3, "feature": 17, "scale": 2.0}, ...]}; '
+                      "row (a passage's number), kind, when, left and right as in docs/audit.md; repeatable "
                       "(default: none)")  # fmt: skip
     what.add_argument("--delete", action="append", default=[], metavar=_SAMPLE["delete"], help="delete a head's write; "
                       "repeatable (default: none)")  # fmt: skip
