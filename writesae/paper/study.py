@@ -21,7 +21,14 @@ if TYPE_CHECKING:
     from .lab import Lab
 
 # One file each, in the order of a reader of the paper; see `studies`.
-NAMES = ("partition",)
+NAMES = (
+    "partition",
+    "population",
+    "all_heads",
+    "baselines",
+    "spectral",
+    "residual_coherence",
+)
 
 
 @dataclass(frozen=True)
