@@ -28,6 +28,8 @@ NAMES = (
     "baselines",
     "spectral",
     "residual_coherence",
+    "state_replacement_perplexity",
+    "sae_read_perplexity",
 )
 
 
