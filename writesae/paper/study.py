@@ -34,6 +34,8 @@ NAMES = (
     "transplant",
     "probing",
     "geometry",
+    "state_replacement_perplexity",
+    "sae_read_perplexity",
 )
 
 
