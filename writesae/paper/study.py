@@ -28,6 +28,7 @@ NAMES = (
     "baselines",
     "spectral",
     "residual_coherence",
+    "closed_form",
     "selectivity",
     "readers",
     "transplant",

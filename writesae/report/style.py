@@ -56,6 +56,8 @@ summary{cursor:pointer;font-weight:600}
 .atom{break-inside:avoid;margin:0 0 20px}
 .atom h3{margin:0 0 6px;border-bottom:1px solid var(--rule);padding-bottom:4px}
 .atom h3 span{font-weight:400;color:var(--soft);font-size:13px;margin-left:6px}
+.about{margin:3px 0;font-size:12.5px}
+.about code{background:var(--wash);border-radius:4px;padding:1px 4px;white-space:pre-wrap}
 .context{display:flex;gap:8px;align-items:baseline;margin:5px 0;font-size:12.5px}
 .context code{flex:1;min-width:0;font:12px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation Mono",monospace;
 white-space:pre-wrap;
