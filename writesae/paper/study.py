@@ -28,6 +28,12 @@ NAMES = (
     "baselines",
     "spectral",
     "residual_coherence",
+    "closed_form",
+    "selectivity",
+    "readers",
+    "transplant",
+    "probing",
+    "geometry",
 )
 
 
