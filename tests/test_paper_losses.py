@@ -6,7 +6,8 @@ import torch
 from paper_lab import lab
 
 import writesae
-from writesae.paper import losses, sae_read_perplexity, studies
+from writesae.paper import losses, passage_nll, sae_read_perplexity, studies
+from writesae.paper.frequent import frequent
 from writesae.paper.state_replacement_perplexity import replaced_at
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -120,3 +121,58 @@ def test_reading_the_state_itself_is_the_plain_model_and_reading_nothing_is_dele
         with torch.no_grad(), writesae.attach(here.model, {}, edits={site[0]: writesae.Edits.delete(**places)}):
             loss = losses.token_losses(here.model(input_ids=ids, use_cache=False).logits, ids)
         assert np.allclose(read(torch.zeros_like), loss, atol=1e-5) and not np.allclose(loss, plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gated", "mamba2"])
+def test_writes_are_deleted_where_the_set_fires(tmp_path, family):
+    small = dict(family=family, passages=4, context=24, select=4, features=5, most=1.0, batch=4)
+    got = found("passage_nll", tmp_path, **small)
+    table, here = got.tables["passages"], lab("passage_nll", tmp_path, **small)
+    (site,) = here.saes
+    chosen = torch.from_numpy(frequent(here, here.saes, 4, 24, 5, 1.0)[site])
+    ids = here.whole("test", 4, 24)
+    (reading,) = here.read(ids)
+    fires = torch.isin(reading.firings.feature, chosen)
+    assert len(chosen) == 5 and fires.any()
+    places = {
+        (int(r), int(p)) for r, p in zip(reading.firings.row[fires], reading.firings.position[fires], strict=True)
+    }
+    edits = [writesae.Edits.delete(r, p, site[1], here.saes[site].K, here.saes[site].V) for r, p in places]
+    with torch.no_grad(), writesae.attach(here.model, {}, edits={site[0]: writesae.Edits.cat(edits)}):
+        loss = losses.token_losses(here.model(input_ids=ids, use_cache=False).logits, ids).mean(1)
+    mine = table["target"] == "state"
+    assert np.allclose(table["delete"][mine], loss[table["passage"][mine]], atol=1e-5)
+    assert table["places"][mine].sum() == len(places)
+
+
+def test_random_writes_have_the_norm_of_those_they_replace_and_other_deletions_are_elsewhere(tmp_path):
+    here = lab("passage_nll", tmp_path)
+    (reading,) = here.read(here.whole("test", 3, 20))
+    row, position = torch.tensor([0, 0, 2]), torch.tensor([3, 7, 5])
+    edits = passage_nll.planned(reading, 1, 2, row, position, (8, 6), torch.Generator().manual_seed(0))
+    left, right = reading.writes[1].native(row, position, 2)
+    random = edits["random"]
+    assert torch.allclose(random.left.norm(dim=1) * random.right.norm(dim=1), left.norm(dim=1) * right.norm(dim=1))
+    other = set(zip(edits["elsewhere"].row.tolist(), edits["elsewhere"].position.tolist(), strict=True))
+    assert len(other) == 3 and not other & {(0, 3), (0, 7), (2, 5)} and sorted(r for r, _ in other) == [0, 0, 2]
+
+
+def test_bits_are_nats_over_log_two_and_verdicts_follow_the_interval():
+    draw = np.random.default_rng(0)
+    plain = draw.normal(3, 0.3, 60)
+    table = {"passage": np.arange(60), "places": np.full(60, 3), "plain": plain}
+    for name, more in (("delete", 0.1), ("random", 0.3), ("elsewhere", 0.1)):
+        table[name] = plain + np.log(2) * (more + draw.normal(0, 0.05, 60))
+    record = passage_nll.bits(table, 0)
+    assert record["delete"]["mean"] == pytest.approx(0.1, abs=0.03)
+    assert [answer.verdict for answer in passage_nll._answers(record)] == ["holds", "cannot be told"]
+
+
+def test_frequent_features_fire_often_but_not_everywhere(tmp_path):
+    here = lab("passage_nll", tmp_path)
+    ids = here.whole("validation", 4, 24)
+    (reading,) = here.read(ids)
+    counts = np.bincount(reading.firings.feature.numpy(), minlength=24)
+    chosen = frequent(here, here.saes, 4, 24, 3, 0.3)[1, 2]
+    allowed = counts[counts <= 0.3 * ids.numel()]
+    assert sorted(counts[chosen]) == sorted(np.sort(allowed)[-3:])

@@ -36,6 +36,7 @@ NAMES = (
     "geometry",
     "state_replacement_perplexity",
     "sae_read_perplexity",
+    "passage_nll",
 )
 
 
