@@ -34,6 +34,9 @@ NAMES = (
     "transplant",
     "probing",
     "geometry",
+    "state_replacement_perplexity",
+    "sae_read_perplexity",
+    "passage_nll",
 )
 
 
