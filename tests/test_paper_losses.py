@@ -6,7 +6,8 @@ import torch
 from paper_lab import lab
 
 import writesae
-from writesae.paper import losses, passage_nll, sae_read_perplexity, studies
+from writesae.atoms import direction_to
+from writesae.paper import losses, passage_nll, sae_read_perplexity, sign, studies
 from writesae.paper.frequent import frequent
 from writesae.paper.state_replacement_perplexity import replaced_at
 
@@ -176,3 +177,40 @@ def test_frequent_features_fire_often_but_not_everywhere(tmp_path):
     chosen = frequent(here, here.saes, 4, 24, 3, 0.3)[1, 2]
     allowed = counts[counts <= 0.3 * ids.numel()]
     assert sorted(counts[chosen]) == sorted(np.sort(allowed)[-3:])
+
+
+@pytest.mark.parametrize("family", ["gated", "mamba2"])
+def test_a_targets_move_is_that_of_an_edited_model(tmp_path, family):
+    small = dict(family=family, passages=3, context=24, each=2, batch=3, strata=(0.02, 0.2, 0.6))
+    got = found("sign", tmp_path, **small)
+    table, here = got.tables["forks"], lab("sign", tmp_path, **small)
+    (site,) = here.saes
+    layer, head = site
+    assert len(table["own"]) == 12 and set(table["stratum"]) == {0, 1}
+    ids = here.whole("test", 3, 24)
+    (reading,) = here.read(ids)
+    for i in (0, 7, 11):
+        p, t, token = (int(table[name][i]) for name in ("passage", "position", "token"))
+        left, right = reading.writes[layer].native(torch.tensor([p]), torch.tensor([t]), head)
+        value = direction_to(here.model, layer, head, token)
+        edit = writesae.Edits.add(0, t, head, 3 * right.norm() * left[0], value)  # the write's key keeps its length
+        with torch.no_grad(), writesae.attach(here.model, {}, edits={layer: edit}):
+            edited = here.model(input_ids=ids[p : p + 1], use_cache=False).logits[0].log_softmax(-1)
+        plain = reading.logits[p].log_softmax(-1)
+        assert table["own"][i] == pytest.approx(float(edited[t, token] - plain[t, token]), abs=1e-4)
+        assert table["own_later"][i] == pytest.approx(float(edited[t + 1, token] - plain[t + 1, token]), abs=1e-4)
+        assert int((plain[t] > plain[t, token]).sum()) + 1 == table["rank"][i]
+
+
+def test_a_planted_sign_is_found_and_noise_is_not():
+    draw = np.random.default_rng(0)
+    noise = {arm: draw.normal(0, 1, 200) for arm in sign.ARMS}
+    planted = {**noise, "own": noise["own"] + 1.2, "negative": noise["negative"] - 1.2}
+    verdicts = []
+    for table in (planted, noise):
+        later = {f"{arm}_later": x for arm, x in table.items()}
+        record = sign.signs({**table, **later, "passage": np.arange(200) // 4}, 0)
+        assert record["own"]["rate"] == pytest.approx((table["own"] > 0).mean())
+        assert record["negative"]["rate"] == pytest.approx((table["negative"] < 0).mean())
+        verdicts.append([answer.verdict for answer in sign._answers(record)])
+    assert verdicts == [["holds"] * 2, ["cannot be told"] * 2]
