@@ -38,6 +38,7 @@ NAMES = (
     "sae_read_perplexity",
     "passage_nll",
     "sign",
+    "amplify_suppress",
 )
 
 
