@@ -153,8 +153,8 @@ def _figures(statistics: dict[str, Any]) -> dict[str, Figure]:
         axes.legend()
 
     return {"bits": Figure(paint, "What passages lose when the writes at every firing of a set of features are "
-                           "deleted, replaced by random ones of their norm, or as many others deleted; 95 % intervals over "
-                           "passages.")}  # fmt: skip
+                           "deleted, replaced by random ones of their norm, or as many others deleted; 95 % intervals "
+                           "over passages.")}  # fmt: skip
 
 
 STUDY = Study(

@@ -37,6 +37,8 @@ NAMES = (
     "state_replacement_perplexity",
     "sae_read_perplexity",
     "passage_nll",
+    "sign",
+    "amplify_suppress",
 )
 
 
