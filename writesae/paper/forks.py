@@ -74,7 +74,8 @@ def forks(
         places = Places(*(torch.from_numpy(np.ascontiguousarray(x)).long()
                           for x in (which, position[index], heads[index])))  # fmt: skip
         part = ids[torch.from_numpy(passages)]
-        yield index, engine.clean(part, torch.full((len(part),), part.shape[1]), lambda writes, p=places: p)
+        lengths = torch.full((len(part),), part.shape[1])
+        yield index, engine.clean(part, lengths, lambda writes, places=places: places)  # type: ignore[misc]
 
 
 def atoms(sae: SAE, feature: np.ndarray, like: Tensor, unit: bool = False) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,16 @@ NAMES = (
     "spectral",
     "residual_coherence",
     "closed_form",
+    "selectivity",
+    "readers",
+    "transplant",
+    "probing",
+    "geometry",
+    "state_replacement_perplexity",
+    "sae_read_perplexity",
+    "passage_nll",
+    "sign",
+    "amplify_suppress",
 )
 
 
