@@ -6,7 +6,9 @@ import torch
 from paper_lab import lab
 
 import writesae
-from writesae.paper import losses, sae_read_perplexity, studies
+from writesae.atoms import direction_to
+from writesae.paper import amplify_suppress, losses, passage_nll, sae_read_perplexity, sign, studies
+from writesae.paper.frequent import frequent
 from writesae.paper.state_replacement_perplexity import replaced_at
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -120,3 +122,152 @@ def test_reading_the_state_itself_is_the_plain_model_and_reading_nothing_is_dele
         with torch.no_grad(), writesae.attach(here.model, {}, edits={site[0]: writesae.Edits.delete(**places)}):
             loss = losses.token_losses(here.model(input_ids=ids, use_cache=False).logits, ids)
         assert np.allclose(read(torch.zeros_like), loss, atol=1e-5) and not np.allclose(loss, plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gated", "mamba2"])
+def test_writes_are_deleted_where_the_set_fires(tmp_path, family):
+    small = dict(family=family, passages=4, context=24, select=4, features=5, most=1.0, batch=4)
+    got = found("passage_nll", tmp_path, **small)
+    table, here = got.tables["passages"], lab("passage_nll", tmp_path, **small)
+    (site,) = here.saes
+    chosen = torch.from_numpy(frequent(here, here.saes, 4, 24, 5, 1.0)[site])
+    ids = here.whole("test", 4, 24)
+    (reading,) = here.read(ids)
+    fires = torch.isin(reading.firings.feature, chosen)
+    assert len(chosen) == 5 and fires.any()
+    places = {
+        (int(r), int(p)) for r, p in zip(reading.firings.row[fires], reading.firings.position[fires], strict=True)
+    }
+    edits = [writesae.Edits.delete(r, p, site[1], here.saes[site].K, here.saes[site].V) for r, p in places]
+    with torch.no_grad(), writesae.attach(here.model, {}, edits={site[0]: writesae.Edits.cat(edits)}):
+        loss = losses.token_losses(here.model(input_ids=ids, use_cache=False).logits, ids).mean(1)
+    mine = table["target"] == "state"
+    assert np.allclose(table["delete"][mine], loss[table["passage"][mine]], atol=1e-5)
+    assert table["places"][mine].sum() == len(places)
+
+
+def test_random_writes_have_the_norm_of_those_they_replace_and_other_deletions_are_elsewhere(tmp_path):
+    here = lab("passage_nll", tmp_path)
+    (reading,) = here.read(here.whole("test", 3, 20))
+    row, position = torch.tensor([0, 0, 2]), torch.tensor([3, 7, 5])
+    edits = passage_nll.planned(reading, 1, 2, row, position, (8, 6), torch.Generator().manual_seed(0))
+    left, right = reading.writes[1].native(row, position, 2)
+    random = edits["random"]
+    assert torch.allclose(random.left.norm(dim=1) * random.right.norm(dim=1), left.norm(dim=1) * right.norm(dim=1))
+    other = set(zip(edits["elsewhere"].row.tolist(), edits["elsewhere"].position.tolist(), strict=True))
+    assert len(other) == 3 and not other & {(0, 3), (0, 7), (2, 5)} and sorted(r for r, _ in other) == [0, 0, 2]
+
+
+def test_bits_are_nats_over_log_two_and_verdicts_follow_the_interval():
+    draw = np.random.default_rng(0)
+    plain = draw.normal(3, 0.3, 60)
+    table = {"passage": np.arange(60), "places": np.full(60, 3), "plain": plain}
+    for name, more in (("delete", 0.1), ("random", 0.3), ("elsewhere", 0.1)):
+        table[name] = plain + np.log(2) * (more + draw.normal(0, 0.05, 60))
+    record = passage_nll.bits(table, 0)
+    assert record["delete"]["mean"] == pytest.approx(0.1, abs=0.03)
+    assert [answer.verdict for answer in passage_nll._answers(record)] == ["holds", "cannot be told"]
+
+
+def test_frequent_features_fire_often_but_not_everywhere(tmp_path):
+    here = lab("passage_nll", tmp_path)
+    ids = here.whole("validation", 4, 24)
+    (reading,) = here.read(ids)
+    counts = np.bincount(reading.firings.feature.numpy(), minlength=24)
+    chosen = frequent(here, here.saes, 4, 24, 3, 0.3)[1, 2]
+    allowed = counts[counts <= 0.3 * ids.numel()]
+    assert sorted(counts[chosen]) == sorted(np.sort(allowed)[-3:])
+
+
+@pytest.mark.parametrize("family", ["gated", "mamba2"])
+def test_a_targets_move_is_that_of_an_edited_model(tmp_path, family):
+    small = dict(family=family, passages=3, context=24, each=2, batch=3, strata=(0.02, 0.2, 0.6))
+    got = found("sign", tmp_path, **small)
+    table, here = got.tables["forks"], lab("sign", tmp_path, **small)
+    (site,) = here.saes
+    layer, head = site
+    assert len(table["own"]) == 12 and set(table["stratum"]) == {0, 1}
+    ids = here.whole("test", 3, 24)
+    (reading,) = here.read(ids)
+    for i in (0, 7, 11):
+        p, t, token = (int(table[name][i]) for name in ("passage", "position", "token"))
+        left, right = reading.writes[layer].native(torch.tensor([p]), torch.tensor([t]), head)
+        value = direction_to(here.model, layer, head, token)
+        edit = writesae.Edits.add(0, t, head, 3 * right.norm() * left[0], value)  # the write's key keeps its length
+        with torch.no_grad(), writesae.attach(here.model, {}, edits={layer: edit}):
+            edited = here.model(input_ids=ids[p : p + 1], use_cache=False).logits[0].log_softmax(-1)
+        plain = reading.logits[p].log_softmax(-1)
+        assert table["own"][i] == pytest.approx(float(edited[t, token] - plain[t, token]), abs=1e-4)
+        assert table["own_later"][i] == pytest.approx(float(edited[t + 1, token] - plain[t + 1, token]), abs=1e-4)
+        assert int((plain[t] > plain[t, token]).sum()) + 1 == table["rank"][i]
+
+
+def test_a_planted_sign_is_found_and_noise_is_not():
+    draw = np.random.default_rng(0)
+    noise = {arm: draw.normal(0, 1, 200) for arm in sign.ARMS}
+    planted = {**noise, "own": noise["own"] + 1.2, "negative": noise["negative"] - 1.2}
+    verdicts = []
+    for table in (planted, noise):
+        later = {f"{arm}_later": x for arm, x in table.items()}
+        record = sign.signs({**table, **later, "passage": np.arange(200) // 4}, 0)
+        assert record["own"]["rate"] == pytest.approx((table["own"] > 0).mean())
+        assert record["negative"]["rate"] == pytest.approx((table["negative"] < 0).mean())
+        verdicts.append([answer.verdict for answer in sign._answers(record)])
+    assert verdicts == [["holds"] * 2, ["cannot be told"] * 2]
+
+
+@pytest.mark.parametrize("family", ["gated", "mamba2"])
+def test_features_are_amplified_and_suppressed_while_text_is_generated(tmp_path, family):
+    small = dict(
+        family=family, features=2, prompts=2, pool=4, prompt=10, new=4, context=24, select=4, most=1.0, tokens=5
+    )
+    got = found("amplify_suppress", tmp_path, **small)
+    table = got.tables["prompts"]
+    assert set(table["target"]) == {"state", "write"} and len(np.unique(table["feature"])) >= 2
+    assert np.abs(table["amplify"] - table["plain"]).max() > 1e-6
+    assert np.abs(table["amplify"] - table["amplify_control"]).max() > 1e-6
+    for arm in amplify_suppress.ARMS:
+        move = got.statistics["all"][arm]["move"]
+        assert move["mean"] == pytest.approx((table[arm] - table["plain"]).mean())
+
+
+def test_a_control_has_the_dose_of_what_it_stands_for(tmp_path):
+    here = lab("amplify_suppress", tmp_path)
+    ((site, sae),) = here.saes.items()
+    ids = here.whole("test", 1, 24)
+    (reading,) = here.read(ids)
+    fired = reading.firings
+    feature = int(fired.feature[fired.position == 20][0])
+    other = (feature + 1) % sae.F
+    last = int(fired.position[fired.feature == feature].max())
+    changed = {}
+    for arm, policy in amplify_suppress.policies(site, feature, other, 3.0).items():
+        policy.positions = (last,)
+        with torch.no_grad(), writesae.attach(here.model, {site: sae}, policies=[policy]) as tap:
+            here.model(input_ids=ids, use_cache=False)
+        changed[arm] = tap.writes[1].states([last])[0, 0, 2] - reading.writes[1].states([last])[0, 0, 2]
+    v, w = (x.detach() for x in sae.atoms())
+    code = float(fired.activation[(fired.feature == feature) & (fired.position == last)][0])
+    assert torch.allclose(changed["amplify"], 2 * code * v[feature].mT @ w[feature], atol=1e-4)
+    assert torch.allclose(changed["suppress"], -code * v[feature].mT @ w[feature], atol=1e-4)
+    for arm in ("amplify", "suppress"):
+        control = changed[f"{arm}_control"]
+        assert float(control.norm()) == pytest.approx(float(changed[arm].norm()), rel=1e-3)
+        direction = (control * (v[other].mT @ w[other])).sum() / control.norm() / (v[other].mT @ w[other]).norm()
+        assert float(direction) == pytest.approx(1.0 if arm == "amplify" else -1.0, abs=1e-3)
+
+
+def test_a_planted_move_beyond_the_control_is_found_and_none_is_not():
+    draw = np.random.default_rng(0)
+    n = 120
+    noise = lambda more=0.0: draw.normal(more, 0.2, n)  # noqa: E731
+    base = {"target": np.full(n, "state", object), "layer": np.full(n, 1), "head": np.full(n, 2),
+            "feature": np.arange(n) // 6, "plain": np.zeros(n)}  # fmt: skip
+    base |= {f"{arm}_changed": np.full(n, 0.5) for arm in amplify_suppress.ARMS}
+    planted = {"amplify": noise(0.3), "amplify_control": noise(), "suppress": noise(-0.3), "suppress_control": noise()}
+    null = {arm: noise(0.3) for arm in amplify_suppress.ARMS}
+    verdicts = [
+        [answer.verdict for answer in amplify_suppress._answers(amplify_suppress.moves({**base, **arms}, 0))]
+        for arms in (planted, null)
+    ]
+    assert verdicts == [["holds"] * 2, ["cannot be told"] * 2]

@@ -51,7 +51,6 @@ ARMS = {
 }
 SITES = {
     "one site": [(LAYER, 4)],
-    "a head of every layer": [(ell, 4) for ell in QWEN3_5.layers],
     "all heads": [(ell, h) for ell in QWEN3_5.layers for h in range(QWEN3_5.heads)],
 }
 

@@ -36,6 +36,9 @@ NAMES = (
     "geometry",
     "state_replacement_perplexity",
     "sae_read_perplexity",
+    "passage_nll",
+    "sign",
+    "amplify_suppress",
 )
 
 

@@ -80,8 +80,8 @@ padding:7px 9px 7px 0}
 .claims tr.group code{display:block;font-weight:400;color:var(--soft)}
 .study{border-top:1px solid var(--rule);margin-top:40px}
 .study h2{margin-top:26px}
-.study .scroll th{white-space:normal;min-width:16em}
-.study .scroll td{vertical-align:top}
+.study .scroll th{white-space:normal;min-width:11em}
+.study .scroll th,.study .scroll td{vertical-align:top}
 .study figure{max-width:640px}
 .overview{max-width:760px;margin:24px 0}
 .finding{margin:12px 0}.finding p{margin:4px 0 0}
