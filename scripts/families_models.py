@@ -1,15 +1,22 @@
 """Small models of every family of write rules, untrained: what `train_default_model.py --family NAME` trains.
 
 Stacks of recurrent layers alone, so that nothing but their states carries text forward. All have the embedded model's
-vocabulary; sizes are such that key and value sizes differ where the family lets them (Kimi Linear and Mamba-1 do not:
-there K = V, and a state of one channel), and that key heads are shared where the family shares them.
+vocabulary; key and value sizes differ where the family lets them (Kimi Linear, RWKV-7 and Mamba-1 do
+not: there K = V, and a state of one channel), and key heads are shared where the family shares them.
+
+RWKV-7, DeltaNet and GLA are flash-linear-attention's own classes, and need it (`pip install
+flash-linear-attention==0.6.0`); where there is no GPU, torch stands in for its Triton kernels.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
+import warnings
 from collections.abc import Iterator
+from dataclasses import replace
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -62,17 +69,65 @@ def _mamba() -> transformers.PretrainedConfig:
     return transformers.MambaConfig(**_COMMON, num_hidden_layers=6, state_size=16, expand=2)
 
 
-FAMILIES = {"qwen3_5": _qwen3_5, "mamba2": _mamba2, "kda": _kda, "mamba": _mamba}
+def _fla(name: str, **sizes) -> transformers.PretrainedConfig:
+    """A configuration of flash-linear-attention, whose models transformers knows from then on.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    if find_spec("fla") is None:
+        raise ValueError(f"--family: {name} needs flash-linear-attention: pip install flash-linear-attention==0.6.0")
+    of_fla = importlib.import_module("fla.models")
+    return getattr(of_fla, f"{name}Config")(**_COMMON, num_hidden_layers=4, max_position_embeddings=4096, **sizes)
+
+
+def _rwkv7() -> transformers.PretrainedConfig:
+    """Four layers of six heads, K = V = 32: flash-linear-attention cannot draw the weights of others."""
+    return _fla(
+        "RWKV7", head_dim=32, intermediate_size=768, decay_low_rank_dim=32, a_low_rank_dim=32, gate_low_rank_dim=32,
+        v_low_rank_dim=16, use_l2warp=False,
+    )  # fmt: skip
+
+
+def _deltanet() -> transformers.PretrainedConfig:
+    """Four layers of six heads, K = 32 and V = 64."""
+    return _fla("DeltaNet", num_heads=6, expand_k=1.0, expand_v=2.0, intermediate_size=384)
+
+
+def _gla() -> transformers.PretrainedConfig:
+    """Four layers of six heads, K = 32 and V = 64; two heads share a key and a value. Without a short convolution."""
+    return _fla("GLA", num_heads=6, num_kv_heads=3, expand_k=1.0, expand_v=2.0, intermediate_size=384)
+
+
+FAMILIES = {
+    "qwen3_5": _qwen3_5, "mamba2": _mamba2, "kda": _kda, "mamba": _mamba, "rwkv7": _rwkv7, "deltanet": _deltanet,
+    "gla": _gla,
+}  # fmt: skip
+OUTPUT_MAPS = ("out_proj.weight", "o_proj.weight", "down_proj.weight", "ffn.value.weight")
 
 
 def build_model(family: str) -> nn.Module:
     """The untrained causal language model, with decay rates spread as Mamba-2 spreads them (half-lives of 1 to 700
-    tokens). Output maps are zero, so that the first step sees the embedding alone."""
-    model = transformers.AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=torch.float32)
+    tokens; RWKV-7 spreads its own so, DeltaNet has none). Output maps are zero, so that the first step sees the
+    embedding alone."""
+    config = FAMILIES[family]()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "According to Bo")  # of fla, about its RWKV-7
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if name.endswith(("out_proj.weight", "o_proj.weight", "down_proj.weight")):
+            if name.endswith(OUTPUT_MAPS):
                 p.zero_()
+            elif name.endswith("embeddings.weight") and family == "rwkv7":  # its own has no room for a tied output map
+                p.normal_(0, config.initializer_range)
+            elif name.endswith(("q_conv1d.weight", "k_conv1d.weight", "v_conv1d.weight")):  # as torch draws them
+                p.uniform_(-(p.shape[-1] ** -0.5), p.shape[-1] ** -0.5)
+            elif name.endswith("gk_proj.1.bias"):  # log decay logsigmoid(bias) / 16
+                half_life = torch.empty_like(p).uniform_(0, math.log(700)).exp().clamp_min(2)
+                fade = (-16 * math.log(2) / half_life).exp()
+                p.copy_(torch.log(fade / (1 - fade)))
+            elif family == "mamba" and name.endswith(("in_proj.weight", "x_proj.weight")):  # its B and C are not normed
+                p.normal_(0, p.shape[1] ** -0.5)
             elif name.endswith("A_log") and family != "mamba":  # there: a spread over states, of the model's own
                 p.uniform_(1, 16).log_()
             elif name.endswith("dt_bias"):
@@ -92,7 +147,13 @@ def fast_conv(x, weight, bias=None, activation=None, **_):
 def _rule(call: RuleCall, output_final_state: bool) -> RuleOutput:
     """The recurrence on our kernels, forward and backward, in float32 under autocast too."""
     with torch.autocast("cpu", enabled=False):
-        return call.run(output_final_state=output_final_state)
+        inputs = {name: x if x is None else x.float() for name, x in call.inputs.items()}  # dtypes may be mixed there
+        return replace(call, inputs=inputs).run(output_final_state=output_final_state)
+
+
+def _walk(call: RuleCall, output_final_state: bool) -> RuleOutput:
+    """The recurrence token by token in torch, differentiated by it."""
+    return call.run(output_final_state=output_final_state, backend="reference")
 
 
 @contextlib.contextmanager
@@ -103,20 +164,34 @@ def our_kernels(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def _own_recurrence(model: nn.Module):
+    """Within, it runs as transformers has it in torch; of flash-linear-attention, token by token."""
+    every = layers(model)
+    if every[0].binding.stand_ins is None:
+        return contextlib.nullcontext()
+    return intercept(model, calls=dict.fromkeys([site.layer_index for site in every], _walk))
+
+
 def loss_and_gradient(model: nn.Module, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss on tokens `[B, T]` and the gradient of all parameters in one row."""
     model.zero_grad()
-    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    hidden = model.base_model(ids[:, :-1], use_cache=False).last_hidden_state
+    loss = F.cross_entropy(model.lm_head(hidden).flatten(0, 1), ids[:, 1:].flatten())
     loss.backward()
     return loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
 def check_kernels(model: nn.Module) -> None:
-    """Raises RuntimeError unless loss and gradients on our kernels are those of transformers' own recurrence."""
-    ids = torch.randint(VOCAB, (2, 128), generator=torch.Generator().manual_seed(1))
+    """Raises RuntimeError unless loss and gradients on our kernels are those of transformers' own recurrence, or of a
+    walk token by token where that is flash-linear-attention's."""
+    ids = torch.randint(VOCAB, (2, 129), generator=torch.Generator().manual_seed(1))
     with torch.random.fork_rng():
         probe = type(model)(model.config)  # its output maps are not zero, as the model's are
-        loss, gradient = loss_and_gradient(probe, ids)
+        for name, p in probe.named_parameters():
+            if name.endswith(OUTPUT_MAPS):  # some are zero from the first
+                torch.nn.init.normal_(p, std=0.02)
+        with _own_recurrence(probe):
+            loss, gradient = loss_and_gradient(probe, ids)
         with our_kernels(probe):
             fast_loss, fast_gradient = loss_and_gradient(probe, ids)
     report(loss, gradient, fast_loss, fast_gradient)

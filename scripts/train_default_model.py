@@ -29,6 +29,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,8 @@ from writesae.text import Corpus
 END = "<|endoftext|>"
 # Maps to gates, strengths and their low ranks: small or wide, and not made orthogonal.
 GATES = tuple(f"{name}.weight" for name in ("in_proj_a", "in_proj_b", "f_a_proj", "f_b_proj", "g_a_proj", "g_b_proj",
-                                            "b_proj", "x_proj", "dt_proj"))  # fmt: skip
+                                            "b_proj", "x_proj", "dt_proj", "gk_proj.0", "gk_proj.1"))  # fmt: skip
+PROJECTIONS = ("proj", "ffn.key", "ffn.value")  # in the names of all others
 
 
 # ---------------------------------------------------------------------------------------------------- tokenizer, data
@@ -250,7 +252,7 @@ def build_optimizers(model, muon_lr: float, adam_lr: float) -> list[torch.optim.
     """Muon for the projections, AdamW for embeddings, norms, convolutions, gates and decay parameters."""
     matrices, rest = [], []
     for name, p in model.named_parameters():
-        is_projection = p.ndim == 2 and "proj" in name and not name.endswith(GATES)
+        is_projection = p.ndim == 2 and any(x in name for x in PROJECTIONS) and not name.endswith(GATES)
         (matrices if is_projection else rest).append(p)
     optimizers = [
         Muon(matrices, lr=muon_lr),
@@ -363,6 +365,7 @@ def describe(args, state: dict, model, **losses) -> dict:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "tokenizers": tokenizers.__version__,
+            **({"flash-linear-attention": version("fla-core")} if type(model).__module__.startswith("fla.") else {}),
         },
     }
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from forking import compare_times_of_reading, compare_with_whole_passes, plain, run_engine
 from tiny_models import (
     families,
     kda_families,
@@ -15,11 +16,9 @@ from tiny_models import (
     tokens,
 )
 
-import writesae
 from writesae.edits import Edits
 from writesae.experiments.divergence import kl_pair
-from writesae.experiments.engine import ForkEngine, Later, Places, read, read_matrix, reader, unread
-from writesae.models import layers
+from writesae.experiments.engine import ForkEngine, Later, read, read_matrix, reader
 from writesae.ops.dplr import dplr
 from writesae.ops.rule import RuleCall
 from writesae.ops.selective_scan import RULE
@@ -29,37 +28,6 @@ LINEAR, FULL = "linear_attention", "full_attention"
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def fork_changes(engine, clean, seed=0):
-    """Deletion, a random replacement, the native write put back, and nothing."""
-    generator = torch.Generator().manual_seed(seed)
-    n = len(clean.places)
-    left = torch.randn(n, clean.left.shape[1], generator=generator).to(clean.left)
-    right = torch.randn(n, clean.right.shape[1], generator=generator).to(clean.left)
-    native = read(clean, clean.left, clean.right)
-    deltas = {
-        "baseline": None,
-        "delete": -native,
-        "replace": read(clean, left, right) - native,
-        "native": read(clean, clean.left, clean.right) - native,
-    }
-    return deltas, left, right
-
-
-def plain(model, layer, passage, edits):
-    """`[E, T, vocabulary]`: logits of a passage `[T]` under E edits (row i is edit i), by whole passes."""
-    with torch.no_grad(), writesae.attach(model, {(layer, 0): None}, edits={layer: edits}):
-        return model(passage.expand(len(edits), -1)).logits
-
-
-def run_engine(model, layer, lengths, places, horizon, seed=0):
-    engine = ForkEngine(model, layer, horizon)
-    ids = tokens(len(lengths), max(lengths), seed=seed)
-    row, position, head = (torch.tensor(x) for x in zip(*places, strict=True))
-    clean = engine.clean(ids, torch.tensor(lengths), lambda writes: Places(row, position, head))
-    deltas, left, right = fork_changes(engine, clean)
-    return engine, clean, ids, engine.run(clean, deltas), left, right
 
 
 CASES = [
@@ -102,32 +70,6 @@ def test_forks_equal_whole_forward_passes_of_other_rules(family, layer):
     compare_with_whole_passes(made(family), layer)
 
 
-def compare_with_whole_passes(model, layer):
-    site = next(s for s in layers(model) if s.layer_index == layer)
-    H = site.num_v_heads
-    # First and last position, an end that cuts the horizon short, two heads of one key head, two places in a row.
-    lengths, horizon = [23, 17], 4
-    places = [(0, 0, 0), (0, 9, H - 1), (0, 10, max(H - 2, 0)), (0, 22, H // 2), (1, 3, 1 % H), (1, 14, 0)]
-    engine, clean, ids, hidden, left, right = run_engine(model, layer, lengths, places, horizon)
-    logits = {name: engine.logits(x) for name, x in hidden.items()}
-    # A model of random weights passes rounding errors on enlarged: 2.3e-5 is the worst seen.
-    close = dict(atol=1e-4, rtol=1e-4)
-    for row, length in enumerate(lengths):
-        mine = [i for i, place in enumerate(places) if place[0] == row]
-        passage = ids[row, :length]
-        clean_logits = model(passage[None]).logits[0]
-        rows, at, heads = range(len(mine)), [places[i][1] for i in mine], [places[i][2] for i in mine]
-        deleted = plain(model, layer, passage, Edits.delete(rows, at, heads, site.K, site.V))
-        replaced = plain(model, layer, passage, Edits(rows, at, heads, left[mine], right[mine], "replace"))
-        for j, i in enumerate(mine):
-            t, stop = at[j], min(at[j] + horizon + 1, length)
-            assert clean.valid[i].sum() == stop - t
-            for name, expected in (("baseline", clean_logits), ("delete", deleted[j]), ("replace", replaced[j])):
-                torch.testing.assert_close(logits[name][i, : stop - t], expected[t:stop], **close)
-            assert (replaced[j][t:stop] - clean_logits[t:stop]).abs().max() > 1e-2  # the edit does something
-    assert torch.equal(logits["native"], logits["baseline"])  # bit for bit
-
-
 @pytest.mark.parametrize(
     "family, settings, layer",
     [(f, {"layer_types": types}, layer) for f, types, layer in [CASES[0], *CASES[2:4]]]
@@ -135,24 +77,7 @@ def compare_with_whole_passes(model, layer):
 )
 @pytest.mark.filterwarnings("ignore:selective_scan. running the slow")
 def test_forks_that_begin_after_the_token_are_the_rest_of_those_that_begin_at_it(family, settings, layer):
-    model = made(family, **settings)
-    H = next(s for s in layers(model) if s.layer_index == layer).num_v_heads
-    lengths, places = [23, 17], [(0, 0, 0), (0, 9, H - 1), (0, 10, 0), (0, 22, H // 2), (1, 3, H - 1), (1, 14, 0)]
-    ids = tokens(2, 23)
-    row, position, head = (torch.tensor(x) for x in zip(*places, strict=True))
-    found = []
-    for read_ in ("before", "after"):
-        engine = ForkEngine(model, layer, 4, read_)
-        clean = engine.clean(ids, torch.tensor(lengths), lambda writes: Places(row, position, head))
-        deltas, _, _ = fork_changes(engine, clean)
-        deltas = {name: None if x is None else unread(clean, x) for name, x in deltas.items()}
-        found.append((clean.valid, engine.run(clean, deltas)))
-    (whole, at), (rest, after) = found
-    assert torch.equal(whole[:, 1:], rest)
-    for name in at:
-        torch.testing.assert_close(after[name][rest], at[name][:, 1:][rest], atol=1e-4, rtol=1e-4)
-    assert torch.equal(after["native"], after["baseline"])
-    assert (after["delete"][0] - after["baseline"][0]).abs().max() > 1e-2
+    compare_times_of_reading(made(family, **settings), layer)
 
 
 def test_a_model_whose_blocks_read_more_than_forks_give_them_is_refused():

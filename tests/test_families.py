@@ -9,14 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_models import kda_families, mamba2_families, mamba_families
 
 import writesae
 from writesae.default import families
 from writesae.models import layers, load
+from writesae.models.tiny import fla_families
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
-KNOWN = {"mamba2": mamba2_families, "kda": kda_families, "mamba": mamba_families}
+OF_FLA = ("rwkv7", "deltanet", "gla")
+KNOWN = {"mamba2": mamba2_families, "kda": kda_families, "mamba": mamba_families, **dict.fromkeys(OF_FLA, fla_families)}
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -33,12 +36,12 @@ def stand_ins():
 @pytest.mark.parametrize("family", KNOWN)
 def test_stand_ins_are_small_and_of_recurrent_layers_alone(stand_ins, family):
     if not KNOWN[family]():
-        pytest.skip(f"this transformers has no {family}")
+        pytest.skip(f"no {family} here")
     model = stand_ins.build_model(family)
     assert sum(p.numel() for p in model.parameters()) <= 4e6
     sites = layers(model)
     assert len(sites) == model.config.num_hidden_layers
-    assert {s.K == s.V for s in sites} == {family == "kda"}
+    assert {s.K == s.V for s in sites} == {family in ("kda", "rwkv7")}
     assert all(not s.out_proj.weight.any() for s in sites)
 
 
@@ -60,16 +63,36 @@ def test_training_on_our_kernels_has_the_loss_and_gradients_of_the_models_own(st
         stand_ins.check_kernels(model)
 
 
+@pytest.mark.parametrize("family", OF_FLA)
+def test_flas_classes_train_on_our_kernels_as_token_by_token(stand_ins, family, capsys):
+    if not fla_families():
+        pytest.skip("needs flash-linear-attention")
+    model = stand_ins.build_model(family)
+    stand_ins.check_kernels(model)
+    assert "gradient by" in capsys.readouterr().out
+    assert not any(p.grad is not None for p in model.parameters())  # a model of its own was tried
+
+
+@pytest.mark.skipif(bool(fla_families()), reason="flash-linear-attention is here")
+def test_without_flas_library_its_models_are_refused_by_name(stand_ins, tmp_path):
+    with pytest.raises(ValueError, match="--family: RWKV7 needs flash-linear-attention: pip install"):
+        stand_ins.build_model("rwkv7")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gla", "hidden_size": 4}))
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="a gla model is of flash-linear-attention, which is not installed: pip"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize("name", families())
 def test_shipped_stand_ins_load_write_and_beat_counts_of_two_tokens(name):
-    if not KNOWN[name]():
-        pytest.skip(f"this transformers has no {name}")
     folder = families()[name]
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 8e6
     record = json.loads((folder / "training.json").read_text())
     assert record["family"] == name and record["complete"]
     for split in ("validation", "test"):
         assert record[split]["loss"] < record[split]["bigram_loss"] < record[split]["unigram_loss"]
+    if not KNOWN[name]():
+        pytest.skip(f"no {name} here")
     model, tokenizer = load(folder)
     _, ours = load()
     text = "import os\n\n\ndef main():\n    return os.path.join(a, b)\n"

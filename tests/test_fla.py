@@ -9,6 +9,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,9 +19,11 @@ pytest.importorskip(
 
 import fla_oracle  # noqa: E402
 import tiny_models  # noqa: E402
+from forking import compare_times_of_reading, compare_with_whole_passes  # noqa: E402
 from tiny_fla import FAMILIES, padded, tiny_fla, tokens  # noqa: E402
 
 from writesae import SAE, Edits  # noqa: E402
+from writesae.experiments.replace import Passage, run_replacement  # noqa: E402
 from writesae.models import attach, binding, fla_stand_ins, layers, load, self_test  # noqa: E402
 from writesae.models import fla as tables  # noqa: E402
 from writesae.ops import _dispatch, dplr, gated_delta_rule  # noqa: E402
@@ -406,6 +409,54 @@ def test_transformers_models_that_bind_flas_functions(family, monkeypatch):
         assert tap.calls[index] == 1
     with attach(model, {}, accelerate=True):
         close(model(text).logits, one, 1e-4)
+
+
+# ---- forks ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])  # a block that hands on values of its own, one between, and the last
+@pytest.mark.parametrize("family", [x for x in FAMILIES if x != "retnet"])
+def test_forks_equal_whole_forward_passes(family, layer):
+    model = tiny_fla(family, num_hidden_layers=3, vocab_size=128)
+    with stood_in(model):
+        compare_with_whole_passes(model, layer)
+        compare_times_of_reading(model, layer)
+
+
+@pytest.mark.parametrize("family", [x for x in FAMILIES if x != "retnet"])
+def test_the_replacement_test_says_which_write_it_replaces(family):
+    model = tiny_fla(family, vocab_size=128)
+    site, draw = layers(model)[0], np.random.default_rng(0)
+    text = [Passage(str(i), 0, draw.integers(3, 128, 40)) for i in range(3)]
+    result = run_replacement(
+        model, None, {(0, 1): dictionary(site, "write")}, text, train=text, firings=6, each=3, horizon=3, read="both",
+        progress=False,
+    )  # fmt: skip
+    assert len(result) == 6
+    assert result.summary(10)["native_kl_max"] == 0
+    assert result.kl("increment", "delete").min() > 0
+    assert result.sites[0, 1]["write"] == ("new" if family == "rwkv7" else "whole")
+
+
+def test_forks_of_rotated_keys_are_refused_by_name():
+    """Of RetNet, whose layers count the tokens that they are given."""
+    model = tiny_fla("retnet", num_hidden_layers=3, vocab_size=128)
+    with stood_in(model), pytest.raises(RuntimeError, match="forks of RetNetForCausalLM without a change differ"):
+        compare_with_whole_passes(model, 0)
+
+
+def test_a_fork_leaves_flas_layers_as_they_were():
+    import fla.models.rwkv7.modeling_rwkv7 as modeling
+    from fla.layers.gated_deltanet import GatedDeltaNet
+
+    original = modeling.token_shift, GatedDeltaNet._use_fused_qkv_conv
+    for family in ("rwkv7", "gated_deltanet"):
+        model = tiny_fla(family, vocab_size=128)
+        with stood_in(model):
+            before = result(model, tokens(2, 9))
+            compare_times_of_reading(model, 0)
+            assert torch.equal(result(model, tokens(2, 9)), before)
+    assert (modeling.token_shift, GatedDeltaNet._use_fused_qkv_conv) == original
 
 
 # ---- fla's own numbers ----------------------------------------------------------------------------------------

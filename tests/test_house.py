@@ -49,7 +49,8 @@ MAY_IMPORT = {
         "untrusted",
         "_library",
     },
-    "models": {"ops", "writes", "firings", "edits", "files", "default", "untrusted"},
+    "policies": {"_arguments"},
+    "models": {"ops", "writes", "firings", "edits", "files", "default", "untrusted", "policies"},
     "collect": {
         "_installed",
         "models",
@@ -64,8 +65,12 @@ MAY_IMPORT = {
         "_library",
         "options",
     },
+    "atoms": {"firings", "models", "ops", "sae", "text"},
     "experiments": {
         "_installed",
+        "atoms",
+        "policies",
+        "untrusted",
         "models",
         "sae",
         "ops",

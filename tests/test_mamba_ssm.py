@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from forking import compare_times_of_reading, compare_with_whole_passes
 
 from writesae import SAE, Edits
 from writesae.models import attach, binding, layers, mamba_ssm, patch, self_test
@@ -404,3 +405,19 @@ assert len(said) == 2, said
 assert "without its CUDA extension" in said[0] and "definitions in torch" in said[1], said
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])  # the residual is not there yet, is handed on, and is not read any more
+@each_layer
+def test_forks_equal_whole_forward_passes(layer, index):
+    model = tiny(layer)
+    with attach(model, {}, accelerate=True):
+        compare_with_whole_passes(model, index)
+        compare_times_of_reading(model, index)
+
+
+def test_forks_with_attention_above_them_are_refused_by_name():
+    model = tiny("Mamba2", attention=(2,))
+    wrong = pytest.raises(RuntimeError, match="forks of MambaLMHeadModel without a change differ")
+    with attach(model, {}, accelerate=True), wrong:
+        compare_with_whole_passes(model, 0)

@@ -341,7 +341,7 @@ def test_a_figure_of_one_feature_has_a_sensible_axis(tmp_path, monkeypatch):
     from writesae.report import plots
 
     seen, ticks = {}, {}
-    draw = plots._draw
+    draw = plots.draw
 
     def spy(path, size, paint):
         def watched(axes, colours):
@@ -350,7 +350,7 @@ def test_a_figure_of_one_feature_has_a_sensible_axis(tmp_path, monkeypatch):
 
         return draw(path, size, watched)
 
-    monkeypatch.setattr(plots, "_draw", spy)
+    monkeypatch.setattr(plots, "draw", spy)
     plots.feature_win_rates([0.8], 7, tmp_path / "p" / "one.png")
     plots.win_rate_by(np.full(5, 0.3), np.ones(5, bool), "cosine", tmp_path / "p" / "by.png")
     plots.ratio_densities(*[np.full(5, 1e-3)] * 3, tmp_path / "p" / "ratio.png")

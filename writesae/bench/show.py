@@ -184,7 +184,7 @@ def picture(records: Sequence[dict], path: Path) -> Path | None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    from ..report.plots import _draw
+    from ..report.plots import draw
 
     ratios = ("x faster", "x time")
     rows = [r for found in records for r in found["rows"] if r["unit"] in ratios and r["value"] and headline(r)]
@@ -221,4 +221,4 @@ def picture(records: Sequence[dict], path: Path) -> Path | None:
         axes.set_xlabel("times as fast as the peer (blue: target met; orange: missed; grey: none set)\n"
                         "thick mark: asked for; thin broken mark: aimed at")  # fmt: skip
 
-    return _draw(path, (10, 1.2 + 0.37 * len(rows)), paint)
+    return draw(path, (10, 1.2 + 0.37 * len(rows)), paint)

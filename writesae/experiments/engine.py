@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..models.model_call import has_attention
+from ..models.model_call import has_attention, text_config
 from ..models.seam import intercept
 from ..models.shared_prefix import Prefix, Stack, Watch
 from ..models.short_conv import causal_conv
@@ -94,6 +94,7 @@ class Clean:
         output: `[n, L, ...]` of the last block, as the clean pass has it.
         states, conv_left: {layer: of every fork, before its first token}.
         prefixes: {block: of its attention}.
+        earlier: {block: tokens before the forks, `[n, width, D]`, of all that reads such beside rule and attention}.
     """
 
     places: Places
@@ -113,6 +114,7 @@ class Clean:
     states: dict[int, Tensor]
     conv_left: dict[int, Tensor]
     prefixes: dict[int, Prefix]
+    earlier: dict[int, list[Tensor]]
 
 
 class ForkEngine:
@@ -143,15 +145,22 @@ class ForkEngine:
             raise ValueError(f"layer: expected one head under a gate for every entry, got {self.site.num_v_heads}")
         self.linear = [i for i in self.stack.sites if i > layer]
 
+    @property
+    def write(self) -> str:
+        """Which of a token's writes the native one is: "new" where an erase is a write of its own (RWKV-7), which
+        stays; else "whole"."""
+        return "new" if self.site.binding.erases_apart else "whole"
+
     def bytes_a_fork(self, tokens: int, edits: int = 1) -> int:
         """Rough memory of one fork under `edits` edits, in a batch of passages of `tokens` tokens."""
         sites, L = self.stack.sites, self.length
         state = sum(sites[i].num_v_heads * sites[i].K * sites[i].V for i in self.linear)
-        config = self.model.config.get_text_config()
+        config = text_config(self.model)
+        hidden = next(m.embedding_dim for m in self.stack.body.modules() if isinstance(m, torch.nn.Embedding))
         scores = getattr(config, "num_attention_heads", 0) * L * (tokens + L) if has_attention(self.model) else 0
         matrix = 3 * self.site.K * self.site.V if self.site.binding.gate == "element" else 0  # of an addition
-        wide = 16 * L * max(config.hidden_size, getattr(config, "intermediate_size", 0) or 0)
-        kept = edits * L * (config.hidden_size + self.site.V)  # every edit's change and final hidden states
+        wide = 16 * L * max(hidden, getattr(config, "intermediate_size", 0) or 0)
+        kept = edits * L * (hidden + self.site.V)  # every edit's change and final hidden states
         return 4 * (2 * state + 3 * scores + wide + 4 * L * self.site.num_v_heads * self.site.V + matrix + kept)
 
     # ---- clean pass -------------------------------------------------------------------------------------------
@@ -172,7 +181,7 @@ class ForkEngine:
 
         Everything kept lies on the device of the layer it belongs to.
         """
-        input_ids = input_ids.to(self.model.get_input_embeddings().weight.device)
+        input_ids = input_ids.to(self.stack.device)
         linear = self.linear
         keep: dict = {"x": {i: [] for i in (self.layer, *linear)}, "states": {}}
 
@@ -234,6 +243,11 @@ class ForkEngine:
         def of(x: Tensor) -> Tensor:  # [P, T, ...] -> [n, L, ...]
             return x[rows.to(x.device), at.to(x.device)]
 
+        def before(x: Tensor, width: int) -> Tensor:  # [P, T, D] -> [n, width, D], zeros before the text
+            x = torch.nn.functional.pad(x, (0, 0, width, 0))  # column j is token j - width
+            columns = start.to(x.device)[:, None] + torch.arange(width, device=x.device)
+            return x[rows.to(x.device), columns]
+
         states, conv_left = {}, {}
         for i, inputs in keep["x"].items():
             if i != self.layer:
@@ -242,15 +256,14 @@ class ForkEngine:
             if not inputs:  # a layer without a short convolution
                 continue
             width = self.stack.sites[i].conv_kernel_size - 1
-            x = torch.nn.functional.pad(torch.cat(inputs, 1)[..., -T:], (width, 0))  # column j is token j - width
-            columns = start.to(x.device)[:, None] + torch.arange(width, device=x.device)
-            conv_left[i] = x.transpose(1, 2)[row.to(x.device)[:, None], columns].transpose(1, 2)
+            conv_left[i] = before(torch.cat(inputs, 1)[..., -T:].transpose(1, 2), width).transpose(1, 2)
+        earlier = {i: [before(x, width) for x, width in found] for i, found in watch.left.items()}
         prefixes = {
             i: Prefix(keys, watch.values[i], row.to(keys.device), start.to(keys.device))
             for i, keys in watch.keys.items()
         }
         heads = head[:, None]
-        left, right = writes.native(row, places.position, head)
+        k, u = writes.native(row, places.position, head)
         # The queries' heads are the keys'.
         queries = self.site.binding.queries(keep["call"])[rows, every, writes.left_head(heads)]
         r = later = None
@@ -266,9 +279,9 @@ class ForkEngine:
         assert watch.input is not None and watch.output is not None
         o = keep["o"].view(*keep["o"].shape[:2], self.site.num_v_heads, self.site.V)
         return Clean(
-            places, self.first, valid, of(watch.input), of(o), r, later, left, right,
-            self._outer(keep["call"], writes, places, right), writes, of(input_ids),
-            position_ids.to(input_ids.device), of(watch.output), states, conv_left, prefixes,
+            places, self.first, valid, of(watch.input), of(o), r, later, k, u,
+            self._outer(keep["call"], writes, places, u), writes, of(input_ids),
+            position_ids.to(input_ids.device), of(watch.output), states, conv_left, prefixes, earlier,
         )  # fmt: skip
 
     def _outer(self, call: RuleCall, writes: Writes, places: Places, right: Tensor) -> Tensor:
@@ -337,7 +350,7 @@ class ForkEngine:
                     o[forks, :, clean.places.head] += delta
                 changed["o"] = o
                 out[name] = self.stack.fork(
-                    clean.input_ids, clean.position_ids, clean.layer_input, self.layer, clean.prefixes
+                    clean.input_ids, clean.position_ids, clean.layer_input, self.layer, clean.prefixes, clean.earlier
                 )
                 if delta is None:
                     self._require_same(out[name], clean)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -16,12 +16,15 @@ from ..ops._transforms import torch_func_acts, transformed
 from ..ops.causal_conv import ACTIVATIONS as CONV_ACTIVATIONS
 from ..ops.encode import check_precision
 from ..ops.rule import RuleCall, RuleOutput
+from ..policies import Policy
 from . import hf_norms, seam
 from .binding import LayerSite
 from .frame import Frame, Recorded, running
 from .identity import require_same_model
 from .patch import Owner
 from .planned_edits import check_edits
+from .policy_sites import check_policies
+from .policy_walk import Player, walk
 from .quiet import quiet
 from .self_test import self_test as run_self_test
 from .sites import layers, require_layer
@@ -35,6 +38,7 @@ def attach(
     edits: Mapping[int, Edits] | None = None,
     accelerate: bool = False,
     *,
+    policies: Sequence[Policy] | None = None,
     any_model: bool = False,
     strict: bool = False,
     self_test: bool = True,
@@ -78,10 +82,14 @@ def attach(
         edits: `{layer: Edits}`; row is the row of the batch (with beams: of batch x beams; of a packed batch: the
             sequence), position the column in that row as fed, cached columns counted. An edit after the read leaves
             that column's output and codes as they are, and shows from the next column on.
+        policies: `writesae.Policy`s, which look at every token of their sites and edit the state: closed loop, exactly
+            as if the model were run token by token, in a prompt too. All of a token see it before any of them has
+            acted. On a device each hooked call then waits for its codes.
         accelerate: run all the model's recurrent layers on our op, not only the hooked ones, and, on a CPU where no
             gradient is asked, on our kernels the short convolution before it and the model's RMS norms.
         any_model: also with dictionaries that name another model than this one.
-        strict: raise, instead of warning, where an edit's position never came; see `tap.applied`.
+        strict: raise, instead of warning, where an edit's position never came or a policy never acted; see
+            `tap.applied` and `tap.policies`.
         self_test: first run a few tokens, and compare every function stood in for with the model's own, on the same
             inputs. Leaves the random state, the model and `tap.calls` alone. Costs a short forward pass, once for every
             kind of model in a process.
@@ -99,23 +107,26 @@ def attach(
 
     Raises:
         ValueError: before anything runs, for a model without such layers, a layer or head it does not have, a
-            full-attention layer, a dictionary or edit of other sizes than the head, a dictionary of another model;
+            full-attention layer, a dictionary or edit of other sizes than the head, a dictionary of another model, a
+            policy that cannot act on one of its sites;
             while running, for a NaN in a state, an edit of a row that the batch does not have, a call that cannot be
             read, or a cache of recurrent layers alone (it does not count its columns) that was filled before attaching;
-            at the end, for a site that never ran or (`strict`) an edit whose position never came.
+            at the end, for a site that never ran or (`strict`) an edit whose position never came or a policy that
+            never acted.
         RuntimeError: the self-test failed; the model is compiled; a hooked model recomputes its layers in the backward
             (gradient checkpointing).
 
     Source: Young, *WriteSAE*, arXiv 2605.12770.
     """
     check_precision(precision)
-    found = _refuse_unsupported(model)
-    by_layer, edits = _check_sites(model, found, sites), check_edits(model, found, edits)
+    found = found_layers(model)
+    by_layer, edits = check_sites(model, found, sites), check_edits(model, found, edits)
     if not by_layer and not edits and not accelerate:
         raise ValueError("sites: expected at least one (layer, head), or edits, or accelerate=True; got none")
+    acting = check_policies(policies, sites)
     require_same_model(model, sites, any_model)
     tap = Tap(by_layer, edits, {"record_writes": record_writes, "backend": backend, "precision": precision})
-    tap.prepare(found)
+    tap.prepare(found, model, acting)
     hooked = {*by_layer, *edits}
     conv = _Convolution(backend) if accelerate else None
     norms = accelerate and backend in (None, "cpu")
@@ -174,23 +185,33 @@ class _Handler:
         watching = [h.tap for h in recording if h.watches] if torch.is_grad_enabled() else []
         if watching:
             call = _watched(call, frame, watching)
-        out = call.run(
-            edits=edits, return_writes=bool(recording), output_final_state=output_final_state, backend=self.backend
-        )
+        players = [x for h in reversed(recording) if (x := Player.of(h.tap, frame)) is not None]
+        walked = walk(frame, call, players, edits, self.backend) if players else None
+        edits = edits if walked is None else walked.edits
+        if walked is not None and walked.output is not None:
+            out, codes = walked.output, walked.codes
+            out = out if output_final_state else replace(out, final_state=None)
+        else:
+            codes = {}
+            out = call.run(
+                edits=edits, return_writes=bool(recording), output_final_state=output_final_state, backend=self.backend
+            )
         if recording:
             assert out.writes is not None
             found = frame.all_heads(Recorded(out.writes, call.initial_state, out.final_state))
             if found is not None:
-                self._record(frame, recording, found)
+                self._record(frame, recording, found, codes)
+        for player in players:
+            player.note(frame, call)
         return out
 
     @staticmethod
-    def _record(frame: Frame, recording: list[_Handler], found: Recorded) -> None:
+    def _record(frame: Frame, recording: list[_Handler], found: Recorded, codes) -> None:
         checking = next((h for h in recording if h.check_finite), None)
         if checking is not None:
             checking.tap.check_finite(frame, found.writes)
         for handler in recording:
-            handler.tap.record(frame, *found)
+            handler.tap.record(frame, *found, codes.get(handler.tap) if frame.head is None else None)
 
 
 class _Convolution:
@@ -242,7 +263,7 @@ def _watched(call: RuleCall, frame: Frame, taps: list[Tap]) -> RuleCall:
 # ---- checks before any work -----------------------------------------------------------------------------------
 
 
-def _refuse_unsupported(model: nn.Module) -> dict[int, LayerSite]:
+def found_layers(model: nn.Module) -> dict[int, LayerSite]:
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected a torch module, got {type(model).__name__}")
     compiled = (m for m in model.modules() if getattr(m, "_compiled_call_impl", None) is not None)
@@ -263,7 +284,7 @@ def _refuse_unsupported(model: nn.Module) -> dict[int, LayerSite]:
     return found
 
 
-def _check_sites(model, found: dict[int, LayerSite], sites) -> dict[int, dict[int, object]]:
+def check_sites(model, found: dict[int, LayerSite], sites) -> dict[int, dict[int, object]]:
     if not isinstance(sites, Mapping):
         raise ValueError(f"sites: expected {{(layer, head): dictionary or None}}, got {type(sites).__name__}")
     by_layer: dict[int, dict[int, object]] = {}

@@ -56,7 +56,7 @@ class LayerSite:
         num_k_heads, num_v_heads: key heads and value heads (H = num_v_heads).
         K, V: key and value size of one head's state `[K, V]`.
         conv_kernel_size: width of the causal convolution before the rule, 1 where there is none.
-        norm: gated RMSNorm after the rule, called as `norm(o [*, V], gate [*, V])`, or None.
+        norm: norm after the rule, of a head's output `[*, V]` or of all heads' `[*, H * V]`, or None.
         out_proj: linear map of the normed heads `[..., H * V]` to the residual stream, or None.
         path: the module's name in its model.
         binding: the table of its family.
@@ -161,6 +161,9 @@ class Binding:
         stand_ins: `stand_ins(owner, layers)`, for layers whose own code cannot run on every machine: where it cannot,
             has owner put in place what they need beside their functions, and answers True. Then all layers run on the
             rule, whoever is intercepted.
+        erases_apart: a token makes two writes, what is new and an erase of its own; "the write" of a test is the new.
+        looks_back: `looks_back(owner, blocks)` has owner put `looking_back`'s shims in the place of what reads earlier
+            tokens in the model's decoder blocks, beside what this table names and attention.
     """
 
     name: str
@@ -184,6 +187,8 @@ class Binding:
     origin: tuple[str, ...] = ("transformers.models.",)
     on_cpu: Mapping[str, Callable] = field(default_factory=dict)
     stand_ins: Callable[[Owner, list[nn.Module]], bool] | None = None
+    erases_apart: bool = False
+    looks_back: Callable[[Owner, nn.ModuleList], None] | None = None
 
     def recurrence(self, name: str) -> Recurrence | None:
         """The function that layers look up by this name."""

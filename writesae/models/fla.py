@@ -211,7 +211,8 @@ def _delta_binding(name: str, kind: str, model: str, functions: str, *gate: str,
         Binding(
             name=name, kind=kind, models=(f"{model} in flash-linear-attention",), rule=DELTA,
             recurrences=_delta_rule(functions, *gate), value="v", strength="beta", queries=_delta_queries,
-            origin=_ORIGIN, stand_ins=fla_stand_ins.install, **more,
+            origin=_ORIGIN, stand_ins=fla_stand_ins.install,
+            looks_back=fla_stand_ins.look_back, **more,
         )
     )  # fmt: skip
 
@@ -267,7 +268,8 @@ def _additive_binding(name: str, kind: str, model: str, **more: Any) -> Binding:
     return register(
         Binding(
             name=name, kind=kind, models=(f"{model} in flash-linear-attention",), value="v", gate="channel", rule=DPLR,
-            queries=_queries("q"), origin=_ORIGIN, stand_ins=fla_stand_ins.install, **more,
+            queries=_queries("q"), origin=_ORIGIN, stand_ins=fla_stand_ins.install,
+            looks_back=fla_stand_ins.look_back, **more,
         )
     )  # fmt: skip
 
@@ -336,6 +338,7 @@ RETENTION = register(
         home=("fla.layers.multiscale_retention",),
         origin=_ORIGIN,
         stand_ins=fla_stand_ins.install,
+        looks_back=fla_stand_ins.look_back,
     )
 )
 
@@ -373,6 +376,7 @@ RWKV7 = register(
         models=("RWKV7Attention in flash-linear-attention",),
         rule=DPLR,
         gate="channel",
+        erases_apart=True,
         recurrences=(
             Recurrence(
                 "chunk_rwkv7", ("r", "w", "k", "v", "a", "b"), _bind_rwkv7, _answer, known=_SAME | _RWKV7_CHUNK,
@@ -392,5 +396,6 @@ RWKV7 = register(
         home=("fla.layers.rwkv7",),
         origin=_ORIGIN,
         stand_ins=fla_stand_ins.install,
+        looks_back=fla_stand_ins.look_back,
     )
 )  # fmt: skip

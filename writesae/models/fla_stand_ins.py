@@ -21,7 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops._dispatch import say_once
-from . import patch
+from . import looking_back, patch
+
+_FUSED = "_use_fused_qkv_conv"  # of GatedDeltaNet
 
 
 def missing_driver() -> str | None:
@@ -63,6 +65,29 @@ def install(owner: patch.Owner, layers: list[nn.Module]) -> bool:
 
 def _instead(stand_in: Callable, original: Callable) -> Callable:
     return stand_in
+
+
+def look_back(owner: patch.Owner, blocks: nn.ModuleList) -> None:
+    """Has owner put shims in the place of token shifts and short convolutions of fla's blocks. Under `patch.lock`."""
+    for block in blocks:
+        for module in block.modules():
+            if isinstance(module, nn.Conv1d):  # ShortConvolution
+                owner.join(module, "forward", looking_back.module_body, module.kernel_size[0] - 1)
+            space = getattr(patch.forward_of(module), "__globals__", {})
+            if "token_shift" in space:  # where a stand-in stands, that is such a shim
+                owner.patch(space, "token_shift", functools.partial(looking_back.shim, width=1))
+            if hasattr(type(module), _FUSED):
+                owner.patch(type(module), _FUSED, _apart)
+
+
+def _apart(original: Callable) -> Callable:
+    """Stands in for the method by which a layer chooses to convolve q, k and v at once, past its modules for it."""
+
+    @functools.wraps(original)
+    def fused(self, *args, **kwargs):
+        return looking_back.running() is None and original(self, *args, **kwargs)
+
+    return fused
 
 
 def runnable(function: Callable) -> Callable:
@@ -280,7 +305,7 @@ _STAND_INS: dict[tuple[str, str], Callable] = {
     ("fla.modules.norm.l2norm", "l2norm"): l2norm,
     ("fla.modules.causal_conv1d.ops", "causal_conv1d"): causal_conv1d,
     ("fla.modules.causal_conv1d.ops", "causal_conv1d_update"): causal_conv1d_update,
-    ("fla.modules.token_shift", "token_shift"): token_shift,
+    ("fla.modules.token_shift", "token_shift"): looking_back.shim(token_shift, 1),
     ("fla.modules.rotary.ops", "rotary_embedding"): rotary_embedding,
     ("fla.modules.activations.ops", "swish_fwd"): swish_fwd,
     ("fla.modules.activations.ops", "swish_bwd"): swish_bwd,

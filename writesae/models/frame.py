@@ -102,14 +102,23 @@ class Frame:
 
     @functools.cached_property
     def mask(self) -> Tensor | None:
-        """`[B, T]` bool, False at pads and at what `generate` feeds past a row's end; None when all are real tokens."""
+        """`[B, T]` bool, False at pads, at what `generate` feeds past a row's end, and at what it has fed before (of a
+        call without a cache all but the latest column); None when all are real tokens."""
+        return self._real(once=True)
+
+    @functools.cached_property
+    def fed(self) -> Tensor | None:
+        """`mask`, but True also at what `generate` has fed before."""
+        return self.mask if self.call is None or self.call.generation is None else self._real(once=False)
+
+    def _real(self, once: bool) -> Tensor | None:
         real = None
         if self.layer_mask is not None and self.layer_mask.ndim == 2:
             real = self.layer_mask[:, -self.hidden.shape[1] :].bool()  # some layers are given cached columns' too
         if self.call is None:
             return real
         shape = (self.hidden.shape[0], self.hidden.shape[1])
-        known = self.call.real_tokens(shape, self.start, self.hidden.device)
+        known = self.call.real_tokens(shape, self.start, self.hidden.device, once)
         return known if real is None else real if known is None else real & known.to(real.device)
 
     def bind(self, recurrence: Recurrence, given: Given) -> RuleCall:

@@ -149,6 +149,7 @@ BINDING = register(
             "K": ("ssm_state_size",),
             "V": ("head_dim",),
             "conv_kernel_size": ("conv_kernel_size",),
+            "norm": lambda layer: getattr(layer, "norm", None),  # Falcon-H1 may have none
             "out_proj": ("out_proj",),
         },
         value="x",

@@ -96,6 +96,7 @@ BINDING = register(
             "num_v_heads": ("num_attention_heads",),
             "K": ("head_dim",),
             "V": ("head_dim",),
+            "norm": ("norm",),
             "out_proj": ("out_proj",),
         },
         value="x",

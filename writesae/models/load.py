@@ -18,6 +18,8 @@ from .quiet import quiet
 _DEFAULT = Path(__file__).parent.parent / "default" / "model"
 _FILES = ("*.json", "*.jinja", "*.txt", "*.model", "model*.safetensors")
 _VOCABULARY = 2**28  # bytes of JSON
+# Kinds of model of flash-linear-attention that layers are attached to, as its configurations call them.
+_OF_FLA = ("delta_net", "gated_deltanet", "gla", "hgrn2", "kda", "retnet", "rwkv7")
 _PIECE = 2**22  # values looked at together
 
 
@@ -66,12 +68,12 @@ def _model(folder: Path, held: Held, dtype: torch.dtype, options: dict):
 
     _make_known(folder)
     with _named(folder, "config.json"):
-        config = AutoConfig.from_pretrained(folder, **options)
+        config = (_shadowed(folder) or AutoConfig).from_pretrained(folder, **options)
     with _named(folder, "config.json"), no_larger_than(held, folder / "config.json"):
         AutoModelForCausalLM.from_config(config, trust_remote_code=options["trust_remote_code"])
     with _named(folder, "the model"):
         model, found = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+            folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
     for name, what in (("missing_keys", "without"), ("mismatched_keys", "of another shape:")):
         if wrong := sorted(map(str, found.get(name) or ())):
@@ -86,12 +88,37 @@ def _model(folder: Path, held: Held, dtype: torch.dtype, options: dict):
 
 def _make_known(folder: Path) -> None:
     """Imports flash-linear-attention, which tells transformers of its models, for a folder of another kind than those
-    that transformers knows, if it is installed."""
+    that transformers knows, if it is installed.
+
+    Raises:
+        ValueError: the model is of one of its classes, and it is not installed.
+    """
     from transformers import CONFIG_MAPPING
 
-    kind = read_json(folder / "config.json", strict=False).get("model_type")
-    if kind not in CONFIG_MAPPING and find_spec("fla") is not None:
+    config = read_json(folder / "config.json", strict=False)
+    kind = config.get("model_type")
+    if kind in CONFIG_MAPPING:
+        return
+    if find_spec("fla") is not None:
         importlib.import_module("fla.models")
+    elif kind in _OF_FLA and not config.get("auto_map"):
+        raise ValueError(
+            f"{folder}: config.json: a {kind} model is of flash-linear-attention, which is not installed: "
+            "pip install flash-linear-attention==0.6.0"
+        )
+
+
+def _shadowed(folder: Path):
+    """transformers' own class of a configuration, where flash-linear-attention, once imported, has put one of its own
+    under the same name (Mamba, Mamba-2); else None."""
+    import transformers
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    config = read_json(folder / "config.json", strict=False)
+    kind = config.get("model_type")
+    own = getattr(transformers, str(CONFIG_MAPPING_NAMES.get(kind)), None)
+    return None if own is None or config.get("auto_map") or CONFIG_MAPPING[kind] is own else own
 
 
 @contextmanager

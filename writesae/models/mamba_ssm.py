@@ -16,16 +16,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ops.rule import RuleCall, RuleOutput
 from ..ops.selective_scan import RULE as SELECTIVE_SCAN
 from ..ops.ssd import RULE as SSD
-from . import mamba_ssm_cpu
+from . import looking_back, mamba_ssm_cpu
 from .binding import Binding, Given, LayerSite, Recurrence, register
 from .hf_mamba2 import one_a_head, transposed
 from .mamba_ssm_cpu import import_library, on_cpu
 from .model_call import offsets
+from .patch import Owner
 
 __all__ = ["MAMBA", "MAMBA2", "import_library", "on_cpu"]
 
@@ -160,6 +161,7 @@ MAMBA2 = register(
             "K": ("d_state", "ssm_state_size"),
             "V": ("headdim", "head_dim"),
             "conv_kernel_size": ("d_conv", "conv_kernel_size"),
+            "norm": lambda layer: getattr(layer, "norm", None),  # if rmsnorm
             "out_proj": ("out_proj",),
         },
         value="x",
@@ -242,6 +244,14 @@ def _answer_selective_step(given: Given, output: RuleOutput) -> Tensor:
     return _finished(output.o[:, 0], given["x"], given.get("D"), given.get("z"))
 
 
+def _look_back(owner: Owner, blocks: nn.ModuleList) -> None:
+    """Without causal-conv1d a layer calls its module for the short convolution. Under `patch.lock`."""
+    for block in blocks:
+        conv = getattr(getattr(block, "mixer", None), "conv1d", None)
+        if conv is not None:
+            owner.join(conv, "forward", looking_back.channels_first, conv.kernel_size[0] - 1)
+
+
 def _selective_step(given: Given, state: Tensor) -> tuple[tuple, dict]:
     u, dt = given["u"][..., -1], given["delta"][..., -1]
     B, C = (_keys(given[name], name)[..., -1] for name in ("B", "C"))
@@ -287,5 +297,6 @@ MAMBA = register(
         bypasses={"use_fast_path": False, "mamba_inner_fn": _all_in_one("mamba_inner_fn", "use_fast_path")},
         on_cpu=mamba_ssm_cpu.FUNCTIONS,
         stand_ins=mamba_ssm_cpu.install,
+        looks_back=_look_back,
     )
 )  # fmt: skip

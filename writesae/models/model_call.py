@@ -102,9 +102,9 @@ class ModelCall:
             generating.rows = B
         return generating.rows if generating.processing and generating.rows else 0
 
-    def real_tokens(self, shape: tuple[int, int], start: int, device: torch.device) -> Tensor | None:
-        """`[B, T]` bool: neither a pad, nor fed to a row that `generate` has ended, nor fed by it before; None when
-        nothing says so."""
+    def real_tokens(self, shape: tuple[int, int], start: int, device: torch.device, once: bool = True) -> Tensor | None:
+        """`[B, T]` bool: neither a pad, nor fed to a row that `generate` has ended, nor (`once`) fed by it before; None
+        when nothing says so."""
         B, T = shape
         real = self._unmasked(B, T, start)
         generating = self.generation
@@ -114,7 +114,7 @@ class ModelCall:
         self._stop = start + T
         at = torch.arange(T, device=device)
         ended = generating.ended()
-        again = generating.repeated(start, T)
+        again = generating.repeated(start, T) if once else 0
         if ended is not None and len(ended) == B:  # the last column alone is a token chosen since
             last = at == T - 1
             going = ~(ended.to(device)[:, None] & last)

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from . import patch
-from .arguments import NAMES, Reader
+from . import looking_back, patch
+from .arguments import NAMES, Reader, without_cache
 from .sites import layers
 
 
@@ -96,6 +95,54 @@ def shared_prefix_attention(
     return out.view(n, Hq, L, Dv).transpose(1, 2).contiguous(), None
 
 
+# ---- what a block hands on --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Streams:
+    """How what a block returns is kept as one tensor: of a tuple, all tensors of tokens side by side, hidden states
+    first (others: a residual that is not added yet, values of the first block that all blocks mix in).
+
+    Attributes:
+        length: of the tuple, None where the block returns a tensor.
+        more: (place in the tuple, shape of a token, dtype) of the others.
+        token: shape of a token's hidden states, and their dtype.
+    """
+
+    length: int | None
+    more: tuple[tuple[int, torch.Size, torch.dtype], ...]
+    token: tuple[torch.Size, torch.dtype]
+
+    @classmethod
+    def of(cls, out: Any) -> Streams:
+        hidden = out[0] if isinstance(out, tuple) else out
+        rest = out[1:] if isinstance(out, tuple) else ()
+        more = tuple(
+            (i, x.shape[2:], x.dtype)
+            for i, x in enumerate(rest, 1)
+            if isinstance(x, Tensor) and x.ndim > 2 and x.shape[:2] == hidden.shape[:2]
+        )
+        return cls(len(out) if isinstance(out, tuple) else None, more, (hidden.shape[2:], hidden.dtype))
+
+    def joined(self, hidden: Tensor, out: Any) -> Tensor:
+        """`[n, T, ...]`: hidden states, and beside them what else `out` has of every token."""
+        if not self.more:
+            return hidden
+        return torch.cat([hidden.flatten(2), *(out[i].flatten(2) for i, _, _ in self.more)], -1)
+
+    def apart(self, joined: Tensor) -> Any:
+        """What the block would return."""
+        if self.length is None:
+            return joined
+        out: list[Tensor | None] = [joined, *[None] * (self.length - 1)]
+        if self.more:
+            sizes = [self.token[0].numel(), *(shape.numel() for _, shape, _ in self.more)]
+            parts = joined.split(sizes, -1)
+            for part, (i, shape, dtype) in zip(parts, ((0, *self.token), *self.more), strict=True):
+                out[i] = part.unflatten(-1, shape).to(dtype)
+        return tuple(out)
+
+
 # ---- passes ---------------------------------------------------------------------------------------------------
 
 
@@ -104,13 +151,15 @@ class Pass:
 
     Attributes:
         at: number of the block that is running, or None.
+        looked: how often something in it has looked back.
     """
 
     at: int | None = None
+    looked: int = 0
 
     def block(self, index: int, call: Callable, args: tuple, kwargs: dict) -> Any:
         """Runs a block's forward."""
-        self.at = index
+        self.at, self.looked = index, 0
         try:
             return call(*args, **kwargs)
         finally:
@@ -120,34 +169,45 @@ class Pass:
         """What runs in the place of the model's attention function `found`."""
         return found
 
+    def look_back(self, call: Callable[[Tensor], Any], x: Tensor, width: int) -> Any:
+        """Runs what reads `width` tokens to the left of each in x `[B, T, D]`, see `looking_back`."""
+        return call(x)
+
 
 class Watch(Pass):
     """A clean pass, of which forks are made.
 
     Attributes:
         first: block whose input is kept.
-        input: `[P, T, ...]` its input.
-        output: `[P, T, ...]` of the last block.
+        input: `[P, T, ...]` its input, with what else it is handed of every token.
+        output: `[P, T, ...]` of the last block, likewise.
         keys, values: {block from `first` on: what its attention was given}.
-        tuples: {block: length of the tuple that its forward returns}, of those that return one.
+        left: {block from `first` on: (x `[P, T, D]`, width) of all that looks back in it, in order}.
+        streams: {block: how what it returns is kept}.
     """
 
     def __init__(self, first: int, blocks: int):
         self.first, self.last = first, blocks - 1
-        self.tuples: dict[int, int] = {}
+        self.streams: dict[int, Streams] = {}
         self.input: Tensor | None = None
         self.output: Tensor | None = None
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
+        self.left: dict[int, list[tuple[Tensor, int]]] = {}
+        self._handed: Any = None
 
     def block(self, index: int, call: Callable, args: tuple, kwargs: dict) -> Any:
         if index == self.first:
             self.input = _hidden(args, kwargs)
+            if index:
+                self.input = self.streams[index - 1].joined(self.input, self._handed)
+            self._handed = None
         out = super().block(index, call, args, kwargs)
-        if isinstance(out, tuple):
-            self.tuples[index] = len(out)
+        self.streams[index] = Streams.of(out)
+        if index == self.first - 1:
+            self._handed = out
         if index == self.last:
-            self.output = out[0] if isinstance(out, tuple) else out
+            self.output = self.streams[index].joined(out[0] if isinstance(out, tuple) else out, out)
         return out
 
     def attention(self, found: Callable) -> Callable:
@@ -163,6 +223,11 @@ class Watch(Pass):
 
         return attend
 
+    def look_back(self, call: Callable[[Tensor], Any], x: Tensor, width: int) -> Any:
+        if self.at is not None and self.at >= self.first:
+            self.left.setdefault(self.at, []).append((x, width))
+        return call(x)
+
 
 class Fork(Pass):
     """Blocks `first` and up on forks.
@@ -170,23 +235,34 @@ class Fork(Pass):
     Args:
         first: the first block that runs, with `hidden` as its input.
         prefixes: {block: `Prefix` of its attention}.
-        tuples: blocks whose forward returns a tuple, with its length.
+        left: {block: the tokens before the forks, `[n, width, D]`, of all that looks back in it}.
+        streams: {block: how what it returns is kept}.
     """
 
-    def __init__(self, first: int, hidden: Tensor, prefixes: Mapping[int, Prefix], tuples: Mapping[int, int]):
-        self.first, self.hidden, self.prefixes, self.tuples = first, hidden, prefixes, tuples
+    def __init__(
+        self,
+        first: int,
+        hidden: Tensor,
+        prefixes: Mapping[int, Prefix],
+        left: Mapping[int, Sequence[Tensor]],
+        streams: Mapping[int, Streams],
+    ):
+        self.first, self.hidden, self.prefixes, self.left, self.streams = first, hidden, prefixes, left, streams
         self.output: Tensor | None = None
 
     def block(self, index: int, call: Callable, args: tuple, kwargs: dict) -> Any:
         if index < self.first:
-            length = self.tuples.get(index)
-            # The last block skipped hands the forks on (there may be no other to do so).
-            x = self.hidden if index == self.first - 1 else _hidden(args, kwargs)
-            return x if length is None else (x, *[None] * (length - 1))
+            streams = self.streams[index]
+            if index == self.first - 1:  # the last block skipped hands the forks on (there may be no other to do so)
+                return streams.apart(self.hidden)
+            x = _hidden(args, kwargs)
+            return x if streams.length is None else (x, *[None] * (streams.length - 1))
         if index == self.first:
-            args, kwargs = _with_hidden(args, kwargs, self.hidden)
+            hidden = self.streams[index - 1].apart(self.hidden) if index else self.hidden
+            args, kwargs = _with_hidden(args, kwargs, hidden[0] if isinstance(hidden, tuple) else hidden)
         out = super().block(index, call, args, kwargs)
-        self.output = out[0] if isinstance(out, tuple) else out
+        if index == len(self.streams) - 1:
+            self.output = self.streams[index].joined(out[0] if isinstance(out, tuple) else out, out)
         return out
 
     def attention(self, found: Callable) -> Callable:
@@ -194,13 +270,13 @@ class Fork(Pass):
             raise ValueError(f"model: attention of block {self.at} ran in a fork and not in the clean pass")
         return functools.partial(shared_prefix_attention, shared_prefix=self.prefixes[self.at])
 
-
-class _Local(threading.local):
-    def __init__(self):
-        self.passes: list[Pass] = []
-
-
-_local = _Local()
+    def look_back(self, call: Callable[[Tensor], Any], x: Tensor, width: int) -> Any:
+        if self.at is None:  # nothing before the blocks or after them does, in the clean pass
+            raise ValueError("model: expected nothing outside of its blocks that reads earlier tokens, got some")
+        left = self.left[self.at][self.looked]
+        self.looked += 1
+        out = call(torch.cat([left.to(x), x], 1))
+        return (out[0][:, width:], *out[1:]) if isinstance(out, tuple) else out[:, width:]
 
 
 def _hidden(args: tuple, kwargs: dict) -> Tensor:
@@ -215,18 +291,18 @@ def _with_hidden(args: tuple, kwargs: dict, x: Tensor) -> tuple[tuple, dict]:
 
 def _block(entry, call, args, kwargs):
     """Stands in for a block's forward."""
-    serving = entry.serving()
-    if not serving or not _local.passes:
+    serving, run = entry.serving(), looking_back.running()
+    if not serving or run is None:
         return call(*args, **kwargs)
-    return _local.passes[-1].block(serving[0], call, args, kwargs)
+    return run.block(serving[0], call, args, kwargs)
 
 
 def _interface(original):
     """Stands in for `AttentionInterface.get_interface`: which attention a module is to use."""
 
     def get_interface(self, *args, **kwargs):
-        found = original(self, *args, **kwargs)
-        return _local.passes[-1].attention(found) if _local.passes else found
+        found, run = original(self, *args, **kwargs), looking_back.running()
+        return found if run is None else run.attention(found)
 
     return get_interface
 
@@ -243,6 +319,7 @@ class Stack:
         blocks: its decoder blocks in order.
         body: the module that runs them, from tokens to final hidden states.
         vocabulary: entries of its output embedding.
+        device: of its input embedding.
     """
 
     def __init__(self, model: nn.Module):
@@ -256,12 +333,14 @@ class Stack:
         assert isinstance(blocks, nn.ModuleList)
         self.blocks = blocks
         self.body: Any = model.get_submodule(".".join(parts[: at - 1]))
-        head = getattr(model, "get_output_embeddings", lambda: None)()
+        head = getattr(model, "get_output_embeddings", lambda: getattr(model, "lm_head", None))()
         if head is None:
             raise ValueError(f"model: expected an output embedding, got {type(model).__name__}")
         self.vocabulary = head.weight.shape[0]
+        self.device = next(m.weight.device for m in self.body.modules() if isinstance(m, nn.Embedding))
         self._takes_positions = "position_ids" in Reader(self.body.forward, type(self.body).__name__).parameters
-        self._tuples: dict[int, int] = {}
+        self._without_cache = without_cache(self.body)
+        self._streams: dict[int, Streams] = {}
 
     @contextlib.contextmanager
     def during(self, run: Pass) -> Iterator[None]:
@@ -271,19 +350,20 @@ class Stack:
                 owner.patch(type(ALL_ATTENTION_FUNCTIONS), "get_interface", _interface)
                 for i, block in enumerate(self.blocks):
                     owner.join(block, "forward", _block, i)
-            depth = len(_local.passes)
-            try:
-                _local.passes.append(run)
+                for binding in dict.fromkeys(site.binding for site in self.sites.values()):
+                    if binding.stand_ins is not None:
+                        binding.stand_ins(owner, [x.module for x in self.sites.values() if x.binding is binding])
+                    if binding.looks_back is not None:
+                        binding.looks_back(owner, self.blocks)
+            with looking_back.served_by(run):
                 yield
-            finally:
-                del _local.passes[depth:]
 
     def watch(self, input_ids: Tensor, first: int) -> Watch:
         """Runs the body on passages `[P, T]`, and keeps what forks from block `first` on need."""
         watch = Watch(first, len(self.blocks))
         with self.during(watch):
-            self.body(input_ids=input_ids, use_cache=False)
-        self._tuples = watch.tuples
+            self.body(input_ids=input_ids, **self._without_cache)
+        self._streams = watch.streams
         return watch
 
     def last(self, input_ids: Tensor) -> Tensor:
@@ -299,19 +379,20 @@ class Stack:
         hidden: Tensor,  # [n, L, ...]
         first: int,
         prefixes: Mapping[int, Prefix],
+        left: Mapping[int, Sequence[Tensor]],
     ) -> Tensor:
         """Blocks `first` and up on forks, `[n, L, ...]`: what the last block returns. `hidden` goes into the first."""
-        run = Fork(first, hidden, prefixes, self._tuples)
+        run = Fork(first, hidden, prefixes, left, self._streams)
         more = {"position_ids": position_ids} if self._takes_positions else {}
         with self.during(run):
-            self.body(input_ids=input_ids, use_cache=False, **more)
+            self.body(input_ids=input_ids, **self._without_cache, **more)
         assert run.output is not None
         return run.output
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[m, vocabulary]` logits of what the last block returned for m tokens, `[m, ...]`: final norm, output map and
         what else the model does there."""
-        run = Fork(len(self.blocks), hidden[:, None], {}, self._tuples)
-        ids = torch.zeros(len(hidden), 1, dtype=torch.int64, device=self.model.get_input_embeddings().weight.device)
+        run = Fork(len(self.blocks), hidden[:, None], {}, {}, self._streams)
+        ids = torch.zeros(len(hidden), 1, dtype=torch.int64, device=self.device)
         with self.during(run):  # one token a row: no mask of m x m
-            return self.model(input_ids=ids, use_cache=False)["logits"][:, 0]
+            return self.model(input_ids=ids, **self._without_cache).logits[:, 0]

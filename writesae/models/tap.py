@@ -4,43 +4,31 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_mode
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import ops
 from ..edits import Edits
 from ..firings import Firings
 from ..ops._transforms import transformed
+from ..policies import Policy, PolicyReport
 from ..writes import Writes
 from .binding import LayerSite
 from .frame import Frame
 from .gather import Columns, Coming, Gathered, TopK
 from .planned_edits import PlannedEdits
+from .policy_sites import Group, GroupCodes, Listener, PolicySites
 from .sites import device_of
 from .transfer import ToHost
 
 DENSE_KINDS = ("matrix", "flat")  # their encoder reads whole states
 _DENSE_BLOCK = 64  # states held at a time on that path
-
-
-@dataclass(eq=False)
-class _Group:
-    """Heads of one layer whose dictionaries have one shape, so that one `ops.encode` call serves them all."""
-
-    heads: list[int]
-    v_enc: Tensor  # [Hs, F, r, K]
-    w_enc: Tensor  # [Hs, F, r, V]
-    b_enc: Tensor  # [Hs, F]
-    k: int
-    threshold: Tensor | None  # [Hs, F]
-    of_writes: bool
-    atoms: tuple[Tensor, Tensor] | None  # [Hs, F, r, K], [Hs, F, r, V] of pursuit dictionaries
 
 
 class Tap:
@@ -56,6 +44,7 @@ class Tap:
         starts: `{layer: column}` at which that call's first token stands in its row.
         calls: `{layer: number of calls}` since attaching; not reset by `clear`.
         applied: `{layer: [E] bool}`: which of the layer's planned edits have applied so far.
+        policies: a `PolicyReport` for each policy, in order: how often it has acted.
 
     All of it, firings too, is of calls that came to their end: what a failed forward pass recorded is taken back.
     """
@@ -67,12 +56,14 @@ class Tap:
         self.calls: dict[int, int] = {layer: 0 for layer in sorted({*sites, *edits})}
         self._sites, self._planned = sites, PlannedEdits(edits)
         self.applied = self._planned.applied
+        self.policies: list[PolicyReport] = []
+        self._policy_sites: PolicySites | None = None
         self._record_writes = options["record_writes"]
         self._encoding = {"backend": options["backend"], "precision": options["precision"]}
         self._lock = threading.Lock()
         self._gathered = Gathered()
         self._checks: list[_Check] = []
-        self._groups: dict[int, list[_Group]] = {}
+        self._groups: dict[int, list[Group]] = {}
         self._fire_per_token = 0  # of all layers, top-k alone
         self._dense: dict[int, dict[int, Any]] = {}
         self._carries: MutableMapping = WeakIdKeyDictionary()  # cache (not all can be hashed) -> {(layer, group): ...}
@@ -131,8 +122,11 @@ class Tap:
 
     # ---- set up -----------------------------------------------------------------------------------------------
 
-    def prepare(self, sites: Mapping[int, LayerSite]) -> None:
-        """Stacks the dictionaries' factors, once."""
+    def prepare(self, sites: Mapping[int, LayerSite], model: nn.Module, policies: Sequence[Policy]) -> None:
+        """Stacks the dictionaries' factors, once, and binds policies. Raises ValueError where one cannot act."""
+        if policies:
+            self._policy_sites = PolicySites(policies, self._sites, model, sites)
+            self.policies = [PolicyReport(*x) for x in zip(policies, self._policy_sites.sites, strict=True)]
         for layer, heads in self._sites.items():
             device = device_of(sites[layer].module)
             alike: dict[tuple, list[tuple[int, Any, tuple]]] = {}
@@ -146,9 +140,11 @@ class Tap:
                 factors = (*sae.encoder(), *(sae.atoms() if pursued else ()))
                 factors = tuple(x.detach().to(device, torch.float32) for x in factors)
                 of_writes = getattr(sae, "target", "state") == "write"
-                key = (*factors[0].shape, int(sae.k), sae.threshold is None, of_writes, pursued)
+                # Policies act within a call, and of layers that make a call a head within each of those.
+                alone = head if policies and sites[layer].binding.one_head_a_call else None
+                key = (*factors[0].shape, int(sae.k), sae.threshold is None, of_writes, pursued, alone)
                 alike.setdefault(key, []).append((head, sae, factors))
-            for (F, _, _, k, top, of_writes, _), members in alike.items():
+            for (F, _, _, k, top, of_writes, *_), members in alike.items():
                 stacked = [torch.stack(parts).contiguous() for parts in zip(*(m[2] for m in members), strict=True)]
                 threshold = None
                 if not top:
@@ -157,12 +153,14 @@ class Tap:
                     )
                 v_enc, w_enc, b_enc, *atoms = stacked
                 self._groups.setdefault(layer, []).append(
-                    _Group(
+                    Group(
                         [m[0] for m in members], v_enc, w_enc, b_enc, k, threshold, of_writes,
                         (atoms[0], atoms[1]) if atoms else None,
                     )
                 )  # fmt: skip
                 self._fire_per_token += len(members) * k * top
+            if self._policy_sites is not None:
+                self._policy_sites.listen(layer, [group.heads for group in self._groups.get(layer, ())])
         if self._dense:
             where = ", ".join(f"layer {layer} head {head}" for layer, by in self._dense.items() for head in by)
             warnings.warn(
@@ -172,7 +170,7 @@ class Tap:
                 stacklevel=5,
             )
 
-    # ---- edits ------------------------------------------------------------------------------------------------
+    # ---- edits and policies -----------------------------------------------------------------------------------
 
     def edits_of_call(self, frame: Frame, lengths: list[int]) -> Edits | None:
         """The planned edits that fall into the columns of this call, positions counted from its first."""
@@ -186,9 +184,27 @@ class Tap:
             pending.keep()
         return edits
 
+    def listeners(self, layer: int) -> list[Listener]:
+        """Policies at a layer."""
+        return [] if self._policy_sites is None else self._policy_sites.layers.get(layer, [])
+
+    def group(self, layer: int, number: int) -> Group:
+        """Heads of a layer that are encoded together, by number."""
+        return self._groups[layer][number]
+
+    def note_policies(self, frame: Frame, tokens: int, counts: Mapping[tuple[int, int], int]) -> None:
+        """Policies have seen a call of so many real tokens; counts: {(policy, head): at how many it acted}."""
+        pending = self._pending_of(frame)
+        layer = frame.site.layer_index
+        for number, sites in enumerate(() if self._policy_sites is None else self._policy_sites.sites):
+            heads = (h for ell, h in sites if ell == layer and frame.head in (None, h))
+            pending.acted += [(number, (layer, h), tokens, counts.get((number, h), 0)) for h in heads]
+        if frame.call is None:
+            pending.keep()
+
     def require_everything_ran(self, strict: bool) -> None:
-        """Raises ValueError when a site was never called, or a state broke; where an edit's position never came, warns
-        or, if `strict`, raises."""
+        """Raises ValueError when a site was never called, or a state broke; where an edit's position never came or a
+        policy never acted, warns or, if `strict`, raises."""
         with self._lock:
             self._require_finite()
         for layer, count in self.calls.items():
@@ -196,6 +212,12 @@ class Tap:
                 what = f"site(s) {[(layer, h) for h in self._sites[layer]]}" if layer in self._sites else "edits"
                 raise ValueError(f"sites: layer {layer} never ran while attached, so its {what} saw nothing")
         self._planned.require_all_applied(strict, stacklevel=6)
+        for i, report in enumerate(self.policies):
+            if not report.total:
+                message = f"policies: policies[{i}], {report.policy!r}, never acted, at any of its sites"
+                if strict:
+                    raise ValueError(message)
+                warnings.warn(message, RuntimeWarning, stacklevel=5)
 
     # ---- recording --------------------------------------------------------------------------------------------
 
@@ -213,11 +235,14 @@ class Tap:
         if first is not None:
             _Place.of(writes, frame).refuse(*first)
 
-    def record(self, frame: Frame, writes: Writes, initial_state: Tensor | None, final_state: Tensor | None) -> None:
-        """Takes in one call of one hooked layer. Thread-safe."""
+    def record(
+        self, frame: Frame, writes: Writes, initial_state: Tensor | None, final_state: Tensor | None,
+        codes: Mapping[int, GroupCodes] | None = None,
+    ) -> None:  # fmt: skip
+        """Takes in one call of one hooked layer. Thread-safe. codes: by group, where they are known already."""
         layer = frame.site.layer_index
         found = without_tangents(writes)  # codes are numbers only
-        parts = self._firings_of(layer, frame, found, initial_state, final_state)
+        parts = self._firings_of(layer, frame, found, initial_state, final_state, codes or {})
         B, T = writes.right.shape[:2]
         room = B * T * self._fire_per_token
         if self._record_writes and writes.initial_state is not None:
@@ -243,50 +268,68 @@ class Tap:
         return frame.call.pending[self]
 
     @torch.no_grad()
-    def _firings_of(self, layer: int, frame: Frame, writes: Writes, initial_state, final_state) -> list:
+    def _firings_of(
+        self, layer: int, frame: Frame, writes: Writes, initial_state, final_state, known: Mapping[int, GroupCodes]
+    ) -> list:
         parts: list[TopK | Coming | Firings] = []
         if layer in self._groups or layer in self._dense:
             columns = Columns.of(writes, frame.start, frame.mask, frame.first_row)
             for i, group in enumerate(self._groups.get(layer, ())):
-                if group.atoms is not None:
-                    values, indices = _pursued(group, writes)
-                else:
-                    codes = self._encode(group, (layer, i), frame.cache, writes, initial_state, final_state)
-                    if codes.offsets is not None:
-                        # Above a threshold there are as many as there are, so a device has been waited for already.
-                        parts.append(_above(codes, group.heads, columns, layer))
-                        continue
-                    values, indices = codes.values.detach(), codes.indices
-                found = TopK(values, indices, group.heads, columns, layer)
+                codes = known.get(i)
+                if codes is None:
+                    codes = self.codes(layer, i, writes, self.carry(frame, i, initial_state))
+                self._keep_carry(frame, i, codes, final_state)
+                if codes.offsets is not None:
+                    # Above a threshold there are as many as there are, so a device has been waited for already.
+                    parts.append(_above(codes, group.heads, columns, layer))
+                    continue
+                found = TopK(codes.values.detach(), codes.indices, group.heads, columns, layer)
                 parts.append(found if found.values.device.type == "cpu" else Coming.of(found))
             for head, sae in self._dense.get(layer, {}).items():
                 parts.extend(_dense_firings(sae, writes, head, columns, layer))
         return parts
 
-    def _encode(self, group: _Group, key, cache, writes, initial_state, final_state):
-        """Codes of one group, carrying pre-activations on from the last call where the cache's state is still that."""
-        if group.of_writes:
-            writes = writes.memoryless()
-        if group.of_writes or writes.gate != "scalar":  # of other gates the state itself is what goes on
-            cache = None
-        carry = None
-        # On a device, comparing states would wait for it; reading the carry off the state costs a product and no wait.
-        keeps = writes.right.device.type == "cpu"
-        if keeps and cache is not None and initial_state is not None:
-            with self._lock:
-                state, kept = self._carries.get(cache, {}).get(key, (None, None))
-            now = initial_state[:, group.heads]
-            if state is not None and state.dtype == now.dtype and torch.equal(state, now):
-                carry = kept
-        codes = ops.encode(
-            writes, group.v_enc, group.w_enc, group.b_enc, k=group.k, threshold=group.threshold, heads=group.heads,
-            carry=carry, **self._encoding,
+    def codes(
+        self, layer: int, number: int, writes: Writes, carry: Tensor | None = None, heads: list[int] | None = None
+    ) -> GroupCodes:
+        """Codes of one group of a layer.
+
+        Args:
+            carry: `[N, Hs, F]` activations that they go on from; None: what the writes' initial state says.
+            heads: where the group's heads are among the writes; None: under their numbers.
+        """
+        group = self._groups[layer][number]
+        heads = group.heads if heads is None else heads
+        if group.atoms is not None:
+            return GroupCodes(*_pursued(group, writes, heads), None, None)
+        found = ops.encode(
+            writes.memoryless() if group.of_writes else writes, group.v_enc, group.w_enc, group.b_enc, k=group.k,
+            threshold=group.threshold, heads=heads, carry=carry, **self._encoding,
         )  # fmt: skip
-        if keeps and cache is not None and final_state is not None:
-            state = final_state[:, group.heads]  # indexing by a list copies
-            with self._lock:
-                self._carries.setdefault(cache, {})[key] = (state, codes.carry)
-        return codes
+        # Of other gates the state itself is what goes on.
+        carried = found.carry if writes.gate == "scalar" and not group.of_writes else None
+        return GroupCodes(found.values, found.indices, found.offsets, carried)
+
+    def carry(self, frame: Frame, number: int, initial_state: Tensor | None) -> Tensor | None:
+        """`[N, Hs, F]`: activations after the last call, if the cache's state is still that."""
+        # On a device, comparing states would wait for it; reading the carry off the state costs a product and no wait.
+        if frame.cache is None or frame.head is not None or initial_state is None or initial_state.device.type != "cpu":
+            return None
+        layer = frame.site.layer_index
+        with self._lock:
+            state, kept = self._carries.get(frame.cache, {}).get((layer, number), (None, None))
+        if state is None:
+            return None
+        now = initial_state[:, self._groups[layer][number].heads]
+        return kept if state.dtype == now.dtype and torch.equal(state, now) else None
+
+    def _keep_carry(self, frame: Frame, number: int, codes: GroupCodes, final_state: Tensor | None) -> None:
+        if frame.cache is None or codes.carry is None or final_state is None or final_state.device.type != "cpu":
+            return
+        layer = frame.site.layer_index
+        state = final_state[:, self._groups[layer][number].heads]  # indexing by a list copies
+        with self._lock:
+            self._carries.setdefault(frame.cache, {})[layer, number] = (state, codes.carry)
 
 
 class _Pending:
@@ -298,6 +341,7 @@ class _Pending:
         self.checks: list[_Check] = []
         self.called: list[tuple[int, Writes | None, int | None]] = []  # layer, writes and start of the call before
         self.applied: list[tuple[int, Tensor]] = []  # layer, which of its edits
+        self.acted: list[tuple[int, tuple[int, int], int, int]] = []  # policy, site, tokens seen, tokens acted at
 
     def keep(self) -> None:
         """The call has come to its end."""
@@ -306,6 +350,10 @@ class _Pending:
             self.tap._checks.extend(self.checks)
             for layer, which in self.applied:
                 self.tap.applied[layer][which] = True
+            for number, site, seen, acted in self.acted:
+                report = self.tap.policies[number]
+                report.seen[site] += seen
+                report.applied[site] += acted
 
     def undo(self) -> None:
         """The call has failed: as if it had never been."""
@@ -393,11 +441,11 @@ def _columns_to_firings(row, position, layer: int, head, feature, value) -> Firi
     return Firings(row, position, torch.full_like(row, layer), head, feature, value.detach().to("cpu", torch.float32))
 
 
-def _pursued(group: _Group, writes: Writes) -> tuple[Tensor, Tensor]:
+def _pursued(group: Group, writes: Writes, heads: list[int]) -> tuple[Tensor, Tensor]:
     """Codes `[B, T, Hs, k]` of a group's writes by orthogonal matching pursuit."""
     assert group.atoms is not None
     found = []
-    for i, head in enumerate(group.heads):
+    for i, head in enumerate(heads):
         one = writes.head(head)
         v, w = (x[i] for x in group.atoms)
         found.append(

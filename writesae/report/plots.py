@@ -41,7 +41,7 @@ def dark(path: Path) -> Path:
     return Path(path).parent / "dark" / Path(path).name
 
 
-def _draw(path: Path, size: tuple[float, float], paint) -> Path:
+def draw(path: Path, size: tuple[float, float], paint) -> Path:
     """Runs `paint(axes, colours)` on fresh figures of `size` inches, and writes them to `path` and `dark(path)`."""
     try:
         from matplotlib import rc_context
@@ -99,7 +99,7 @@ def kl_scatter(atom: np.ndarray, delete: np.ndarray, path: Path) -> Path:
         axes.set_ylabel("KL with the atom in its place (nats)")
         axes.legend(loc="upper left", markerscale=2.2, handletextpad=0.2)
 
-    return _draw(path, (4.9, 4.7), paint)
+    return draw(path, (4.9, 4.7), paint)
 
 
 def ratio_densities(atom: np.ndarray, delete: np.ndarray, random: np.ndarray, path: Path) -> Path:
@@ -132,7 +132,7 @@ def ratio_densities(atom: np.ndarray, delete: np.ndarray, random: np.ndarray, pa
         axes.set_xlabel("ratio of KLs (logarithmic)")
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)  # above: the curves fill the frame
 
-    return _draw(path, (5.0, 3.3), paint)
+    return draw(path, (5.0, 3.3), paint)
 
 
 def _density(values: np.ndarray, grid: np.ndarray) -> np.ndarray:
@@ -160,7 +160,7 @@ def activation_histogram(activation: np.ndarray, path: Path) -> Path:
         axes.set(xlim=(0, None), xlabel="activation of the replaced write's atom", ylabel="firings")
         axes.margins(y=0.12)  # room for the label
 
-    return _draw(path, (5.0, 2.9), paint)
+    return draw(path, (5.0, 2.9), paint)
 
 
 def horizon_curve(curves: Mapping[str, np.ndarray], path: Path, first: int = 0) -> Path:
@@ -190,7 +190,7 @@ def horizon_curve(curves: Mapping[str, np.ndarray], path: Path, first: int = 0) 
         if np.isfinite(lowest):
             axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, ncols=2, columnspacing=1.2)
 
-    return _draw(path, (5.0, 3.9), paint)
+    return draw(path, (5.0, 3.9), paint)
 
 
 def null_models(rows: Sequence[tuple[str, Mapping[str, tuple[float, float, float]]]], path: Path) -> Path:
@@ -220,7 +220,7 @@ def null_models(rows: Sequence[tuple[str, Mapping[str, tuple[float, float, float
         axes.xaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, ncols=2, columnspacing=1.2)
 
-    return _draw(path, (5.6, 1.3 + 0.31 * max(len(rows), 3)), paint)
+    return draw(path, (5.6, 1.3 + 0.31 * max(len(rows), 3)), paint)
 
 
 def feature_win_rates(win_rates: Sequence[float], firings: int, path: Path) -> Path:
@@ -243,7 +243,7 @@ def feature_win_rates(win_rates: Sequence[float], firings: int, path: Path) -> P
             axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel("share of its firings won")
 
-    return _draw(path, (5.0, 2.9), paint)
+    return draw(path, (5.0, 2.9), paint)
 
 
 def win_rate_by(value: np.ndarray, won: np.ndarray, label: str, path: Path, bins: int = 10) -> Path:
@@ -263,7 +263,7 @@ def win_rate_by(value: np.ndarray, won: np.ndarray, label: str, path: Path, bins
         axes.set(ylim=(-0.02, 1.02), xlabel=label, ylabel="win rate against deletion")
         _no_narrower(axes, 0.2)
 
-    return _draw(path, (5.0, 2.9), paint)
+    return draw(path, (5.0, 2.9), paint)
 
 
 def recovered(rows: Sequence[tuple[str, Sequence[tuple]]], path: Path) -> Path:
@@ -302,4 +302,4 @@ def recovered(rows: Sequence[tuple[str, Sequence[tuple]]], path: Path) -> Path:
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, ncols=2, columnspacing=1.2)
 
     many = len(rows[0][1])
-    return _draw(path, (6.6, 1.0 + 0.1 * many + len(rows) * (0.1 + 0.085 * many)), paint)
+    return draw(path, (6.6, 1.0 + 0.1 * many + len(rows) * (0.1 + 0.085 * many)), paint)
