@@ -10,8 +10,10 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers
     from .collect import Store
     from .default import load_default
     from .edits import Edits
+    from .experiments.audit import audit
     from .firings import Firings
     from .models.attach import attach
+    from .models.run_with_sae import run_with_sae
     from .policies import Amplify, Clamp, Erase, Install, Policy, Scale
     from .sae import SAE
     from .writes import Writes
@@ -31,12 +33,14 @@ __all__ = [
     "__version__",
     "atoms",
     "attach",
+    "audit",
     "collect",
     "experiments",
     "load_default",
     "models",
     "ops",
     "report",
+    "run_with_sae",
     "sae",
 ]
 
@@ -47,6 +51,8 @@ _HOME = {
     "Edits": "writesae.edits",
     "SAE": "writesae.sae",
     "attach": "writesae.models",
+    "audit": "writesae.experiments.audit",
+    "run_with_sae": "writesae.models",
     "load_default": "writesae.default",
     "Store": "writesae.collect",
     **dict.fromkeys(("Amplify", "Clamp", "Erase", "Install", "Policy", "Scale"), "writesae.policies"),

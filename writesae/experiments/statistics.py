@@ -215,6 +215,34 @@ def across_heads(rates: Mapping[tuple[int, int], float]) -> dict[str, dict]:
     return out
 
 
+def explained(measured: np.ndarray, predicted: np.ndarray, clusters: ClusterBootstrap, by: str) -> dict:
+    """R^2 of `predicted [n]` for `measured [n]`, without any fit, and their Spearman rank correlation.
+
+    R^2 is 1 less the squared error over the variance of what was measured: below 0 where its mean predicts better. The
+    intervals are of the cluster bootstrap; that of the rank correlation keeps the ranks that they have among all.
+    """
+    check_finite(measured=measured, predicted=predicted)
+    y, x = np.asarray(measured, np.float64), np.asarray(predicted, np.float64)
+
+    def r2(mean) -> np.ndarray:
+        return 1 - mean((y - x) ** 2) / np.maximum(mean(y * y) - mean(y) ** 2, 1e-300)
+
+    rank = need("scipy.stats").rankdata
+    a, b = (rank(z) / len(z) for z in (x, y))
+
+    def correlation(mean) -> np.ndarray:
+        first, second = mean(a), mean(b)
+        spread = (mean(a * a) - first**2) * (mean(b * b) - second**2)
+        return (mean(a * b) - first * second) / np.sqrt(np.maximum(spread, 1e-300))
+
+    return {
+        "statistic": f"R^2 without a fit, and Spearman's rank correlation; bootstrap by {by}, percentile 95 %",
+        "n": len(y), "clusters": clusters.clusters, "r2": float(r2(np.mean)),
+        "ci95": np.percentile(r2(clusters.mean), [2.5, 97.5]).tolist(), "spearman": float(correlation(np.mean)),
+        "spearman_ci95": np.percentile(correlation(clusters.mean), [2.5, 97.5]).tolist(),
+    }  # fmt: skip
+
+
 def describe(values: np.ndarray) -> dict:
     """Median, quartiles and mean of one KL column."""
     low, mid, high = np.percentile(values, [25, 50, 75])

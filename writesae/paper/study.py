@@ -21,7 +21,25 @@ if TYPE_CHECKING:
     from .lab import Lab
 
 # One file each, in the order of a reader of the paper; see `studies`.
-NAMES = ("partition",)
+NAMES = (
+    "partition",
+    "population",
+    "all_heads",
+    "baselines",
+    "spectral",
+    "residual_coherence",
+    "closed_form",
+    "selectivity",
+    "readers",
+    "transplant",
+    "probing",
+    "geometry",
+    "state_replacement_perplexity",
+    "sae_read_perplexity",
+    "passage_nll",
+    "sign",
+    "amplify_suppress",
+)
 
 
 @dataclass(frozen=True)
