@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 # Options of which one must be given, so that none has a default.
 ALTERNATIVES = {("train", "layer"), ("train", "head"), ("train", "site"), ("collect", "corpus"), ("collect", "dataset"),
                 ("train", "dataset"), ("replace", "dataset"), ("train", "tokens"),
-                ("loss-recovered", "dataset")}  # fmt: skip
+                ("loss-recovered", "dataset"), ("audit", "dataset")}  # fmt: skip
 
 
 def subparsers() -> dict[str, argparse.ArgumentParser]:

@@ -9,6 +9,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,6 +23,7 @@ from forking import compare_times_of_reading, compare_with_whole_passes  # noqa:
 from tiny_fla import FAMILIES, padded, tiny_fla, tokens  # noqa: E402
 
 from writesae import SAE, Edits  # noqa: E402
+from writesae.experiments.replace import Passage, run_replacement  # noqa: E402
 from writesae.models import attach, binding, fla_stand_ins, layers, load, self_test  # noqa: E402
 from writesae.models import fla as tables  # noqa: E402
 from writesae.ops import _dispatch, dplr, gated_delta_rule  # noqa: E402
@@ -419,6 +421,21 @@ def test_forks_equal_whole_forward_passes(family, layer):
     with stood_in(model):
         compare_with_whole_passes(model, layer)
         compare_times_of_reading(model, layer)
+
+
+@pytest.mark.parametrize("family", [x for x in FAMILIES if x != "retnet"])
+def test_the_replacement_test_says_which_write_it_replaces(family):
+    model = tiny_fla(family, vocab_size=128)
+    site, draw = layers(model)[0], np.random.default_rng(0)
+    text = [Passage(str(i), 0, draw.integers(3, 128, 40)) for i in range(3)]
+    result = run_replacement(
+        model, None, {(0, 1): dictionary(site, "write")}, text, train=text, firings=6, each=3, horizon=3, read="both",
+        progress=False,
+    )  # fmt: skip
+    assert len(result) == 6
+    assert result.summary(10)["native_kl_max"] == 0
+    assert result.kl("increment", "delete").min() > 0
+    assert result.sites[0, 1]["write"] == ("new" if family == "rwkv7" else "whole")
 
 
 def test_forks_of_rotated_keys_are_refused_by_name():

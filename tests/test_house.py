@@ -65,8 +65,12 @@ MAY_IMPORT = {
         "_library",
         "options",
     },
+    "atoms": {"firings", "models", "ops", "sae", "text"},
     "experiments": {
         "_installed",
+        "atoms",
+        "policies",
+        "untrusted",
         "models",
         "sae",
         "ops",

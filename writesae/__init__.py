@@ -10,6 +10,7 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers
     from .collect import Store
     from .default import load_default
     from .edits import Edits
+    from .experiments.audit import audit
     from .firings import Firings
     from .models.attach import attach
     from .policies import Amplify, Clamp, Erase, Install, Policy, Scale
@@ -31,6 +32,7 @@ __all__ = [
     "__version__",
     "atoms",
     "attach",
+    "audit",
     "collect",
     "experiments",
     "load_default",
@@ -47,6 +49,7 @@ _HOME = {
     "Edits": "writesae.edits",
     "SAE": "writesae.sae",
     "attach": "writesae.models",
+    "audit": "writesae.experiments.audit",
     "load_default": "writesae.default",
     "Store": "writesae.collect",
     **dict.fromkeys(("Amplify", "Clamp", "Erase", "Install", "Policy", "Scale"), "writesae.policies"),

@@ -146,21 +146,43 @@ def output_map(model, layer: int, head: int) -> Tensor:
         ValueError: no such layer or head, or one without an output projection that is a matrix.
     """
     site = _site(model, layer, head)
-    weight = getattr(site.out_proj, "weight", None)
-    where = f"{site.path} ({type(site.module).__name__})"
-    wide = site.num_v_heads * site.V
-    if weight is None or weight.ndim != 2 or weight.shape[1] != wide or not weight.is_floating_point():
-        got = "none" if weight is None else f"{weight.dtype} of shape {tuple(weight.shape)}"
-        raise ValueError(f"model: expected an output projection [hidden, {wide}] of {where}, got {got}")
-    mine = slice(head * site.V, (head + 1) * site.V)
-    out = weight[:, mine].float().mT
-    scale = getattr(site.norm, "weight", None)
+    out, scale = _projection(site, head), getattr(site.norm, "weight", None)
     if scale is None:
         return out
+    wide = site.num_v_heads * site.V
     if scale.numel() not in (site.V, wide):
+        where = f"{site.path} ({type(site.module).__name__})"
         raise ValueError(f"model: expected a norm of {site.V} or {wide} weights in {where}, got {scale.numel()}")
     scale = scale.flatten().float()
-    return (scale if len(scale) == site.V else scale[mine])[:, None] * out
+    return (scale if len(scale) == site.V else scale[head * site.V : (head + 1) * site.V])[:, None] * out
+
+
+def _projection(site: LayerSite, head: int) -> Tensor:
+    """`[V, hidden]` float32: a head's part of the layer's output projection."""
+    weight, wide = getattr(site.out_proj, "weight", None), site.num_v_heads * site.V
+    if weight is None or weight.ndim != 2 or weight.shape[1] != wide or not weight.is_floating_point():
+        got = "none" if weight is None else f"{weight.dtype} of shape {tuple(weight.shape)}"
+        raise ValueError(
+            f"model: expected an output projection [hidden, {wide}] of {site.path} ({type(site.module).__name__}), "
+            f"got {got}"
+        )
+    return weight[:, head * site.V : (head + 1) * site.V].float().mT
+
+
+@torch.no_grad()
+def direction_to(model, layer: int, head: int, token: int) -> Tensor:
+    """`[V]` float32, unit: the paper's `w* = W_O[head]^T W_U[token]`, what in a value raises a token's logit.
+
+    Raises:
+        ValueError: no such layer, head or token, or a layer without an output projection.
+    """
+    output = model.get_output_embeddings()
+    if output is None:
+        raise ValueError(f"model: expected an output embedding, got {type(model).__name__}")
+    if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < len(output.weight):
+        raise ValueError(f"token: expected 0 <= token < {len(output.weight)} (the vocabulary), got {token!r}")
+    out = _projection(_site(model, layer, head), head)
+    return normalize(out @ output.weight[token].float().to(out.device), dim=0)
 
 
 @torch.no_grad()

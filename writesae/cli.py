@@ -77,6 +77,14 @@ COMMANDS = {
         "writesae loss-recovered --sae runs/writes --k 1 8 --out runs/recovered",
         _GOES_ON,
     ),
+    "audit": Command(
+        "writesae.experiments.audit_command",
+        "say what else edits change, beside random ones of their size: a plain verdict each",
+        "Follows the change of the state (exact), KL and flips of every later prediction, perplexity of the rest and "
+        "every layer's memory. Writes summary.json, audit.csv, plots/ and the page report.html to --out.",
+        "writesae audit --delete 0:1 --delete 5:3 --every --when before --out runs/audit",
+        "the same command begins anew",
+    ),
     "paper": Command(
         "writesae.paper.command",
         "run the paper's experiments, one by name or all in one report",
@@ -96,7 +104,7 @@ COMMANDS = {
     "report": Command(
         "writesae.report.command",
         "draw the pictures and the page of a finished run again",
-        "Writes report.html and plots/ from the files of a run of replace, loss-recovered or paper; runs no model.",
+        "Writes report.html and plots/ from the files of replace, loss-recovered, audit or paper, without a model.",
         "writesae report runs/replace",
     ),
 }  # fmt: skip

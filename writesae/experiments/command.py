@@ -116,5 +116,6 @@ def run(args: argparse.Namespace) -> int:
         "n", "headline", "atom_vs_codebook", "atom_vs_codebook_ci95", "win_rate", "win_rate_ci95", "strict_chain",
         "kl_median", "native_kl_max", "seconds",
     )  # fmt: skip
-    print(json.dumps({**{name: summary[name] for name in shown}, "report": str(page)}, indent=2))
+    write = {site: record["write"] for site, record in summary["settings"]["sites"].items()}
+    print(json.dumps({**{name: summary[name] for name in shown}, "write": write, "report": str(page)}, indent=2))
     return 0

@@ -5,7 +5,8 @@ The patched state is `S_t - N + R`, and
 - **read** says when: `after` token t has read its state (the paper's: the change is first seen by token t + 1), or
   `before`, so that o_t already reads the change;
 - **native** says what N is: `increment` k_t u_t^T, what the token actually added beyond the gates, or `outer`
-  beta_t k_t v_t^T, which leaves the erase in place (the same where a rule erases nothing, or by a write of its own);
+  beta_t k_t v_t^T, which leaves the erase in place (the same where a rule erases nothing, or by a write of its own, as
+  RWKV-7 does: there N is the new write, and its erase always stays);
 - **condition** says what R is: see `nulls`, and a function of one's own;
 - **scale** says how large R is: `coef`, the size that the condition gives it (the atom's own code; everything without
   a size of its own gets the atom's Frobenius norm), or `matched`, rescaled to the norm of N.

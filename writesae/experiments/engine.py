@@ -145,6 +145,12 @@ class ForkEngine:
             raise ValueError(f"layer: expected one head under a gate for every entry, got {self.site.num_v_heads}")
         self.linear = [i for i in self.stack.sites if i > layer]
 
+    @property
+    def write(self) -> str:
+        """Which of a token's writes the native one is: "new" where an erase is a write of its own (RWKV-7), which
+        stays; else "whole"."""
+        return "new" if self.site.binding.erases_apart else "whole"
+
     def bytes_a_fork(self, tokens: int, edits: int = 1) -> int:
         """Rough memory of one fork under `edits` edits, in a batch of passages of `tokens` tokens."""
         sites, L = self.stack.sites, self.length

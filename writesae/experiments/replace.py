@@ -245,7 +245,7 @@ def run_replacement(
     return ReplacementResult(
         table, natives=tuple(natives), scales=tuple(scales), conditions=tuple(conditions), horizon=horizon, seed=seed,
         requested=firings, tokens=seen_tokens, seconds=time.perf_counter() - start, selected=selected,
-        sites={site: _describe(sae) for site, sae in saes.items()}, reads=reads,
+        sites={site: {**_describe(sae), "write": engines[site[0]].write} for site, sae in saes.items()}, reads=reads,
         rule=rule(saes, engines) if longest is None else "longest memory",
     )  # fmt: skip
 

@@ -161,6 +161,7 @@ class Binding:
         stand_ins: `stand_ins(owner, layers)`, for layers whose own code cannot run on every machine: where it cannot,
             has owner put in place what they need beside their functions, and answers True. Then all layers run on the
             rule, whoever is intercepted.
+        erases_apart: a token makes two writes, what is new and an erase of its own; "the write" of a test is the new.
         looks_back: `looks_back(owner, blocks)` has owner put `looking_back`'s shims in the place of what reads earlier
             tokens in the model's decoder blocks, beside what this table names and attention.
     """
@@ -186,6 +187,7 @@ class Binding:
     origin: tuple[str, ...] = ("transformers.models.",)
     on_cpu: Mapping[str, Callable] = field(default_factory=dict)
     stand_ins: Callable[[Owner, list[nn.Module]], bool] | None = None
+    erases_apart: bool = False
     looks_back: Callable[[Owner, nn.ModuleList], None] | None = None
 
     def recurrence(self, name: str) -> Recurrence | None:

@@ -376,6 +376,7 @@ RWKV7 = register(
         models=("RWKV7Attention in flash-linear-attention",),
         rule=DPLR,
         gate="channel",
+        erases_apart=True,
         recurrences=(
             Recurrence(
                 "chunk_rwkv7", ("r", "w", "k", "v", "a", "b"), _bind_rwkv7, _answer, known=_SAME | _RWKV7_CHUNK,

@@ -351,6 +351,8 @@ class Stack:
                 for i, block in enumerate(self.blocks):
                     owner.join(block, "forward", _block, i)
                 for binding in dict.fromkeys(site.binding for site in self.sites.values()):
+                    if binding.stand_ins is not None:
+                        binding.stand_ins(owner, [x.module for x in self.sites.values() if x.binding is binding])
                     if binding.looks_back is not None:
                         binding.looks_back(owner, self.blocks)
             with looking_back.served_by(run):

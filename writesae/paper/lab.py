@@ -160,6 +160,10 @@ class Lab:
             stop.check()
         return found
 
+    def place(self, name: str) -> Path | None:
+        """A folder of the study's for what keeps its own files (a replacement test, dictionaries); None keeps none."""
+        return None if self._parts.folder is None else self._parts.folder / name
+
     def units(
         self, keys: Iterable[Any], make: Callable[[Any], dict[str, np.ndarray]], what: str = ""
     ) -> list[dict[str, np.ndarray]]:

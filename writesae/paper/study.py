@@ -23,7 +23,18 @@ if TYPE_CHECKING:
 # One file each, in the order of a reader of the paper; see `studies`.
 NAMES = (
     "partition",
+    "population",
+    "all_heads",
+    "baselines",
+    "spectral",
+    "residual_coherence",
     "closed_form",
+    "erase",
+    "sign",
+    "install",
+    "passage_nll",
+    "state_replacement_perplexity",
+    "sae_read_perplexity",
 )
 
 

@@ -6,16 +6,16 @@ import argparse
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="folder of a finished run of replace, loss-recovered or paper")
+    parser.add_argument("run", metavar="RUN", help="folder of a run of replace, loss-recovered, audit or paper")
     parser.add_argument("--out", metavar="DIR", help="folder to write to (default: the run's own)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the page's path. Returns 0."""
-    from . import paper, recovered
+    from . import audit, paper, recovered
     from .html import build
 
-    kinds = (recovered, paper)
+    kinds = (recovered, audit, paper)
     make = next((kind.build for kind in kinds if kind.is_run(args.run)), build)
     print(make(args.run, args.out or args.run))
     return 0

@@ -207,7 +207,7 @@ _SUMMARY = _fields(
                 {"kind": TEXT, "F": COUNT, "k": COUNT, "K": COUNT, "V": COUNT},
                 {
                     "metrics": _or_none(_fields({}, {"fvu": _or_none(NUMBER)})), "chosen_of": _or_none(COUNT),
-                    "target": _one_of("state", "write"),
+                    "target": _one_of("state", "write"), "write": _one_of("new", "whole"),
                 },
             )),
         }),

@@ -81,6 +81,8 @@ padding:7px 9px 7px 0}
 .study .scroll th{white-space:normal;min-width:16em}
 .study .scroll td{vertical-align:top}
 .study figure{max-width:640px}
+.overview{max-width:760px;margin:24px 0}
+.finding{margin:12px 0}.finding p{margin:4px 0 0}
 .answers li{max-width:80ch;margin:4px 0}
 footer{margin-top:44px;border-top:1px solid var(--rule);padding-top:12px;color:var(--soft);font-size:12.5px}
 @media (max-width:720px){.claims,.claims tbody,.claims tr,.claims th,.claims td,.claims th:first-child{display:block;
