@@ -50,7 +50,7 @@ def run(lab: Lab) -> Findings:
         statistics["dose_against"][f"{dose:g}"] = {name: _against(part, name, lab.seed) for name in CONTROLS[1:]}
     rises = np.stack([_by_feature(doses, doses["own"], np.isclose(doses["dose"], dose)) for dose in lab["doses"]])
     statistics["dose_response"] = proportion(
-        (np.diff(rises, axis=0) > 0).all(0), "atoms whose token rises with every larger dose"
+        np.asarray((np.diff(rises, axis=0) > 0).all(0)), "atoms whose token rises with every larger dose"
     )
     return Findings(
         statistics, {"erase": erased, "dose": doses}, _figures(statistics, lab["doses"]), _answers(lab, statistics), [
@@ -153,8 +153,8 @@ def _dose(lab: Lab, site: Site, sae: SAE, chosen: dict[str, np.ndarray]) -> dict
         x, y = forks.atoms(sae, table["other"][index], clean.left, unit=True)
         code = torch.from_numpy(chosen["code"][which]).to(v)[:, None, None]
         deltas = {f"own {dose}": _added(clean, dose * code * v, w) for dose in lab["doses"]}
-        x = x * (code * _norm((v, w))[:, None, None])
-        deltas |= {f"other {dose}": _added(clean, dose * x, y) for dose in lab["doses"]}
+        like = x * (code * _norm((v, w))[:, None, None])
+        deltas |= {f"other {dose}": _added(clean, dose * like, y) for dose in lab["doses"]}
         shift = {name: found.cpu() for name, found in _shift(engine, clean, deltas).items()}
         for dose in lab["doses"]:
             own, other = shift[f"own {dose}"], shift[f"other {dose}"]

@@ -205,10 +205,10 @@ def _answers(lab: Lab, statistics: dict[str, Any]) -> list[Answer]:
 
 def _figures(statistics: dict[str, Any], magnitudes) -> dict[str, Figure]:
     best = f"{max(magnitudes):g}"
-    bars = [("native", "native", lambda s: statistics["native"].get(s))]
+    bars = [("native", "native", statistics["native"].get)]
     for where, colour, pale in (("one head", "previous", "mean"), ("all heads", "atom", "delete")):
-        bars.append((where, colour, lambda s, where=where: statistics[where][best]["edited"].get(s)))
-        bars.append((f"{where}, another token", pale, lambda s, where=where: statistics[where][best]["control"].get(s)))
+        found = statistics[where][best]
+        bars += [(where, colour, found["edited"].get), (f"{where}, another token", pale, found["control"].get)]
     shown = [s for s in ("all", *STRATA) if s in statistics["native"]]
 
     def paint(axes, colours):
