@@ -111,10 +111,11 @@ class Step:
             return None
         if not mine or now is None:
             return codes
+        plain = now.clone() if carry is not None and (self.unmade or self.undone) else now
         for removed, when in ((self.unmade, BEFORE), (self.undone, AFTER)):
             for n, head in removed:
                 if head in heads:
-                    self._remove(group, now, n, head, heads[head], carry)
+                    self._remove(group, now, plain, n, head, heads[head], carry)
             for x in mine:
                 if x.when == when:
                     now[x.sequence, heads[x.head]] += _moved(group, heads[x.head], x.change, x.site)
@@ -126,9 +127,9 @@ class Step:
                     codes.indices.flatten(0, 1)[n, slot] = indices
         return codes
 
-    def _remove(self, group: Group, now: Tensor, n: int, head: int, slot: int, carry: Tensor | None) -> None:
+    def _remove(self, group: Group, now: Tensor, plain: Tensor, n: int, head: int, slot: int, carry) -> None:
         if carry is not None:
-            now[n, slot] = self.writes.decay.flatten(0, 1)[n, head].exp() * carry[n, slot]
+            now[n, slot] -= plain[n, slot] - self.writes.decay.flatten(0, 1)[n, head].exp() * carry[n, slot]
         else:
             left, right = self.native(n, head)
             now[n, slot] -= _responses(group, slot, left[None], right[None])
