@@ -200,3 +200,12 @@ def test_passages_and_states_and_reads(tmp_path):
     assert 0.5 < found["reconstruction"]["recovered"]["ratio"] < 1.1
     found = studied("state_replacement_perplexity", tmp_path, "passages=2", "context=64")["statistics"]
     assert found["replaced_at"] == 32 and set(found["groups"]["5:3"]) == {"plain", *replacement.ARMS}
+
+
+def test_amplify_and_suppress_against_the_same_dose_of_another_atom(tmp_path):
+    found = studied("amplify_suppress", tmp_path, "prompts=6", "generated=8", "atoms=2")["statistics"]
+    for way in ("amplify", "suppress"):
+        part = found[way]
+        assert part["own"]["applied"] > 0 and part["own"]["firing"]["n"] == part["random"]["firing"]["n"] == 12
+        gap = part["own"]["firing"]["mean"] - part["random"]["firing"]["mean"]
+        assert part["own_less_random"]["mean"] == pytest.approx(gap)

@@ -131,15 +131,16 @@ def edited_losses(
     found: dict[str, list[np.ndarray]] = {name: [] for name in ("plain", *plans)}
     heads: dict = dict.fromkeys(sites)
     for reading in lab.read(ids, heads, batch):
-        found["plain"].append(_losses(reading.logits, reading.ids))
+        found["plain"].append(losses(reading.logits, reading.ids))
         for name, plan in plans.items():
             edits = plan(reading.first, reading.writes)
             with torch.no_grad(), attach(lab.model, heads, edits, any_model=True, record_writes=False):
                 logits = lab.model(input_ids=reading.ids, use_cache=False).logits
-            found[name].append(_losses(logits, reading.ids))
+            found[name].append(losses(logits, reading.ids))
     return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
-def _losses(logits: Tensor, ids: Tensor) -> np.ndarray:
+def losses(logits: Tensor, ids: Tensor) -> np.ndarray:
+    """`[B, T - 1]`: loss of every token but the first, in nats, of logits `[B, T, vocabulary]`."""
     wide = logits[:, :-1].float().transpose(1, 2)
     return torch.nn.functional.cross_entropy(wide, ids[:, 1:].to(wide.device), reduction="none").double().cpu().numpy()

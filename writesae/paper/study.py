@@ -35,6 +35,7 @@ NAMES = (
     "passage_nll",
     "state_replacement_perplexity",
     "sae_read_perplexity",
+    "amplify_suppress",
 )
 
 
