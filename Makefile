@@ -33,9 +33,12 @@ fuzz: $(VENV)/.built
 bench: $(VENV)/.built
 	$(BIN)/writesae bench
 
-# The kernels' own C++ checks under the address and undefined-behaviour sanitizers; needs cmake.
-sanitize:
-	cmake -S . -B build/sanitize -DWRITESAE_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
+# The kernels' own C++ checks under the address and undefined-behaviour sanitizers, on the twin that cuda-check tests; needs
+# cmake.
+sanitize: $(VENV)/.built
+	$(BIN)/python scripts/build_twin.py --sanitize
+	cmake -S . -B build/sanitize -DWRITESAE_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	  -DWRITESAE_TWIN=$(CURDIR)/build/twin-sanitize
 	cmake --build build/sanitize -j2
 	ctest --test-dir build/sanitize --output-on-failure
 

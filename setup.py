@@ -1,7 +1,7 @@
 """Builds the compiled parts, stable-ABI libraries of operators: the rest of the packaging is in pyproject.toml.
 
 _C_cpu is always built. _C_cuda, the CUDA kernels, takes minutes and nvcc, and is built only where WRITESAE_CUDA=1 asks
-for it. Neither needs a GPU, nor a torch with CUDA. WRITESAE_CUDA_ARCHITECTURES ("80 90a 100a 90-ptx" by default) says
+for it. Neither needs a GPU, nor a torch with CUDA. WRITESAE_CUDA_ARCHITECTURES ("80 90a 100a 80-ptx" by default) says
 what for.
 """
 
@@ -31,7 +31,7 @@ except ImportError as error:
 # torch 2.10 and CPython 3.10 are the oldest this library runs on; it is compiled once for both and everything later.
 TORCH_TARGET = "0x020a000000000000"
 PYTHON_TARGET = "0x030A0000"
-ARCHITECTURES = os.environ.get("WRITESAE_CUDA_ARCHITECTURES") or "80 90a 100a 90-ptx"
+ARCHITECTURES = os.environ.get("WRITESAE_CUDA_ARCHITECTURES") or "80 90a 100a 80-ptx"
 FLAGS = ["-O3", "-g0", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
 
 
@@ -51,12 +51,25 @@ def nvcc() -> str | None:
 
 
 def architecture_flags() -> list[str]:
-    flags = []
-    for name in ARCHITECTURES.split():
-        number, _, form = name.partition("-")
-        code = f"compute_{number}" if form == "ptx" else f"sm_{number}"
-        flags.append(f"-gencode=arch=compute_{number},code={code}")
-    return flags
+    """One `-gencode` for all architectures that share their PTX, and one for each other.
+
+    nvcc's front end takes longer than ptxas. Below 100 the kernels use nothing that one architecture has and another
+    has not, and its PTX for them differs by the name alone: it is made once, for the oldest. From 100 on it differs.
+    """
+    groups: dict[str, list[str]] = {}
+    names = [name.partition("-") for name in ARCHITECTURES.split()]
+    shared = sorted((number for number, _, form in names if form != "ptx" and _number(number) < 100), key=_number)
+    for number, _, form in names:
+        if form == "ptx":  # what is embedded keeps the name that was asked for
+            groups.setdefault(number, []).append(f"compute_{number}")
+        else:
+            groups.setdefault(shared[0] if number in shared else number, []).append(f"sm_{number}")
+    return [f"-gencode=arch=compute_{virtual},code=[{','.join(codes)}]" for virtual, codes in groups.items()]
+
+
+def _number(architecture: str) -> int:
+    """90 of "90a"."""
+    return int(architecture.rstrip("af"))
 
 
 def compile_cuda(compiler: str, folder: Path) -> list[str]:

@@ -5,8 +5,10 @@
 For each model: the heads whose writes last longest are its sites, by the decays on the training split and nothing
 else; dictionaries of writes are trained at all of them and, where the gate is scalar, dictionaries of states; each is
 put to the replacement test on the test split, features chosen on the validation split. The settings were not chosen by
-any result, and hold for every family, but that under an element gate there is no readers' metric. What is there
-already is not made again; --firings and --steps make a quicker, rougher table.
+any result, and hold for every family, but that under an element gate and for RWKV-7, which erases by a write of its
+own, there is no readers' metric. DeltaNet has no decays: there all heads tie, and the first two of layer 0 are its
+sites. RWKV-7's write is the new one of its two. Models of flash-linear-attention need it to be installed. What is
+there already is not made again; --firings and --steps make a quicker, rougher table.
 
 The paper's rows are of other models and other dictionaries. They stand beside, and are no target.
 """
@@ -51,20 +53,20 @@ def run(command: list[str]) -> None:
         raise SystemExit(status)
 
 
-def settings(target: str, gate: str) -> list[str]:
-    """Of a dictionary's training. Under an element gate there is no readers' metric."""
-    return [word if (word, gate) != ("readers", "element") else "frobenius" for word in TARGETS[target]]
+def settings(target: str, readers: bool) -> list[str]:
+    """Of a dictionary's training. Readers are followed under a scalar or channel gate without an erase of its own."""
+    return [word if word != "readers" or readers else "frobenius" for word in TARGETS[target]]
 
 
-def tested(folder: Path, place: Path, target: str, gate: str, sites: dict, args) -> dict:
+def tested(folder: Path, place: Path, target: str, readers: bool, sites: dict, args) -> dict:
     """Summary of the replacement test of one kind of dictionary of a model, made where it is not there."""
     trained, out = place / target, place / f"replace-{target}"
     if not (out / "summary.json").exists():
         if not (trained / "metrics.json").exists():
             where = [word for layer, head in sorted(sites) for word in ("--site", f"{layer}:{head}")]
             resume = ["--resume"] if (trained / "checkpoint.pt").exists() else []
-            run(["train", "--model", str(folder), *where, *settings(target, gate), *COMMON, "--steps", str(args.steps),
-                 "--out", str(trained), *resume])  # fmt: skip
+            run(["train", "--model", str(folder), *where, *settings(target, readers), *COMMON, "--steps",
+                 str(args.steps), "--out", str(trained), *resume])  # fmt: skip
         several = trained if len(sites) > 1 else Path("{}:{}={}".format(*next(iter(sites)), trained))
         run(["replace", "--model", str(folder), "--sae", str(several), "--firings", str(args.firings), "--native",
              "increment", "--out", str(out)])  # fmt: skip
@@ -76,7 +78,9 @@ def row(family: str, rule: str, target: str, sites: dict, loss: float | None, su
             "cosine_median", "native_kl_max", "features")  # fmt: skip
     return {
         "family": family, "rule": rule, "dictionary": target, "validation_loss": loss,
-        "sites": {f"{layer}:{head}": round(tokens, 1) for (layer, head), tokens in sites.items()},
+        # A write that nothing fades lasts for ever: None.
+        "sites": {f"{at[0]}:{at[1]}": round(tokens, 1) if tokens < 1e9 else None for at, tokens in sites.items()},
+        "write": sorted({found["write"] for found in summary["settings"]["sites"].values()}),
         **{key: summary[key] for key in keys},
         "by_site": {site: found["rate"] for site, found in summary["sites"].items()},
     }  # fmt: skip
@@ -134,7 +138,8 @@ def main() -> None:
             if target == "state" and binding.gate != "scalar":
                 continue  # the paper has states of this gate alone
             rule = f"{binding.rule.name}, {binding.gate} gate"
-            rows.append(row(name, rule, target, sites, loss, tested(folder, place, target, binding.gate, sites, args)))
+            readers = binding.gate != "element" and not binding.erases_apart
+            rows.append(row(name, rule, target, sites, loss, tested(folder, place, target, readers, sites, args)))
             write_json(args.work / "families.json", {"rows": rows, "paper": PAPER})
     print(table(rows))
 

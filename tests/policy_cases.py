@@ -9,11 +9,13 @@ from __future__ import annotations
 import inspect
 
 import torch
+from tiny_models import tokens
 
-from writesae import SAE, Clamp, Edits, Erase, Install, attach
+from writesae import SAE, Clamp, Edits, Erase, Install, Scale, attach
 from writesae.models import layers
 
 F, TOP = 24, 3
+SOME = range(0, F, 2)  # features of which one fires at most tokens, but not at all
 
 
 def dictionary(site, head, seed=0, **kwargs):
@@ -88,9 +90,11 @@ class Reference:
         sites = {site.layer_index: site for site in layers(model)}
         found: dict[int, list] = {}
         self.applied = dict.fromkeys(range(len(policies)), 0)
+        # Some models take no row of pads alone. What comes after a token does not change it.
+        least = 1 if mask is None else 1 + int(mask.long().argmax(1).max())
         for t in range(ids.shape[1]):
             for layer in sorted({ell for ell, _ in saes}):
-                writes = self.run(t + 1, found)[1].writes[layer]
+                writes = self.run(max(t + 1, least), found)[1].writes[layer]
                 states = writes.states([t], read=True)[:, 0]
                 for b in range(len(ids)):
                     if mask is not None and not mask[b, t]:
@@ -156,3 +160,47 @@ def _when(policy):
 def _edits(found):
     row, position, head, left, right, kind, when = zip(*found, strict=True)
     return Edits(row, position, head, torch.stack(left).float(), torch.stack(right).float(), list(kind), list(when))
+
+
+# ---- generating ----------------------------------------------------------------------------------------------------
+
+
+def padded(rows=2, length=7, pads=3):
+    ids, mask = tokens(rows, length), torch.ones(rows, length, dtype=torch.long)
+    ids[0, :pads], mask[0, :pads] = 0, 0
+    return ids, mask
+
+
+def generated(model, ids, mask, saes, policies, new=5, **kwargs):
+    with attach(model, saes, policies=policies, self_test=False, strict=True) as tap:
+        out = model.generate(
+            ids, attention_mask=mask, max_new_tokens=new, pad_token_id=0, eos_token_id=None, output_logits=True,
+            return_dict_in_generate=True, **kwargs,
+        )  # fmt: skip
+    return out, tap
+
+
+def check(model, ids, mask, saes, policies, new=5, **kwargs):
+    """Generates; then goes over the text that came out by the reference. The last token chosen is never fed."""
+    out, tap = generated(model, ids, mask, saes, policies, new, **kwargs)
+    text = out.sequences[:, :-1]
+    whole = torch.cat([mask, mask.new_ones(len(mask), new - 1)], 1)
+    reference = Reference(model, text, saes, policies, whole)
+    assert [r.total for r in tap.policies] == list(reference.applied.values())
+    worst = reference.check_firings(tap.firings)
+    theirs = reference.logits[:, ids.shape[1] - 1 :]
+    ours = torch.stack(out.logits, 1)
+    scale = float(theirs.abs().max())
+    assert float((ours - theirs).abs().max()) <= 1e-4 * max(scale, 1)
+    if not kwargs.get("do_sample"):
+        assert torch.equal(theirs.argmax(-1), out.sequences[:, ids.shape[1] :])
+    return worst
+
+
+def mixed(saes):
+    first, *_, third = saes
+    second = list(saes)[len(saes) // 2]  # a model of one head has two sites
+    return [
+        Erase({first: SOME}), Scale({second: SOME}, 1.5, read="before"), Clamp({third: [3]}, 0.7, always=True),
+        Scale({third: SOME}, -0.5),
+    ]  # fmt: skip

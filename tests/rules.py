@@ -263,7 +263,7 @@ SSD = Case(
 )  # fmt: skip
 DPLR = Case(
     "dplr", ops.RULES["dplr"], "channel", _dplr_inputs, _dplr, ("q", "k", "v"), "own", close=_close_g, mix=_mix_g,
-    step=ops.dplr_step,
+    step=ops.dplr_step, widened=(torch.float16,),
 )  # fmt: skip
 GLA = replace(DPLR, name="gla", inputs=_gla_inputs)
 SELECTIVE_SCAN = Case(

@@ -221,6 +221,16 @@ def test_neighbours_are_those_of_dense_matrices(model):
         assert len(atoms.neighbours(sae, 4, 99)) == sae.F - 1
 
 
+def test_what_reports_tell_of_atoms(model):
+    sae, ids = dictionary(layers(model)[1], 1, 3), tokens(2, 20)
+    found = atoms.describe(model, None, {(1, 3): sae}, {(1, 3): [2, 5]}, 3, ids)["1:3"]
+    assert list(found) == ["2", "5"]
+    assert found["5"]["promoted"] == [[x.text, x.score] for x in atoms.promoted_tokens(model, None, sae, 5, 3)]
+    assert found["5"]["neighbours"] == [[x.feature, x.cosine] for x in atoms.neighbours(sae, 5, 3)]
+    answers = atoms.answers_to(model, None, sae, [2, 5], 3, ids=ids)[1]
+    assert found["5"]["answers_to"] == [[x.text, x.cosine] for x in answers]
+
+
 def fired(rows):
     """Firings of (row, position, layer, head, feature)."""
     columns = torch.tensor(rows, dtype=torch.int32).T

@@ -31,7 +31,7 @@ def test_a_study_writes_its_statistics_table_and_pictures_and_goes_on_with_the_s
         ([], "got neither"),
         (["partition", "--all"], "got both"),
         (["partition", "--set", "passages=many"], "set: partition.passages: expected a value like"),
-        (["partition", "--set", "wrong=1"], "set: expected one of partition.least"),
+        (["partition", "--set", "wrong=1"], "set: expected one of partition."),
         (["partition", "--train", "stdlib:none", "--validation", "stdlib:none"], "expected"),
     ],
 )

@@ -8,7 +8,7 @@ from scipy import stats
 
 import writesae
 from writesae.paper import baselines, residual_coherence, spectral, stability, studies
-from writesae.paper.measures import above, mean, ratio, tested_text
+from writesae.paper.measures import above, mean, ratio, replaced_text
 from writesae.paper.trained import config, held, reconstructions, trained
 from writesae.sae.block import Block
 
@@ -179,7 +179,7 @@ def test_the_spectrum_is_that_of_the_states_at_the_firings(tmp_path, family):
     got = found("spectral", tmp_path, **settings)
     here, table = lab("spectral", tmp_path, **settings), got.tables["firings"]
     (site,) = here.saes
-    passages = tested_text(here)
+    passages = replaced_text(here)
     i = len(table["passage"]) // 2
     tokens = torch.from_numpy(passages[table["passage"][i]].tokens)[None]
     with torch.no_grad(), writesae.attach(here.model, {site: None}) as tap:

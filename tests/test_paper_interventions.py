@@ -12,7 +12,6 @@ from writesae.cli import main
 from writesae.experiments.statistics import ClusterBootstrap, explained
 from writesae.models.tiny import tiny_mamba2, tiny_model, tokens
 from writesae.paper import closed_form, erase, forks, install
-from writesae.paper import state_replacement_perplexity as replacement
 from writesae.paper.tokens_by_rank import bounds, by_rank, semantic
 from writesae.sae import SAE
 
@@ -143,69 +142,9 @@ def test_install_adds_m_times_the_native_write_with_its_key_and_the_tokens_value
     assert torch.cosine_similarity(edits.right[:3], mine[None]).min() > 0.9999
 
 
-def test_install_and_sign_have_their_controls(tmp_path):
+def test_install_has_its_controls(tmp_path):
     found = studied("install", tmp_path, "prompts=3", "generated=4", "magnitudes=[20.0]", "prompt=16")["statistics"]
     part = found["all heads"]["20"]
     assert part["edited"]["all"]["n"] == found["pairs"] > 6
     difference = part["edited"]["all"]["rate"] - part["control"]["all"]["rate"]
     assert part["less_control"]["mean"] == pytest.approx(difference)
-    found = studied("sign", tmp_path, "passages=4", "places=16")["statistics"]
-    # In the embedded model these heads answer to the direction of a token; to a random one they are deaf.
-    assert found["by_site"]["5:3 states"]["before"]["rate"] > 0.8
-    assert abs(found["mid"]["before"]["random"]["right"]["rate"] - 0.5) < 0.25
-
-
-def test_what_replaces_a_state_is_what_it_says():
-    sae, states = random_sae(8, 6, 0, 0), torch.randn(5, 8, 6, generator=torch.Generator().manual_seed(1))
-    book, draw = random_sae(8, 6, 0, 0, seed=2), torch.Generator().manual_seed(0)
-
-    def by(arm):
-        return replacement.replaced(arm, states, sae, book, draw)
-
-    assert by("zero").abs().max() == 0 and torch.equal(by("mean")[0], sae.mean)
-    rank = torch.linalg.matrix_rank(by("low_rank"), rtol=1e-4)
-    error = torch.linalg.matrix_norm(by("low_rank") - states)
-    assert rank.tolist() == [sae.k] * 5
-    torch.testing.assert_close(error, torch.linalg.svdvals(states)[:, sae.k :].square().sum(1).sqrt())
-    same, made = (torch.linalg.matrix_norm(by(arm) - states) for arm in ("same_error", "reconstruction"))
-    torch.testing.assert_close(same, made)
-    torch.testing.assert_close(by("codebook"), book.decode(book.encode(states)))
-
-
-@pytest.mark.parametrize("make", [tiny_model, tiny_mamba2])
-def test_a_matrix_of_edits_puts_the_state_asked_for(make):
-    from writesae import attach
-
-    model, ids = make(), tokens(2, 20)
-    layer = forks.layers(model)[0]
-    site = (layer.layer_index, 1)
-    with torch.no_grad(), attach(model, {site: None}) as tap:
-        plain = model(input_ids=ids).logits
-    state = tap.writes[site[0]].states([9])[:, 0, 1]
-    wanted = torch.randn(state.shape, generator=torch.Generator().manual_seed(0))
-    edits = {site[0]: replacement.matrix_edits(wanted - state, 9, 1)}
-    with torch.no_grad(), attach(model, {site: None}, edits) as tap:
-        logits = model(input_ids=ids).logits
-    torch.testing.assert_close(tap.writes[site[0]].states([9])[:, 0, 1], wanted, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(logits[:, :10], plain[:, :10])  # read before it was replaced
-    assert (logits[:, 10:] - plain[:, 10:]).abs().max() > 1e-4
-
-
-def test_passages_and_states_and_reads(tmp_path):
-    found = studied("passage_nll", tmp_path, "passages=3")["statistics"]["all"]
-    assert found["delete_less_random"]["mean"] == pytest.approx(found["delete"]["mean"] - found["random"]["mean"])
-    assert found["edited_tokens"] > 0 and found["delete"]["n"] > 3
-    found = studied("sae_read_perplexity", tmp_path, "passages=3")["statistics"]["groups"]["5:3"]
-    assert found["zero"]["recovered"]["ratio"] == 0 < found["mean"]["perplexity"]
-    assert 0.5 < found["reconstruction"]["recovered"]["ratio"] < 1.1
-    found = studied("state_replacement_perplexity", tmp_path, "passages=2", "context=64")["statistics"]
-    assert found["replaced_at"] == 32 and set(found["groups"]["5:3"]) == {"plain", *replacement.ARMS}
-
-
-def test_amplify_and_suppress_against_the_same_dose_of_another_atom(tmp_path):
-    found = studied("amplify_suppress", tmp_path, "prompts=6", "generated=8", "atoms=2")["statistics"]
-    for way in ("amplify", "suppress"):
-        part = found[way]
-        assert part["own"]["applied"] > 0 and part["own"]["firing"]["n"] == part["random"]["firing"]["n"] == 12
-        gap = part["own"]["firing"]["mean"] - part["random"]["firing"]["mean"]
-        assert part["own_less_random"]["mean"] == pytest.approx(gap)

@@ -107,6 +107,7 @@ def test_every_claim_is_told_with_what_was_found(folder, capsys):
     page = (folder / "report.html").read_text()
     text = allowed(page)
     for words in ("Of 4 claims 1 holds here, 1 does not hold, 2 cannot be told", "92.4 % of 4,851 firings", "64.8 %",
+                  "For 2 of them the paper gives a number; of those 1 holds and 1 does not.",
                   "95 %: 62 to 67.5", "n = 1,234 firings", "the codebook wins 63 %", "its sources define none",
                   "no interval: 7 prompts are too few", "writesae paper second", "Curve 0 goes up.", "A note.",
                   "rows.csv (3)", "broken failed: places: expected <more>, got none",

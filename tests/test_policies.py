@@ -243,6 +243,41 @@ def test_chunked_prefill_and_decoding_by_hand(model):
     assert len(pieces.firings) == len(tap.firings)
 
 
+@pytest.mark.parametrize("read", ["before", "after"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("policy", [lambda **x: Scale(range(F), 2.0, **x), lambda **x: Erase(range(F), **x), Halve])
+def test_one_token_is_edited_as_planned_edits_would(policy, dtype, read):
+    """In float32 without a second pass; what it leaves to the next token too."""
+    model, ids, place = tiny_model(dtype=dtype), tokens(2, 8), (0, 3)
+    saes = {place: dictionary(layers(model)[0], 3)}
+    acting = policy(sites=[place], positions=[6], read=read)
+
+    def decode(**kwargs):
+        with attach(model, saes, self_test=False, **kwargs) as tap:
+            cache = cache_of(go_on(model, ids[:, :6], 0))
+            first = go_on(model, ids[:, 6:7], 6, cache)
+            writes = tap.writes[0]
+            second = go_on(model, ids[:, 7:], 7, cache_of(first))
+        return torch.cat([first.logits, second.logits], 1).float(), writes, tap.firings
+
+    ours, writes, firings = decode(policies=[acting])
+    plan = Edits.delete(-1, 6, 3, 8, 6, when=read)
+    if policy is Halve:
+        with attach(model, saes, self_test=False) as plain:
+            model(ids, use_cache=False)
+        left, right = plain.writes[0].native(torch.arange(2), 6, 3)
+        plan = Edits.replace([0, 1], 6, 3, left, right / 2, when=read)
+    elif isinstance(acting, Scale):
+        plan = writes.edits._with(position=writes.edits.position + 6)
+    planned, theirs, again = decode(edits={0: plan})
+    limit = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(ours, planned, atol=limit, rtol=limit)
+    torch.testing.assert_close(writes.states([0]), theirs.states([0]), atol=limit, rtol=limit)
+    torch.testing.assert_close(writes.states([0], read=True), theirs.states([0], read=True), atol=limit, rtol=limit)
+    if dtype == torch.float32:
+        torch.testing.assert_close(firings.sort().activation, again.sort().activation, atol=1e-4, rtol=1e-4)
+
+
 def test_nested_attaches_see_the_same_token(model):
     saes, ids = some_sites(model), tokens(2, 10)
     one, two = Scale(range(0, F, 2), 1.3), Erase({(0, 3): [3, 5, 7, 9]}, what="atom")

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from policy_cases import Reference, some_sites
+from policy_cases import SOME, Reference, check, generated, mixed, padded, some_sites
 from tiny_models import (
     families,
     kda_families,
@@ -24,7 +24,6 @@ from writesae import Clamp, Erase, Install, Scale, attach
 from writesae.models import patch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SOME = range(0, 24, 2)  # features of which one fires at most tokens, but not at all
 MODELS = (
     *((tiny_model, x) for x in families()), *((tiny_kda, x) for x in kda_families()),
     *((tiny_mamba2, x) for x in mamba2_families()), *((tiny_mamba, x) for x in mamba_families()), (tiny_minimax, None),
@@ -41,47 +40,6 @@ def _inference():
 @pytest.fixture(scope="module")
 def model():
     return tiny_model()
-
-
-def padded(rows=2, length=7, pads=3):
-    ids, mask = tokens(rows, length), torch.ones(rows, length, dtype=torch.long)
-    ids[0, :pads], mask[0, :pads] = 0, 0
-    return ids, mask
-
-
-def generated(model, ids, mask, saes, policies, new=5, **kwargs):
-    with attach(model, saes, policies=policies, self_test=False, strict=True) as tap:
-        out = model.generate(
-            ids, attention_mask=mask, max_new_tokens=new, pad_token_id=0, eos_token_id=None, output_logits=True,
-            return_dict_in_generate=True, **kwargs,
-        )  # fmt: skip
-    return out, tap
-
-
-def check(model, ids, mask, saes, policies, new=5, **kwargs):
-    """Generates; then goes over the text that came out by the reference. The last token chosen is never fed."""
-    out, tap = generated(model, ids, mask, saes, policies, new, **kwargs)
-    text = out.sequences[:, :-1]
-    whole = torch.cat([mask, mask.new_ones(len(mask), new - 1)], 1)
-    reference = Reference(model, text, saes, policies, whole)
-    assert [r.total for r in tap.policies] == list(reference.applied.values())
-    worst = reference.check_firings(tap.firings)
-    theirs = reference.logits[:, ids.shape[1] - 1 :]
-    ours = torch.stack(out.logits, 1)
-    scale = float(theirs.abs().max())
-    assert float((ours - theirs).abs().max()) <= 1e-4 * max(scale, 1)
-    if not kwargs.get("do_sample"):
-        assert torch.equal(theirs.argmax(-1), out.sequences[:, ids.shape[1] :])
-    return worst
-
-
-def mixed(saes):
-    first, *_, third = saes
-    second = list(saes)[len(saes) // 2]  # a model of one head has two sites
-    return [
-        Erase({first: SOME}), Scale({second: SOME}, 1.5, read="before"), Clamp({third: [3]}, 0.7, always=True),
-        Scale({third: SOME}, -0.5),
-    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("make, family", MODELS, ids=[f"{make.__name__}-{family}" for make, family in MODELS])

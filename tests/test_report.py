@@ -14,6 +14,7 @@ import pytest
 from writesae.experiments.conditions import CONDITIONS, arm, arms
 from writesae.experiments.result import ReplacementResult
 from writesae.report import build, load_run
+from writesae.report.html import top_atoms
 
 ROOT = Path(__file__).parents[1]
 NATIVES, SCALES = ("increment", "outer"), ("coef", "matched")
@@ -151,3 +152,20 @@ def test_a_condition_of_ones_own_and_a_chosen_site_show(tmp_path):
 def test_the_rule_of_the_sites_is_named(tmp_path, rule, says):
     result = dataclasses.replace(made_up(40), rule=rule)
     assert says in build((result.summary(50), result.table), tmp_path).read_text()
+
+
+ABOUT = {"promoted": [[" <b>def", 3.21], ["\n", 1.5]], "answers_to": [["self", -0.5]], "neighbours": [[17, 0.25]]}
+
+
+def test_what_is_known_of_atoms_stands_beside_them(tmp_path):
+    result = made_up(60)
+    (layer, head, feature), _ = top_atoms(result.table)[0]
+    result.save(tmp_path, atoms={f"{layer}:{head}": {str(feature): ABOUT}})
+    page = build(tmp_path, tmp_path).read_text()
+    for text in ('<code title="+3.21"> &lt;b&gt;def</code>', ">⏎</code>", '<code title="−0.50">self</code>',
+                 '<code title="+0.25">17</code>'):  # fmt: skip
+        assert page.count(text) == 1, text
+    for wrong in ({"promoted": [["x"]]}, {"answers_to": [[7, 1.0]]}, {"neighbours": [["7", 1.0]]}):
+        result.save(tmp_path, atoms={f"{layer}:{head}": {str(feature): {**ABOUT, **wrong}}})
+        with pytest.raises(ValueError, match=rf"atoms.{layer}:{head}.{feature}.{next(iter(wrong))}.0.: expected"):
+            build(tmp_path, tmp_path)

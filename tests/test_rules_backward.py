@@ -119,7 +119,8 @@ def test_other_options(case, compare):
 @pytest.mark.parametrize("decay", ["none", "weak", "usual", "strong"])
 def test_decay(decay, correlated, case, compare):
     x = case.make(1, 130, 1, 2, 32, 48, decay=decay, correlated=correlated)
-    compare(x, initial_state=state_for(case, x), snapshots=[64, 129])
+    # Instruction sets differ in their exponentials, which the forward's test_decay has on each.
+    compare(x, which="few", initial_state=state_for(case, x), snapshots=[64, 129])
 
 
 def test_closed_gates(case, compare):
@@ -143,9 +144,9 @@ def test_segments(case, compare):
     x = case.make(1, 1100, 1, 1, 16, 80, correlated=True, decay="weak")
     edits = edits_for(1, [1100], 1, 16, 80)
     edits.position[2], edits.position[3:8] = 511, 512
-    on = targets(case, "kernels", gradient=True)
+    on = [target for target in targets(case, "kernels", gradient=True) if target.kind == "cpu"]
     if not on:
-        pytest.skip("the reference has no segments")
+        pytest.skip("of the CPU's kernels: the others' have every chunk's states")
     compare(x, on=on, initial_state=state_for(case, x), edits=edits, snapshots=[511, 512, 1023, 1099])
 
 

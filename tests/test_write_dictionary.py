@@ -111,6 +111,21 @@ def test_memoryless_states_are_the_writes():
     assert channel.gate == "scalar" and torch.equal(channel.states(range(48))[:, :, 3], states)
 
 
+def test_of_two_writes_a_token_the_new_one_is_coded():
+    q, k, v, g, a, b = (torch.randn(2, 9, 3, n, generator=torch.Generator().manual_seed(0)) for n in (K, K, V, K, K, K))
+    writes = ops.dplr(q, k, v, -g.abs(), a * 0.1, b * 0.1, return_writes=True).writes
+    alone = writes.memoryless()
+    assert (writes.right.shape[3], alone.right.shape[3]) == (2, 1)
+    left, right = writes.native(torch.arange(2)[:, None], torch.arange(9), 1)
+    torch.testing.assert_close(alone.states(range(9))[:, :, 1], left[..., None] * right[..., None, :])
+    torch.testing.assert_close(right, v[:, :, 1])
+    mine = SAE(K, V, 12, 3, "bilinear_tied", layer=0, head=1, target="write", sparsity="pursuit")
+    feature, value = top_codes(writes, mine, 1)
+    with torch.no_grad():
+        codes = mine.encode_writes(left[:, :, None], right[:, :, None], k=1)
+    assert torch.equal(feature, codes.indices[..., 0]) and torch.equal(value, codes.values[..., 0])
+
+
 @pytest.mark.parametrize("long", [False, True])
 def test_encoder_forgets_all_but_the_write(long, target):
     """Over chunks and their ends."""

@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers
     from .experiments.audit import audit
     from .firings import Firings
     from .models.attach import attach
+    from .models.run_with_sae import run_with_sae
     from .policies import Amplify, Clamp, Erase, Install, Policy, Scale
     from .sae import SAE
     from .writes import Writes
@@ -39,6 +40,7 @@ __all__ = [
     "models",
     "ops",
     "report",
+    "run_with_sae",
     "sae",
 ]
 
@@ -50,6 +52,7 @@ _HOME = {
     "SAE": "writesae.sae",
     "attach": "writesae.models",
     "audit": "writesae.experiments.audit",
+    "run_with_sae": "writesae.models",
     "load_default": "writesae.default",
     "Store": "writesae.collect",
     **dict.fromkeys(("Amplify", "Clamp", "Erase", "Install", "Policy", "Scale"), "writesae.policies"),

@@ -10,7 +10,7 @@ Letters: F atoms, r rank, K key size, V value size.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -341,6 +341,41 @@ def answers_to(
 
 
 # ---- other atoms ----------------------------------------------------------------------------------------------------
+
+
+def describe(
+    model,
+    tokenizer,
+    saes: Mapping[tuple[int, int], SAE],
+    features: Mapping[tuple[int, int], Sequence[int]],
+    k: int = 6,
+    ids: Tensor | None = None,
+) -> dict[str, dict[str, dict]]:
+    """What reports tell of atoms, ready for JSON: {"LAYER:HEAD": {feature: {promoted, answers_to, neighbours}}}.
+
+    Args:
+        saes: dictionaries of sites; features: of each site, those to describe.
+        k: how many of each.
+        ids: text for `answers_to`.
+    Each is a list of `[text, score]` (of neighbours `[feature, cosine]`), `promoted` None where the model has no direct
+    path by weights.
+    """
+    out: dict[str, dict[str, dict]] = {}
+    for (layer, head), listed in features.items():
+        sae = saes[layer, head]
+        keys = answers_to(model, tokenizer, sae, list(listed), k, ids=ids, layer=layer, head=head) if listed else []
+        found = out[f"{layer}:{head}"] = {}
+        for feature, answers in zip(listed, keys, strict=True):
+            try:
+                raised = promoted_tokens(model, tokenizer, sae, feature, k, layer=layer, head=head)
+                promoted = [[x.text, x.score] for x in raised]
+            except ValueError:
+                promoted = None
+            found[str(feature)] = {
+                "promoted": promoted, "answers_to": [[x.text, x.cosine] for x in answers],
+                "neighbours": [[x.feature, x.cosine] for x in neighbours(sae, feature, k)],
+            }  # fmt: skip
+    return out
 
 
 @torch.no_grad()

@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
     from .collect import ModelSource, Store, collect
     from .default import load_default, load_dictionaries
     from .experiments import passages_of, run_replacement
+    from .experiments.command import about
     from .experiments.replace import select_tokens
     from .ops import _dispatch
     from .text import Corpus
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     train = passages_of(Corpus.from_name("stdlib:train"), tokenizer, max_tokens=_TRAIN_TOKENS, seed=args.seed)
     result = run_replacement(
-        model, tokenizer, sae, passages_of(corpus, tokenizer), select=select, train=train, read="both",
+        model, tokenizer, sae, tested := passages_of(corpus, tokenizer), select=select, train=train, read="both",
         natives=("increment",), firings=args.firings, horizon=args.horizon, seed=args.seed, out=args.out / "parts",
     )  # fmt: skip
     quality = _evaluate(model, tokenizer, sae, corpus)
@@ -91,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
         "fvu": quality["fvu"], "l0": quality["l0"], "alive": quality["alive"], "dictionary": quality,
         "backend": backend, "corpus": "stdlib:test", "select": "stdlib:validation",
         "train": "stdlib:train", "writes": writes, "closed_loop": closed_loop,
+        "atoms": about(model, tokenizer, {site: sae}, result, tested),
     }  # fmt: skip
     summary = result.save(args.out, **extra)
     # Of the collection, whose tokens and speed these are, not of the test's part of them.

@@ -24,6 +24,7 @@ from torch import Tensor
 from ._arguments import integers, said
 
 READS = ("after", "before")
+_COLUMNS = 64  # of a site's Gram matrix, that are kept: half a megabyte of 2,048 features
 _Features = Iterable[int] | Mapping[tuple[int, int], Iterable[int]]
 
 
@@ -31,12 +32,14 @@ class Change(NamedTuple):
     """What a policy does to the state at one token of one site; made by `TokenView.add`, `.delete` and `.replace`.
 
     left `[m, K]`, right `[m, V]`: `sum_m left right^T` is added. removes: the native write is not made (if the policy
-    reads "before") or taken away once its token has read it ("after").
+    reads "before") or taken away once its token has read it ("after"). atoms: where the sum is one of atoms of the
+    site's dictionary, their numbers and how much of each.
     """
 
     left: Tensor
     right: Tensor
     removes: bool = False
+    atoms: tuple[Tensor, Tensor] | None = None
 
 
 class PolicySite:
@@ -54,6 +57,7 @@ class PolicySite:
         self.layer, self.head, self.K, self.V, self.dictionary, self.device = layer, head, K, V, dictionary, device
         self._to_logit = to_logit
         self._kept: dict[Any, Any] = {}
+        self._columns: dict[int, Tensor] = {}
 
     def __repr__(self) -> str:
         return f"PolicySite(({self.layer}, {self.head}), K={self.K}, V={self.V})"
@@ -81,6 +85,17 @@ class PolicySite:
         v, w = (x.detach().to(self.device, torch.float32) for x in self._of_dictionary("atoms"))
         return v, w
 
+    def moved_by(self, feature: int) -> Tensor:
+        """`[F]`: how one unit of an atom moves every pre-activation, `sum_rs (v_enc . v)(w_enc . w)`. The last columns
+        asked for are kept."""
+        if feature in self._columns:
+            return self._columns[feature]
+        (x, y, _), (v, w) = self.encoder, self.atoms
+        if len(self._columns) >= _COLUMNS:
+            del self._columns[next(iter(self._columns))]
+        self._columns[feature] = ((x @ v[feature].T) * (y @ w[feature].T)).sum((1, 2))
+        return self._columns[feature]
+
     def _of_dictionary(self, name: str):
         if not callable(getattr(self.dictionary, name, None)):
             raise ValueError(
@@ -106,19 +121,27 @@ class TokenView:
         features: `[n]` int64 that fire at the token, by falling activation (of threshold dictionaries by number).
         activations: `[n]` their codes, > 0.
         mine: `[n]` bool: which of them the policy listens to (all, if it names none).
-        left: `[K]` key side of the native write, right: `[V]` its value side.
+        left: `[K]` key side of the native write (of two, of the new one). right: `[V]` its value side.
     """
 
     def __init__(
         self, site: PolicySite, row: int, position: int, features: Tensor, activations: Tensor, mine: Tensor,
-        left: Tensor, right: Tensor, read: Callable[[Tensor], Tensor],
+        native: Callable[[], tuple[Tensor, Tensor]], read: Callable[[Tensor], Tensor],
     ):  # fmt: skip
         self.site, self.row, self.position = site, row, position
-        self.features, self.activations, self.mine, self.left, self.right = features, activations, mine, left, right
-        self._read = read
+        self.features, self.activations, self.mine = features, activations, mine
+        self._native, self._read = native, read
 
     def __repr__(self) -> str:
         return f"TokenView(site {self.site.key}, row {self.row}, position {self.position}, {len(self.features)} fire)"
+
+    @cached_property
+    def left(self) -> Tensor:
+        return self._native()[0]
+
+    @cached_property
+    def right(self) -> Tensor:
+        return self._native()[1]
 
     def activation(self, features: Sequence[int] | Tensor) -> Tensor:
         """`[m]` raw pre-activations (bias included) of any features, whether they fire or not."""
@@ -128,6 +151,12 @@ class TokenView:
     def add(self, left: Tensor, right: Tensor) -> Change:
         """`left right^T` is added to the state: `[K]`, `[V]` or `[m, K]`, `[m, V]`."""
         return Change(*self._sides(left, right))
+
+    def add_atoms(self, features: Tensor, doses: Tensor) -> Change:
+        """`sum_j dose_j A_j` of atoms of the dictionary is added: int64 `[n]` and floating `[n]`."""
+        v, w = self.site.atoms
+        left, right = v[features], w[features]
+        return Change((left * doses[:, None, None]).flatten(0, 1), right.flatten(0, 1), False, (features, doses))
 
     def delete(self) -> Change:
         """The native write of the token goes."""
@@ -226,7 +255,7 @@ class Erase(Policy):
     """Removes what is written at tokens where one of the features fires.
 
     Args:
-        features, sites, read, positions: see `Policy`.
+        features: see `Policy`. where: its `sites`, `read` and `positions`.
         what: "write": the token's whole native write, the paper's erase. "atom": the part `-a_i A_i` alone, for every
             one of the features that fires, with a_i its code.
     """
@@ -250,7 +279,7 @@ class Scale(Policy):
     """Multiplies the contribution of features where they fire: adds `(factor - 1) a_i A_i`, with a_i the code.
 
     Args:
-        features, sites, read, positions: see `Policy`.
+        features: see `Policy`. where: its `sites`, `read` and `positions`.
         factor: > 1 amplifies, 0 takes the atom's part away, < 0 turns it round.
     """
 
@@ -270,7 +299,7 @@ class Amplify(Scale):
     """`Scale` with a factor > 1, and a control of the same dose.
 
     Args:
-        features, sites, read, positions: see `Policy`.
+        features: see `Policy`. where: its `sites`, `read` and `positions`.
         factor: > 1.
         control: None, or "random": in the place of each feature's atom another one of the dictionary (drawn once a site
             and feature, none of the features), of the same Frobenius norm as what it stands for.
@@ -293,11 +322,9 @@ class Amplify(Scale):
     def act(self, view: TokenView) -> Change:
         if self.control is None:
             return super().act(view)
-        others, ratio = self._drawn(site := view.site)
+        others, ratio = self._drawn(view.site)
         fires = view.features[view.mine]
-        dose = (self.factor - 1) * view.activations[view.mine] * ratio[fires]
-        v, w = (x[others[fires]] for x in site.atoms)
-        return view.add((v * dose[:, None, None]).flatten(0, 1), w.flatten(0, 1))
+        return view.add_atoms(others[fires], (self.factor - 1) * view.activations[view.mine] * ratio[fires])
 
     def _drawn(self, site: PolicySite) -> tuple[Tensor, Tensor]:
         """`[F]` the atom that stands for each, and `[F]` by how much it is scaled to have its norm."""
@@ -326,7 +353,7 @@ class Clamp(Policy):
     belongs to the top k is another matter.
 
     Args:
-        features, sites, read, positions: see `Policy`.
+        features: see `Policy`. where: its `sites`, `read` and `positions`.
         value: the pre-activation, bias included.
         always: at every token, and not only those of the features that fire, where they do.
     """
@@ -389,8 +416,7 @@ class Clamp(Policy):
             c = missing / gram[0]
         else:
             c = torch.linalg.lstsq(gram.double().cpu(), missing.double().cpu()[:, None]).solution[:, 0].to(gram)
-        v, w = (x[clamped] for x in site.atoms)
-        return view.add((v * c[:, None, None]).flatten(0, 1), w.flatten(0, 1))
+        return view.add_atoms(clamped, c)
 
 
 class Install(Policy):
@@ -401,8 +427,7 @@ class Install(Policy):
         token: number of the token.
         positions: columns, cached ones and pads counted.
         magnitude: m, in units of the native write's norm.
-        sites: (layer, head); None: all of the attach, with or without a dictionary.
-        read: see `Policy`.
+        where: `sites` (None: all of the attach, with or without a dictionary) and `read` of `Policy`.
     """
 
     reads_codes = False
@@ -449,10 +474,8 @@ class PolicyReport:
 
 
 def _scaled(view: TokenView, factor: float) -> Change:
-    features = view.features[view.mine]
-    v, w = (x[features] for x in view.site.atoms)
-    dose = (factor - 1) * view.activations[view.mine]
-    return view.add((v * dose[:, None, None]).flatten(0, 1), w.flatten(0, 1))
+    fires = view.mine.nonzero()[:, 0]
+    return view.add_atoms(view.features[fires], (factor - 1) * view.activations[fires])
 
 
 def _norms(v: Tensor, w: Tensor) -> Tensor:

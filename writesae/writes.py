@@ -143,14 +143,18 @@ class Writes:
         return sum(x.numel() * x.element_size() for x in (self.decay, self.left, self.right))
 
     def memoryless(self) -> Writes:
-        """The same writes in a memory that holds one at a time: each state is the write of its own token.
+        """The same writes in a memory that holds one at a time: each state is the write of its own token. Where a token
+        makes two (R = 2 of a low-rank transition), the new one, as in `native`.
 
         For codes of writes instead of states. A memory that forgets everything has a scalar gate, whatever the rule's.
         Initial state and edits are no writes, and left out.
         """
         dtype = torch.promote_types(self.decay.dtype, torch.float32)
         decay = torch.full_like(self.right[..., 0, 0], _FORGET, dtype=dtype)
-        return Writes(decay, self.left, self.right, cu_seqlens=self.cu_seqlens)
+        left, right = self.left, self.right
+        if (right.shape[3], self.transition) == (2, "low rank"):
+            left, right = left[..., 1:, :], right[..., 1:, :]
+        return Writes(decay, left, right, cu_seqlens=self.cu_seqlens)
 
     def sequences(self) -> Iterator[tuple[int, int, int, int]]:
         """Yields (sequence, batch row, first token, one past the last token)."""

@@ -22,9 +22,9 @@ _SAMPLE = {
 
 def configure(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("edits, each audited by itself; at least one")
-    what.add_argument("--edit", action="append", default=[], metavar="FILE", help='edits made together, of a JSON file: '
-                      '{"edits": [{"position": 40, "layer": 5, "head": 3, "feature": 17, "scale": 2.0}, ...]}; row (a '
-                      "passage's number), kind, when, left and right as in docs/audit.md; repeatable "
+    what.add_argument("--edit", action="append", default=[], metavar="FILE", help="edits made together, of a JSON "
+                      'file: {"edits": [{"position": 40, "layer": 5, "head": 3, "feature": 17, "scale": 2.0}, ...]}; '
+                      "row (a passage's number), kind, when, left and right as in docs/audit.md; repeatable "
                       "(default: none)")  # fmt: skip
     what.add_argument("--delete", action="append", default=[], metavar=_SAMPLE["delete"], help="delete a head's write; "
                       "repeatable (default: none)")  # fmt: skip
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         horizon=args.horizon, batch=args.batch, seed=args.seed, any_model=args.any_model, bos=not args.no_bos,
     )  # fmt: skip
     summary = result.save(
-        args.out, model=str(args.model), corpus=args.corpus or _CORPUS, command=_shown(args),
+        args.out, model=str(args.model), corpus=args.corpus or args.dataset or _CORPUS, command=_shown(args),
         seconds=round(time.perf_counter() - start, 1),
     )  # fmt: skip
     page = report.build(summary, args.out)
@@ -154,14 +154,9 @@ def _shown(args: argparse.Namespace) -> str:
         words += [word for text in getattr(args, option) for word in (f"--{option}", text)]
     words += ["--every"] * args.every + (["--when", args.when] if args.when != "after" else [])
     defaults = {
-        "model": "default",
-        "corpus": None,
-        "passages": 64,
-        "context": 256,
-        "horizon": 64,
-        "seed": 0,
+        "model": "default", "corpus": None, "dataset": None, "passages": 64, "context": 256, "horizon": 64, "seed": 0,
         "batch": 8,
-    }
+    }  # fmt: skip
     for name, default in defaults.items():
         value = getattr(args, name)
         words += [] if value == default else [f"--{name}", str(value)]

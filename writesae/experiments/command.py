@@ -15,6 +15,7 @@ from .conditions import CONDITIONS, DEFAULT_CONDITIONS, NATIVES, OF_WRITES, READ
 
 _CORPUS = "stdlib:test"
 _TRAIN_TOKENS = 60_000
+_SHOWN_PASSAGES = 32  # of whose keys a page tells which an atom answers to
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -90,8 +91,9 @@ def run(args: argparse.Namespace) -> int:
         states = any(sae.target == "state" for sae in saes.values())
         without = (() if texts else TRAINING_CONDITIONS) + (OF_WRITES if states else ())
         conditions = [c for c in CONDITIONS if c not in without]
+    tested = passages(test, args.max_tokens)
     result = run_replacement(
-        model.to(args.device), tokenizer, saes, passages(test, args.max_tokens), select=chosen,
+        model.to(args.device), tokenizer, saes, tested, select=chosen,
         train=None if train is None else passages(train, args.train_tokens), read=args.read, longest=args.longest,
         min_selected=args.min_selected, firings=args.firings, each=args.each, horizon=args.horizon, natives=args.native,
         scales=args.scale, conditions=conditions, seed=args.seed, memory=args.memory, out=args.out,
@@ -105,7 +107,8 @@ def run(args: argparse.Namespace) -> int:
     if train is not None:
         left_out["train"] = tell_empty(train, "train")
     summary = result.save(
-        out, model=str(args.model), corpus=corpus, select=args.select, train=args.train, left_out=left_out
+        out, model=str(args.model), corpus=corpus, select=args.select, train=args.train, left_out=left_out,
+        atoms=about(model, tokenizer, saes, result, tested),
     )  # fmt: skip
     if summary["n"] < args.firings * len(result.sites):
         print(f"the text ran out: {summary['n']} of {args.firings * len(result.sites)} firings", file=sys.stderr)
@@ -119,3 +122,19 @@ def run(args: argparse.Namespace) -> int:
     write = {site: record["write"] for site, record in summary["settings"]["sites"].items()}
     print(json.dumps({**{name: summary[name] for name in shown}, "write": write, "report": str(page)}, indent=2))
     return 0
+
+
+def about(model, tokenizer, saes, result, passages) -> dict:
+    """What is known of the atoms that the page shows, by the model's weights and its keys on some of the text."""
+    import numpy as np
+    import torch
+
+    from ..atoms import describe
+    from ..report.html import top_atoms
+
+    most = max(len(passage.tokens) for passage in passages)
+    whole = [passage.tokens for passage in passages if len(passage.tokens) == most][:_SHOWN_PASSAGES]
+    features: dict[tuple[int, int], list[int]] = {}
+    for (layer, head, feature), _ in top_atoms(result.table):
+        features.setdefault((layer, head), []).append(feature)
+    return describe(model, tokenizer, saes, features, ids=torch.from_numpy(np.stack(whole)))

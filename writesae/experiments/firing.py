@@ -42,7 +42,7 @@ def top_codes(writes: Writes, sae: SAE, head: int) -> tuple[Tensor, Tensor]:
     """
     device = writes.right.device
     if sae.sparsity == "pursuit":
-        one = writes.head(head)
+        one = writes.head(head).memoryless()
         left, right = (x.squeeze(2).to(sae.mean.device) for x in (one.left, one.right))  # [B, T, R, *]
         nearest = sae.encode_writes(left, right, k=1)
         return nearest.indices[..., 0].to(device), nearest.values[..., 0].to(device)

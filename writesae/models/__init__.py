@@ -9,12 +9,14 @@ from .binding import Binding, LayerSite
 from .frame import running
 from .load import load
 from .model_call import Stopped
+from .run_with_sae import SAERun, run_with_sae
 from .seam import intercept, intercept_conv
 from .sites import layers
 from .stopping import stopping_after
 from .tap import Tap
 
 __all__ = [
-    "Binding", "LayerSite", "Stopped", "Tap", "attach", "fla", "hf_gated_delta", "hf_kda", "hf_mamba", "hf_mamba2",
-    "hf_minimax", "intercept", "intercept_conv", "layers", "load", "mamba_ssm", "running", "stopping_after",
+    "Binding", "LayerSite", "SAERun", "Stopped", "Tap", "attach", "fla", "hf_gated_delta", "hf_kda", "hf_mamba",
+    "hf_mamba2", "hf_minimax", "intercept", "intercept_conv", "layers", "load", "mamba_ssm", "run_with_sae", "running",
+    "stopping_after",
 ]  # fmt: skip

@@ -119,8 +119,8 @@ def attach(
     Source: Young, *WriteSAE*, arXiv 2605.12770.
     """
     check_precision(precision)
-    found = _refuse_unsupported(model)
-    by_layer, edits = _check_sites(model, found, sites), check_edits(model, found, edits)
+    found = found_layers(model)
+    by_layer, edits = check_sites(model, found, sites), check_edits(model, found, edits)
     if not by_layer and not edits and not accelerate:
         raise ValueError("sites: expected at least one (layer, head), or edits, or accelerate=True; got none")
     acting = check_policies(policies, sites)
@@ -188,7 +188,7 @@ class _Handler:
         players = [x for h in reversed(recording) if (x := Player.of(h.tap, frame)) is not None]
         walked = walk(frame, call, players, edits, self.backend) if players else None
         edits = edits if walked is None else walked.edits
-        if walked is not None and walked.output is not None and not torch.is_grad_enabled():
+        if walked is not None and walked.output is not None:
             out, codes = walked.output, walked.codes
             out = out if output_final_state else replace(out, final_state=None)
         else:
@@ -263,7 +263,7 @@ def _watched(call: RuleCall, frame: Frame, taps: list[Tap]) -> RuleCall:
 # ---- checks before any work -----------------------------------------------------------------------------------
 
 
-def _refuse_unsupported(model: nn.Module) -> dict[int, LayerSite]:
+def found_layers(model: nn.Module) -> dict[int, LayerSite]:
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: expected a torch module, got {type(model).__name__}")
     compiled = (m for m in model.modules() if getattr(m, "_compiled_call_impl", None) is not None)
@@ -284,7 +284,7 @@ def _refuse_unsupported(model: nn.Module) -> dict[int, LayerSite]:
     return found
 
 
-def _check_sites(model, found: dict[int, LayerSite], sites) -> dict[int, dict[int, object]]:
+def check_sites(model, found: dict[int, LayerSite], sites) -> dict[int, dict[int, object]]:
     if not isinstance(sites, Mapping):
         raise ValueError(f"sites: expected {{(layer, head): dictionary or None}}, got {type(sites).__name__}")
     by_layer: dict[int, dict[int, object]] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +18,20 @@ _NO_CODES = ("matrix", "flat")  # dense encoders, which read whole states
 
 
 @dataclass(eq=False)
+class Group:
+    """Heads of one layer whose dictionaries have one shape, so that one `ops.encode` call serves them all."""
+
+    heads: list[int]
+    v_enc: Tensor  # [Hs, F, r, K]
+    w_enc: Tensor  # [Hs, F, r, V]
+    b_enc: Tensor  # [Hs, F]
+    k: int
+    threshold: Tensor | None  # [Hs, F]
+    of_writes: bool
+    atoms: tuple[Tensor, Tensor] | None  # [Hs, F, r, K], [Hs, F, r, V] of pursuit dictionaries
+
+
+@dataclass(eq=False)
 class GroupCodes:
     """Codes of a run of tokens for the heads of one group of dictionaries, as `ops.encode` gives them."""
 
@@ -27,13 +42,19 @@ class GroupCodes:
 
     def of_token(self, token: int, slot: int, slots: int) -> tuple[Tensor, Tensor]:
         """Features `[n]` and codes `[n]` that fire at one token (counted through the rows) and head."""
-        if self.offsets is None:
-            values, indices = (x.flatten(0, 1)[token, slot] for x in (self.values, self.indices))
-        else:
+        if self.offsets is not None:
             lo, hi = self.offsets[token * slots + slot : token * slots + slot + 2].tolist()
-            values, indices = self.values[lo:hi], self.indices[lo:hi]
-        fires = values > 0
-        return indices[fires], values[fires]
+            fires = self.values[lo:hi] > 0
+            return self.indices[lo:hi][fires], self.values[lo:hi][fires]
+        values, indices, counts = self._by_token
+        n = counts[token][slot]
+        return indices[token, slot, :n], values[token, slot, :n]
+
+    @cached_property
+    def _by_token(self) -> tuple[Tensor, Tensor, list[list[int]]]:
+        """Top-k values and indices `[tokens, slots, k]`, copied (they may be changed), and how many are above 0."""
+        values, indices = self.values.flatten(0, 1).clone(), self.indices.flatten(0, 1).clone()
+        return values, indices, (values > 0).sum(-1).tolist()
 
 
 @dataclass(eq=False)

@@ -23,6 +23,7 @@ from ..policies import Change, TokenView
 from ..writes import Writes
 from .frame import Frame
 from .policy_sites import GroupCodes, Listener
+from .policy_step import Made, Step
 
 if TYPE_CHECKING:
     from .tap import Tap
@@ -62,8 +63,8 @@ class Walked:
 
     Attributes:
         edits: theirs and the planned ones, None where there are none.
-        output: of the call as it is with the planned edits, where no policy acted; else None.
-        codes: {attach: {group: codes}} of that output.
+        output: of the call with them, where it has been found on the way; else None.
+        codes: {attach: {group: codes}} of that output, of groups that need not be encoded again.
     """
 
     edits: Edits | None
@@ -75,6 +76,7 @@ class Walked:
 class _Run:
     """Some tokens of some sequences, run and encoded."""
 
+    call: RuleCall
     pieces: list[Piece]
     flat: Tensor | None  # [tokens] where they stand among the call's, rows one after another; None: all of them
     output: RuleOutput
@@ -88,7 +90,6 @@ class _Run:
         return self.output.writes
 
 
-@torch.no_grad()
 def walk(frame: Frame, call: RuleCall, players: Sequence[Player], planned: Edits | None, backend) -> Walked:
     """Asks every policy at every token that it listens to.
 
@@ -98,12 +99,15 @@ def walk(frame: Frame, call: RuleCall, players: Sequence[Player], planned: Edits
     Raises:
         ValueError: what a policy answers is no change of its site's state, naming the policy.
     """
-    return _Walk(frame, call, players, planned, backend).walked()
+    graph = torch.is_grad_enabled()  # which the call has to be part of
+    with torch.no_grad():
+        return _Walk(frame, call, players, planned, backend, graph).walked()
 
 
 class _Walk:
-    def __init__(self, frame: Frame, call: RuleCall, players: Sequence[Player], planned: Edits | None, backend):
+    def __init__(self, frame: Frame, call: RuleCall, players, planned: Edits | None, backend, graph: bool):
         self.frame, self.call, self.players, self.planned, self.backend = frame, call, players, planned, backend
+        self.graph = graph
         B, T = frame.site.binding.size(call)
         if call.cu_seqlens is None:
             self.bounds = [(b * T, b * T + T) for b in range(B)]
@@ -114,24 +118,48 @@ class _Walk:
         self.start = frame.start if call.cu_seqlens is None else 0
         self.real = None if frame.fed is None else frame.fed.flatten().cpu()
         self.fresh = None if frame.mask is None else frame.mask.flatten().cpu()
-        self.found: list[tuple[int, int, int, Change, int]] = []  # sequence, token, head of the call, change, when
+        self.found: list[Made] = []
 
     def walked(self) -> Walked:
         whole = self._whole()
         acting = self._ask(whole)
         if not acting:
             codes = {player.tap: found for player, found in zip(self.players, whole.codes, strict=True)}
-            return Walked(self.planned, whole.output, codes)
+            return Walked(self.planned, None if self.graph else whole.output, codes)
+        if not self.graph and (step := self._step(whole, self.found)) is not None:
+            known = self._codes(step, whole)
+            return Walked(None, step.output(), known)
         at = {}  # sequence -> (next token, length of the next stretch)
         for n, t in acting.items():
             lo, hi = self.bounds[n]
             if t + 1 < hi - lo:
-                at[n] = t + 1, min(2 * (t + 1), 8)
+                at[n] = t + 1, 8 if t else 1
         if at:
             state = self._go_on(whole, [(n, 0, t) for n, (t, _) in at.items()])
             while at:
                 at = self._stretch(at, state)
         return Walked(_joined(self.planned, self._edits(self.found)), None, {})
+
+    def _step(self, run: _Run, made: Sequence[Made]) -> Step | None:
+        """Edits of a run of one token a row, which needs no other run."""
+        if run.edited or any(hi - lo != 1 for _, lo, hi in run.pieces):
+            return None
+        step = Step(self.frame.site.binding, run.call, run.output, made)
+        return step if step.fits else None
+
+    def _codes(self, step: Step, run: _Run) -> dict[Tap, dict[int, GroupCodes]]:
+        """Codes with the edits of a step in effect, of groups of which they follow."""
+        layer = self.frame.site.layer_index
+        known: dict[Tap, dict[int, GroupCodes]] = {}
+        for player, codes, carries in zip(self.players, run.codes, run.carries, strict=True):
+            known[player.tap] = {}
+            for g, of_group in codes.items():
+                group = player.tap.group(layer, g)
+                heads = {self._head(head): slot for slot, head in enumerate(group.heads)}
+                found = step.codes(group, heads, of_group, carries[g])
+                if found is not None:
+                    known[player.tap][g] = found
+        return known
 
     # ---- running ----------------------------------------------------------------------------------------------
 
@@ -156,13 +184,33 @@ class _Walk:
                 if hi < length:
                     left[n] = hi, 2 * (hi - lo)
             elif (stop := acting[n] + 1) < length:
-                left[n] = stop, 2 * (stop - lo)
+                left[n] = stop, 2 * (stop - lo) if stop > lo + 1 else 1
                 again.append((n, lo, stop))
-        if again:
+        if again and not self._stepped(run):
             run = self._some(again, state, self._all_in(again))
             for i, (n, _, _) in enumerate(again):
                 state.keep(i, n, run)
+        elif again:
+            for i, (n, _, _) in enumerate(pieces):
+                state.keep(i, n, run)
         return left
+
+    def _stepped(self, run: _Run) -> bool:
+        """Makes the edits of a run of one token a row in what it left, if that can be done."""
+        piece = {n: (i, lo) for i, (n, lo, _) in enumerate(run.pieces)}
+        made = [
+            replace(x, sequence=piece[x.sequence][0], token=0)
+            for x in self.found
+            if x.sequence in piece and x.token == piece[x.sequence][1]
+        ]
+        step = self._step(run, made)
+        if step is None:
+            return False
+        known = self._codes(step, run)
+        if any(len(known[player.tap]) < len(player.groups) for player in self.players):
+            return False
+        step.output()
+        return True
 
     def _go_on(self, whole: _Run, pieces: list[Piece]) -> _State:
         """States after the first tokens of some sequences, their edits in effect."""
@@ -195,7 +243,7 @@ class _Walk:
         for player, of_player in zip(self.players, carries, strict=True):
             at = None if head is None else [0]
             codes.append({g: player.tap.codes(layer, g, output.writes, of_player[g], at) for g in player.groups})
-        return _Run(pieces, flat, output, codes, carries, edits is not None)
+        return _Run(call, pieces, flat, output, codes, carries, edits is not None)
 
     # ---- asking -----------------------------------------------------------------------------------------------
 
@@ -239,7 +287,7 @@ class _Walk:
                     continue
                 acts, head = True, self._head(listener.heads[slot])
                 when = AFTER if listener.policy.read == "after" else BEFORE
-                self.found.extend((n, t, head, change, when) for change in changes)
+                self.found.extend(Made(n, t, head, change, when, listener.sites[slot]) for change in changes)
                 if fresh:
                     counts, key = self.players[p].counts, (listener.number, listener.heads[slot])
                     counts[key] = counts.get(key, 0) + 1
@@ -253,14 +301,14 @@ class _Walk:
         site, policy, writes = listener.sites[slot], listener.policy, run.writes
         b, at = divmod(token, writes.right.shape[1])
         head = self._head(site.head)
-        left, right = writes.left[b, at, writes.left_head(head), -1], writes.right[b, at, head, -1]
-        features = torch.empty(0, dtype=torch.int64, device=right.device)
-        values = right.new_empty(0)
-        if listener.group is not None:
+        if listener.group is None:
+            features, values = torch.empty(0, dtype=torch.int64, device=site.device), writes.right.new_empty(0)
+        else:
             features, values = run.codes[p][listener.group].of_token(token, slot, len(listener.heads))
         view = TokenView(
-            site, n + self.frame.first_row, t + self.start, features, values, listener.mine(slot, features), left,
-            right, lambda which: self._activation(run, p, listener, slot, token, piece, which),
+            site, n + self.frame.first_row, t + self.start, features, values, listener.mine(slot, features),
+            lambda: (writes.left[b, at, writes.left_head(head), -1], writes.right[b, at, head, -1]),
+            lambda which: self._activation(run, p, listener, slot, token, piece, which),
         )  # fmt: skip
         answer = policy.act(view)
         changes = [] if answer is None else [answer] if isinstance(answer, Change) else list(answer)
@@ -308,33 +356,34 @@ class _Walk:
         """Planned edits and those found, of some tokens."""
         inside = {n: (i, lo, hi) for i, (n, lo, hi) in enumerate(pieces)}
         mine = []
-        for n, t, *what in self.found:
-            if n in inside and inside[n][1] <= t < inside[n][2]:
-                mine.append((inside[n][0], t - inside[n][1], *what))
+        for x in self.found:
+            if x.sequence in inside:
+                i, lo, hi = inside[x.sequence]
+                if lo <= x.token < hi:
+                    mine.append(replace(x, sequence=i, token=x.token - lo))
         return _joined(self._planned_in(pieces), self._edits(mine) if mine else None)
 
     @staticmethod
-    def _edits(found) -> Edits:
-        """Of (row, position, head, change, when)."""
+    def _edits(found: Sequence[Made]) -> Edits:
         places, codes = [], []
         left: list[Tensor] = []
         right: list[Tensor] = []
-        for row, position, head, change, when in found:
-            m = len(change.left)
+        for x in found:
+            change, when, m = x.change, x.when, len(x.change.left)
             if change.removes:
                 codes.append((REPLACE if m else DELETE, when))
                 codes += [(ADD, when)] * (m - 1)
             else:
                 codes += [(ADD, when)] * m
             alone = change.removes and not m
-            places += [(row, position, head)] * (m + alone)
-            for sides, x in ((left, change.left), (right, change.right)):
-                sides.append(x.new_zeros(1, x.shape[-1]) if alone else x)
-        kind, when = torch.tensor(codes, dtype=torch.int8).unbind(1)
+            places += [(x.sequence, x.token, x.head)] * (m + alone)
+            for sides, side in ((left, change.left), (right, change.right)):
+                sides.append(side.new_zeros(1, side.shape[-1]) if alone else side)
+        kind, late = torch.tensor(codes, dtype=torch.int8).unbind(1)
         row, position, head = torch.tensor(places).unbind(1)
         dtype = torch.float64 if left[0].dtype == torch.float64 else torch.float32
         p, q = (torch.cat([x.to(dtype) for x in side]) for side in (left, right))
-        return Edits(row, position, head, p, q, kind, when)
+        return Edits(row, position, head, p, q, kind, late)
 
 
 class _State:

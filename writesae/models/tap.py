@@ -23,26 +23,12 @@ from .binding import LayerSite
 from .frame import Frame
 from .gather import Columns, Coming, Gathered, TopK
 from .planned_edits import PlannedEdits
-from .policy_sites import GroupCodes, Listener, PolicySites
+from .policy_sites import Group, GroupCodes, Listener, PolicySites
 from .sites import device_of
 from .transfer import ToHost
 
 DENSE_KINDS = ("matrix", "flat")  # their encoder reads whole states
 _DENSE_BLOCK = 64  # states held at a time on that path
-
-
-@dataclass(eq=False)
-class _Group:
-    """Heads of one layer whose dictionaries have one shape, so that one `ops.encode` call serves them all."""
-
-    heads: list[int]
-    v_enc: Tensor  # [Hs, F, r, K]
-    w_enc: Tensor  # [Hs, F, r, V]
-    b_enc: Tensor  # [Hs, F]
-    k: int
-    threshold: Tensor | None  # [Hs, F]
-    of_writes: bool
-    atoms: tuple[Tensor, Tensor] | None  # [Hs, F, r, K], [Hs, F, r, V] of pursuit dictionaries
 
 
 class Tap:
@@ -77,7 +63,7 @@ class Tap:
         self._lock = threading.Lock()
         self._gathered = Gathered()
         self._checks: list[_Check] = []
-        self._groups: dict[int, list[_Group]] = {}
+        self._groups: dict[int, list[Group]] = {}
         self._fire_per_token = 0  # of all layers, top-k alone
         self._dense: dict[int, dict[int, Any]] = {}
         self._carries: MutableMapping = WeakIdKeyDictionary()  # cache (not all can be hashed) -> {(layer, group): ...}
@@ -167,7 +153,7 @@ class Tap:
                     )
                 v_enc, w_enc, b_enc, *atoms = stacked
                 self._groups.setdefault(layer, []).append(
-                    _Group(
+                    Group(
                         [m[0] for m in members], v_enc, w_enc, b_enc, k, threshold, of_writes,
                         (atoms[0], atoms[1]) if atoms else None,
                     )
@@ -202,7 +188,8 @@ class Tap:
         """Policies at a layer."""
         return [] if self._policy_sites is None else self._policy_sites.layers.get(layer, [])
 
-    def group(self, layer: int, number: int) -> _Group:
+    def group(self, layer: int, number: int) -> Group:
+        """Heads of a layer that are encoded together, by number."""
         return self._groups[layer][number]
 
     def note_policies(self, frame: Frame, tokens: int, counts: Mapping[tuple[int, int], int]) -> None:
@@ -454,7 +441,7 @@ def _columns_to_firings(row, position, layer: int, head, feature, value) -> Firi
     return Firings(row, position, torch.full_like(row, layer), head, feature, value.detach().to("cpu", torch.float32))
 
 
-def _pursued(group: _Group, writes: Writes, heads: list[int]) -> tuple[Tensor, Tensor]:
+def _pursued(group: Group, writes: Writes, heads: list[int]) -> tuple[Tensor, Tensor]:
     """Codes `[B, T, Hs, k]` of a group's writes by orthogonal matching pursuit."""
     assert group.atoms is not None
     found = []

@@ -1,11 +1,8 @@
-"""Amplify and suppress in closed loop: whenever an atom fires while the model generates, its part is scaled.
-
-What was generated is read again by the model as it is: how often does the atom fire in it, and what is its loss? Beside
-it stands the same dose of another atom of the dictionary, drawn at random, given at the same atom's firings.
-"""
+"""Features amplified and suppressed while the model generates: does the text move by the feature, or by the dose?"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,159 +12,208 @@ from torch import Tensor
 from ..models.attach import attach
 from ..policies import Change, Policy, Scale, TokenView
 from ..sae import SAE
-from . import forks
+from .frequent import frequent
 from .lab import Lab, Site
-from .measures import above, mean
+from .measures import above, features_of, mean, unmeasured
 from .study import Answer, Claim, Figure, Findings, Setting, Study, join
 
-WAYS = ("amplify", "suppress")
-ARMS = ("own", "random")
-
-
-class Instead(Policy):
-    """Adds `(factor - 1) a_i` of another atom where feature i fires, as large as that of its own atom would be."""
-
-    def __init__(self, feature: int, other: int, factor: float, **where):
-        super().__init__([feature], **where)
-        self.feature, self.other, self.factor = feature, other, factor
-
-    def act(self, view: TokenView) -> Change:
-        v, w = view.site.atoms
-        size = [float(((v[i] @ v[i].mT) * (w[i] @ w[i].mT)).sum().sqrt()) for i in (self.feature, self.other)]
-        dose = (self.factor - 1) * view.activations[view.mine].sum() * size[0] / size[1]
-        return view.add(dose * v[self.other], w[self.other])
+ARMS = ("amplify", "amplify_control", "suppress", "suppress_control")
 
 
 def run(lab: Lab) -> Findings:
-    sites = {f"{layer}:{head}": ((layer, head), sae) for (layer, head), sae in lab.saes.items()}
-    parts = lab.units(sites, lambda name: _site(lab, *sites[name]), "generate")
-    table = join([{"site": np.full(len(x["prompt"]), i), **x} for i, x in enumerate(parts)])
+    given = {target: saes for target, saes in (("state", lab.saes), ("write", lab.writes)) if saes}
+    if not given:
+        raise ValueError("saes: amplify_suppress takes dictionaries of states or writes, got none")
+    parts, skipped, tried = [], 0, 0
+    for target, every in given.items():
+        saes = dict(list(every.items())[: lab["sites"]])
+        chosen = frequent(lab, saes, lab["select"], lab["context"], lab["features"] + 1, lab["most"])
+
+        def make(key: tuple[int, int, int], saes=saes, chosen=chosen) -> dict[str, np.ndarray]:
+            layer, head, feature = key
+            return _feature(lab, (layer, head), saes[layer, head], chosen[layer, head].tolist(), feature)
+
+        # The last of a site has none left to stand beside it, where it is the only one.
+        keys = [(*site, int(f)) for site, some in chosen.items() for f in some[: lab["features"]] if len(some) > 1]
+        found = lab.units(keys, make, target)
+        tried, skipped = tried + len(keys), skipped + sum(not len(x) or not len(x["plain"]) for x in found)
+        one = join(found)
+        if one:
+            parts.append({"target": np.full(len(one["layer"]), target, object), **one})
+    table = join(parts) if parts else {}
     if not table:
-        raise ValueError("saes: expected dictionaries of which something fires on the validation text, got none")
-    label = (table["site"].astype(np.int64) << 32) + table["feature"]
-    statistics: dict[str, Any] = {"sites": list(sites), "atoms": len(np.unique(label)), "generated": lab["generated"]}
-    for way in WAYS:
-        statistics[way] = {"factor": lab[way]}
-        for arm in ARMS:
-            name = f"{way}_{arm}"
-            statistics[way][arm] = {
-                "firing": mean(table[f"{name}_fires"] - table["plain_fires"], label, "feature", lab.seed),
-                "loss": mean(table[f"{name}_loss"] - table["plain_loss"], label, "feature", lab.seed),
-                "applied": int(table[f"{name}_applied"].sum()),
-            }
-        gap = table[f"{way}_own_fires"] - table[f"{way}_random_fires"]
-        statistics[way]["own_less_random"] = mean(gap, label, "feature", lab.seed)
-    return Findings(statistics, {"texts": table}, {"firing": _figure(statistics)}, _answers(statistics), [
-        "Firing is the share of generated tokens at which the atom is active when the model as it is reads the text "
-        "again; differences are to what it generates without a policy.",
-        "Policies act from the first generated token on, after the token has read its state.",
-        "Atoms are those that are active most often in what the model generates from validation prompts.",
+        why = "none of the chosen features fired in a prompt of the test text"
+        return Findings({}, answers=[unmeasured(claim, why, "prompts and features") for claim in STUDY.claims])
+    statistics: dict[str, Any] = {"all": moves(table, lab.seed)}
+    for target in dict.fromkeys(table["target"]):
+        mine = table["target"] == target
+        statistics[target] = moves({name: column[mine] for name, column in table.items()}, lab.seed)
+    return Findings(statistics, {"prompts": table}, _figures(statistics), _answers(statistics["all"]), [
+        f"Features are those that fire most often on validation text, of those that fire at no more than "
+        f"{100 * lab['most']:g} % of its tokens; their tokens are the {lab['tokens']} whose log-probability amplifying "
+        "raises most on validation text. Reported is the log of the probability of all of these together, a mean over "
+        "the generated tokens.",
+        "A control does the same at the same tokens with the atom of another chosen feature of the head, scaled to the "
+        "norm of what it stands for. Everything is closed loop: prompt and generated text.",
+        f"{skipped} of {tried} features fired in no prompt and are left out.",
     ])  # fmt: skip
 
 
-def _site(lab: Lab, site: Site, sae: SAE) -> dict[str, np.ndarray]:
-    counts = np.zeros(sae.F, np.int64)
-    said, _ = _generated(lab, lab.whole("validation", lab["prompts"], lab["prompt"]), site, sae, None)
-    for reading in lab.read(said, {site: sae}):
-        fired = reading.firings
-        counts += np.bincount(fired.feature[fired.position >= lab["prompt"]].cpu().numpy(), minlength=sae.F)
-    chosen = np.argsort(-counts, kind="stable")[: lab["atoms"]]
-    chosen = chosen[counts[chosen] > 0]
-    prompts = lab.whole("test", lab["prompts"], lab["prompt"])
-    rng, parts = lab.rng("amplify", *site), []
-    later = range(lab["prompt"], lab["prompt"] + lab["generated"])
-    plain, _ = _generated(lab, prompts, site, sae, None)
-    base, base_loss = _reread(lab, plain, site, sae, chosen)
-    for i, feature in enumerate(chosen.tolist()):
-        other = int(rng.choice(np.setdiff1d(np.arange(sae.F), chosen)))
-        column = {"prompt": np.arange(len(prompts)), "feature": np.full(len(prompts), feature),
-                  "plain_fires": base[i], "plain_loss": base_loss}  # fmt: skip
-        for way in WAYS:
-            for arm in ARMS:
-                policy: Policy = Scale([feature], lab[way], positions=later)
-                if arm == "random":
-                    policy = Instead(feature, other, lab[way], positions=later)
-                text, applied = _generated(lab, prompts, site, sae, policy)
-                fires, loss = _reread(lab, text, site, sae, chosen[i : i + 1])
-                column |= {f"{way}_{arm}_fires": fires[0], f"{way}_{arm}_loss": loss,
-                           f"{way}_{arm}_applied": np.full(len(prompts), applied / len(prompts))}  # fmt: skip
-        parts.append(column)
-    return join(parts) if parts else {}
+class OtherAtom(Policy):
+    """`Scale` of a feature with another's atom in its place, of the same norm: a control of the same dose."""
+
+    def __init__(self, feature: int, other: int, factor: float, **where):
+        super().__init__([feature], **where)
+        self.other, self.factor = other, factor
+
+    def act(self, view: TokenView) -> Change:
+        v, w = view.site.atoms
+        (feature,) = self.features_at(view.site.key) or ()
+        own, other = (torch.linalg.matrix_norm(v[f].mT @ w[f]) for f in (feature, self.other))
+        dose = (self.factor - 1) * view.activations[view.mine].sum() * own / other.clamp_min(1e-30)
+        return view.add(dose * v[self.other], w[self.other])
 
 
-def _generated(lab: Lab, prompts: Tensor, site: Site, sae: SAE, policy: Policy | None) -> tuple[Tensor, int]:
-    """Prompts with what is generated, `[n, T]`, all as long, and how often the policy acted."""
-    ids = prompts.to(lab.model.get_input_embeddings().weight.device)
-    more = {"do_sample": False, "max_new_tokens": lab["generated"], "min_new_tokens": lab["generated"]}
-    mask, acting = torch.ones_like(ids), [] if policy is None else [policy]
-    with torch.no_grad(), attach(lab.model, {site: sae}, policies=acting, any_model=True) as tap:
-        text = lab.model.generate(input_ids=ids, attention_mask=mask, pad_token_id=0, **more)
-    return text, tap.policies[0].total if acting else 0
+def policies(site: Site, feature: int, other: int, factor: float) -> dict[str, Policy]:
+    """{arm: policy} of one feature: its part times `factor`, and taken away, each with its control."""
+    where = {"sites": [site]}
+    return {
+        "amplify": Scale([feature], factor, **where), "amplify_control": OtherAtom(feature, other, factor, **where),
+        "suppress": Scale([feature], 0.0, **where), "suppress_control": OtherAtom(feature, other, 0.0, **where),
+    }  # fmt: skip
 
 
-def _reread(lab: Lab, text: Tensor, site: Site, sae: SAE, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Share of generated tokens at which each feature fires, `[m, n]`, and their mean loss, `[n]`."""
-    fires = np.zeros((len(features), len(text)))
-    loss = np.zeros(len(text))
-    for reading in lab.read(text, {site: sae}):
-        fired = reading.firings[reading.firings.position >= lab["prompt"]]
-        for i, feature in enumerate(features):
-            row = fired.row[fired.feature == int(feature)].cpu().numpy() + reading.first
-            fires[i] += np.bincount(row, minlength=len(text)) / lab["generated"]
-        part = forks.losses(reading.logits, reading.ids)[:, lab["prompt"] - 1 :]
-        loss[reading.first : reading.first + len(part)] = part.mean(1)
-    return fires, loss
+def _feature(lab: Lab, site: Site, sae: SAE, chosen: list[int], feature: int) -> dict[str, np.ndarray]:
+    """A row for every test prompt in which the feature fires."""
+    other = chosen[(chosen.index(feature) + 1) % len(chosen)]
+    acting = policies(site, feature, other, lab["factor"])
+    tokens = preferred(lab, site, sae, feature, acting["amplify"])
+    if tokens is None:
+        return {}
+    prompts = _with_firing(lab, "test", site, sae, feature, lab["prompts"])
+    if not len(prompts):
+        return {}
+    texts, out = {}, {}
+    for arm in ("plain", *ARMS):
+        texts[arm], log_p = generated(lab, prompts, site, sae, acting.get(arm), lab["new"])
+        out[arm] = log_p[:, :, tokens.to(log_p.device)].logsumexp(-1).mean(1).cpu().numpy()
+    for arm in ARMS:
+        out[f"{arm}_changed"] = (texts[arm] != texts["plain"]).double().mean(1).cpu().numpy()
+    n = len(prompts)
+    return {"layer": np.full(n, site[0]), "head": np.full(n, site[1]), "feature": np.full(n, feature),
+            "prompt": np.arange(n), **out}  # fmt: skip
 
 
-def _answers(statistics: dict[str, Any]) -> list[Answer]:
+def _with_firing(lab: Lab, split: str, site: Site, sae: SAE, feature: int, count: int) -> Tensor:
+    """`[n, prompt]`: up to `count` passages' beginnings in which a feature fires, of a pool drawn by the seed."""
+    ids = lab.whole(split, lab["pool"], lab["context"])[:, : lab["prompt"]]
+    rows = []
+    for reading in lab.read(ids, {site: sae}):
+        rows.append(reading.first + reading.firings.row[reading.firings.feature == feature].long().cpu())
+    return ids[torch.unique(torch.cat(rows))[:count]]
+
+
+@torch.no_grad()
+def preferred(lab: Lab, site: Site, sae: SAE, feature: int, policy: Policy) -> Tensor | None:
+    """`[n]` tokens that amplifying a feature raises most on validation text; None if it fires nowhere there."""
+    ids = _with_firing(lab, "validation", site, sae, feature, lab["prompts"])
+    if not len(ids):
+        return None
+    ids = ids.to(next(lab.model.parameters()).device)
+    found = []
+    for acting in ([], [policy]):
+        with attach(lab.model, {site: sae}, policies=acting, any_model=True, self_test=False):
+            found.append(lab.model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1).mean((0, 1)))
+    return (found[1] - found[0]).topk(lab["tokens"]).indices.cpu()
+
+
+@torch.no_grad()
+def generated(
+    lab: Lab, prompts: Tensor, site: Site, sae: SAE, policy: Policy | None, new: int
+) -> tuple[Tensor, Tensor]:
+    """Greedy tokens `[n, new]` and log-probabilities `[n, new, vocabulary]`, with a policy or without."""
+    prompts = prompts.to(next(lab.model.parameters()).device)
+    with attach(lab.model, {site: sae}, policies=[policy] if policy else [], any_model=True, self_test=False):
+        out: Any = lab.model.generate(
+            prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=new, do_sample=False, pad_token_id=0,
+            eos_token_id=None, output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
+    return out.sequences[:, prompts.shape[1] :], torch.stack(out.logits, 1).float().log_softmax(-1)
+
+
+def moves(table: Mapping[str, np.ndarray], seed: int) -> dict[str, Any]:
+    """Of each arm: by how much the log-probability of the feature's tokens moves and what share of the generated text
+    changes; and how much further than its control an arm goes in its own direction. Bootstrap over features."""
+    by = (features_of(table) * 2 + (table["target"] == "write"), "feature", seed)
+    out: dict[str, Any] = {}
+    for arm in ARMS:
+        out[arm] = {"move": mean(table[arm] - table["plain"], *by), "changed": mean(table[f"{arm}_changed"], *by)}
+    for arm, sign in (("amplify", 1), ("suppress", -1)):
+        out[arm]["over_control"] = mean(sign * (table[arm] - table[f"{arm}_control"]), *by)
+    return out
+
+
+def _answers(found: dict[str, Any]) -> list[Answer]:
     out = []
-    for way, sign in (("amplify", 1), ("suppress", -1)):
-        part = statistics[way]
-        own, null, gap = part["own"], part["random"], part["own_less_random"]
-        low, high = (100 * x for x in gap["ci95"])
+    for claim, arm in zip(STUDY.claims, ("amplify", "suppress"), strict=True):
+        over, own, control = found[arm]["over_control"], found[arm]["move"], found[f"{arm}_control"]["move"]
         out.append(Answer(
-            f"amplify_suppress.{way}", f"fires {100 * own['firing']['mean']:+.2f} points more often (loss "
-            f"{own['loss']['mean']:+.3f} nats), {100 * gap['mean']:+.2f} more than with another atom's dose", gap["n"],
-            "texts", (low, high), f"the same dose of another atom: {100 * null['firing']['mean']:+.2f} points, loss "
-            f"{null['loss']['mean']:+.3f} nats", above((low, high) if sign > 0 else (-high, -low), 0),
+            claim.key, f"{over['mean']:+.4f} nats further than its control (own {own['mean']:+.4f})", over["n"],
+            "prompts and features", tuple(over["ci95"]),
+            f"another feature's atom of the same norm moves them by {control['mean']:+.4f} nats",
+            above(over["ci95"], 0),
         ))  # fmt: skip
     return out
 
 
-def _figure(statistics: dict[str, Any]) -> Figure:
+def _figures(statistics: dict[str, Any]) -> dict[str, Figure]:
     def paint(axes, colours):
-        for i, way in enumerate(WAYS):
-            for j, (arm, colour, label) in enumerate((("own", "atom", "its own atom"),
-                                                      ("random", "random", "another atom, same dose"))):  # fmt: skip
-                found, y = statistics[way][arm]["firing"], i + 0.2 * (j - 0.5)
-                axes.plot([100 * x for x in found["ci95"]], [y, y], color=colours[colour], lw=1.8)
-                axes.plot([100 * found["mean"]], [y], "o", color=colours[colour], label=label if not i else None)
-        axes.axvline(0, color=colours["line"], lw=0.8)
-        axes.set_yticks(range(2), [f"{way}\n× {statistics[way]['factor']:g}" for way in WAYS])
-        axes.set(xlabel="change of how often the atom fires in generated text, points", ylim=(1.5, -0.9))
-        axes.legend(fontsize=8, loc="upper right")
+        at = np.arange(len(ARMS))
+        kinds = [kind for kind in ("state", "write") if kind in statistics]
+        for i, kind in enumerate(kinds):
+            found = [statistics[kind][arm]["move"] for arm in ARMS]
+            value = np.array([x["mean"] for x in found])
+            low, high = np.array([x["ci95"] for x in found]).T
+            error = [np.maximum(value - low, 0), np.maximum(high - value, 0)]
+            shift = 0.16 * (i - (len(kinds) - 1) / 2)
+            colour = colours["atom" if kind == "state" else "delete"]
+            axes.errorbar(at + shift, value, yerr=error, fmt="o", ms=5, color=colour, label=f"atoms of {kind}s")
+        axes.axhline(0, color=colours["line"], lw=0.9)
+        axes.set(ylabel="nats by which its tokens move", xlim=(-0.5, len(ARMS) - 0.5))
+        axes.set_xticks(at, [arm.replace("_", "\n") for arm in ARMS])
+        axes.legend()
 
-    return Figure(paint, "How often an atom fires in text generated while its part is scaled, less that without; "
-                  "beside it the same dose of another atom. 95 % intervals over atoms.", (5.6, 2.6))  # fmt: skip
+    return {"moves": Figure(paint, "Mean change, over generated tokens, of the log-probability of the tokens that a "
+                            "feature raises, when its part of the state is amplified or taken away wherever it fires, "
+                            "beside another feature's atom of the same norm; 95 % intervals over "
+                            "features.")}  # fmt: skip
 
 
 STUDY = Study(
-    "amplify_suppress", "Amplify and suppress while generating",
-    "Scales what an atom contributes whenever it fires during generation, and reads the text again: does it fire more, "
-    "or less, than after the same dose of another atom?",
+    "amplify_suppress", "Amplified and suppressed while generating",
+    "While the model reads a prompt and goes on from it, a feature's part of the state is multiplied, or taken away, "
+    "at every token where it fires. Do the tokens that it raises on other text become more or less likely, and more so "
+    "than when another feature's atom of the same size is put there?",
     (
-        Claim("amplify_suppress.amplify", "Amplifying an atom makes what it stands for more frequent.", "–",
-              "its sources give no number with a control of the same dose"),
-        Claim("amplify_suppress.suppress", "Suppressing an atom makes it less frequent.", "–",
-              "its sources give no number with a control of the same dose"),
+        Claim("amplify_suppress.amplify", "An amplified feature raises its tokens in generated text by more than "
+              "another feature does at the same dose.", "–",
+              "its sources show examples and define no measure of the effect"),
+        Claim("amplify_suppress.suppress", "A suppressed feature lowers its tokens in generated text by more than "
+              "another feature's removal does.", "–", "its sources show examples and define no measure of the effect"),
     ),
     {
-        "prompts": Setting(64, 12, "prompts of validation and of test text"),
-        "prompt": Setting(32, 24, "tokens of a prompt"),
-        "generated": Setting(48, 16, "tokens generated, greedily"),
-        "atoms": Setting(12, 3, "atoms of each dictionary"),
-        "amplify": Setting(16.0, 16.0, "factor by which an atom's part is amplified"),
-        "suppress": Setting(-14.0, -14.0, "factor by which it is suppressed: 0 takes it away, below 0 turns it round"),
+        "sites": Setting(5, 1, "heads of each kind of dictionary, the first"),
+        "features": Setting(12, 2, "features of a head"),
+        "factor": Setting(4.0, 4.0, "by which an amplified feature's part is multiplied"),
+        "tokens": Setting(20, 20, "tokens of a feature"),
+        "prompts": Setting(24, 4, "test prompts of a feature, at most"),
+        "pool": Setting(400, 48, "passages among which prompts with a firing are looked for"),
+        "prompt": Setting(48, 32, "tokens of a prompt"),
+        "new": Setting(32, 10, "tokens generated"),
+        "context": Setting(256, 96, "tokens of the passages that prompts begin"),
+        "select": Setting(200, 16, "passages of validation text on which features are chosen"),
+        "most": Setting(0.05, 0.05, "share of tokens at which a chosen feature may fire at most"),
     },
     run,
+    needs="",
 )  # fmt: skip

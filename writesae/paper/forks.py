@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..edits import Edits
 from ..experiments.engine import Clean, ForkEngine, Places
 from ..experiments.firing import top_codes
-from ..models.attach import attach
 from ..models.binding import LayerSite
 from ..models.sites import layers
 from ..sae import SAE
-from ..writes import Writes
 from .lab import Lab, Site
 
 _FORKS = 64  # of one clean pass: what is made of them (logits of each) has to fit
@@ -77,7 +74,8 @@ def forks(
         places = Places(*(torch.from_numpy(np.ascontiguousarray(x)).long()
                           for x in (which, position[index], heads[index])))  # fmt: skip
         part = ids[torch.from_numpy(passages)]
-        yield index, engine.clean(part, torch.full((len(part),), part.shape[1]), lambda writes, p=places: p)
+        lengths = torch.full((len(part),), part.shape[1])
+        yield index, engine.clean(part, lengths, lambda writes, places=places: places)  # type: ignore[misc]
 
 
 def atoms(sae: SAE, feature: np.ndarray, like: Tensor, unit: bool = False) -> tuple[Tensor, Tensor]:
@@ -113,34 +111,3 @@ def token_directions(model, site: LayerSite, head: int, tokens: Sequence[int] | 
 def log_probs(engine: ForkEngine, hidden: Tensor) -> Tensor:
     """`[n, L, vocabulary]` float32 log-probabilities of what `ForkEngine.run` returns."""
     return engine.logits(hidden).float().log_softmax(-1)
-
-
-Planned = Callable[[int, Mapping[int, Writes]], dict[int, Edits]]
-
-
-def edited_losses(
-    lab: Lab, ids: Tensor, sites: Sequence[Site], plans: Mapping[str, Planned], batch: int = 16
-) -> dict[str, np.ndarray]:
-    """`[P, T - 1]` of each plan, and of "plain": loss of every token but the first of passages `[P, T]`, in nats.
-
-    Args:
-        sites: whose clean writes the plans are told.
-        plans: {name: `(number of the batch's first passage, {layer: clean writes}) -> {layer: edits}`}, rows counted
-            from that passage.
-    """
-    found: dict[str, list[np.ndarray]] = {name: [] for name in ("plain", *plans)}
-    heads: dict = dict.fromkeys(sites)
-    for reading in lab.read(ids, heads, batch):
-        found["plain"].append(losses(reading.logits, reading.ids))
-        for name, plan in plans.items():
-            edits = plan(reading.first, reading.writes)
-            with torch.no_grad(), attach(lab.model, heads, edits, any_model=True, record_writes=False):
-                logits = lab.model(input_ids=reading.ids, use_cache=False).logits
-            found[name].append(losses(logits, reading.ids))
-    return {name: np.concatenate(parts) for name, parts in found.items()}
-
-
-def losses(logits: Tensor, ids: Tensor) -> np.ndarray:
-    """`[B, T - 1]`: loss of every token but the first, in nats, of logits `[B, T, vocabulary]`."""
-    wide = logits[:, :-1].float().transpose(1, 2)
-    return torch.nn.functional.cross_entropy(wide, ids[:, 1:].to(wide.device), reduction="none").double().cpu().numpy()

@@ -68,7 +68,7 @@ def most_firing(lab: Lab, saes: Mapping[Site, SAE], atoms: int, tokens: int) -> 
     return {(layer, head): max(2, least) for layer, head, least in rows}
 
 
-def tested_text(lab: Lab) -> list[Passage]:
+def replaced_text(lab: Lab) -> list[Passage]:
     """The test passages of `replaced`."""
     return lab.text("test", 40 * lab["firings"] + 2000)
 
@@ -86,7 +86,7 @@ def replaced(
     "horizon": features chosen on validation, codebook from train, firings on test. Kept under `name`, and resumed."""
     book = max(sae.F for sae in saes.values())
     return run_replacement(
-        lab.model, None, saes, tested_text(lab), select=lab.text("validation", tokens),
+        lab.model, None, saes, replaced_text(lab), select=lab.text("validation", tokens),
         train=lab.text("train", max(2 * book, 4000)), min_selected=least, firings=lab["firings"], each=lab["each"],
         horizon=lab["horizon"], natives=("increment",), scales=("coef", "matched"), conditions=list(conditions),
         seed=lab.seed, out=lab.place(name), progress=lab.progress, any_model=True,

@@ -1,140 +1,180 @@
-"""What deleting a set of features costs over whole passages, in bits a token, beside random writes in their place.
-
-At every test token where one of the set has the largest code, the native write is deleted; or a random write of the
-same norm stands in its place; or as many writes are deleted where none of the set does.
-"""
+"""Writes deleted at every firing of a set of features: what does a passage lose?"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import log
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn.functional import normalize
 
 from ..edits import Edits
+from ..models.attach import attach
 from ..sae import SAE
-from . import forks
-from .lab import Lab, Site
-from .measures import above, mean
+from .frequent import frequent
+from .lab import Lab, Reading, Site
+from .losses import token_losses
+from .measures import above, mean, unmeasured
 from .study import Answer, Claim, Figure, Findings, Setting, Study, join
 
-ARMS = ("delete", "random", "elsewhere")
+CONDITIONS = ("delete", "random", "elsewhere")
 
 
 def run(lab: Lab) -> Findings:
-    given = forks.all_sites(lab)
-    parts = lab.units(given, lambda name: _site(lab, *given[name]), "passages")
-    table = join([{"site": np.full(len(x["row"]), i), **x} for i, x in enumerate(parts)])
-    statistics: dict[str, Any] = {
-        "of": "change of loss, bits a token, over whole test passages", "features": lab["features"],
-        "sites": {name: _statistics(part, lab.seed) for name, part in zip(given, parts, strict=True)},
-        "all": _statistics(table, lab.seed),
-    }  # fmt: skip
-    return Findings(statistics, {"passages": table}, _figures(statistics), _answers(statistics), [
-        "The features of a set are those with the largest code most often in validation text.",
-        "Writes go after their token has read the state. Norms are of the clean pass, which later ones need not keep.",
-        "Of a dictionary at a time: the sets of several heads are not deleted together.",
+    given = {target: saes for target, saes in (("state", lab.saes), ("write", lab.writes)) if saes}
+    if not given:
+        raise ValueError("saes: passage_nll takes dictionaries of states or writes, got none")
+    ids = lab.whole("test", lab["passages"], lab["context"])
+    parts = []
+    for target, saes in given.items():
+        chosen = frequent(lab, saes, lab["select"], lab["context"], lab["features"], lab["most"])
+
+        def make(first: int, saes=saes, chosen=chosen) -> dict[str, np.ndarray]:
+            (reading,) = lab.read(ids[first : first + lab["batch"]], saes, lab["batch"])
+            return _batch(lab, reading, first, saes, chosen)
+
+        one = join(lab.units(range(0, len(ids), lab["batch"]), make, target))
+        if one:
+            parts.append({"target": np.full(len(one["layer"]), target, object), **one})
+    table = join(parts) if parts else {}
+    if not table:
+        why = "none of the chosen features fired on the test text"
+        return Findings({}, answers=[unmeasured(claim, why, "passages and heads") for claim in STUDY.claims])
+    statistics: dict[str, Any] = {"all": bits(table, lab.seed), "sites": {}}
+    for target, saes in given.items():
+        for layer, head in saes:
+            mine = (table["target"] == target) & (table["layer"] == layer) & (table["head"] == head)
+            if mine.any():
+                one = {name: column[mine] for name, column in table.items()}
+                statistics["sites"][f"{target} {layer}:{head}"] = bits(one, lab.seed)
+    return Findings(statistics, {"passages": table}, _figures(statistics), _answers(statistics["all"]), [
+        f"A set is the {lab['features']} features of a head that fire most often on validation text, of those that "
+        f"fire at no more than {100 * lab['most']:g} % of its tokens. Passages without a firing of it are left out.",
+        "Bits are a mean over all tokens of a passage. Random writes have, at every place, the norm of the write that "
+        "they replace; elsewhere deletes as many writes of the same head and passage where none of the set fires.",
     ])  # fmt: skip
 
 
-def _site(lab: Lab, site: Site, sae: SAE) -> dict[str, np.ndarray]:
-    layer, head = site
-    validation, ids = (lab.whole(split, lab["passages"]) for split in ("validation", "test"))
-    counts = np.bincount(forks.top_table(lab, validation, site, sae)["feature"], minlength=sae.F)
-    chosen = np.argsort(-counts, kind="stable")[: lab["features"]]
-    table = forks.top_table(lab, ids, site, sae)
-    fires = np.zeros(tuple(ids.shape), bool)
-    mine = forks.some(table, np.isin(table["feature"], chosen[counts[chosen] > 0]))
-    fires[mine["row"], mine["position"]] = True
-    rng = lab.rng("passages", *site, sae.target)
-    elsewhere = np.zeros_like(fires)
-    for row in range(len(ids)):
-        free = np.flatnonzero(~fires[row])
-        elsewhere[row, rng.permutation(free)[: fires[row].sum()]] = True
-    generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
-
-    def deleted(where: np.ndarray):
-        def plan(first: int, writes) -> dict[int, Edits]:
-            row, position = np.nonzero(where[first : first + len(writes[layer].right)])
-            return {layer: Edits.delete(row.tolist(), position.tolist(), head, sae.K, sae.V, when="after")}
-
-        return plan
-
-    def random(first: int, writes) -> dict[int, Edits]:
-        row, position = np.nonzero(fires[first : first + len(writes[layer].right)])
-        left, right = writes[layer].native(torch.from_numpy(row), torch.from_numpy(position), head)
-        size = (left.norm(dim=1, keepdim=True) * right.norm(dim=1, keepdim=True)).float().cpu()
-        p, q = (torch.nn.functional.normalize(torch.randn(len(row), n, generator=generator), dim=1)
-                for n in (sae.K, sae.V))  # fmt: skip
-        return {layer: Edits.replace(row.tolist(), position.tolist(), head, size * p, q, when="after")}
-
-    keep = np.flatnonzero(fires.any(1) & elsewhere.any(1))
-    if not len(keep):
-        raise ValueError(f"saes: expected features of {site} that fire on the test text, and not at every token")
-    fires, elsewhere = fires[keep], elsewhere[keep]
-    plans = {"delete": deleted(fires), "random": random, "elsewhere": deleted(elsewhere)}
-    loss = forks.edited_losses(lab, ids[torch.from_numpy(keep)], [site], plans)
-    bits = {name: (x - loss["plain"]).mean(1) / np.log(2) for name, x in loss.items()}
-    return {"row": keep, "edited": fires.sum(1), "plain": loss["plain"].mean(1) / np.log(2),
-            **{name: bits[name] for name in ARMS}}  # fmt: skip
+def _batch(
+    lab: Lab, reading: Reading, first: int, saes: Mapping[Site, SAE], chosen: Mapping[Site, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """A row for every passage and head with a firing: places, and mean losses in nats."""
+    plain = token_losses(reading.logits, reading.ids).mean(1)
+    fired, out = reading.firings, []
+    for (layer, head), sae in saes.items():
+        mine = (fired.layer == layer) & (fired.head == head)
+        mine &= torch.isin(fired.feature.cpu(), torch.from_numpy(chosen[layer, head]).long()).to(mine.device)
+        places = torch.unique(torch.stack([fired.row[mine], fired.position[mine]], 1).long().cpu(), dim=0)
+        if not len(places):
+            continue
+        row, position = places.T
+        rng = torch.Generator().manual_seed(int(lab.rng("writes", layer, head, first).integers(2**62)))
+        edits = planned(reading, layer, head, row, position, (sae.K, sae.V), rng)
+        loss = {name: _edited(lab, reading.ids, layer, edit).mean(1) for name, edit in edits.items()}
+        rows = torch.unique(row).numpy()
+        n = len(rows)
+        out.append({
+            "layer": np.full(n, layer), "head": np.full(n, head), "passage": first + rows,
+            "places": np.bincount(row.numpy(), minlength=len(plain))[rows], "plain": plain[rows],
+            **{name: x[rows] for name, x in loss.items()},
+        })  # fmt: skip
+    return join(out) if out else {}
 
 
-def _statistics(table: Mapping[str, np.ndarray], seed: int) -> dict[str, Any]:
+def planned(
+    reading: Reading, layer: int, head: int, row: Tensor, position: Tensor, size: tuple[int, int],
+    rng: torch.Generator,
+) -> dict[str, Edits]:  # fmt: skip
+    """{condition: edits} at places `row [n]`, `position [n]` of one head: see the study's notes."""
+    left, right = (x.float().cpu() for x in reading.writes[layer].native(row, position, head))
+    norm = left.norm(dim=-1) * right.norm(dim=-1)
+    p, q = (normalize(torch.randn(x.shape, generator=rng), dim=-1) for x in (left, right))
+    B, T = reading.ids.shape
+    taken = torch.zeros(B, T, dtype=torch.bool)
+    taken[row, position] = True
+    # As many other places of each row, or all there are.
+    score = torch.rand(B, T, generator=rng).masked_fill(taken, 2.0)
+    order = score.argsort(1).argsort(1)
+    others = ((order < taken.sum(1, keepdim=True)) & ~taken).nonzero()
     return {
-        "edited_tokens": int(table["edited"].sum()),
-        **{name: mean(table[name], table["row"], "passage", seed) for name in ARMS},
-        "delete_less_random": mean(table["delete"] - table["random"], table["row"], "passage", seed),
-        "delete_less_elsewhere": mean(table["delete"] - table["elsewhere"], table["row"], "passage", seed),
-    }  # fmt: skip
+        "delete": Edits.delete(row, position, head, *size),
+        "random": Edits.replace(row, position, head, norm[:, None] * p, q),
+        "elsewhere": Edits.delete(others[:, 0], others[:, 1], head, *size),
+    }
 
 
-def _answers(statistics: dict[str, Any]) -> list[Answer]:
-    every = statistics["all"]
-    found, null, other = (every[name] for name in ARMS)
-    low, high = every["delete_less_random"]["ci95"]
-    return [
-        Answer(
-            "passage_nll.cost", f"{found['mean']:+.5f} bits a token, {every['delete_less_random']['mean']:+.5f} less "
-            "than random writes", found["n"], "passages of a dictionary each", (low, high),
-            f"random writes of the same norm {null['mean']:+.5f}, as many deletions elsewhere {other['mean']:+.5f} "
-            "bits a token", above((-high, -low), 0),
-        )
-    ]  # fmt: skip
+@torch.no_grad()
+def _edited(lab: Lab, ids: Tensor, layer: int, edits: Edits) -> np.ndarray:
+    with attach(lab.model, {}, edits={layer: edits}, self_test=False):
+        return token_losses(lab.model(input_ids=ids, use_cache=False).logits, ids)
+
+
+def bits(table: Mapping[str, np.ndarray], seed: int) -> dict[str, Any]:
+    """Mean change of a passage's loss in bits a token, by condition, and the two differences that claims are about."""
+    change = {name: (table[name] - table["plain"]) / log(2) for name in CONDITIONS}
+    change["random_over_delete"] = change["random"] - change["delete"]
+    change["delete_over_elsewhere"] = change["delete"] - change["elsewhere"]
+    share = {"places": int(table["places"].sum()), "passages_and_heads": len(table["places"])}
+    return share | {name: mean(x, table["passage"], "passage", seed) for name, x in change.items()}
+
+
+def _answers(found: dict[str, Any]) -> list[Answer]:
+    own, random, elsewhere = (found[name]["mean"] for name in CONDITIONS)
+    out = []
+    for claim, name in zip(STUDY.claims, ("random_over_delete", "delete_over_elsewhere"), strict=True):
+        one = found[name]
+        out.append(Answer(
+            claim.key, f"{one['mean']:+.5f} bits a token (deleted {own:+.5f}, random {random:+.5f})", one["n"],
+            "passages and heads", tuple(one["ci95"]),
+            f"random writes {random:+.5f} bits a token, as many other writes deleted {elsewhere:+.5f}",
+            above(one["ci95"], 0),
+        ))  # fmt: skip
+    return out
 
 
 def _figures(statistics: dict[str, Any]) -> dict[str, Figure]:
-    looks = {"delete": ("delete", "deleted where they fire"), "random": ("random", "a random write of the same norm"),
-             "elsewhere": ("previous", "as many deleted elsewhere")}  # fmt: skip
-    sites = {**statistics["sites"], "all": statistics["all"]}
+    sites = list(statistics["sites"])
 
     def paint(axes, colours):
-        for j, (name, (colour, label)) in enumerate(looks.items()):
-            for i, part in enumerate(sites.values()):
-                low, high = part[name]["ci95"]
-                axes.plot([low, high], [i + 0.22 * (j - 1)] * 2, color=colours[colour], lw=1.5)
-                axes.plot([part[name]["mean"]], [i + 0.22 * (j - 1)], "o", ms=4, color=colours[colour],
-                          label=label if not i else None)  # fmt: skip
-        axes.axvline(0, color=colours["line"], lw=0.8)
-        axes.set_yticks(range(len(sites)), list(sites))
-        axes.set(xlabel="change of loss, bits a token", ylim=(len(sites) - 0.5, -1.6))
-        axes.legend(fontsize=7.5, loc="upper right")
+        at = np.arange(len(sites))
+        for shift, name, colour in ((-0.2, "delete", "delete"), (0, "random", "random"), (0.2, "elsewhere", "line")):
+            found = [statistics["sites"][site][name] for site in sites]
+            value = np.array([x["mean"] for x in found])
+            low, high = np.array([x["ci95"] for x in found]).T
+            error = [np.maximum(value - low, 0), np.maximum(high - value, 0)]
+            label = {"delete": "deleted", "random": "random in its place", "elsewhere": "others deleted"}[name]
+            axes.errorbar(at + shift, value, yerr=error, fmt="o", ms=4, color=colours[colour], label=label)
+        axes.axhline(0, color=colours["line"], lw=0.9)
+        axes.set(ylabel="bits a token more than plain", xlim=(-0.6, len(sites) - 0.4))
+        axes.set_xticks(at, sites, rotation=30, ha="right")
+        axes.legend()
 
-    return {"cost": Figure(paint, "Change of loss over whole passages when the writes of a set of features are "
-                           "deleted, beside the two nulls; 95 % intervals over passages.")}  # fmt: skip
+    return {"bits": Figure(paint, "What passages lose when the writes at every firing of a set of features are "
+                           "deleted, replaced by random ones of their norm, or as many others deleted; 95 % intervals "
+                           "over passages.")}  # fmt: skip
 
 
 STUDY = Study(
-    "passage_nll", "What a set of features is worth over passages",
-    "Deletes the write wherever one of a set of features has the largest code, over whole passages, and compares the "
-    "loss with random writes of the same norm in their place and with as many deletions elsewhere.",
+    "passage_nll", "Deleting at every firing",
+    "At every token where one of a set of features fires, the head's write is deleted. How many bits a token does the "
+    "passage lose, beside random writes of the same norm in their place and beside deletion of as many other writes?",
     (
-        Claim("passage_nll.cost", "Deleting a set of features costs less than random writes of their norm.",
-              "+0.005 against +0.226 bits a token", "other model and set; its sources do not say how it is chosen"),
+        Claim("passage_nll.random", "Deleted writes cost a passage less than random writes of their norm.",
+              "+0.005 against +0.226 bits a token",
+              "sets of features by a rule and not by hand; its sources do not say how often theirs fire"),
+        Claim("passage_nll.elsewhere", "Deleting at a set's firings costs more than deleting as many other writes of "
+              "the head.", "–", "its sources test against no other deletion"),
     ),
     {
-        "passages": Setting(96, 8, "passages of validation and of test text"),
-        "features": Setting(32, 32, "features of a set, the most frequent in validation text"),
+        "passages": Setting(200, 12, "passages of test text"),
+        "context": Setting(256, 128, "tokens a passage"),
+        "select": Setting(200, 16, "passages of validation text on which features are chosen"),
+        "features": Setting(16, 16, "features of a set"),
+        "most": Setting(0.05, 0.05, "share of tokens at which a chosen feature may fire at most"),
+        "batch": Setting(16, 12, "passages at a time"),
     },
     run,
     needs="",

@@ -1,143 +1,120 @@
-"""Perplexity with every read of a head's state going through its reconstruction, the state itself left as it is."""
+"""Every read of a head through its state's reconstruction: what does the model lose?"""
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from collections.abc import Mapping
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from ..experiments.codebook import codebook
-from ..experiments.recovered import passage_losses
-from ..experiments.recovered_rule import deleted, loop_rule, read_rule
-from ..models.hf_gated_delta import RuleHandler
-from ..sae import SAE
-from ..sae.stream import Passages
-from . import forks
+from ..models.binding import LayerSite
+from ..models.seam import intercept
+from ..models.sites import layers
+from ..ops.rule import RuleCall, RuleOutput
+from ..writes import Writes
 from .lab import Lab, Site
-from .measures import above, mean, ratio
-from .state_replacement_perplexity import untrained
-from .study import Answer, Claim, Figure, Findings, Setting, Study
+from .losses import StandIn, against, condition_table, groups, loss_figure, perplexities, stand_ins, token_losses
+from .study import Claim, Findings, Setting, Study, join
 
-ARMS = ("reconstruction", "codebook", "mean", "zero")
+_PART = 16  # tokens whose states are formed at a time
 
 
 def run(lab: Lab) -> Findings:
+    known_sites = {site.layer_index: site for site in layers(lab.model)}
     for layer, _ in lab.saes:
-        binding = forks.layer_of(lab.model, layer).binding
-        if binding.rule.name != "gated_delta_rule" or binding.gate != "scalar":
+        if known_sites[layer].binding.one_head_a_call:
             raise ValueError(
-                "model: expected layers on the gated delta rule with a scalar gate, whose reads can go through a "
-                f"reconstruction; layer {layer} runs the {binding.name}"
+                f"model: sae_read_perplexity takes layers that run all their heads in one call, but layer {layer} runs "
+                f"the {known_sites[layer].binding.name} head by head"
             )
-    groups = {f"{layer}:{head}": [(layer, head)] for layer, head in lab.saes}
-    if len(lab.saes) > 1:
-        groups["all"] = list(lab.saes)
-    ids = lab.whole("test", lab["passages"])
-    runs = ["plain", *(f"{name} {arm}" for name in groups for arm in ARMS)]
-    books: dict[Site, SAE] = {}
+    ids = lab.whole("test", lab["passages"], lab["context"])
+    known: dict[Site, dict[str, StandIn]] = {}
 
-    def losses(key: str) -> dict[str, np.ndarray]:
-        name, _, arm = key.partition(" ")
-        if arm == "codebook" and not books:
-            books.update(untrained(lab))
-        rules = {} if key == "plain" else _rules(lab, groups[name], arm, books)
-        return {"loss": passage_losses(lab.model, Passages(ids), rules, 16) / (ids.shape[1] - 1)}
+    def make(first: int) -> dict[str, np.ndarray]:
+        if not known:
+            known.update(stand_ins(lab, lab["train"], lab["context"], lab["states"]))
+        some = ids[first : first + lab["batch"]].to(next(lab.model.parameters()).device)
+        plain = read_losses(lab.model, some, {})
+        out = [condition_table(first, "", "plain", plain)]
+        for group, sites in groups(list(lab.saes)).items():
+            for name in lab["conditions"]:
+                loss = read_losses(lab.model, some, {site: known[site][name] for site in sites})
+                out.append(condition_table(first, group, name, loss))
+        return join(out)
 
-    loss = {key: x["loss"] for key, x in zip(runs, lab.units(runs, losses, "read"), strict=True)}
-    rows = np.arange(len(ids))
-    statistics: dict[str, Any] = {
-        "tokens": int(ids.numel()), "plain": {**mean(loss["plain"], rows, "passage", lab.seed),
-                                              "perplexity": float(np.exp(loss["plain"].mean()))}, "groups": {},
-    }  # fmt: skip
-    for name in groups:
-        zero = loss[f"{name} zero"]
-        statistics["groups"][name] = {
-            arm: {
-                "perplexity": float(np.exp(loss[f"{name} {arm}"].mean())),
-                "more_loss": mean(loss[f"{name} {arm}"] - loss["plain"], rows, "passage", lab.seed),
-                "recovered": ratio(zero - loss[f"{name} {arm}"], zero - loss["plain"], rows, "passage", lab.seed),
-                "less_than_reconstruction": mean(
-                    loss[f"{name} reconstruction"] - loss[f"{name} {arm}"], rows, "passage", lab.seed
-                ),
-            }
-            for arm in ARMS
-        }
-    columns = {key.replace(" ", "_").replace(":", "h"): column for key, column in loss.items()}
-    main = "all" if "all" in groups else next(iter(groups))
+    table = join(lab.units(range(0, len(ids), lab["batch"]), make, "passages"))
+    statistics = perplexities(table, lab.seed)
+    whole = statistics[list(statistics)[-1]]
+    answers = [against(claim.key, claim.key.rpartition(".")[2], whole) for claim in STUDY.claims]
     return Findings(
-        statistics, {"passages": {"passage": rows, **columns}}, {"loss": _figure(statistics["groups"])},
-        _answers(statistics, main), [
-            "recovered: share of the loss between reading nothing (zero) and the model as it is.",
-            "States evolve as they do without: what is read through the reconstruction never comes back into them.",
-            *([] if len(lab.saes) > 1 else ["With one dictionary of states, one head and all heads are the same."]),
-        ])  # fmt: skip
+        {"context": lab["context"], "groups": statistics}, {"passages": table},
+        {"loss": loss_figure(whole, "Loss when every token of a passage reads a stand-in for the state, less that of "
+                             "the plain model, with 95 % intervals over passages.")},
+        answers,
+        ["The states themselves evolve as they would; only what is read of them is changed, at every token.",
+         "Of several heads each is read so by itself, and all at once; answers are of all at once."],
+    )  # fmt: skip
 
 
-def _rules(lab: Lab, sites: list[Site], arm: str, books: dict[Site, SAE]) -> dict[int, RuleHandler]:
-    found: dict[int, RuleHandler] = {}
-    for layer in sorted({layer for layer, _ in sites}):
-        heads = [head for at, head in sites if at == layer]
-        if arm == "zero":
-            found[layer] = loop_rule(dict.fromkeys(heads, deleted), "before")
-            continue
-        chosen = {head: _dictionary(lab.saes[layer, head], arm, books.get((layer, head))) for head in heads}
-        found[layer] = read_rule({head: (sae, None) for head, sae in chosen.items()})
-    return found
+@torch.no_grad()
+def read_losses(model, ids: Tensor, through: Mapping[Site, StandIn]) -> np.ndarray:
+    """`[B, T - 1]` losses of passages `[B, T]`, in nats, with every state of some heads read through a stand-in."""
+    known = {site.layer_index: site for site in layers(model)}
+    calls = {}
+    for layer in sorted({layer for layer, _ in through}):
+        calls[layer] = _reading(known[layer], {head: f for (at, head), f in through.items() if at == layer})
+    with intercept(model, private=True, calls=calls) if calls else contextlib.nullcontext():
+        return token_losses(model(input_ids=ids, use_cache=False).logits, ids)
 
 
-def _dictionary(sae: SAE, arm: str, book: SAE | None) -> SAE:
-    if arm == "reconstruction":
-        return sae
-    if arm == "codebook":
-        assert book is not None
-        return book
-    silent = codebook(sae, sae.mean.new_ones(sae.F, sae.K), sae.mean.new_ones(sae.F, sae.V))
-    silent.v_dec.zero_()
-    return silent  # whose reconstruction is the mean
+def _reading(site: LayerSite, through: Mapping[int, StandIn]):
+    """A layer whose heads read `f(S_t)` in the place of S_t: the output changes by `(f(S_t) - S_t)^T q_t`."""
+
+    def handler(call: RuleCall, output_final_state: bool) -> RuleOutput:
+        out = call.run(output_final_state=output_final_state, return_writes=True)
+        assert out.writes is not None
+        q = site.binding.queries(call)
+        o = out.o.view(*out.o.shape[:2], site.num_v_heads, site.V)
+        for head, f in through.items():
+            o[:, :, head] += _change(out.writes, q[:, :, out.writes.left_head(head)], head, f).to(o)
+        return out
+
+    return handler
 
 
-def _answers(statistics: dict[str, Any], main: str) -> list[Answer]:
-    part = statistics["groups"][main]
-    found = part["reconstruction"]
-    best = min(("mean", "codebook"), key=lambda arm: part[arm]["more_loss"]["mean"])
-    low, high = part[best]["less_than_reconstruction"]["ci95"]
-    said = ", ".join(f"{arm} {part[arm]['perplexity']:.3f}" for arm in ARMS[1:])
-    return [
-        Answer(
-            "sae_read.perplexity", f"perplexity {statistics['plain']['perplexity']:.3f} → {found['perplexity']:.3f}, "
-            f"{100 * found['recovered']['ratio']:.1f} % of the loss recovered; loss less that of the best null "
-            f"({best}) {part[best]['less_than_reconstruction']['mean']:+.5f} nats a token",
-            found["more_loss"]["n"], "passages", (low, high), f"perplexity with {said}", above((-high, -low), 0),
-        )
-    ]  # fmt: skip
-
-
-def _figure(groups: dict[str, Any]) -> Figure:
-    looks = dict(zip(ARMS, ("atom", "previous", "mean", "zero"), strict=True))
-
-    def paint(axes, colours):
-        for i, part in enumerate(groups.values()):
-            for j, (arm, colour) in enumerate(looks.items()):
-                found, y = part[arm]["more_loss"], i + 0.16 * (j - 1.5)
-                axes.plot(found["ci95"], [y, y], color=colours[colour], lw=1.6)
-                axes.plot([found["mean"]], [y], "o", ms=5, color=colours[colour], label=arm if not i else None)
-        axes.axvline(0, color=colours["line"], lw=0.8)
-        axes.set_yticks(range(len(groups)), list(groups))
-        axes.set(xlabel="more loss, nats a token", ylim=(len(groups) - 0.5, -0.5))
-        axes.legend(fontsize=7.5)
-
-    return Figure(paint, "Loss with every read of a head's state through what stands for it, less that of the model as "
-                  "it is; 95 % intervals over passages.")  # fmt: skip
+def _change(writes: Writes, q: Tensor, head: int, f: StandIn) -> Tensor:
+    """`[B, T, V]`: by how much what queries `[B, T, K]` read changes; states are formed a few tokens at a time."""
+    one, found = writes.head(head), []
+    for lo in range(0, q.shape[1], _PART):
+        states = one.states(range(lo, min(lo + _PART, q.shape[1])))[:, :, 0].float()  # [B, t, K, V]
+        change = f(states.flatten(0, 1)).view_as(states) - states
+        found.append(torch.einsum("btkv,btk->btv", change, q[:, lo : lo + _PART].float()))
+    return torch.cat(found, 1)
 
 
 STUDY = Study(
     "sae_read_perplexity", "Every read through the reconstruction",
-    "The model reads test text while what it reads of a head's state is read of the dictionary's reconstruction; "
-    "beside it a codebook of native writes, the mean state, and nothing at all.",
+    "Tokens read the states of a head only through what its dictionary makes of them, at every position of a passage. "
+    "The loss then says how much of what is read the dictionary keeps, beside principal components, native writes, the "
+    "mean state and no state at all.",
     (
-        Claim("sae_read.perplexity", "With every read through the reconstruction the model predicts nearly as well.",
-              "–", "not in the paper; the verdict is on its being better than the mean state and the codebook"),
+        Claim("sae_read_perplexity.zero", "Reading reconstructions costs less than reading nothing.", "–",
+              "its sources define the measure, and name no number and no null"),
+        Claim("sae_read_perplexity.mean", "It costs less than reading the mean state of other text.", "–",
+              "its sources define the measure, and name no number and no null"),
+        Claim("sae_read_perplexity.PCA", "It costs less than reading as many principal components.", "–",
+              "its sources define the measure, and name no number and no null"),
     ),
-    {"passages": Setting(96, 8, "passages of test text")},
+    {
+        "passages": Setting(96, 4, "passages of test text"),
+        "context": Setting(256, 128, "tokens a passage"),
+        "train": Setting(64, 12, "passages of train text, for principal components and mean"),
+        "states": Setting(4000, 500, "states drawn of them"),
+        "conditions": Setting(("reconstruction", "codebook", "PCA", "mean", "zero"),
+                              ("reconstruction", "PCA", "mean", "zero"), "what is read in a state's place"),
+        "batch": Setting(8, 4, "passages at a time"),
+    },
     run,
 )  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..experiments.statistics import need
 from .lab import Lab
-from .measures import above, replaced, states_at, tested_text
+from .measures import above, replaced, replaced_text, states_at
 from .study import Answer, Claim, Figure, Findings, Setting, Study, join
 
 # In the order shown; the first two are the study's.
@@ -24,7 +24,7 @@ def run(lab: Lab) -> Findings:
         result = replaced(lab, {(layer, head): sae}, f"state-{layer}-{head}", conditions=("native", "atom", "delete"),
                           tokens=lab["tokens"])  # fmt: skip
         table = result.table
-        X = states_at(lab, (layer, head), tested_text(lab), table["passage"], table["position"]).to(sae.mean.device)
+        X = states_at(lab, (layer, head), replaced_text(lab), table["passage"], table["position"]).to(sae.mean.device)
         kl = {c: result.kl("increment", c, "coef") for c in ("atom", "delete")}
         parts.append({
             **{name: table[name] for name in ("layer", "head", "feature", "passage", "position")}, **kl,

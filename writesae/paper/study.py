@@ -32,10 +32,15 @@ NAMES = (
     "erase",
     "sign",
     "install",
+    "amplify_suppress",
     "passage_nll",
     "state_replacement_perplexity",
     "sae_read_perplexity",
-    "amplify_suppress",
+    "selectivity",
+    "readers",
+    "transplant",
+    "probing",
+    "geometry",
 )
 
 

@@ -35,11 +35,13 @@ def held(lab: Lab, split: str, passages: int, sites: Iterable[Site], context: in
 
 
 def _joined(parts: list[Writes]) -> Writes:
-    """What states and writes need, of several batches."""
+    """Several batches as one."""
+    erase = [part.erase for part in parts if part.erase is not None]
     return Writes(
         torch.cat([part.decay for part in parts]), torch.cat([part.left for part in parts]),
-        torch.cat([part.right for part in parts]), decay_matrix=parts[0].decay_matrix,
-        initial_state=joined([part.initial_state for part in parts], 0),
+        torch.cat([part.right for part in parts]), joined([part.beta for part in parts], 0),
+        (torch.cat([x[0] for x in erase]), torch.cat([x[1] for x in erase])) if erase else None,
+        parts[0].decay_matrix, joined([part.initial_state for part in parts], 0),
     )  # fmt: skip
 
 

@@ -214,15 +214,20 @@ def _sites(summary: Mapping) -> list[dict]:
     return list(rows.values())
 
 
+def top_atoms(table: Mapping[str, np.ndarray]) -> list[tuple[tuple[int, int, int], np.ndarray]]:
+    """((layer, head, feature), its firings) of those that a page shows: the features with most firings tested."""
+    keys = np.stack([table[x].astype(np.int64) for x in ("layer", "head", "feature")], 1)
+    unique, of, counts = np.unique(keys, axis=0, return_inverse=True, return_counts=True)
+    order = np.argsort(-counts, kind="stable")[:TOP_ATOMS]
+    return [(tuple(unique[i].tolist()), np.flatnonzero(of.reshape(-1) == i)) for i in order]
+
+
 def _atoms(table: Mapping[str, np.ndarray], summary: Mapping) -> list[dict]:
     """The features with most firings tested, each with its strongest contexts from different passages."""
     head = summary["headline"]
     atom, delete = (table[curve(head, c)][:, 1:].mean(1) for c in ("atom", "delete"))
-    keys = np.stack([table[x].astype(np.int64) for x in ("layer", "head", "feature")], 1)
-    unique, of, counts = np.unique(keys, axis=0, return_inverse=True, return_counts=True)
     blocks = []
-    for which in np.argsort(-counts, kind="stable")[:TOP_ATOMS]:
-        mine = np.flatnonzero(of.reshape(-1) == which)
+    for (layer, at, feature), mine in top_atoms(table):
         contexts, seen = [], set()
         for i in mine[np.argsort(-table["activation"][mine], kind="stable")]:
             if int(table["passage"][i]) not in seen:
@@ -230,13 +235,24 @@ def _atoms(table: Mapping[str, np.ndarray], summary: Mapping) -> list[dict]:
                 contexts.append(_context(table, int(i)))
             if len(contexts) == CONTEXTS:
                 break
-        layer, at, feature = (int(x) for x in unique[which])
         blocks.append({
             "layer": layer, "head": at, "feature": feature, "n": len(mine), "contexts": contexts,
             "won": float((atom[mine] < delete[mine]).mean()), "ties": int((atom[mine] == delete[mine]).sum()),
             "cosine": float(np.median(table["cosine"][mine])),
+            "about": _about(summary.get("atoms", {}).get(f"{layer}:{at}", {}).get(str(feature))),
         })  # fmt: skip
     return blocks
+
+
+def _about(found: Mapping | None) -> list[tuple[str, list[tuple[str, str]]]]:
+    """(what, [(token or atom, score)]) of what is known of an atom: see `atoms.describe`."""
+    if found is None:
+        return []
+    told = {"promoted": "raises", "answers_to": "answers to", "neighbours": "beside"}
+    return [
+        (word, [(_clean(str(x)), f"{score:+.2f}".replace("-", "−")) for x, score in found[name]])
+        for name, word in told.items() if found[name]
+    ]  # fmt: skip
 
 
 def _context(table: Mapping[str, np.ndarray], i: int) -> dict:

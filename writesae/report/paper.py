@@ -230,7 +230,9 @@ def render(
         for key in ("model", "quick", "seed")
         for values in [{section.summary[key] for section in sections}]
     }
+    numbered = [claim for claim in every if claim.claim["paper"] != "–"]
     return template("paper.html.j2").render(
+        numbered=numbered,
         sections=sections, every=every, verdicts=Counter(claim.answer["verdict"] for claim in every), names=VERDICTS,
         look=LOOK, failed=failed, unread=unread, never=never, known=known, common=common, shown=shown, span=span,
         value=_setting, style=Markup(STYLE),

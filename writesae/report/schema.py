@@ -172,6 +172,13 @@ _ROW = _fields({
     "kl_median": NUMBER, "of_zero": _or_none(NUMBER), "beats_delete": _or_none(_SHARE), "upper": _or_none(_SHARE),
     "atom_beats": _or_none(_SHARE),
 })  # fmt: skip
+_TOKENS = _list(_is(lambda x: isinstance(x, (list, tuple)) and len(x) == 2 and isinstance(x[0], str)
+                    and is_number(x[1]), "a text and a number"))  # fmt: skip
+_ABOUT = _fields({
+    "promoted": _or_none(_TOKENS), "answers_to": _TOKENS,
+    "neighbours": _list(_is(lambda x: isinstance(x, (list, tuple)) and len(x) == 2 and is_integer(x[0])
+                            and is_number(x[1]), "a feature and a number")),
+})  # fmt: skip
 _SUMMARY = _fields(
     {
         "n": _is(lambda x: is_integer(x, 1), "an integer >= 1"),
@@ -214,7 +221,7 @@ _SUMMARY = _fields(
         "versions": _mapping(TEXT, TEXT),
     },
     {
-        "model": TEXT, "writes": _WRITES, "closed_loop": _CLOSED_LOOP,
+        "model": TEXT, "writes": _WRITES, "closed_loop": _CLOSED_LOOP, "atoms": _mapping(SITE, _mapping(TEXT, _ABOUT)),
         "sites": _mapping(SITE, _fields({
             "n": COUNT, "features": COUNT, "rate": RATE, "ci95": _PAIR, "ties": COUNT,
             "kl_median": _both(_mapping(_CONDITION, NUMBER), _fields({"atom": _ANY, "delete": _ANY})),

@@ -56,6 +56,8 @@ summary{cursor:pointer;font-weight:600}
 .atom{break-inside:avoid;margin:0 0 20px}
 .atom h3{margin:0 0 6px;border-bottom:1px solid var(--rule);padding-bottom:4px}
 .atom h3 span{font-weight:400;color:var(--soft);font-size:13px;margin-left:6px}
+.about{margin:3px 0;font-size:12.5px}
+.about code{background:var(--wash);border-radius:4px;padding:1px 4px;white-space:pre-wrap}
 .context{display:flex;gap:8px;align-items:baseline;margin:5px 0;font-size:12.5px}
 .context code{flex:1;min-width:0;font:12px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation Mono",monospace;
 white-space:pre-wrap;
@@ -78,8 +80,8 @@ padding:7px 9px 7px 0}
 .claims tr.group code{display:block;font-weight:400;color:var(--soft)}
 .study{border-top:1px solid var(--rule);margin-top:40px}
 .study h2{margin-top:26px}
-.study .scroll th{white-space:normal;min-width:16em}
-.study .scroll td{vertical-align:top}
+.study .scroll th{white-space:normal;min-width:11em}
+.study .scroll th,.study .scroll td{vertical-align:top}
 .study figure{max-width:640px}
 .overview{max-width:760px;margin:24px 0}
 .finding{margin:12px 0}.finding p{margin:4px 0 0}
