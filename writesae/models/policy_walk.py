@@ -76,6 +76,7 @@ class Walked:
 class _Run:
     """Some tokens of some sequences, run and encoded."""
 
+    call: RuleCall
     pieces: list[Piece]
     flat: Tensor | None  # [tokens] where they stand among the call's, rows one after another; None: all of them
     output: RuleOutput
@@ -125,26 +126,32 @@ class _Walk:
         if not acting:
             codes = {player.tap: found for player, found in zip(self.players, whole.codes, strict=True)}
             return Walked(self.planned, None if self.graph else whole.output, codes)
-        if not whole.edited and not self.graph and all(hi - lo == 1 for lo, hi in self.bounds):
-            step = Step(self.frame.site.binding, self.call, whole.output, self.found)
-            if step.fits:
-                return self._stepped(step, whole)
+        if not self.graph and (step := self._step(whole, self.found)) is not None:
+            known = self._codes(step, whole)
+            return Walked(None, step.output(), known)
         at = {}  # sequence -> (next token, length of the next stretch)
         for n, t in acting.items():
             lo, hi = self.bounds[n]
             if t + 1 < hi - lo:
-                at[n] = t + 1, min(2 * (t + 1), 8)
+                at[n] = t + 1, 8 if t else 1
         if at:
             state = self._go_on(whole, [(n, 0, t) for n, (t, _) in at.items()])
             while at:
                 at = self._stretch(at, state)
         return Walked(_joined(self.planned, self._edits(self.found)), None, {})
 
-    def _stepped(self, step: Step, whole: _Run) -> Walked:
-        """Of one token a row."""
+    def _step(self, run: _Run, made: Sequence[Made]) -> Step | None:
+        """Edits of a run of one token a row, which needs no other run."""
+        if run.edited or any(hi - lo != 1 for _, lo, hi in run.pieces):
+            return None
+        step = Step(self.frame.site.binding, run.call, run.output, made)
+        return step if step.fits else None
+
+    def _codes(self, step: Step, run: _Run) -> dict[Tap, dict[int, GroupCodes]]:
+        """Codes with the edits of a step in effect, of groups of which they follow."""
         layer = self.frame.site.layer_index
         known: dict[Tap, dict[int, GroupCodes]] = {}
-        for player, codes, carries in zip(self.players, whole.codes, whole.carries, strict=True):
+        for player, codes, carries in zip(self.players, run.codes, run.carries, strict=True):
             known[player.tap] = {}
             for g, of_group in codes.items():
                 group = player.tap.group(layer, g)
@@ -152,7 +159,7 @@ class _Walk:
                 found = step.codes(group, heads, of_group, carries[g])
                 if found is not None:
                     known[player.tap][g] = found
-        return Walked(None, step.output(), known)
+        return known
 
     # ---- running ----------------------------------------------------------------------------------------------
 
@@ -177,13 +184,33 @@ class _Walk:
                 if hi < length:
                     left[n] = hi, 2 * (hi - lo)
             elif (stop := acting[n] + 1) < length:
-                left[n] = stop, 2 * (stop - lo)
+                left[n] = stop, 2 * (stop - lo) if stop > lo + 1 else 1
                 again.append((n, lo, stop))
-        if again:
+        if again and not self._stepped(run):
             run = self._some(again, state, self._all_in(again))
             for i, (n, _, _) in enumerate(again):
                 state.keep(i, n, run)
+        elif again:
+            for i, (n, _, _) in enumerate(pieces):
+                state.keep(i, n, run)
         return left
+
+    def _stepped(self, run: _Run) -> bool:
+        """Makes the edits of a run of one token a row in what it left, if that can be done."""
+        piece = {n: (i, lo) for i, (n, lo, _) in enumerate(run.pieces)}
+        made = [
+            replace(x, sequence=piece[x.sequence][0], token=0)
+            for x in self.found
+            if x.sequence in piece and x.token == piece[x.sequence][1]
+        ]
+        step = self._step(run, made)
+        if step is None:
+            return False
+        known = self._codes(step, run)
+        if any(len(known[player.tap]) < len(player.groups) for player in self.players):
+            return False
+        step.output()
+        return True
 
     def _go_on(self, whole: _Run, pieces: list[Piece]) -> _State:
         """States after the first tokens of some sequences, their edits in effect."""
@@ -216,7 +243,7 @@ class _Walk:
         for player, of_player in zip(self.players, carries, strict=True):
             at = None if head is None else [0]
             codes.append({g: player.tap.codes(layer, g, output.writes, of_player[g], at) for g in player.groups})
-        return _Run(pieces, flat, output, codes, carries, edits is not None)
+        return _Run(call, pieces, flat, output, codes, carries, edits is not None)
 
     # ---- asking -----------------------------------------------------------------------------------------------
 

@@ -91,7 +91,7 @@ def _figure(statistics: dict) -> Figure:
         axes.axhline(0.5, color=colours["line"], lw=0.9, ls=(0, (4, 3)))
         axes.set(xlabel="head", ylabel="share of firings that beat deletion", ylim=(0, 1.2))
         axes.set_xticks(sorted(int(head) for head in statistics["state"]["atom_against_delete"]["heads"]))
-        axes.legend(fontsize=7.5, ncols=4, loc="upper center")
+        axes.legend(fontsize=7, ncols=4, loc="upper center", columnspacing=1)
 
     return Figure(paint, "Win rate against deletion at every head of the layer, of atoms and of native writes of other "
                   "text, with Wilson intervals.")  # fmt: skip
