@@ -150,11 +150,11 @@ def _dose(lab: Lab, site: Site, sae: SAE, chosen: dict[str, np.ndarray]) -> dict
     for index, clean in forks.forks(engine, ids, table["row"], table["position"], site[1]):
         which, n = table["which"][index], torch.arange(len(index))
         v, w = forks.atoms(sae, chosen["feature"][which], clean.left)
-        x, y = forks.atoms(sae, table["other"][index], clean.left, unit=True)
+        p, q = forks.atoms(sae, table["other"][index], clean.left, unit=True)
         code = torch.from_numpy(chosen["code"][which]).to(v)[:, None, None]
         deltas = {f"own {dose}": _added(clean, dose * code * v, w) for dose in lab["doses"]}
-        like = x * (code * _norm((v, w))[:, None, None])
-        deltas |= {f"other {dose}": _added(clean, dose * like, y) for dose in lab["doses"]}
+        like = p * (code * _norm((v, w))[:, None, None])
+        deltas |= {f"other {dose}": _added(clean, dose * like, q) for dose in lab["doses"]}
         shift = {name: found.cpu() for name, found in _shift(engine, clean, deltas).items()}
         for dose in lab["doses"]:
             own, other = shift[f"own {dose}"], shift[f"other {dose}"]
