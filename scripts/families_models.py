@@ -126,8 +126,6 @@ def build_model(family: str) -> nn.Module:
                 half_life = torch.empty_like(p).uniform_(0, math.log(700)).exp().clamp_min(2)
                 fade = (-16 * math.log(2) / half_life).exp()
                 p.copy_(torch.log(fade / (1 - fade)))
-            elif family == "mamba" and name.endswith(("in_proj.weight", "x_proj.weight")):  # its B and C are not normed
-                p.normal_(0, p.shape[1] ** -0.5)
             elif name.endswith("A_log") and family != "mamba":  # there: a spread over states, of the model's own
                 p.uniform_(1, 16).log_()
             elif name.endswith("dt_bias"):

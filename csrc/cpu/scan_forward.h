@@ -2,9 +2,11 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <thread>
 #include <vector>
 
 #include "cpu/isa.h"
@@ -19,6 +21,9 @@ namespace writesae::cpu::scan {
 struct Item {
   int64_t n, h, b, origin;      // sequence, value head, its batch row and first token
   int64_t first, last, length;  // positions of the tile inside the sequence, and its whole length
+  int64_t until, ahead;         // the walk prefetches to position `until`, and rows to prepare `ahead` tokens on, or 0,
+  int64_t block, blocks;        // of which this column block takes its share
+  bool load, store;             // whether the state comes from memory, and goes there
   const float* prepared;        // [chunk][K / 16][ROWS][16]
   const float* dots;            // [chunk][DOTS][C][C]
   const float* gate;            // [tile]  e^g, where it is a head's
@@ -31,9 +36,10 @@ struct Item {
 #define WRITESAE_KERNEL "cpu/scan_kernel.h"
 #include "cpu/each_isa.h"
 
-constexpr int64_t CHUNK = portable::C;       // the same for every instruction set: the scratch layout depends on it
-constexpr int64_t PART = 64;                 // tokens an item of preparation takes
-constexpr int64_t SCRATCH_FLOATS = 1 << 20;  // prepared keys and queries kept at once: about the second-level cache
+constexpr int64_t CHUNK = portable::C;        // the same for every instruction set: the scratch layout depends on it
+constexpr int64_t PART = 64;                  // tokens an item of preparation takes
+constexpr int64_t AHEAD = 32, STRETCH = 256;  // tokens prepared at once, and walked, by a thread that does both
+constexpr int64_t SCRATCH_FLOATS = 1 << 20;   // prepared keys and queries kept at once: about the second-level cache
 
 // The kernels of one instruction set.
 template <class Form>
@@ -105,36 +111,111 @@ void scan_one_token(const ScanParams& p, const Parallel& parallel) {
   }
 }
 
+// Snapshot places by sequence, then position.
+class Shots {
+ public:
+  explicit Shots(const ScanParams& p) : places_(p.places), order_(p.P) {
+    for (int64_t i = 0; i < p.P; i++) order_[i] = i;
+    std::sort(order_.begin(), order_.end(), [&](int64_t x, int64_t y) {
+      const int64_t *a = places_ + x * 2, *b = places_ + y * 2;
+      return a[0] != b[0] ? a[0] < b[0] : a[1] < b[1];
+    });
+  }
+  const int64_t* find(int64_t n, int64_t position) const {
+    return std::partition_point(order_.data(), order_.data() + order_.size(), [&](int64_t i) {
+      const int64_t* place = places_ + i * 2;
+      return place[0] != n ? place[0] < n : place[1] < position;
+    });
+  }
+
+ private:
+  const int64_t* places_;
+  std::vector<int64_t> order_;
+};
+
+// What a tile [first, last) of a sequence's value head is, but for what was prepared.
+inline Item item_of(const ScanParams& p, const Shots& shots, int64_t n, const Sequence& s, int64_t h, int64_t first,
+                    int64_t last) {
+  Item item = {};
+  item.n = n, item.h = h, item.b = s.b, item.origin = s.origin, item.length = s.length;
+  item.first = first, item.last = item.until = std::min(last, s.length);
+  item.edit = first_edit(p.edits, n, h, first), item.edit_end = first_edit(p.edits, n, h, s.length);
+  item.shots = shots.find(n, first), item.shots_end = shots.find(n, s.length);
+  item.load = item.store = true;
+  return item;
+}
+
+// With enough heads and sequences for all threads: an item is a stretch of a head's tokens, prepared and walked in turns of
+// AHEAD by one thread, whose second-level cache holds all that passes between them. Items are handed out so that a stretch
+// comes after the one before it, for which it waits if another thread still has it.
+template <class Form>
+void by_head(const ScanParams& p, const Parallel& parallel, const Kernels<Form>& kernel,
+             const std::vector<Sequence>& sequences, const Shots& shots) {
+  constexpr int64_t ROWS = portable::ROWS<Form>, DOTS = portable::DOTS<Form>;
+  struct Stretch {
+    int64_t n, first;
+  };
+  std::vector<Stretch> stretches;
+  std::vector<int64_t> running(p.N);
+  for (int64_t n = 0; n < p.N; n++) running[n] = n;
+  for (int64_t first = 0; !running.empty(); first += STRETCH) {
+    for (int64_t n : running) stretches.push_back({n, first});
+    const auto done = [&](int64_t n) { return sequences[n].length <= first + STRETCH; };
+    running.erase(std::remove_if(running.begin(), running.end(), done), running.end());
+  }
+  std::vector<std::atomic<int64_t>> walked(p.N * p.H);
+
+  const int64_t padded = round_up(p.K, 16), width = kernel.vectors * kernel.lanes, blocks = (p.V + width - 1) / width;
+  const int64_t prepared_size = AHEAD / CHUNK * padded * ROWS, dots_size = AHEAD / CHUNK * DOTS * CHUNK * CHUNK;
+  const int64_t rows_size = portable::SCRATCH_ROWS<Form> * padded;
+  const int64_t block_size = round_up(portable::block_memory<Form>(p.K, width), 16);
+  const int64_t worker_size = 2 * prepared_size + dots_size + AHEAD + rows_size + blocks * block_size;
+  const Buffer memory(worker_size * parallel.threads);
+  for_each(parallel, static_cast<int64_t>(stretches.size()) * p.H, [&](int64_t i, int64_t worker) {
+    const auto [n, begin] = stretches[i / p.H];
+    const int64_t h = i % p.H;
+    const Sequence& s = sequences[n];
+    const int64_t end = std::min(begin + STRETCH, s.length);
+    float* const prepared = memory + worker * worker_size;
+    float* const dots = prepared + 2 * prepared_size;
+    float* const beta = dots + dots_size;
+    float* const rows = beta + AHEAD;
+    float* const states = rows + rows_size;
+    std::atomic<int64_t>& reached = walked[n * p.H + h];
+    while (reached.load(std::memory_order_acquire) < begin) std::this_thread::yield();
+    for (int64_t first = begin, turn = 0; first == begin || first < end; first += AHEAD, turn ^= 1) {
+      const int64_t last = std::min(first + AHEAD, end);
+      kernel.prepare(p, s.b, s.origin, first, last, h, first == begin, rows, prepared + turn * prepared_size, dots);
+      for (int64_t t = first; t < last; t++) beta[t - first] = kernel.read(p.beta, s.b, s.origin + t, h);
+      Item item = item_of(p, shots, n, s, h, first, last);
+      item.prepared = prepared + turn * prepared_size, item.dots = dots, item.gate = item.beta = beta;
+      item.until = end, item.ahead = AHEAD, item.blocks = blocks;
+      item.load = first == begin, item.store = last == end;
+      for (item.block = 0; item.block < blocks; item.block++)
+        kernel.run_columns(p, item, item.block * width, kernel.vectors, states + item.block * block_size);
+    }
+    reached.store(end, std::memory_order_release);
+  });
+}
+
 template <class Form>
 void forward_of(const ScanParams& p, const Parallel& parallel) {
   if (p.T == 1 && p.cu_seqlens == nullptr) return scan_one_token<Form>(p, parallel);
   const Kernels<Form> kernel = kernels<Form>();
   const int64_t K = p.K, V = p.V;
   std::vector<Sequence> sequences;
-  int64_t longest = 0;
+  int64_t longest = 0, total = 0;
   for (int64_t n = 0; n < p.N; n++) {
     if (p.cu_seqlens != nullptr) {
       sequences.push_back({0, p.cu_seqlens[n], p.cu_seqlens[n + 1] - p.cu_seqlens[n]});
     } else {
       sequences.push_back({n, 0, p.T});
     }
-    longest = std::max(longest, sequences.back().length);
+    longest = std::max(longest, sequences.back().length), total += sequences.back().length;
   }
-  // Snapshot places by sequence, then position.
-  std::vector<int64_t> shots(p.P);
-  for (int64_t i = 0; i < p.P; i++) shots[i] = i;
-  std::sort(shots.begin(), shots.end(), [&](int64_t x, int64_t y) {
-    const int64_t *a = p.places + x * 2, *b = p.places + y * 2;
-    return a[0] != b[0] ? a[0] < b[0] : a[1] < b[1];
-  });
-  const auto find_shot = [&](int64_t n, int64_t position) {
-    return std::partition_point(shots.begin(), shots.end(),
-                                [&](int64_t i) {
-                                  const int64_t* place = p.places + i * 2;
-                                  return place[0] != n ? place[0] < n : place[1] < position;
-                                }) -
-           shots.begin();
-  };
+  const Shots shots(p);
+  if constexpr (Form::CHANNEL)
+    if (total * p.H >= longest * parallel.threads) return by_head(p, parallel, kernel, sequences, shots);
 
   // A tile: so many tokens, and so many sequences side by side, that what is prepared for them stays near the core.
   constexpr int64_t ROWS = portable::ROWS<Form>, DOTS = portable::DOTS<Form>;
@@ -153,7 +234,7 @@ void forward_of(const ScanParams& p, const Parallel& parallel) {
   if (together * p.H * blocks_of(vectors) < parallel.threads) vectors = 1;
   const int64_t width = vectors * kernel.lanes, blocks = blocks_of(vectors);
   const int64_t memory_size = round_up(portable::block_memory<Form>(K, width), 16);
-  const int64_t rows_size = (ROWS + (Form::CHANNEL ? CHUNK : 0)) * padded;
+  const int64_t rows_size = portable::SCRATCH_ROWS<Form> * padded;
   const int64_t worker_size = std::max(memory_size, rows_size);
   const Buffer memory(worker_size * parallel.threads);
 
@@ -174,8 +255,8 @@ void forward_of(const ScanParams& p, const Parallel& parallel) {
             if (written != nullptr) touch(written, p.H * V * sizeof(float), row + from, row + to);
         }
         const int64_t chunk = (m * heads + head) * chunks + part * PART / CHUNK;
-        kernel.prepare(p, s.b, s.origin, from, to, head, memory + worker * worker_size, prepared + chunk * padded * ROWS,
-                       dots + chunk * DOTS * CHUNK * CHUNK);
+        kernel.prepare(p, s.b, s.origin, from, to, head, true, memory + worker * worker_size,
+                       prepared + chunk * padded * ROWS, dots + chunk * DOTS * CHUNK * CHUNK);
         for (int64_t h = head * values; h < (head + 1) * values; h++)
           for (int64_t t = from; t < to; t++) {
             const int64_t at = (m * p.H + h) * tile + t - first;
@@ -187,15 +268,11 @@ void forward_of(const ScanParams& p, const Parallel& parallel) {
         const int64_t m = i / (p.H * blocks), h = i / blocks % p.H, n = n0 + m, head = h / values;
         const Sequence& s = sequences[n];
         if (first > 0 && first >= s.length) return;
-        Item item;
-        item.n = n, item.h = h, item.b = s.b, item.origin = s.origin, item.length = s.length;
-        item.first = first, item.last = std::min(first + tile, s.length);
+        Item item = item_of(p, shots, n, s, h, first, first + tile);
         item.prepared = prepared + (m * heads + head) * prepared_size;
         item.dots = dots + (m * heads + head) * dots_size;
         item.gate = gate + (m * p.H + h) * tile;
         item.beta = beta + (m * p.H + h) * tile;
-        item.edit = first_edit(p.edits, n, h, first), item.edit_end = first_edit(p.edits, n, h, s.length);
-        item.shots = shots.data() + find_shot(n, first), item.shots_end = shots.data() + find_shot(n, s.length);
         kernel.run_columns(p, item, i % blocks * width, vectors, memory + worker * worker_size);
       });
     }

@@ -3,10 +3,9 @@
 
 // e^g of each channel of (a, b, c); 1 in the padding.
 inline void read_gates(const View& g, int64_t a, int64_t b, int64_t c, int64_t K, int64_t padded, float* row) {
-  convert_in(g.type, g.at(a, b, c), row, K);
-  for (int64_t i = K; i < padded; i++) row[i] = 0;
+  const float* const from = float_row(g, a, b, c, K, padded, row);
   for (int64_t i = 0; i < padded; i += LANES) {
-    const Vec x = load(row + i);
+    const Vec x = load(from + i);
     const Vec e = x < Vec{} - 87.0f ? Vec{} : exponential(x);
     store(row + i, x == x ? e : x);
   }

@@ -19,7 +19,7 @@
 // Predicted for the delta rule on one Zen 4 core (GEMM: 93 GFLOP/s): 26 vector operations a row for 24 useful ones, so 86;
 // less about 10 % for `prepare` and the triangular part: 77. Measured, one thread, CPU time: 80 with one head at T = 2,048,
 // 55-60 with 16 heads on a machine that others kept busy, where a token's row is 8 KB from the next one's: cache misses on
-// v and o took 29 % of the time there before `prefetch`, and 8 % after. transformers' chunked fallback: 5.0-6.0 times the
+// v and o took 29 % of the time there before lines were prefetched, and 8 % after. transformers' chunked fallback: 5.0-6.0 times the
 // CPU time.
 //
 // A low-rank erase is a second write of each token, b_j r_j^T, and the rows a_j take the place of the keys that read. They
@@ -31,8 +31,8 @@
 // A micro-chunk that holds an edit or a snapshot goes token by token (`token`); the others pay nothing for it.
 
 #include "cpu/scan_gates_kernel.h"
+#include "cpu/scan_prepare_kernel.h"
 
-constexpr int C = 4;
 // r, o and u of four tokens take 12 registers a vector of columns: two vectors fit 32 registers, one fits 16.
 #if defined(__aarch64__)
 constexpr int VECTORS = 2;
@@ -40,110 +40,10 @@ constexpr int VECTORS = 2;
 constexpr int VECTORS = LANES == 16 ? 2 : 1;
 #endif
 
-// Rows of a micro-chunk that `prepare` makes: of the keys and queries; with a gate a channel G_j k_j, G_j q_j, D_3j k_j and
-// G_3, so that the walk multiplies by no other gate; with a low-rank erase G_j-1 a_j, G_j q_j, D_3j k_j, G_3 and D_3j b_j.
-template <class Form>
-constexpr int ROWS = (Form::CHANNEL ? 3 * C + 1 : 2 * C) + (Form::LOW_RANK ? C : 0);
-
-// Products of a micro-chunk, matrices of [C][C]: of the keys with what reads (keys, or a) and with the queries; of b the same.
-template <class Form>
-constexpr int DOTS = 2 * Form::WRITES;
-
-// ---- once per key head and tile ------------------------------------------------------------------------------------
-
-inline int64_t round_up_16(int64_t K) { return (K + 15) / 16 * 16; }
+constexpr int64_t PASS = 64;  // rows of the state that stay in the first-level cache from a write to a reading
 
 // Element i of a prepared row (step ROWS) or of a plain row (step 1).
 inline float element(const float* row, int64_t step, int64_t i) { return row[i / 16 * 16 * step + i % 16]; }
-
-inline void prefetch_row(const View& x, int64_t a, int64_t b, int64_t c, int64_t n) {
-  const char* from = static_cast<const char*>(x.at(a, b, c));
-  for (int64_t byte = 0; byte < n * element_size(x.type); byte += 64) __builtin_prefetch(from + byte, 0);
-}
-
-// The products of a micro-chunk, and with a gate a channel what ROWS says. rows [ROWS, and C more with a gate a channel]:
-// k_0.., q_0..; or with a gate a channel a_0.. or nothing, q_0.., k_0.., (nothing), b_0.. if any, e^g_0... In place.
-template <class Form>
-inline void gate_rows(float* rows, int64_t padded, float* dots) {
-  if constexpr (!Form::CHANNEL) {
-    for (int j = 0; j < C; j++)
-      for (int i = 0; i <= j; i++) {
-        if constexpr (Form::READS) dots[j * C + i] = i < j ? dot(rows + i * padded, rows + j * padded, padded) : 0.0f;
-        dots[C * C + j * C + i] = dot(rows + i * padded, rows + (C + j) * padded, padded);
-      }
-  } else {
-    float *const a = rows, *const q = rows + C * padded, *const k = q + C * padded, *const total = k + C * padded;
-    float* const b = total + padded;
-    const float* const gates = rows + ROWS<Form> * padded;
-    for (int64_t i = 0; i < padded; i++) total[i] = 1;
-    for (int j = 0; j < C && Form::READS; j++) {
-      multiply_rows(total, gates + j * padded, padded, total);
-      multiply_rows(total, k + j * padded, padded, rows + j * padded);
-    }
-    for (int w = 0; w < Form::WRITES; w++, dots += 2 * C * C)
-      for (int i = 0; i < C; i++)
-        for (int j = i; j < C; j++) {
-          float* const faded = (w == 0 ? k : b) + i * padded;  // D_ji k_i
-          if (Form::LOW_RANK && j > i) dots[j * C + i] = dot(faded, a + j * padded, padded);
-          if (j > i) multiply_rows(faded, gates + j * padded, padded, faded);
-          if (Form::READS && j > i) dots[j * C + i] = dot(faded, k + j * padded, padded);
-          dots[C * C + j * C + i] = dot(faded, q + j * padded, padded);
-        }
-    for (int64_t i = 0; i < padded; i++) total[i] = 1;
-    for (int j = 0; j < C; j++) {
-      if constexpr (Form::LOW_RANK) multiply_rows(total, a + j * padded, padded, a + j * padded);
-      multiply_rows(total, gates + j * padded, padded, total);
-      multiply_rows(total, q + j * padded, padded, q + j * padded);
-    }
-  }
-}
-
-// Tokens [first, last) of a head: of the keys, or of the values with a gate a channel. first is a multiple of C within the
-// sequence that starts at row b, token `origin`.
-//   rows      scratch, of ROWS + C rows
-//   prepared  [chunk][K / 16][ROWS][16]: in pieces of 16 (zero past the end), so that one pointer and constant offsets
-//             reach all of them
-//   dots      [chunk][DOTS][C][C]: k_i . D_ji k_j where the rule reads, or D_j-1,i a_j, and k_i . D_ji q_j; without D where
-//             the gate is a head's; then of b_i
-template <class Form>
-inline void prepare(const ScanParams& p, int64_t b, int64_t origin, int64_t first, int64_t last, int64_t head, float* rows,
-                    float* prepared, float* dots) {
-  const int64_t K = p.K, padded = round_up_16(K), group = Form::CHANNEL ? p.H / p.Hk : 1, hk = head / group;
-  for (int64_t start = first; start < last; start += C, prepared += padded * ROWS<Form>, dots += DOTS<Form> * C * C) {
-    for (int j = 0; j < C; j++) {
-      float* k = rows + ((Form::CHANNEL ? 2 * C : 0) + j) * padded;
-      float* q = rows + (C + j) * padded;
-      float *a = rows + j * padded, *erase = rows + (3 * C + 1 + j) * padded;  // with a low-rank erase
-      float* gates = rows + (ROWS<Form> + j) * padded;
-      if (start + j >= last) {
-        for (int64_t i = 0; i < padded; i++) k[i] = q[i] = 0;
-        for (int64_t i = 0; i < padded && Form::LOW_RANK; i++) a[i] = erase[i] = 0;
-        for (int64_t i = 0; i < padded && Form::CHANNEL; i++) gates[i] = 1;
-        continue;
-      }
-      const int64_t t = origin + start + j;
-      if (start + j + C < last) {  // a key head's next row lies a whole token away, where no hardware prefetcher looks
-        prefetch_row(p.k, b, t + C, hk, K);
-        prefetch_row(p.q, b, t + C, hk, K);
-        if constexpr (Form::CHANNEL) prefetch_row(p.g, b, t + C, head, K);
-        if constexpr (Form::LOW_RANK) prefetch_row(p.a, b, t + C, head, K), prefetch_row(p.b, b, t + C, head, K);
-      }
-      read_row(p.k, b, t, hk, K, padded, p.use_qk_l2norm, 1.0f, k);
-      read_row(p.q, b, t, hk, K, padded, p.use_qk_l2norm, p.scale, q);
-      if constexpr (Form::CHANNEL) read_gates(p.g, b, t, head, K, padded, gates);
-      if constexpr (Form::LOW_RANK) {
-        read_row(p.a, b, t, head, K, padded, false, 1.0f, a);
-        read_row(p.b, b, t, head, K, padded, false, 1.0f, erase);
-      }
-      if (p.left != nullptr && head % group == 0)
-        std::memcpy(p.left + ((b * p.T + t) * p.Hk + hk) * K, k, K * sizeof(float));
-    }
-    gate_rows<Form>(rows, padded, dots);
-    for (int64_t i = 0; i < padded; i += 16)
-      for (int j = 0; j < ROWS<Form>; j++)
-        for (int l = 0; l < 16; l += LANES) store(prepared + (i * ROWS<Form> + j * 16) + l, load(rows + j * padded + i + l));
-  }
-}
 
 // ---- one column block ----------------------------------------------------------------------------------------------
 
@@ -155,15 +55,27 @@ struct Pending {
   Vec u[Form::WRITES * C][NV];  // D_3i u_i, or u_i where the rows have D_3i; then r_i of a low-rank erase
 };
 
+// Lines of memory to bring near during a pass, one a row of the state: all at once would take every line that a core can wait
+// for, and what the pass itself reads would queue behind them.
+struct Lines {
+  static constexpr int64_t MOST = 128;
+  int64_t count = 0;
+  const char* at[MOST];
+
+  void add(const void* from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes && count < MOST; i += 64) at[count++] = static_cast<const char*>(from) + i;
+  }
+};
+
 // Row of the pending increment i, counted from that of k_0: those of b come after G_3.
 inline constexpr int row_of(int i) { return i < C ? i : i + 1; }
 
 // S <- G_3 S + sum_i D_3i k_i u_i^T for the pending chunk, and r_j = S^T k_j (where the rule reads; S^T a_j), o_j = S^T q_j for
-// the next, in one pass. With a low-rank erase in two over each 16 rows, since its writes and readings do not fit the registers
-// together.
+// the next, in one pass. With a low-rank erase in two over each PASS rows, since its writes and readings do not fit the
+// registers together.
 template <class Form, int NV>
-inline void advance(float* state, int64_t K, const Pending<Form, NV>& pending, const float* next, Vec (&r)[C][NV],
-                    Vec (&o)[C][NV]) {
+inline void advance(float* state, int64_t K, const Pending<Form, NV>& pending, const float* next, const Lines& lines,
+                    Vec (&r)[C][NV], Vec (&o)[C][NV]) {
   constexpr int SKIP = 16 * (ROWS<Form> - 1), INCREMENTS = Form::WRITES * C;
   Vec u[INCREMENTS][NV], rk[C][NV], oq[C][NV];
   for (int j = 0; j < INCREMENTS; j++)
@@ -172,7 +84,9 @@ inline void advance(float* state, int64_t K, const Pending<Form, NV>& pending, c
     for (int n = 0; n < NV; n++) rk[j][n] = oq[j][n] = Vec{};
   const float gate = pending.gate;
   const float* past = pending.prepared + (Form::CHANNEL ? 2 * C * 16 : 0);
+  const char *const *line = lines.at, *const *const lines_end = lines.at + lines.count;
   const auto write = [&](Vec(&s)[NV]) {
+    if (line < lines_end) __builtin_prefetch(*line++, 0, 2);
     for (int n = 0; n < NV; n++) s[n] = load(state + n * LANES) * (Form::CHANNEL ? past[C * 16] : gate);
     for (int j = 0; j < INCREMENTS; j++)
       for (int n = 0; n < NV; n++) s[n] += past[row_of(j) * 16] * u[j][n];
@@ -185,25 +99,29 @@ inline void advance(float* state, int64_t K, const Pending<Form, NV>& pending, c
         oq[j][n] += next[(C + j) * 16] * s[n];
       }
   };
-  for (int64_t left = K; left > 0; left -= 16, past += SKIP, next += SKIP) {
-    const int64_t rows = left < 16 ? left : 16;
-    const float* end = past + rows;
-    if constexpr (Form::LOW_RANK) {
+  if constexpr (Form::LOW_RANK) {
+    for (int64_t first = 0; first < K; first += PASS) {
+      const int64_t last = K - first < PASS ? K : first + PASS;
+      float* const rows = state;
       Vec s[NV];
-      for (; past < end; past++, state += NV * LANES) write(s);
-      state -= rows * NV * LANES;
-      for (end = next + rows; next < end; next++, state += NV * LANES) {
-        for (int n = 0; n < NV; n++) s[n] = load(state + n * LANES);
-        read(s);
-      }
-    } else {
-      for (; past < end; past++, next++, state += NV * LANES) {
+      for (int64_t i = first; i < last; i += 16, past += SKIP)
+        for (const float* end = past + (last - i < 16 ? last - i : 16); past < end; past++, state += NV * LANES) write(s);
+      state = rows;
+      for (int64_t i = first; i < last; i += 16, next += SKIP)
+        for (const float* end = next + (last - i < 16 ? last - i : 16); next < end; next++, state += NV * LANES) {
+          for (int n = 0; n < NV; n++) s[n] = load(state + n * LANES);
+          read(s);
+        }
+    }
+  } else {
+    for (int64_t i = 0; i < K; i += 16, past += SKIP, next += SKIP)
+      for (const float* end = past + (K - i < 16 ? K - i : 16); past < end; past++, next++, state += NV * LANES) {
         Vec s[NV];
         write(s);
         read(s);
       }
-    }
   }
+  for (; line < lines_end; line++) __builtin_prefetch(*line, 0, 2);
   for (int j = 0; j < C; j++)
     for (int n = 0; n < NV; n++) {
       r[j][n] = rk[j][n];
@@ -311,57 +229,69 @@ inline void write(const Vec* x, Element type, void* to, int64_t width, float* li
   convert_out(type, line, to, width);
 }
 
-// The lines that the next chunk's values come from and its results go to: a token's columns lie far from the next token's,
-// where no hardware prefetcher looks.
+// What a block will want of memory after the chunk at `start`: the lines that the next chunk's values come from and its results
+// go to, and with item.ahead its share of the rows that `prepare` reads so many tokens later. A token's row lies far from the
+// next token's, where no hardware prefetcher looks.
 template <class Form>
-inline void prefetch(const ScanParams& p, const Item& item, int64_t start, int64_t column, int64_t width) {
-  const int64_t last = start + C < item.last ? start + C : item.last;
-  for (int64_t t = start; t < last; t++) {
+inline void collect(const ScanParams& p, const Item& item, int64_t start, int64_t column, int64_t width, Lines& lines) {
+  lines.count = 0;
+  for (int64_t t = start + C; t < start + 2 * C && t < item.until; t++) {
     const int64_t at = ((item.b * p.T + item.origin + t) * p.H + item.h) * p.V + column;
-    const char* v = static_cast<const char*>(p.v.at(item.b, item.origin + t, item.h, column));
-    const char* o = static_cast<const char*>(p.o) + at * element_size(p.o_type);
-    for (int64_t byte = 0; byte < width * element_size(p.v.type); byte += 64) __builtin_prefetch(v + byte, 0);
-    for (int64_t byte = 0; byte < width * element_size(p.o_type); byte += 64) __builtin_prefetch(o + byte, 1);
+    lines.add(p.v.at(item.b, item.origin + t, item.h, column), width * element_size(p.v.type));
+    lines.add(static_cast<const char*>(p.o) + at * element_size(p.o_type), width * element_size(p.o_type));
     for (const float* written : {p.right, Form::LOW_RANK ? p.erased : nullptr})
-      for (int64_t c = 0; c < width && written != nullptr; c += 16) __builtin_prefetch(written + at + c, 1);
+      if (written != nullptr) lines.add(written + at, width * sizeof(float));
   }
+  if (item.ahead == 0) return;
+  const int64_t hk = item.h / (p.H / p.Hk);
+  const View* const rows[] = {&p.k, &p.q, &p.g, &p.a, &p.b};
+  for (int64_t t = start + item.ahead; t < start + item.ahead + C && t < item.until; t++)
+    for (int64_t i = (t + item.block) % item.blocks; i < (Form::LOW_RANK ? 5 : 3); i += item.blocks)
+      lines.add(rows[i]->at(item.b, item.origin + t, i < 2 ? hk : item.h), p.K * element_size(rows[i]->type));
 }
 
 // Floats of scratch of `run_block` on blocks of `width` columns.
 template <class Form>
 inline int64_t block_memory(int64_t K, int64_t width) {
-  const int64_t padded = round_up_16(K);
-  return (K + 2 * C + 1) * width + padded * (ROWS<Form> + (Form::CHANNEL ? 3 : 0) + (Form::LOW_RANK ? 2 : 0));
+  const int64_t padded = round_up_16(K), pending = (Form::WRITES * C + 1) * width + 16;
+  return pending + (K + 2 * C + 1) * width + padded * (ROWS<Form> + (Form::CHANNEL ? 3 : 0) + (Form::LOW_RANK ? 2 : 0));
 }
 
-// memory: [K * W state | a chunk of nothing, prepared | 2 * C * W values and results | W edit side | 3 rows of one token,
-// with a gate a channel, and 2 more with a low-rank erase], 64-byte aligned
+// memory: [what is pending | K * W state | a chunk of nothing, prepared | 2 * C * W values and results | W edit side | 3 rows
+// of one token, with a gate a channel, and 2 more with a low-rank erase], 64-byte aligned. From a call that does not store the
+// state to the next, which does not load it, the memory stays as it is, and the last chunk's prepared rows.
 template <class Form, int NV>
 inline void run_block(const ScanParams& p, Item item, int64_t column, float* memory) {
   constexpr int W = NV * LANES;
+  static_assert(sizeof(Pending<Form, NV>) <= ((Form::WRITES * C + 1) * W + 16) * sizeof(float));
   const int64_t K = p.K, V = p.V, padded = round_up_16(K), width = V - column < W ? V - column : W;
-  float* state = memory;
+  Pending<Form, NV>& kept = *reinterpret_cast<Pending<Form, NV>*>(memory);
+  float* state = memory + round_up_16(((Form::WRITES * C + 1) * W));
   float* nothing = state + K * W;
   float* values = nothing + padded * ROWS<Form>;
   float* results = values + C * W;
   float* side = results + C * W;
   float* alone = side + W;
   float* carried = p.final_state + (item.n * p.H + item.h) * K * V + column;
-  for (int64_t i = 0; i < padded * ROWS<Form>; i++) nothing[i] = Form::CHANNEL && i / 16 % ROWS<Form> == 3 * C ? 1 : 0;
-  if (item.first > 0) {
-    copy_block<NV>(state, carried, K, V, width, false);
-  } else if (p.initial_state != nullptr) {
-    const float* start = p.initial_state + (item.n * p.H + item.h) * K * V + column;
-    copy_block<NV>(state, const_cast<float*>(start), K, V, width, false);
-  } else {
-    for (int64_t i = 0; i < K * W; i++) state[i] = 0;
+  if (item.load) {
+    for (int64_t i = 0; i < padded * ROWS<Form>; i++) nothing[i] = Form::CHANNEL && i / 16 % ROWS<Form> == 3 * C ? 1 : 0;
+    kept = {1.0f, nothing, {}};
+    if (item.first > 0) {
+      copy_block<NV>(state, carried, K, V, width, false);
+    } else if (p.initial_state != nullptr) {
+      const float* start = p.initial_state + (item.n * p.H + item.h) * K * V + column;
+      copy_block<NV>(state, const_cast<float*>(start), K, V, width, false);
+    } else {
+      for (int64_t i = 0; i < K * W; i++) state[i] = 0;
+    }
   }
-  Pending<Form, NV> pending = {1.0f, nothing, {}};
+  Pending<Form, NV> pending = kept;
+  Lines lines;
   const float* prepared = item.prepared;
   const float* dots = item.dots;
   for (int64_t start = item.first; start < item.last;
        start += C, prepared += padded * ROWS<Form>, dots += DOTS<Form> * C * C) {
-    prefetch<Form>(p, item, start + C, column, width);
+    collect<Form>(p, item, start, column, width, lines);
     const int count = item.last - start < C ? static_cast<int>(item.last - start) : C;
     const float* gate = item.gate + (start - item.first);
     const float* beta = item.beta + (start - item.first);
@@ -404,7 +334,7 @@ inline void run_block(const ScanParams& p, Item item, int64_t column, float* mem
           copy_block<NV>(state, p.snapshots + (*item.shots * p.H + item.h) * K * V + column, K, V, width, true);
       }
     } else {
-      advance<Form, NV>(state, K, pending, prepared, r, o);
+      advance<Form, NV>(state, K, pending, prepared, lines, r, o);
       float since[C];  // D_ji for the present j, where it is a head's; a gate past the end counts as 1, a beta as 0
       float total = 1;
       for (int j = 0; j < C; j++) {
@@ -446,6 +376,10 @@ inline void run_block(const ScanParams& p, Item item, int64_t column, float* mem
       if (p.right != nullptr) write<NV>(u[j], Element::f32, p.right + at, width, results);
       if (Form::LOW_RANK && p.erased != nullptr) write<NV>(r[j], Element::f32, p.erased + at, width, results);
     }
+  }
+  if (!item.store) {
+    kept = pending;
+    return;
   }
   flush<Form, NV>(state, K, pending, nothing);
   copy_block<NV>(state, carried, K, V, width, true);

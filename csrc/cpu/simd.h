@@ -99,6 +99,14 @@ inline float read(const View& x, int64_t a, int64_t b, int64_t c) {
   return value;
 }
 
+// A row of x as floats, padded with zeros: where it lies if nothing is to be done, else in `row`.
+inline const float* float_row(const View& x, int64_t a, int64_t b, int64_t c, int64_t n, int64_t padded, float* row) {
+  if (x.type == Element::f32 && n == padded) return static_cast<const float*>(x.at(a, b, c));
+  convert_in(x.type, x.at(a, b, c), row, n);
+  for (int64_t i = n; i < padded; i++) row[i] = 0;
+  return row;
+}
+
 // Reads one key or query row into `row` (padded with zeros to `padded`), normalised when asked, times `scale`.
 inline void read_row(const View& x, int64_t a, int64_t b, int64_t c, int64_t K, int64_t padded, bool normalise, float scale,
                      float* row) {

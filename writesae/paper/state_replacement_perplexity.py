@@ -91,12 +91,12 @@ STUDY = Study(
               "to the state.", "–", "its sources define the measure, and name no number and no null"),
     ),
     {
-        "passages": Setting(96, 12, "passages of test text"),
+        "passages": Setting(96, 8, "passages of test text"),
         "context": Setting(1024, 256, "tokens a passage"),
         "position": Setting(512, 128, "token after which the state is replaced"),
         "train": Setting(32, 12, "passages of train text, for principal components and mean"),
         "states": Setting(4000, 500, "states drawn of them"),
-        "batch": Setting(8, 6, "passages at a time"),
+        "batch": Setting(8, 8, "passages at a time"),
     },
     run,
 )  # fmt: skip

@@ -29,16 +29,18 @@ NAMES = (
     "spectral",
     "residual_coherence",
     "closed_form",
+    "erase",
+    "sign",
+    "install",
+    "amplify_suppress",
+    "passage_nll",
+    "state_replacement_perplexity",
+    "sae_read_perplexity",
     "selectivity",
     "readers",
     "transplant",
     "probing",
     "geometry",
-    "state_replacement_perplexity",
-    "sae_read_perplexity",
-    "passage_nll",
-    "sign",
-    "amplify_suppress",
 )
 
 
