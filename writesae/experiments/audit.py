@@ -37,7 +37,7 @@ from ..text.tokens import check_ids
 from ..writes import Writes
 from .audit_edits import Acting, Audited, Clean, Given, Site
 from .audit_result import ARMS, AuditResult
-from .divergence import kl_pair
+from .divergence import kl_pair, token_losses
 from .parts import concatenate
 from .replace import passages_of
 
@@ -202,7 +202,7 @@ class _Runner:
         self.plain, tap = self._run(self.ids, self.saes)
         last = ids.shape[1] - 3 - self.horizon
         self.clean = Clean(self.model, first, ids, self.plain.writes, tap.firings, self.saes, last, self.seed)
-        self.loss = _losses(self.plain.logits, self.ids)
+        self.loss = token_losses(self.plain.logits, self.ids)
 
     def arms(self, one: Audited, number: int) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
         """(arm, its columns), of the passages in which the edit is made; none where it is made in none."""
@@ -237,7 +237,7 @@ class _Runner:
         H, T = self.horizon, self.ids.shape[1]
         kl, flip = np.full((len(rows), H + 1), np.nan), np.full((len(rows), H + 1), np.nan)
         change, plain = np.zeros(len(rows)), np.zeros(len(rows))
-        loss = _losses(run.logits, self.ids)
+        loss = token_losses(run.logits, self.ids)
         for i, (row, t) in enumerate(zip(rows.tolist(), first.tolist(), strict=True)):
             stop = min(t + H + 1, T)
             base, logits = self.plain.logits[row, t:stop], run.logits[row, t:stop]
@@ -274,15 +274,6 @@ class _Runner:
             share[:, i] = size / np.maximum(norm, 1e-30)
             moved = size if moved is None else moved
         return (np.zeros((len(rows), len(self.grid))) if moved is None else moved), share
-
-
-def _losses(logits: Tensor, ids: Tensor) -> Tensor:
-    """`[B, T - 1]` float64 cross-entropy of each next token, in nats."""
-    out = [
-        torch.nn.functional.cross_entropy(row[:-1].double(), at[1:], reduction="none")
-        for row, at in zip(logits, ids.to(logits.device), strict=True)
-    ]
-    return torch.stack(out).cpu()
 
 
 def _begins(made: Mapping[int, Edits], latest: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 DIRECTIONS = ("forward", "reverse")
 _IN_CACHE = 2**20  # bytes of one tensor of a slice
@@ -50,3 +51,9 @@ def _pair(base: Tensor, p: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     # sum of q d with q = p e^d / Z; the mean of d under p is 0, so only the growth counts.
     mean_q = torch.bmm(p, grown.mul_(d)[:, :, None])[:, 0, 0] / (1 + z)
     return log_z, mean_q - log_z
+
+
+def token_losses(logits: Tensor, ids: Tensor) -> Tensor:
+    """`[B, T - 1]` float64 cross-entropy of every next token, in nats: `logits [B, T, vocabulary]`, `ids [B, T]`."""
+    rows = zip(logits, ids.to(logits.device), strict=True)  # a row at a time: the wide copy is large
+    return torch.stack([cross_entropy(row[:-1].double(), at[1:], reduction="none").cpu() for row, at in rows])

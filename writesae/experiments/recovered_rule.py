@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from ..models.hf_gated_delta import RuleHandler
-from ..ops import encode, gated_delta_rule, pursuit
+from ..models.run_with_sae import read_states
+from ..models.run_with_sae import read_through as read_factored
+from ..ops import gated_delta_rule, pursuit
 from ..ops.reference.scan import l2norm
 from ..sae import SAE
 from ..sae.sae import SparseCodes
@@ -165,45 +167,11 @@ def read_rule(readers: Mapping[int, tuple[SAE, int | None]]) -> RuleHandler:
     return handler
 
 
-def read_through(
-    writes: Writes,
-    q: Tensor,  # [B, T, K]
-    sae: SAE,
-    head: int,
-    k: int | None = None,
-) -> Tensor:
-    """`[B, T, V]`: what queries, as they are used, read of the reconstructions of one head's states.
-
-    Without states where encoder and atoms are factored: `sum_a a (v . q) w + (mean + bias)^T q`. Otherwise states are
-    formed a few tokens at a time.
-    """
-    if not (sae.bilinear_encoder and sae.rank_one_atoms):
-        return _read_states(writes, q, sae, head, k)
-    v, w, b = (x.detach().to(sae.compute_dtype) for x in sae.encoder())
-    threshold = None if sae.threshold is None else sae.threshold[None].to(b)
-    many = sae.k if k is None else k
-    codes = encode(writes.to(b), v[None], w[None], b[None], k=many, threshold=threshold, heads=[head])
-    B, T, _ = q.shape
-    q = q.to(b).flatten(0, 1)  # [n, K]
-    o = q @ (sae.mean + sae.bias).detach().to(b)
-    count = codes.values.shape[-1] if codes.offsets is None else codes.offsets.diff()
-    of = torch.arange(B * T, device=q.device).repeat_interleave(count)
-    values, indices = codes.values.flatten(), codes.indices.flatten()
-    v_dec, w_dec = (x.detach().to(b) for x in sae.atoms())
-    for part in torch.arange(len(of), device=q.device).split(1 << 16):
-        at = indices[part]
-        strength = torch.einsum("nrk,nk->nr", v_dec[at], q[of[part]]) * values[part, None]
-        o.index_add_(0, of[part], torch.einsum("nr,nrv->nv", strength, w_dec[at]))
-    return o.view(B, T, -1)
-
-
-def _read_states(writes: Writes, q: Tensor, sae: SAE, head: int, k: int | None) -> Tensor:
-    one, found = writes.head(head), []
-    for lo in range(0, q.shape[1], 16):
-        states = one.states(range(lo, min(lo + 16, q.shape[1])))[:, :, 0].to(sae.mean.device)  # [B, t, K, V]
-        if k is None:
-            codes = sae.encode(states)
-        else:
-            codes = SparseCodes(*exact_topk(sae.preactivations(states), k))
-        found.append(torch.einsum("btkv,btk->btv", sae.decode(codes).to(q), q[:, lo : lo + 16]))
-    return torch.cat(found, 1)
+def read_through(writes: Writes, q: Tensor, sae: SAE, head: int, k: int | None = None) -> Tensor:
+    """`read_through` of `run_with_sae`, with k atoms a state (None: its own) of a dictionary of any kind."""
+    if k is None or (sae.bilinear_encoder and sae.rank_one_atoms):
+        return read_factored(writes, q, sae, head, k)
+    pre = sae.preactivations
+    return read_states(
+        writes, q, head, lambda states: sae.decode(SparseCodes(*exact_topk(pre(states.to(sae.mean)), k)))
+    )

@@ -22,7 +22,7 @@ from .frame import Frame, running
 from .identity import require_same_model
 from .tap import DENSE_KINDS
 
-_BLOCK = 16  # states held at a time of dictionaries that are not made of factors
+_BLOCK = 128  # states held at a time of dictionaries that are not made of factors
 _TERMS = 1 << 16  # atoms read at a time
 
 
@@ -135,7 +135,9 @@ class _Handler:
         by_head = o if o.ndim == 4 else o[:, :, None]  # a view, of rules without an axis of heads
         for head, sae in mine.items():
             q = queries[:, :, writes.left_head(head)]
-            read = read_through(writes, q, sae, head, self.backend).double()  # what is far off adds up to what it was
+            read = read_through(
+                writes, q, sae, head, backend=self.backend
+            ).double()  # what is far off adds up to what it was
             plain = by_head[:, :, head].to(read)
             exact = plain if of_state is None else of_state[:, :, head].to(read)
             error = exact - read if self.error_term else 0
@@ -157,14 +159,22 @@ def _queries(frame: Frame, call: RuleCall) -> Tensor:
     return frame.site.binding.queries(replace(call, inputs=inputs))
 
 
-def read_through(writes: Writes, q: Tensor, sae, head: int, backend: str | None = None) -> Tensor:
-    """`[B, T, V]`: what queries q `[B, T, K]`, as they are used, read of the reconstructions of one head's states."""
+def read_through(writes: Writes, q: Tensor, sae, head: int, k: int | None = None, backend: str | None = None) -> Tensor:
+    """`[B, T, V]`: what queries q `[B, T, K]`, as they are used, read of the reconstructions of one head's states.
+
+    Without states where encoder and atoms are factors: `sum_i a_i (v_i . q) w_i + (mean + bias)^T q`. Otherwise states
+    are formed a few at a time. k: atoms a state, of dictionaries of factors; None is the dictionary's own.
+    """
     if _needs_states(sae):
-        return _read_in_blocks(writes, q, head, lambda states: sae.decode(sae.encode(states)))
-    v, w, b = (x.detach().to(q.device, torch.float32) for x in sae.encoder())
+        if k is not None:
+            raise ValueError(f"k: expected None for a dictionary that needs whole states, got {k}")
+        return read_states(writes, q, head, lambda states: sae.decode(sae.encode(states.to(sae.mean))))
+    dtype = getattr(sae, "compute_dtype", torch.float32)
+    v, w, b = (x.detach().to(q.device, dtype) for x in sae.encoder())
     threshold = None if sae.threshold is None else sae.threshold[None].to(b)
+    many = sae.k if k is None else k
     codes = encode(
-        writes, v[None], w[None], b[None], k=sae.k, threshold=threshold, heads=[head], backend=backend
+        writes.to(b), v[None], w[None], b[None], k=many, threshold=threshold, heads=[head], backend=backend
     )  # fmt: skip
     B, T, _ = q.shape
     reads = q.to(codes.values).flatten(0, 1)  # [n, K]
@@ -180,8 +190,8 @@ def read_through(writes: Writes, q: Tensor, sae, head: int, backend: str | None 
     return o.view(B, T, -1)
 
 
-def _read_in_blocks(writes: Writes, q: Tensor, head: int, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """`[B, T, V]`: what queries read of one head's states, changed, a few states at a time."""
+def read_states(writes: Writes, q: Tensor, head: int, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """`[B, T, V]`: what queries q `[B, T, K]` read of one head's states, changed `[n, K, V]` at a time."""
     one = writes.head(head)
     if writes.cu_seqlens is None:
         places = [(n, t) for n in range(q.shape[0]) for t in range(q.shape[1])]

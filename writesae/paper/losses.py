@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import normalize
 
+from ..experiments.divergence import token_losses as losses
 from ..experiments.firing import native_writes
 from ..experiments.statistics import need
 from ..sae import SAE
@@ -24,10 +25,8 @@ RECONSTRUCTION = "reconstruction"
 
 
 def token_losses(logits: Tensor, ids: Tensor) -> np.ndarray:
-    """`[B, T - 1]` cross-entropy of every next token, in nats: `logits [B, T, vocabulary]`, `ids [B, T]`."""
-    rows = zip(logits, ids.to(logits.device), strict=True)  # a row at a time: the wide copy is large
-    found = [cross_entropy(row[:-1].double(), at[1:], reduction="none").cpu() for row, at in rows]
-    return torch.stack(found).numpy()
+    """`experiments.divergence.token_losses`, as a column of a table."""
+    return losses(logits, ids).numpy()
 
 
 def groups(sites: Sequence[Site]) -> dict[str, list[Site]]:

@@ -10,15 +10,13 @@ import torch
 from torch import Tensor
 
 from ..models.binding import LayerSite
+from ..models.run_with_sae import read_states
 from ..models.seam import intercept
 from ..models.sites import layers
 from ..ops.rule import RuleCall, RuleOutput
-from ..writes import Writes
 from .lab import Lab, Site
 from .losses import StandIn, against, condition_table, groups, loss_figure, perplexities, stand_ins, token_losses
 from .study import Claim, Findings, Setting, Study, join
-
-_PART = 16  # tokens whose states are formed at a time
 
 
 def run(lab: Lab) -> Findings:
@@ -78,20 +76,15 @@ def _reading(site: LayerSite, through: Mapping[int, StandIn]):
         q = site.binding.queries(call)
         o = out.o.view(*out.o.shape[:2], site.num_v_heads, site.V)
         for head, f in through.items():
-            o[:, :, head] += _change(out.writes, q[:, :, out.writes.left_head(head)], head, f).to(o)
+            mine = q[:, :, out.writes.left_head(head)].float()
+            o[:, :, head] += read_states(out.writes, mine, head, _less_itself(f)).to(o)
         return out
 
     return handler
 
 
-def _change(writes: Writes, q: Tensor, head: int, f: StandIn) -> Tensor:
-    """`[B, T, V]`: by how much what queries `[B, T, K]` read changes; states are formed a few tokens at a time."""
-    one, found = writes.head(head), []
-    for lo in range(0, q.shape[1], _PART):
-        states = one.states(range(lo, min(lo + _PART, q.shape[1])))[:, :, 0].float()  # [B, t, K, V]
-        change = f(states.flatten(0, 1)).view_as(states) - states
-        found.append(torch.einsum("btkv,btk->btv", change, q[:, lo : lo + _PART].float()))
-    return torch.cat(found, 1)
+def _less_itself(f: StandIn) -> StandIn:
+    return lambda states: f(states.float()) - states
 
 
 STUDY = Study(
