@@ -185,6 +185,10 @@ def direction_to(model, layer: int, head: int, token: int) -> Tensor:
     return normalize(out @ output.weight[token].float().to(out.device), dim=0)
 
 
+def _by_op(call, output_final_state: bool):
+    return call.run(output_final_state=output_final_state)
+
+
 @torch.no_grad()
 def to_logits(model, hidden: Tensor) -> Tensor:
     """`[n, vocabulary]`: what directions `[n, hidden]` of the residual stream do to the logits, by the model's own
@@ -193,10 +197,12 @@ def to_logits(model, hidden: Tensor) -> Tensor:
     Raises:
         ValueError: a model whose last block returns something else than a stream of that width.
     """
+    from .models.seam import intercept
     from .models.shared_prefix import Stack
 
     stack, embedding = Stack(model), model.get_input_embeddings().weight
-    like = stack.last(torch.zeros(1, 1, dtype=torch.int64, device=embedding.device))
+    with intercept(model, private=True, calls=dict.fromkeys(stack.sites, _by_op)):  # fla's cannot by itself
+        like = stack.last(torch.zeros(1, 1, dtype=torch.int64, device=embedding.device))
     shape, width = like.shape[2:], hidden.shape[-1]
     streams, rest = divmod(shape.numel(), width)
     if hidden.ndim != 2 or rest:
@@ -262,7 +268,8 @@ def _direct(stack, site: LayerSite, head: int, ids: Tensor, final: Tensor, value
     with forward_ad.dual_level():
         hook = site.module.register_forward_hook(look)
         try:
-            with intercept(stack.model, calls={site.layer_index: changed}, private=True), contextlib.suppress(Stopped):
+            calls = dict.fromkeys(stack.sites, _by_op) | {site.layer_index: changed}
+            with intercept(stack.model, calls=calls, private=True), contextlib.suppress(Stopped):
                 stack.model(input_ids=ids.expand(n, -1), use_cache=False)
         finally:
             hook.remove()
