@@ -25,11 +25,12 @@ from writesae.models.versions import TESTED  # noqa: E402
 
 # What says that a test meets a release of transformers: it runs a model.
 _SIGNS = ("tiny_models", "load_default", "models import", "writesae.attach")
-# What commands, statistics and policies do with what a model answered is the same under every release, and so are a
+# What commands, studies and policies do with what a model answered is the same under every release, and so are a
 # family that a test makes up and edits of a rule alone; edits of hooked models are in test_attach.py, too.
 _ONCE = (
     "cli", "house", "quiet", "report", "strangers", "text_commands", "verify", "nulls", "recovered", "replace",
     "sae_gates", "sae_training", "write_dictionary", "families", "binding", "collect_model", "policies", "edits_after",
+    "atoms", "audit", "paper", "paper_analyses", "paper_analyses_of_states", "paper_interventions", "paper_losses",
 )  # fmt: skip
 _OWN = ("transformers", "tokenizers", "huggingface_hub")  # pinned for the environment's own release
 _TRITON = () if find_spec("triton") else ("triton==3.9.0",)

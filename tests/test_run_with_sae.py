@@ -5,17 +5,29 @@ from __future__ import annotations
 import pytest
 import torch
 from policy_cases import some_sites
-from tiny_models import tiny_kda, tiny_mamba, tiny_mamba2, tiny_minimax, tiny_model, tokens
+from tiny_models import (
+    kda_families,
+    mamba2_families,
+    mamba_families,
+    tiny_kda,
+    tiny_mamba,
+    tiny_mamba2,
+    tiny_minimax,
+    tiny_model,
+    tokens,
+)
 
 import writesae
 from writesae import Edits, attach
 from writesae.models import patch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-MODELS = {
-    "gated delta": tiny_model, "kda": tiny_kda, "mamba-2": tiny_mamba2, "mamba-1": tiny_mamba, "minimax": tiny_minimax,
-    "zamba": lambda: tiny_mamba("zamba"),
-}  # fmt: skip
+MODELS = {"gated delta": tiny_model, "minimax": tiny_minimax}
+MODELS |= {"kda": tiny_kda} if kda_families() else {}
+MODELS |= {"mamba-2": tiny_mamba2} if mamba2_families() else {}
+MODELS |= {
+    name: (lambda f=f: tiny_mamba(f)) for name, f in (("mamba-1", "mamba"), ("zamba", "zamba")) if f in mamba_families()
+}
 
 
 @pytest.fixture(autouse=True)
