@@ -80,3 +80,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def nothing_stays():
+    """Without gradients; afterwards nothing is installed on any model."""
+    from writesae.models import patch
+
+    with torch.no_grad():
+        yield
+    assert not patch.entries and not patch.patches, "something stayed installed"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import writesae
 from writesae import Edits
-from writesae.models import attach, hf_gated_delta, patch, sites
+from writesae.models import attach, hf_gated_delta, sites
 
 FAMILIES = families()
 F, TOP = 24, 3
@@ -74,14 +74,7 @@ def dictionaries():
     return {site: dictionary(i) for i, site in enumerate(SITES)}
 
 
-@pytest.fixture(autouse=True)
-def _inference():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # these models are too small to share out
-    with torch.no_grad():
-        yield
-    torch.set_num_threads(threads)
-    assert not patch.entries and not patch.patches, "something stayed installed"
+pytestmark = pytest.mark.usefixtures("one_thread", "nothing_stays")
 
 
 @pytest.fixture(scope="module")

@@ -15,20 +15,12 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 import writesae
 from writesae import Edits
-from writesae.models import Stopped, attach, hf_gated_delta, load, patch, self_test
+from writesae.models import Stopped, attach, hf_gated_delta, load, self_test
 from writesae.models.arguments import NAMES, Reader, cache_of, given_cache
 from writesae.models.model_call import ModelCall
 from writesae.models.sites import targets
 
-
-@pytest.fixture(autouse=True)
-def _inference():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        yield
-    torch.set_num_threads(threads)
-    assert not patch.entries and not patch.patches, "something stayed installed"
+pytestmark = pytest.mark.usefixtures("one_thread", "nothing_stays")
 
 
 @pytest.fixture

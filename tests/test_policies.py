@@ -12,17 +12,10 @@ from tiny_models import tiny_mamba, tiny_model, tokens
 
 import writesae
 from writesae import Amplify, Clamp, Edits, Erase, Install, Policy, Scale, attach
-from writesae.models import layers, patch
+from writesae.models import layers
 from writesae.models.arguments import cache_of
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def _inference():
-    with torch.no_grad():
-        yield
-    assert not patch.entries and not patch.patches, "something stayed installed"
+pytestmark = pytest.mark.usefixtures("one_thread", "nothing_stays")
 
 
 @pytest.fixture(scope="module")

@@ -21,20 +21,12 @@ from tiny_models import (
 )
 
 from writesae import Clamp, Erase, Install, Scale, attach
-from writesae.models import patch
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "nothing_stays")
 MODELS = (
     *((tiny_model, x) for x in families()), *((tiny_kda, x) for x in kda_families()),
     *((tiny_mamba2, x) for x in mamba2_families()), *((tiny_mamba, x) for x in mamba_families()), (tiny_minimax, None),
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _inference():
-    with torch.no_grad():
-        yield
-    assert not patch.entries and not patch.patches, "something stayed installed"
 
 
 @pytest.fixture(scope="module")

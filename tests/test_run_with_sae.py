@@ -19,22 +19,14 @@ from tiny_models import (
 
 import writesae
 from writesae import Edits, attach
-from writesae.models import patch
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "nothing_stays")
 MODELS = {"gated delta": tiny_model, "minimax": tiny_minimax}
 MODELS |= {"kda": tiny_kda} if kda_families() else {}
 MODELS |= {"mamba-2": tiny_mamba2} if mamba2_families() else {}
 MODELS |= {
     name: (lambda f=f: tiny_mamba(f)) for name, f in (("mamba-1", "mamba"), ("zamba", "zamba")) if f in mamba_families()
 }
-
-
-@pytest.fixture(autouse=True)
-def _inference():
-    with torch.no_grad():
-        yield
-    assert not patch.entries and not patch.patches, "something stayed installed"
 
 
 def by_edits(model, saes, ids):

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from ..files import make_folder, write_text
-from ..untrusted import is_integer, read_json
+from ..untrusted import is_integer
 from . import plots
 from .html import inlined, template
+from .load import is_test, summary_of
 from .paper import shown
 from .schema import COUNT, INTEGER, NUMBER, RATE, TEXT, Check, _fields, _is, _list, _mapping, _one_of, _or_none
 from .style import STYLE
@@ -22,7 +23,6 @@ ARMS = {"edit": "the edit", "random": "random, same size", "other": "other token
 _COLOUR = {"edit": "atom", "random": "random", "other": "codebook"}
 _LOOK = {"harmful": "loss", "harmless": "win", "cannot be told": "tie", "nothing": "tie"}
 _REACH = {"local": "win", "lingering": "loss", "cannot be told": "tie"}
-_LIMIT = 64 * 2**20
 _PAIR = _list(NUMBER, 2)
 _SOME = _is(lambda x: is_integer(x, 1), "an integer >= 1")
 _FADED = 1e-9  # of its first size: what is less is drawn there
@@ -75,11 +75,7 @@ def check(summary: Mapping) -> None:
 
 def is_run(folder: str | Path) -> bool:
     """Whether a folder holds the summary of an audit."""
-    path = Path(folder) / "summary.json"
-    try:
-        return path.is_file() and read_json(path, _LIMIT).get("test") == TEST
-    except ValueError:
-        return False  # whoever reads it for what it should be says what is wrong
+    return is_test(folder, TEST)
 
 
 def build(source: str | Path | Mapping, out: str | Path) -> Path:
@@ -93,15 +89,7 @@ def build(source: str | Path | Mapping, out: str | Path) -> Path:
     Raises:
         ValueError: values of other types than an audit's, or a link where a file would be written.
     """
-    if isinstance(source, Mapping):
-        summary: Mapping = source
-        check(summary)
-    else:
-        try:
-            summary = read_json(Path(source) / "summary.json", _LIMIT)
-            check(summary)
-        except ValueError as error:
-            raise ValueError(f"run: {source}: {str(error).removeprefix('run: ')}") from error
+    summary = summary_of(source, check)
     out = make_folder(Path(out))
     page = out / "report.html"
     write_text(page, render(summary, out / "plots"))

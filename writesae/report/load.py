@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,32 @@ from .schema import check_run
 
 _SUMMARY_LIMIT = 64 * 2**20
 _TABLE_LIMIT = 2**32  # bytes once unpacked
+
+
+def is_test(folder: str | Path, name: str) -> bool:
+    """Whether a folder holds the summary of a run of that test."""
+    path = Path(folder) / "summary.json"
+    try:
+        return path.is_file() and read_json(path, _SUMMARY_LIMIT).get("test") == name
+    except ValueError:
+        return False  # whoever reads it for what it should be says what is wrong
+
+
+def summary_of(source: str | Path | Mapping, check: Callable[[Mapping], None]) -> Mapping:
+    """A checked summary: one given, or that of a folder.
+
+    Raises:
+        ValueError: what `check` raises, naming the folder.
+    """
+    if isinstance(source, Mapping):
+        check(source)
+        return source
+    try:
+        summary = read_json(Path(source) / "summary.json", _SUMMARY_LIMIT)
+        check(summary)
+    except ValueError as error:
+        raise ValueError(f"run: {source}: {str(error).removeprefix('run: ')}") from error
+    return summary
 
 
 def load_run(folder: str | Path) -> tuple[dict, dict[str, np.ndarray]]:

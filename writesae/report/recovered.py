@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..files import make_folder, write_text
-from ..untrusted import is_integer, read_json
+from ..untrusted import is_integer
 from . import plots
 from .html import inlined, template
+from .load import is_test, summary_of
 from .schema import _CONDITION, COUNT, INTEGER, NUMBER, SITE, TEXT, _fields, _is, _list, _mapping, _one_of, _or_none
 from .style import STYLE
 
@@ -25,7 +26,6 @@ WORDS = {
     "after": "Read after: a token’s own write is still as it was made", "before": "Read before: a token’s own write is "
     "coded, too",
 }  # fmt: skip
-_LIMIT = 64 * 2**20
 
 _PAIR = _or_none(_list(NUMBER, 2))
 _GROUP = _is(
@@ -83,11 +83,7 @@ def _arms(group: Mapping) -> list[tuple[str, int | None]]:
 
 def is_run(folder: str | Path) -> bool:
     """Whether a folder holds the summary of a closed-loop run."""
-    path = Path(folder) / "summary.json"
-    try:
-        return path.is_file() and read_json(path, _LIMIT).get("test") == TEST
-    except ValueError:
-        return False  # whoever reads it for what it should be says what is wrong
+    return is_test(folder, TEST)
 
 
 def build(source: str | Path | Mapping, out: str | Path) -> Path:
@@ -101,15 +97,7 @@ def build(source: str | Path | Mapping, out: str | Path) -> Path:
     Raises:
         ValueError: values of other types than a run's, or a link where a file would be written.
     """
-    if isinstance(source, Mapping):
-        summary: Mapping = source
-        check(summary)
-    else:
-        try:
-            summary = read_json(Path(source) / "summary.json", _LIMIT)
-            check(summary)
-        except ValueError as error:
-            raise ValueError(f"run: {source}: {str(error).removeprefix('run: ')}") from error
+    summary = summary_of(source, check)
     out = make_folder(Path(out))
     figures = []
     for read in _reads(summary):
