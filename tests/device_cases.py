@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from forking import fork_changes
 from simulated_device import DEVICES, OnDevice, SimulatedDevice
 from test_attach import FAMILIES, Dictionary
-from test_engine import CASES, fork_changes
+from test_engine import CASES
 from tiny_models import tiny_model, tokens
 
 import writesae

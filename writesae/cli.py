@@ -90,7 +90,7 @@ COMMANDS = {
         "run the paper's experiments, one by name or all in one report",
         "Each study writes summary.json (statistics with their intervals, the paper's claims beside ours), a CSV a "
         "table and plots/ to its folder in --out; --all also report.html. Interrupted, the same command goes on.",
-        "writesae paper partition --quick",
+        "writesae paper partition --quick --out runs/paper",
         _GOES_ON,
     ),
     "bench": Command(

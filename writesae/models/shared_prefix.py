@@ -395,4 +395,5 @@ class Stack:
         run = Fork(len(self.blocks), hidden[:, None], {}, {}, self._streams)
         ids = torch.zeros(len(hidden), 1, dtype=torch.int64, device=self.device)
         with self.during(run):  # one token a row: no mask of m x m
-            return self.model(input_ids=ids, **self._without_cache).logits[:, 0]
+            out = self.model(input_ids=ids, **self._without_cache)
+        return (out["logits"] if isinstance(out, Mapping) else out.logits)[:, 0]  # mamba-ssm answers with a tuple
