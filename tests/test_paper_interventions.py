@@ -10,8 +10,10 @@ from scipy import stats
 
 from writesae.cli import main
 from writesae.experiments.statistics import ClusterBootstrap, explained
+from writesae.models import layers
+from writesae.models.directions import head_projection
 from writesae.models.tiny import tiny_mamba2, tiny_model, tokens
-from writesae.paper import closed_form, erase, forks, install
+from writesae.paper import closed_form, erase, install
 from writesae.paper.tokens_by_rank import bounds, by_rank, semantic
 from writesae.sae import SAE
 
@@ -74,7 +76,7 @@ def test_explained_is_sklearns_and_scipys():
 @pytest.mark.parametrize("make", [tiny_model, tiny_mamba2])
 def test_exact_propagation_is_the_edit_over_the_whole_layer_output(make, r):
     model = make()
-    site = closed_form.forks.layers(model)[0]
+    site = layers(model)[0]
     assert site.K != site.V
     sae = random_sae(site.K, site.V, site.layer_index, 1, r=r)
     found = closed_form.exactness(small_lab(model, checked=3), (site.layer_index, 1), sae)
@@ -126,7 +128,7 @@ def test_strata_are_shares_of_the_vocabulary():
 @pytest.mark.parametrize("make", [tiny_model, tiny_mamba2])
 def test_install_adds_m_times_the_native_write_with_its_key_and_the_tokens_value(make):
     model, ids = make(), tokens(2, 20)
-    layer = forks.layers(model)[-1]
+    layer = layers(model)[-1]
     token, site = np.array([5, 9]), (layer.layer_index, 1)
     edits = install.install_edits(model, ids, token, [site], 2.0, 3)[layer.layer_index]
     assert edits.row.tolist() == [0] * 3 + [1] * 3 and edits.position.tolist() == [17, 18, 19] * 2
@@ -138,7 +140,7 @@ def test_install_adds_m_times_the_native_write_with_its_key_and_the_tokens_value
     norm = edits.left.norm(dim=1) * edits.right.norm(dim=1)
     torch.testing.assert_close(norm, 2 * left.norm(dim=1) * right.norm(dim=1))
     assert torch.cosine_similarity(edits.left, left).min() > 0.9999
-    mine = forks.output_map(layer, 1).T @ model.get_output_embeddings().weight[5].detach()
+    mine = head_projection(layer, 1) @ model.get_output_embeddings().weight[5].detach()
     assert torch.cosine_similarity(edits.right[:3], mine[None]).min() > 0.9999
 
 

@@ -115,6 +115,11 @@ def promoted_tokens(
         logits = to_logits(model, w[None] @ output_map(model, layer, head).to(w))[0]
     else:
         logits = direct_path(model, at[0], layer, head, at[1], w[None])[0]
+    return _raised(tokenizer, logits, k, least)
+
+
+def _raised(tokenizer, logits: Tensor, k: int, least: bool = False) -> list[Promoted]:
+    """What `promoted_tokens` says of the changes of logits `[vocabulary]`."""
     score = logits.double() - logits.double().mean()
     score = score / score.std().clamp_min(1e-300)
     found = (-score if least else score).topk(min(k, len(score)))
@@ -145,8 +150,10 @@ def output_map(model, layer: int, head: int) -> Tensor:
     Raises:
         ValueError: no such layer or head, or one without an output projection that is a matrix.
     """
+    from .models.directions import head_projection
+
     site = _site(model, layer, head)
-    out, scale = _projection(site, head), getattr(site.norm, "weight", None)
+    out, scale = head_projection(site, head), getattr(site.norm, "weight", None)
     if scale is None:
         return out
     wide = site.num_v_heads * site.V
@@ -157,18 +164,6 @@ def output_map(model, layer: int, head: int) -> Tensor:
     return (scale if len(scale) == site.V else scale[head * site.V : (head + 1) * site.V])[:, None] * out
 
 
-def _projection(site: LayerSite, head: int) -> Tensor:
-    """`[V, hidden]` float32: a head's part of the layer's output projection."""
-    weight, wide = getattr(site.out_proj, "weight", None), site.num_v_heads * site.V
-    if weight is None or weight.ndim != 2 or weight.shape[1] != wide or not weight.is_floating_point():
-        got = "none" if weight is None else f"{weight.dtype} of shape {tuple(weight.shape)}"
-        raise ValueError(
-            f"model: expected an output projection [hidden, {wide}] of {site.path} ({type(site.module).__name__}), "
-            f"got {got}"
-        )
-    return weight[:, head * site.V : (head + 1) * site.V].float().mT
-
-
 @torch.no_grad()
 def direction_to(model, layer: int, head: int, token: int) -> Tensor:
     """`[V]` float32, unit: the paper's `w* = W_O[head]^T W_U[token]`, what in a value raises a token's logit.
@@ -176,13 +171,9 @@ def direction_to(model, layer: int, head: int, token: int) -> Tensor:
     Raises:
         ValueError: no such layer, head or token, or a layer without an output projection.
     """
-    output = model.get_output_embeddings()
-    if output is None:
-        raise ValueError(f"model: expected an output embedding, got {type(model).__name__}")
-    if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < len(output.weight):
-        raise ValueError(f"token: expected 0 <= token < {len(output.weight)} (the vocabulary), got {token!r}")
-    out = _projection(_site(model, layer, head), head)
-    return normalize(out @ output.weight[token].float().to(out.device), dim=0)
+    from .models.directions import token_directions
+
+    return token_directions(model, _site(model, layer, head), head, [token])[0]
 
 
 def _by_op(call, output_final_state: bool):
@@ -372,14 +363,16 @@ def describe(
         sae = saes[layer, head]
         keys = answers_to(model, tokenizer, sae, list(listed), k, ids=ids, layer=layer, head=head) if listed else []
         found = out[f"{layer}:{head}"] = {}
-        for feature, answers in zip(listed, keys, strict=True):
-            try:
-                raised = promoted_tokens(model, tokenizer, sae, feature, k, layer=layer, head=head)
-                promoted = [[x.text, x.score] for x in raised]
-            except ValueError:
-                promoted = None
+        raised: list[list[Promoted] | None] = [None] * len(listed)
+        if listed:
+            with contextlib.suppress(ValueError):  # no direct path by weights
+                out_map = output_map(model, layer, head)
+                values = torch.stack([sides(sae, feature)[1] for feature in listed]).to(out_map)
+                raised = [_raised(tokenizer, x, k) for x in to_logits(model, values @ out_map)]
+        for feature, answers, promoted in zip(listed, keys, raised, strict=True):
             found[str(feature)] = {
-                "promoted": promoted, "answers_to": [[x.text, x.cosine] for x in answers],
+                "promoted": None if promoted is None else [[x.text, x.score] for x in promoted],
+                "answers_to": [[x.text, x.cosine] for x in answers],
                 "neighbours": [[x.feature, x.cosine] for x in neighbours(sae, feature, k)],
             }  # fmt: skip
     return out

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..policies import Policy, PolicySite
 from .binding import LayerSite
+from .directions import token_directions
 from .sites import device_of
 
 _NO_CODES = ("matrix", "flat")  # dense encoders, which read whole states
@@ -214,16 +215,6 @@ def _wanted(policy: Policy, sites: Mapping[int, PolicySite], slots: int) -> Tens
 
 def _site(layer: LayerSite, head: int, dictionary, model: nn.Module) -> PolicySite:
     def to_logit(token: int) -> Tensor:
-        output = getattr(model, "get_output_embeddings", lambda: None)()
-        weight = getattr(output, "weight", None)
-        if weight is None or layer.out_proj is None:
-            missing = "an output map" if layer.out_proj is None else "output embeddings"
-            raise ValueError(f"expected a model whose logits a value reaches directly, got one without {missing}")
-        if token >= len(weight):
-            raise ValueError(f"token: expected 0 <= token < {len(weight)} (the model's vocabulary), got {token}")
-        projection = layer.out_proj.weight
-        assert isinstance(projection, Tensor)
-        mine = projection[:, head * layer.V : (head + 1) * layer.V].detach().float()
-        return nn.functional.normalize(mine.T @ weight[token].detach().float().to(mine.device), dim=0)
+        return token_directions(model, layer, head, [token])[0]
 
     return PolicySite(layer.layer_index, head, layer.K, layer.V, dictionary, device_of(layer.module), to_logit)

@@ -9,7 +9,7 @@ import numpy as np
 from ..experiments import statistics as st
 from ..models.sites import layers
 from .lab import Lab
-from .measures import above, mean, percent, replaced
+from .measures import above, mean, percent, replaced, spans
 from .study import Answer, Claim, Figure, Findings, Setting, Study, join
 from .trained import config, held, trained
 
@@ -82,8 +82,7 @@ def _figure(statistics: dict) -> Figure:
         arms = [(t, kind) for t in ("state", "write") for kind in ("atom", "codebook")]
         for offset, (target, kind) in zip((-0.24, -0.08, 0.08, 0.24), arms, strict=True):
             by = statistics[target][f"{kind}_against_delete"]["heads"]
-            rate = np.array([x["rate"] for x in by.values()])
-            spread = np.abs(np.array([x["ci95"] for x in by.values()]).T - rate)
+            rate, spread = spans(by.values(), "rate")
             shade = "random" if kind == "codebook" else "atom" if target == "state" else "delete"
             axes.errorbar(np.array([int(head) for head in by]) + offset, rate, spread, ms=5, lw=1, color=colours[shade],
                           fmt="o" if target == "state" else "s", mfc="none" if kind == "codebook" else None,

@@ -14,7 +14,7 @@ from ..policies import Change, Policy, Scale, TokenView
 from ..sae import SAE
 from .frequent import frequent
 from .lab import Lab, Site
-from .measures import above, features_of, mean, unmeasured
+from .measures import above, features_of, mean, spans, unmeasured
 from .study import Answer, Claim, Figure, Findings, Setting, Study, join
 
 ARMS = ("amplify", "amplify_control", "suppress", "suppress_control")
@@ -172,9 +172,7 @@ def _figures(statistics: dict[str, Any]) -> dict[str, Figure]:
         kinds = [kind for kind in ("state", "write") if kind in statistics]
         for i, kind in enumerate(kinds):
             found = [statistics[kind][arm]["move"] for arm in ARMS]
-            value = np.array([x["mean"] for x in found])
-            low, high = np.array([x["ci95"] for x in found]).T
-            error = [np.maximum(value - low, 0), np.maximum(high - value, 0)]
+            value, error = spans(found)
             shift = 0.16 * (i - (len(kinds) - 1) / 2)
             colour = colours["atom" if kind == "state" else "delete"]
             axes.errorbar(at + shift, value, yerr=error, fmt="o", ms=5, color=colour, label=f"atoms of {kind}s")

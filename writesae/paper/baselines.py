@@ -14,7 +14,7 @@ from ..experiments.statistics import ClusterBootstrap, need
 from ..sae import SAE
 from ..sae.block import Block
 from .lab import Lab, Site
-from .measures import above, features_of, percent, ratio, replaced
+from .measures import above, features_of, percent, ratio, replaced, spans
 from .study import Answer, Claim, Figure, Findings, Setting, Study, join
 from .trained import config, drawn, examples, held, reconstructions, trained
 
@@ -174,8 +174,7 @@ def _win_answer(key: str, name: str, rates: dict[str, Any]) -> Answer:
 def _figures(fvu: dict, rates: dict) -> dict[str, Figure]:
     def errors(axes, colours):
         names = list(fvu)[::-1]
-        value = np.array([fvu[name]["ratio"] for name in names])
-        spread = np.abs(np.array([fvu[name]["ci95"] for name in names]).T - value)
+        value, spread = spans([fvu[name] for name in names], "ratio")
         shade = [colours["atom" if name in SWEEP or name == TOP_PAIR else "random"] for name in names]
         axes.barh(names, value, color=shade, height=0.62)
         axes.errorbar(value, names, xerr=spread, fmt="none", ecolor=colours["native"], lw=1)
@@ -187,8 +186,7 @@ def _figures(fvu: dict, rates: dict) -> dict[str, Figure]:
         labels = {"atom": "atom", "codebook": "codebook", "singular": "top pair of the state"}
         for offset, (arm, label) in zip((-0.22, 0, 0.22), labels.items(), strict=True):
             found = [x[f"{arm}_against_delete"] for x in rates.values()]
-            rate = np.array([x["rate"] for x in found])
-            spread = np.abs(np.array([x["ci95"] for x in found]).T - rate)
+            rate, spread = spans(found, "rate")
             axes.errorbar(at + offset, rate, spread, fmt="o", ms=5, lw=1.2, color=colours[arm], label=label)
         axes.axhline(0.5, color=colours["line"], lw=0.9, ls=(0, (4, 3)))
         axes.set_xticks(at, list(rates))

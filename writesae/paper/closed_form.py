@@ -29,6 +29,7 @@ from ..edits import Edits
 from ..experiments.engine import Clean, ForkEngine, reader
 from ..experiments.statistics import ClusterBootstrap, explained
 from ..models.attach import attach
+from ..models.directions import head_projection
 from ..models.seam import intercept
 from ..sae import SAE
 from . import forks
@@ -108,7 +109,7 @@ def require_rank_one(engine: ForkEngine) -> None:
             f"model: the closed form needs a gate a head or a key channel, under which an addition stays rank 1; layer "
             f"{engine.layer} runs the {engine.site.binding.name} with a gate for every entry"
         )
-    forks.output_map(engine.site, 0)
+    head_projection(engine.site, 0)
 
 
 def _shifts(

@@ -20,7 +20,7 @@ from ..experiments.statistics import proportion, wilcoxon
 from ..sae import SAE
 from . import forks
 from .lab import Lab, Site
-from .measures import above, mean
+from .measures import above, mean, spans
 from .study import Answer, Claim, Figure, Findings, Setting, Study, join
 
 CONTROLS = ("own", "random_token", "other_feature")
@@ -251,8 +251,7 @@ def _figures(statistics: dict[str, Any], doses) -> dict[str, Figure]:
     def dose(axes, colours):
         for name, (colour, label) in names.items():
             found = [statistics["dose"][f"{d:g}"][name] for d in doses]
-            middle = np.array([x["mean"] for x in found])
-            spread = np.abs(np.array([x["ci95"] for x in found]).T - middle)
+            middle, spread = spans(found)
             axes.errorbar(doses, middle, spread, fmt="o-", ms=4, lw=1.3, color=colours[colour], label=label)
         axes.axhline(0, color=colours["line"], lw=0.8)
         axes.set(xlabel="dose, in units of the atom's usual code", ylabel="change of log-probability, nats")

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from ..experiments.engine import Clean, ForkEngine, Places
 from ..experiments.firing import top_codes
-from ..models.binding import LayerSite
-from ..models.sites import layers
 from ..sae import SAE
 from .lab import Lab, Site
 
@@ -23,11 +20,6 @@ def all_sites(lab: Lab) -> dict[str, tuple[Site, SAE]]:
     """{name: (site, dictionary)} of every dictionary given: "5:3 states", "4:0 writes"."""
     return {f"{layer}:{head} {sae.target}s": ((layer, head), sae)
             for found in (lab.saes, lab.writes) for (layer, head), sae in found.items()}  # fmt: skip
-
-
-def layer_of(model, layer: int) -> LayerSite:
-    """A recurrent layer by its number."""
-    return next(site for site in layers(model) if site.layer_index == layer)
 
 
 def top_table(lab: Lab, ids: Tensor, site: Site, sae: SAE) -> dict[str, np.ndarray]:
@@ -85,27 +77,6 @@ def atoms(sae: SAE, feature: np.ndarray, like: Tensor, unit: bool = False) -> tu
         return v, w
     size = ((v @ v.mT) * (w @ w.mT)).sum((1, 2)).clamp_min(1e-60).sqrt()
     return v / size[:, None, None], w
-
-
-def output_map(site: LayerSite, head: int) -> Tensor:
-    """`[hidden, V]`: how a head's normed output reaches the residual stream.
-
-    Raises:
-        ValueError: a family whose layers have no such map.
-    """
-    if site.out_proj is None:
-        raise ValueError(f"model: expected layers with an output map, got a {site.binding.kind} layer without one")
-    weight = site.out_proj.weight
-    assert isinstance(weight, Tensor)
-    return weight.detach().float()[:, head * site.V : (head + 1) * site.V]
-
-
-def token_directions(model, site: LayerSite, head: int, tokens: Sequence[int] | np.ndarray) -> Tensor:
-    """`[n, V]`, unit: W_O[head]^T W_U[token], what in a head's value raises a token's logit by the direct path."""
-    unembedding = model.get_output_embeddings().weight.detach()
-    projection = output_map(site, head)
-    rows = unembedding[torch.as_tensor(np.asarray(tokens), device=unembedding.device)].float().to(projection.device)
-    return normalize(rows @ projection, dim=1)
 
 
 def log_probs(engine: ForkEngine, hidden: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch.nn.functional import normalize
 from ..edits import Edits
 from ..experiments.statistics import proportion
 from ..models.attach import attach
+from ..models.directions import token_directions
 from ..models.sites import layers
 from . import forks
 from .lab import Lab, Site
@@ -152,6 +153,7 @@ def install_edits(
 ) -> dict[int, Edits]:
     """{layer: edits} that write the direction of `token [n]` at the last positions of the prompts `ids [n, T]`."""
     sites: dict = dict.fromkeys(where)
+    known = {site.layer_index: site for site in layers(model)}
     with torch.no_grad(), attach(model, sites) as tap:
         model(input_ids=ids, use_cache=False)
     n, T = ids.shape
@@ -161,7 +163,7 @@ def install_edits(
     for layer, head in where:
         left, right = (x.detach().float().cpu() for x in tap.writes[layer].native(row, position, head))
         size = left.norm(dim=1, keepdim=True) * right.norm(dim=1, keepdim=True)
-        value = forks.token_directions(model, forks.layer_of(model, layer), head, token).cpu()
+        value = token_directions(model, known[layer], head, token.tolist()).cpu()
         edits = Edits.add(row, position, head, m * size * normalize(left, dim=1),
                           value.repeat_interleave(positions, 0), when="before")  # fmt: skip
         parts.setdefault(layer, []).append(edits)

@@ -15,7 +15,7 @@ from ..experiments.firing import native_writes
 from ..experiments.statistics import need
 from ..sae import SAE
 from .lab import Lab, Site
-from .measures import above, mean
+from .measures import above, mean, spans
 from .study import Answer, Figure
 from .trained import drawn, held
 
@@ -158,12 +158,11 @@ def loss_figure(found: Mapping[str, Any], caption: str) -> Figure:
 
     def paint(axes, colours):
         names = list(of)[::-1]
-        value = np.array([of[name]["mean"] for name in names])
-        low, high = np.array([of[name]["ci95"] for name in names]).T
+        value, error = spans([of[name] for name in names])
         colour = [colours["atom"] if name == RECONSTRUCTION else colours["random"] for name in names]
         at = np.arange(len(names))
         axes.barh(at, value, color=colour, height=0.62)
-        axes.errorbar(value, at, xerr=[np.maximum(value - low, 0), np.maximum(high - value, 0)], fmt="none",
+        axes.errorbar(value, at, xerr=error, fmt="none",
                       ecolor=colours["line"], elinewidth=1, capsize=2)  # fmt: skip
         axes.axvline(0, color=colours["line"], lw=0.9)
         axes.set(xlabel="more loss than the plain model, nats a token")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -38,6 +38,14 @@ def mean(values: np.ndarray, clusters: np.ndarray, by: str, seed: int = 0) -> di
     """Mean of `values [n]` with a bootstrap over `clusters [n]`."""
     values = np.asarray(values, np.float64)
     return {**ClusterBootstrap(clusters, seed=seed).interval(values, by), "mean": float(values.mean())}
+
+
+def spans(found: Iterable[Mapping], of: str = "mean") -> tuple[np.ndarray, np.ndarray]:
+    """(values `[n]`, how far their intervals reach below and above them `[2, n]`) of statistics, for error bars."""
+    every = list(found)
+    value = np.array([x[of] for x in every], float)
+    low, high = np.array([x["ci95"] for x in every], float).reshape(-1, 2).T
+    return value, np.maximum([value - low, high - value], 0)
 
 
 def ratio(above_: np.ndarray, below: np.ndarray, clusters: np.ndarray, by: str, seed: int = 0) -> dict:

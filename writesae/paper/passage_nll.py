@@ -17,7 +17,7 @@ from ..sae import SAE
 from .frequent import frequent
 from .lab import Lab, Reading, Site
 from .losses import token_losses
-from .measures import above, mean, unmeasured
+from .measures import above, mean, spans, unmeasured
 from .study import Answer, Claim, Figure, Findings, Setting, Study, join
 
 CONDITIONS = ("delete", "random", "elsewhere")
@@ -142,9 +142,7 @@ def _figures(statistics: dict[str, Any]) -> dict[str, Figure]:
         at = np.arange(len(sites))
         for shift, name, colour in ((-0.2, "delete", "delete"), (0, "random", "random"), (0.2, "elsewhere", "line")):
             found = [statistics["sites"][site][name] for site in sites]
-            value = np.array([x["mean"] for x in found])
-            low, high = np.array([x["ci95"] for x in found]).T
-            error = [np.maximum(value - low, 0), np.maximum(high - value, 0)]
+            value, error = spans(found)
             label = {"delete": "deleted", "random": "random in its place", "elsewhere": "others deleted"}[name]
             axes.errorbar(at + shift, value, yerr=error, fmt="o", ms=4, color=colours[colour], label=label)
         axes.axhline(0, color=colours["line"], lw=0.9)

@@ -11,7 +11,7 @@ import torch
 from ..experiments.statistics import need
 from ..models.attach import attach
 from .lab import SPLITS, Lab
-from .measures import above, ratio
+from .measures import above, ratio, spans
 from .study import Answer, Claim, Figure, Findings, Setting, Study
 from .token_classes import labelled
 
@@ -171,8 +171,7 @@ def _figure(statistics: dict) -> Figure:
         names = [name for name in NAMES][::-1]
         for suffix, colour, label in (("", "atom", "probe"), (", labels shuffled", "random", "labels shuffled")):
             found = [statistics["accuracy"][name + suffix] for name in names]
-            value = np.array([x["ratio"] for x in found])
-            spread = np.abs(np.array([x["ci95"] for x in found]).T - value)
+            value, spread = spans(found, "ratio")
             axes.errorbar(100 * value, names, xerr=100 * spread, fmt="o", lw=1.4, color=colours[colour], label=label)
         axes.axvline(100 * statistics["chance"], color=colours["line"], lw=0.9, ls=(0, (4, 3)))
         axes.set(xlabel=f"balanced accuracy of the label “{statistics['label']}”, %", xlim=(0, 102))

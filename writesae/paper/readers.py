@@ -16,7 +16,7 @@ from ..experiments.firing import check_sae, sample, top_codes
 from ..experiments.nulls import random_factors
 from ..sae import SAE
 from .lab import Lab, Site
-from .measures import ratio
+from .measures import ratio, spans
 from .study import Answer, Claim, Figure, Findings, Setting, Study, join
 
 ARMS = ("atom", "random", "write")
@@ -223,8 +223,7 @@ def _figure(sites: Mapping[str, dict]) -> Figure:
         at = np.arange(len(names))[::-1]
         for offset, arm, colour in ((0.2, "atom", "atom"), (0, "random", "random"), (-0.2, "write", "delete")):
             found = [_less(sites[site][arm][name]) for site, name in names]
-            value = np.array([x["ratio"] for x in found])
-            spread = np.abs(np.array([x["ci95"] for x in found]).reshape(-1, 2).T - value)
+            value, spread = spans(found, "ratio")
             axes.errorbar(100 * value, at + offset, xerr=100 * spread, fmt="o", ms=4, lw=1, color=colours[colour],
                           label=arm)  # fmt: skip
         axes.axvline(0, color=colours["line"], lw=0.9)

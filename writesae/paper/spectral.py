@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..experiments.statistics import need
 from .lab import Lab
-from .measures import above, replaced, replaced_text, states_at
+from .measures import above, replaced, replaced_text, spans, states_at
 from .study import Answer, Claim, Figure, Findings, Setting, Study, join
 
 # In the order shown; the first two are the study's.
@@ -114,8 +114,7 @@ def _figures(found: dict, won: np.ndarray, aucs: dict) -> dict[str, Figure]:
 
     def predictors(axes, colours):
         names = [name for name in PREDICTORS if aucs[name]["auc"] is not None][::-1]
-        value = np.array([aucs[name]["auc"] for name in names])
-        spread = np.abs(np.array([aucs[name]["ci95"] for name in names]).reshape(-1, 2).T - value)
+        value, spread = spans([aucs[name] for name in names], "auc")
         axes.errorbar(value, names, xerr=spread, fmt="o", color=colours["atom"], lw=1.4)
         axes.axvline(0.5, color=colours["line"], lw=0.9, ls=(0, (4, 3)))
         axes.set(xlabel="area under the curve of winning against deletion", xlim=(0, 1))

@@ -15,7 +15,7 @@ from ..experiments.statistics import proportion, wilcoxon
 from ..models.attach import attach
 from ..models.sites import layers
 from .lab import Lab, Site
-from .measures import above, mean
+from .measures import above, mean, spans
 from .study import Answer, Claim, Figure, Findings, Setting, Study, join
 
 _ARMS = ("donor", "random")
@@ -148,8 +148,7 @@ def _figure(statistics: Mapping[str, Any]) -> Figure:
         at = np.arange(len(SCOPES))
         for offset, arm, colour in ((-0.12, "donor", "atom"), (0.12, "random", "random")):
             found = [statistics[scope][arm] for scope in SCOPES]
-            value = np.array([x["mean"] for x in found])
-            spread = np.abs(np.array([x["ci95"] for x in found]).T - value)
+            value, spread = spans(found)
             label = {"donor": "the donor's memory", "random": "a random prompt's"}[arm]
             axes.errorbar(at + offset, value, spread, fmt="o", ms=6, lw=1.6, color=colours[colour], label=label)
         axes.axhline(0, color=colours["line"], lw=0.9, ls=(0, (4, 3)))
