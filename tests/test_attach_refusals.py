@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_attach import (  # noqa: F401  (the first two are fixtures)
+from test_attach import (  # noqa: F401  (models is a fixture)
     FAMILIES,
-    _inference,
     dictionary,
     models,
     module_functions,
@@ -17,6 +16,7 @@ from tiny_models import VOCAB, tiny_model, tokens
 from writesae.models import attach, hf_gated_delta
 
 # ruff: noqa: F811  (a fixture's name as an argument)
+pytestmark = pytest.mark.usefixtures("one_thread", "nothing_stays")
 
 
 @pytest.mark.parametrize(

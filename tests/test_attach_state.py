@@ -9,6 +9,7 @@ import pickle
 import sys
 import threading
 
+import pytest
 import test_attach_calls
 import torch
 from test_attach import close, dictionaries, module_functions, one_edit, same_firings
@@ -17,7 +18,8 @@ from tiny_models import tiny_model, tokens
 import writesae
 from writesae.models import attach, hf_gated_delta, patch, self_test
 
-_inference, model = test_attach_calls._inference, test_attach_calls.model  # fixtures
+model = test_attach_calls.model  # a fixture
+pytestmark = pytest.mark.usefixtures("one_thread", "nothing_stays")
 
 # ---- whose call it is -----------------------------------------------------------------------------------------
 
