@@ -5,8 +5,8 @@
 Steps: library (every kernel compiled by nvcc for every architecture, linked, and bound to torch's stable C interface
 only), ptxas (scripts/check_ptxas.py), twin (the operators' tests on the kernels compiled for the host, in both orders
 of execution, under the address and undefined-behaviour sanitizers), planted (faults put into kernels on purpose are
-noticed), dry (bench/gpu.sh without a GPU). Without nvcc the first two fail; WRITESAE_WITHOUT_NVCC=1 leaves them out,
-and says so.
+noticed), dry (the three calls of bench/gpu.sh without a GPU). Without nvcc the first two fail; WRITESAE_WITHOUT_NVCC=1
+leaves them out, and says so.
 """
 
 from __future__ import annotations
@@ -150,9 +150,11 @@ def planted() -> None:
 
 
 def dry() -> None:
-    given = {**environment(), "PYTHON": sys.executable, "TWIN": str(build(sanitize=True))}
+    path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    given = {**os.environ, "PYTHONPATH": path, "PYTHON": sys.executable, "TWIN": str(build())}
     with tempfile.TemporaryDirectory() as out:
-        run(["bash", "bench/gpu.sh", "--dry", out], env=given)
+        for call in "123":
+            run(["bash", "bench/gpu.sh", call, "--dry", out], env=given)
 
 
 STEPS = {f.__name__: f for f in (library, ptxas, twin, planted, dry)}
