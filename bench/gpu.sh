@@ -76,8 +76,8 @@ ended() {  # the table, the last words, the status
   if [ $dry = 0 ]; then
     timeout -k 5 20 "$python" bench/gpu_call.py show "$rows" 2>>"$log" | tee -a "$summary" | tail -c 9000
   fi
-  words=$(IFS=,; echo "${failed[*]:-nothing}")
-  echo "took $((SECONDS - began)) s; failed, cut short or not run: ${words//,/, }" | tee -a "$summary"
+  words=$(printf ', %s' "${failed[@]:-nothing}")
+  echo "took $((SECONDS - began)) s; failed, cut short or not run: ${words:2}" | tee -a "$summary"
   [ ${#failed[@]} = 0 ]
   exit
 }
@@ -140,11 +140,12 @@ case $call in
     if [ $dry = 1 ]; then
       step counters 60 "$python" bench/gpu_call.py launch scan encode --dry "$twin"
     elif have ncu counters; then
-      asked=$(timeout -k 5 30 "$python" bench/gpu_call.py metrics 2>>"$log")
+      asked=$(mktemp)
+      step "counters that ncu has" 30 "$python" bench/gpu_call.py metrics "$asked"
       for name in scan encode; do
         one=$(mktemp)
         step "counters of $name" 60 ncu --clock-control none --profile-from-start off --launch-count 30 --csv --page raw \
-          --metrics "$asked" --log-file "$one" "$python" bench/gpu_call.py launch $name
+          --metrics "$(cat "$asked")" --log-file "$one" "$python" bench/gpu_call.py launch $name
         cat "$one" >>"$counted"
         step "counters of $name, read" 20 "$python" bench/gpu_call.py counters "$rows" "$one"
       done

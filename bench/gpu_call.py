@@ -3,7 +3,7 @@
     python bench/gpu_call.py begin FILE --call N [--dry TWIN]     machine, versions, commit; the card's ceilings
     python bench/gpu_call.py case FILE [--dry TWIN] NAME ...      measures cases of `writesae bench --gpu`
     python bench/gpu_call.py launch NAME ... [--dry TWIN]         one call of an operator, for a profiler
-    python bench/gpu_call.py metrics                              the counters to ask `ncu` for
+    python bench/gpu_call.py metrics FILE                         the counters to ask `ncu` for
     python bench/gpu_call.py counters FILE CSV                    what `ncu --csv --page raw` found
     python bench/gpu_call.py show FILE ...                        the table
     python bench/gpu_call.py keep FILE ... --out FOLDER           a JSON file a case, as `writesae bench` keeps them
@@ -292,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     given = {name: commands.add_parser(name) for name in
              ("begin", "case", "launch", "metrics", "counters", "show", "keep")}  # fmt: skip
-    for name in ("begin", "case", "counters"):
+    for name in ("begin", "case", "metrics", "counters"):
         given[name].add_argument("file", type=Path)
     for name in ("begin", "case", "launch"):
         given[name].add_argument("--dry", default="", metavar="TWIN")
@@ -313,7 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in args.names:
             launch(name, args.dry)
     elif args.command == "metrics":
-        print(metrics())
+        args.file.write_text(metrics())
     elif args.command == "counters":
         counters(args.file, args.csv)
     elif args.command == "show":
