@@ -211,6 +211,7 @@ class _Handler:
         writes, initial, final, first = found
         checking = next((h for h in recording if h.check_finite), None)
         if checking is not None:
+            assert first is not None  # rules that return writes say it
             checking.tap.check_finite(frame, writes, first)
         for handler in recording:
             handler.tap.record(frame, writes, initial, final, codes.get(handler.tap) if frame.head is None else None)

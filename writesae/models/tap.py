@@ -419,7 +419,7 @@ class _Checks:
         self._sent = [(some, ToHost([torch.cat([x.first for x in some])])) for some in by_device.values()]
 
     def require(self) -> None:
-        found = {}
+        found: dict[_Check, Tensor] = {}
         for some, transfer in self._sent:
             found.update(zip(some, transfer.get()[0].split([len(x.first) for x in some]), strict=True))
         for check in self._checks:  # in the order of layers
