@@ -70,6 +70,18 @@ def test_first_of_each_row(dtype, case):
             check(case, target, x, expected)
 
 
+@pytest.mark.parametrize("K, V", [(1, 1), (7, 5), (256, 40), (128, 136), (64, 128)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sizes(dtype, K, V, case):
+    """Also in the last column, whatever the keys: zeros make a NaN of an infinity too."""
+    x = case.make(1, 67, 1, 1, K, V, dtype)
+    x[case.operands[1]][:, 30:] = 0
+    v = x[case.operands[2]]
+    (v[0, 65] if case.heads == "one" else v[0, 65, 0])[-1] = float("inf")
+    for target in targets(case, "few"):
+        check(case, target, x, [65])
+
+
 def test_nothing_where_all_is_finite(case):
     """Sums of the increments, and states, may overflow."""
     x = case.make(2, 40, 1, 2, 16, 24)
