@@ -9,7 +9,7 @@ to look up, unless csrc/cuda/sass.json names it under "may_generic" with the rea
 those that csrc/cuda/ptxas.json lets spill. Everything else has to be that of the table: what an iteration of each hot
 loop issues, and the least cycles it takes one warp to. Under another nvcc than the table's, differences are only
 printed. --update rewrites the table; --show prints loops of other kernels than the usual; --blocks prints the blocks of
-one loop, to sum the stalls of another path than the one taken here.
+one loop, to sum the stalls of another path than those taken here.
 
 A hot loop is one that makes matrix products, or the largest of its kernel. Loops are numbered in the order of
 addresses, "3.1" being the first inside the third. Loops inside that cannot be skipped are counted as passed once.
@@ -47,7 +47,7 @@ SHOWN = (
 
 @dataclass(frozen=True)
 class Iteration:
-    """Of a hot loop. Counts of instructions on its path (`sass.paths`), but for the last columns."""
+    """Of a hot loop. Counts are of instructions of its longest iteration (`sass.paths`), but for the last columns."""
 
     instructions: int
     products: int
@@ -61,9 +61,10 @@ class Iteration:
     exchange: int
     control: int
     wait: int
-    floor: int  # sum of the path's stall counts: cycles that one warp needs at least
-    longest: int  # the same, of the longest way through the body
-    inner: int  # loops inside that the path passes
+    longest: int  # sum of stall counts: cycles that one warp needs at least
+    floor: int  # the same, of the shortest iteration
+    least: int  # instructions of the shortest
+    inner: int  # loops inside that the longest passes
     body: int  # instructions of the whole body, without loops inside; of them:
     local: int  # accesses to local memory
     generic: int  # accesses by generic addresses
@@ -92,21 +93,22 @@ COLUMNS = {"kernel": "instructions, products, barriers", "loop": ", ".join(x.nam
 def iteration(code: list[sass.Instruction], graph: list[sass.Block], loop: sass.Loop, place: list[int]):
     """(what an iteration issues, its FLOP)."""
 
-    def count(numbers) -> tuple[dict[str, int], int]:
-        kinds, flop = dict.fromkeys([*sass.KINDS, "integer"], 0), 0
-        for block in numbers:
-            for one in code[graph[block].start : graph[block].end]:
-                kinds[one.kind] += 1
-                flop += one.flop
-        return kinds, flop
+    def instructions(numbers) -> list[sass.Instruction]:
+        return [one for block in numbers for one in code[graph[block].start : graph[block].end]]
 
-    way, floor, longest = sass.paths(code, graph, loop, place)
-    (path, flop), (whole, _) = count(way), count(sass.own(loop))
-    counts = {x.name: path[x.name] for x in fields(Iteration) if x.name in path}
-    counts |= {"instructions": sum(path.values()), "products": path["matrix"], "globals": path["global"]}
-    counts |= {"floor": floor, "longest": longest}
-    counts |= {"inner": sum(x.head in way for x in loop.inner), "body": sum(whole.values())}
-    return Iteration(**counts | {"local": whole["local"], "generic": whole["generic"]}), flop
+    ways = sass.paths(code, graph, loop, place)
+    least, most, body = map(instructions, (*ways, sass.own(loop)))
+    floor, longest = (sum(graph[block].stall for block in way) for way in ways)
+    kinds, whole = Counter(one.kind for one in most), Counter(one.kind for one in body)
+    counts = {x.name: kinds[x.name] for x in fields(Iteration)}
+    counts |= {"instructions": len(most), "products": kinds["matrix"], "globals": kinds["global"]}
+    counts |= {"longest": longest, "floor": floor, "least": len(least), "body": len(body)}
+    counts |= {
+        "inner": sum(x.head in ways[1] for x in loop.inner),
+        "local": whole["local"],
+        "generic": whole["generic"],
+    }
+    return Iteration(**counts), sum(one.flop for one in most)
 
 
 def kernel(code: list[sass.Instruction]) -> Kernel:
@@ -129,19 +131,27 @@ def look(path: Path) -> dict[str, Kernel]:
 
 
 def blocks_of(path: Path, name: str, number: str) -> list[str]:
-    """A line for each block of a loop of an object's kernel of this readable name: "*" if on the path, "+" inside."""
+    """A line for each block of a loop of an object's kernel of this readable name.
+
+    "*": in the shortest iteration; ".": in the longest only; "+": in a loop inside.
+    """
     kernels = sass.disassemble(path, ARCHITECTURES)
     lines = []
     for code in (code for code, shown in zip(kernels.values(), readable(list(kernels)), strict=True) if shown == name):
         graph = sass.blocks(code)
         place, found = sass.loops(graph)
-        loop = sass.numbered(found)[number]
-        way, mine = set(sass.paths(code, graph, loop, place)[0]), sass.own(loop)
+        numbers = sass.numbered(found)
+        if number not in numbers:
+            sys.exit(f"check_sass: --blocks: expected a loop of {name} ({', '.join(numbers)}), got {number!r}")
+        loop = numbers[number]
+        least, most = map(set, sass.paths(code, graph, loop, place))
+        mine = sass.own(loop)
         for block in sorted(loop.body):
             one = graph[block]
             kinds = Counter(x.kind for x in code[one.start : one.end])
             lines.append(
-                f"{'*' if block in way else ' '}{' ' if block in mine else '+'} {16 * one.start:#x}: "
+                f"{'*' if block in least else '.' if block in most else ' '}{' ' if block in mine else '+'} "
+                f"{16 * one.start:#x}: "
                 f"stall {one.stall}, then {' '.join(hex(16 * graph[x].start) for x in one.next)}; "
                 + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
             )
@@ -211,35 +221,29 @@ def written(table: dict) -> str:
     return head.removesuffix("\n}") + ',\n "kernels": {\n' + ",\n".join(kernels) + "\n }\n}\n"
 
 
-def ceiling(one: Iteration, flop: int, warps: float) -> float:
+def ceiling(flop: int, cycles: int, instructions: int, warps: float) -> float:
     """TFLOP/s of matrix products that a whole H100 could reach in a loop, of this many warps a scheduler.
 
-    multiprocessors x schedulers x clock x FLOP of an iteration x min(warps / floor, 1 / instructions): a warp takes at
-    least `floor` cycles for its iteration, and a scheduler issues one instruction a cycle. What else bounds it (latency
-    of memory, the matrix unit's own rate, bandwidth) is not in it, nor what the path skips.
+    multiprocessors x schedulers x clock x FLOP of an iteration x min(warps / cycles, 1 / instructions): a warp takes at
+    least `cycles` for its iteration, and a scheduler issues one instruction a cycle. What else bounds it (latency of
+    memory, the matrix unit's own rate, bandwidth) is not in it.
     """
-    rate = min(warps / one.floor, 1 / one.instructions)
-    return MULTIPROCESSORS * SCHEDULERS * CLOCK * flop * rate / 1e12
+    return MULTIPROCESSORS * SCHEDULERS * CLOCK * flop * min(warps / cycles, 1 / instructions) / 1e12
 
 
 def shown(found: dict[str, Kernel], patterns) -> str:
-    """The loops with matrix products of some kernels, with their ceilings."""
-    head = ("kernel", "loop", "issued", "products", "loads", "kFLOP", "floor", "longest", "1 warp", "2", "4", "issue")
+    """The loops with matrix products of some kernels, and their ceilings: of the longest iteration and the shortest."""
+    head = ("kernel", "loop", "products", "kFLOP", "instructions", "cycles", "1 warp", "2 warps", "4 warps", "issue")
     lines: list[tuple[str, ...]] = [head]
     for name, one in found.items():
         for number, loop in one.loops.items() if matches(name, patterns) else ():
             flop = one.flop[number]
             if flop:
-                rates = [f"{ceiling(loop, flop, warps):.0f}" for warps in (1, 2, 4, float("inf"))]
-                counts = (
-                    loop.instructions,
-                    loop.products,
-                    loop.matrix_load,
-                    f"{flop / 1000:.0f}",
-                    loop.floor,
-                    loop.longest,
-                )
-                lines.append((name, number, *map(str, counts), *rates))
+                ends = (loop.longest, loop.instructions), (loop.floor, loop.least)
+                rates = ((ceiling(flop, *end, warps) for end in ends) for warps in (1, 2, 4, float("inf")))
+                counts = f"{loop.least}-{loop.instructions}", f"{loop.floor}-{loop.longest}"
+                ranges = (f"{low:.0f}-{high:.0f}" for low, high in rates)
+                lines.append((name, number, str(loop.products), f"{flop / 1000:.0f}", *counts, *ranges))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     first = widths[0]
     return "\n".join(
@@ -277,7 +281,7 @@ def main() -> int:
         TABLE.write_text(written(table))
     errors, remarks = check(found, table, nvcc, json.loads(PTXAS.read_text())["may_spill"])
     print(shown(found, args.show))
-    print("TFLOP/s that the cycles of one warp's floor allow, of 1, 2 and 4 warps a scheduler, and of issue alone")
+    print("TFLOP/s that an iteration's cycles allow 1, 2 and 4 warps a scheduler, and that issuing it does")
     for remark in remarks:
         print(f"remark: {remark}")
     for error in errors:

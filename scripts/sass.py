@@ -245,27 +245,32 @@ def own(loop: Loop) -> set[int]:
     return loop.body.difference(*(x.body for x in loop.inner))
 
 
-def paths(code: list[Instruction], graph: list[Block], loop: Loop, place: list[int]) -> tuple[list[int], int, int]:
-    """(blocks on the path of an iteration, the path's stalls, stalls of the longest iteration).
+def paths(code: list[Instruction], graph: list[Block], loop: Loop, place: list[int]) -> tuple[list[int], list[int]]:
+    """Blocks of the (shortest, longest) iteration, by stalls, of those that make most products of the loop's own.
 
-    The path makes as many matrix products of the loop's own as any, with the fewest stalls: what a body may skip
-    (edits, snapshots, ends of sequences) is not on it. Loops inside that cannot be skipped are passed once.
+    Of loops inside, the longest passes as few as it can, each once: so what it has beside the shortest are branches
+    that an iteration may take (the next copies, results that are asked for), and not what is rare, which is in loops
+    (edits, snapshots).
     """
-    mine = own(loop)
-    best: dict[int, tuple[int, int, int]] = {}  # from a block to an end: (products, minus stalls, next block)
-    longest: dict[int, int] = {}
-    for block in sorted(loop.body, key=place.__getitem__, reverse=True):
-        after = [x for x in graph[block].next if place[x] > place[block] and x in best]
-        choices = [(*best[x][:2], x) for x in after] + [(0, 0, -1)] * (block in loop.ends)
-        if not choices:
-            continue  # it leaves the loop
-        products, less, to = max(choices, key=lambda x: x[:2])
-        if block in mine:
-            products += sum(x.kind == "matrix" for x in code[graph[block].start : graph[block].end])
-        best[block] = products, less - graph[block].stall, to
-        longest[block] = max([longest[x] for x in after] + [0]) + graph[block].stall
-    path, block = [], loop.head
-    while block >= 0:
-        path.append(block)
-        block = best[block][2]
-    return path, -best[loop.head][1], longest[loop.head]
+    mine, inner = own(loop), {x.head for x in loop.inner}
+
+    def best(sign: int) -> list[int]:
+        # From each block to an end of the iteration: what is to be largest, and the next block.
+        known: dict[int, tuple[tuple[int, int, int], int]] = {}
+        for block in sorted(loop.body, key=place.__getitem__, reverse=True):
+            after = [(known[x][0], x) for x in graph[block].next if place[x] > place[block] and x in known]
+            after += [((0, 0, 0), -1)] * (block in loop.ends)
+            if not after:
+                continue  # it leaves the loop
+            (products, loops, stall), to = max(after, key=lambda x: x[0])
+            if block in mine:
+                products += sum(x.kind == "matrix" for x in code[graph[block].start : graph[block].end])
+            loops -= sign > 0 and block in inner
+            known[block] = (products, loops, stall + sign * graph[block].stall), to
+        path, block = [], loop.head
+        while block >= 0:
+            path.append(block)
+            block = known[block][1]
+        return path
+
+    return best(-1), best(1)
