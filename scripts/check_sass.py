@@ -32,7 +32,7 @@ from check_ptxas import REPORTS, ROOT, nvcc_version, readable
 from check_ptxas import TABLE as PTXAS
 
 TABLE = ROOT / "csrc" / "cuda" / "sass.json"
-ARCHITECTURES = ("sm_90", "sm_90a")  # the first that an object holds
+ARCHITECTURES = ("sm_90a", "sm_90")  # the first that an object holds
 SMALL = 64  # instructions; a smaller loop without products is no hot one
 
 # For the printed ceilings: an H100's multiprocessors, the schedulers of one, and a clock it keeps, in Hz.

@@ -65,7 +65,12 @@ class Instruction(NamedTuple):
         if "x" in shape:  # HGMMA.64x128x16: of four warps
             m, n, k = map(int, shape.split("x"))
             return 2 * m * n * k // 4
-        return {"16816": 4096, "1688": 2048, "1684": 1024, "16832": 8192}[shape]
+        known = {"16816": 4096, "1688": 2048, "1684": 1024, "16832": 8192}
+        if shape not in known:
+            raise ValueError(
+                f"{self.name}: expected a matrix product of one of the shapes {', '.join(known)}, got {shape}"
+            )
+        return known[shape]
 
 
 def control(high: int) -> tuple[int, int, int, int]:

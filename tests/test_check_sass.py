@@ -182,8 +182,19 @@ def test_loops_and_paths():
     assert iterations(CODE["chain"]) == {"1": (0x100, around, around), "1.1": (0x1C0, 24, 24)}
     no_loop = changed("chain", 0x1F0, name="NOP", operands="")  # does not jump back
     assert iterations(no_loop) == {"1": (0x100, around, around + inside)}
+    product = [x._replace(name="HMMA.16816.F32") if x.address == 0x1D0 else x for x in no_loop]  # that no path misses
+    assert iterations(product) == {"1": (0x100, around + inside, around + inside)}
     always = changed("chain", 0x1A0, name="NOP", operands="")  # does not jump over
     assert iterations(always)["1"] == (0x100, around + inside, around + inside)
+
+
+def test_loops_inside_loops():
+    """Two at the third level, of which one has two ways back; and a block that nothing leads to."""
+    after = [[1], [2], [3], [3, 4], [5, 6], [4], [4, 7], [2, 8], [1, 9], [], [2]]
+    _, loops = sass.loops([sass.Block(i, i + 1, to, 1) for i, to in enumerate(after)])
+    bodies = {number: x.body for number, x in sass.numbered(loops).items()}
+    assert bodies == {"1": {*range(1, 9)}, "1.1": {*range(2, 8)}, "1.1.1": {3}, "1.1.2": {4, 5, 6}}
+    assert sass.own(loops[0]) == {1, 8} and sass.own(loops[1]) == {2, 7}
 
 
 def test_an_iteration_is_counted():
