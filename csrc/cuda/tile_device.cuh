@@ -1,4 +1,4 @@
-// tile.cuh on the device. PTX lives here and nowhere else.
+// tile.cuh on the device. PTX lives here and in tile_hopper.cuh and nowhere else.
 #pragma once
 
 #include <cuda_runtime.h>
