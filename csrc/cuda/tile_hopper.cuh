@@ -309,12 +309,13 @@ __device__ __forceinline__ uint64_t advance(uint64_t description, uint32_t bytes
 // `box_columns`, which lie row by row, swizzled. Throws std::runtime_error, naming `name`, where the unit cannot.
 inline TensorMap tensor_map(const char* name, const void* data, int64_t rows, int64_t columns, int64_t row_bytes,
                             int box_rows, int box_columns, Swizzle swizzle) {
-  const auto require = [&](bool holds, const char* what) {
+  const auto require = [&](bool holds, const std::string& what) {
     if (!holds) throw std::runtime_error(std::string(name) + ": " + what);
   };
   require(reinterpret_cast<uintptr_t>(data) % 16 == 0, "a tensor that TMA copies must begin at a multiple of 16 bytes");
-  require(row_bytes % 16 == 0 && row_bytes > 0 && row_bytes < int64_t{1} << 40,
-          "rows that TMA copies must be a multiple of 16 bytes apart (8 elements of bf16), less than 2^40");
+  require(
+      row_bytes % 16 == 0 && row_bytes > 0 && row_bytes < int64_t{1} << 40,
+      "rows that TMA copies must be a multiple of 16 bytes apart (8 elements of bf16), got " + std::to_string(row_bytes));
   require(rows > 0 && rows <= int64_t{1} << 32 && columns > 0 && columns <= int64_t{1} << 32,
           "TMA copies from 1 to 2^32 rows and columns");
   require(box_rows > 0 && box_rows <= 256 && box_columns > 0 && box_columns <= 256,
