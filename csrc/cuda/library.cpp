@@ -2,15 +2,9 @@
 // and is loaded before; compiled as the host twin, for CPU tensors in a namespace of its own, `writesae_twin`.
 #include <torch/csrc/stable/library.h>
 
-#include <string>
-#include <vector>
-
 #include "encode.h"
 #include "operators.h"
 #include "schemas.h"
-#if WRITESAE_SIDE == 2
-#include "cuda/tile.cuh"
-#endif
 
 namespace writesae {
 
@@ -29,22 +23,6 @@ void implement_device_operators(Module& m) {
 
 #if WRITESAE_SIDE == 2
 namespace {
-
-// In which order threads and blocks run from now on: "forward" or "reverse".
-std::string schedule(std::string name) {
-  using tile::twin::Schedule;
-  STD_TORCH_CHECK(name == "forward" || name == "reverse", "schedule: expected forward or reverse, got ", name);
-  tile::twin::schedule = name == "reverse" ? Schedule::reverse : Schedule::forward;
-  return name;
-}
-
-// Sets all counts to zero, and returns what they were: launches, blocks, barriers, products, matrix loads, bank conflicts,
-// copies, largest shared memory of a block.
-std::vector<int64_t> statistics() {
-  const auto s = tile::twin::statistics;
-  tile::twin::statistics = {};
-  return {s.launches, s.blocks, s.barriers, s.products, s.matrix_loads, s.conflicts, s.copies, s.shared_bytes};
-}
 
 // Tokens of encode's segments from now on; 0 for the kernel's own choice.
 int64_t encode_segment(int64_t tokens) {
@@ -65,16 +43,12 @@ STABLE_TORCH_LIBRARY_IMPL(writesae, CUDA, m) { writesae::implement_device_operat
 
 STABLE_TORCH_LIBRARY(writesae_twin, m) {
   writesae::define_device_operators(m);
-  m.def("schedule(str name) -> str");
-  m.def("statistics() -> int[]");
   m.def("encode_segment(int tokens) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(writesae_twin, CPU, m) { writesae::implement_device_operators(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(writesae_twin, CompositeExplicitAutograd, m) {
-  m.impl("schedule", TORCH_BOX(&writesae::schedule));
-  m.impl("statistics", TORCH_BOX(&writesae::statistics));
   m.impl("encode_segment", TORCH_BOX(&writesae::encode_segment));
 }
 
