@@ -27,7 +27,9 @@ constexpr int BACKWARD_THREADS = BACKWARD_WARPS * tile::WARP;
 constexpr int TAIL_FEATURES = 64;
 constexpr int TAIL_SEQUENCES = 1024;  // side by side, at most
 
+// Rows that a block owns, and fewer of them where a device has less shared memory a block.
 __host__ __device__ constexpr int owned_rows(int depth) { return depth > 128 ? 32 : 64; }
+__host__ __device__ constexpr int fewer_rows(int depth) { return depth > 64 ? 32 : 64; }
 
 // lambda of at most TOKENS tokens and FEATURES features, rows of tokens in shared memory.
 template <int TOKENS_, int FEATURES_>
@@ -98,10 +100,10 @@ __device__ __forceinline__ int64_t offset(const View& x, int64_t a, int64_t b, i
   return a * x.stride[0] + b * x.stride[1] + c * x.stride[2] + d * x.stride[3];
 }
 
-template <int D, bool FEATURES_OWN>
+template <int D, int OWN, bool FEATURES_OWN>
 __global__ void __launch_bounds__(BACKWARD_THREADS, 1)
     encode_backward_kernel(EncodeBackwardParams p, const Segment* segments, int count, int each, const float* tails) {
-  constexpr int OWN = owned_rows(D), BLOCK_ROWS = OWN / 16, GROUPS = 4 / BLOCK_ROWS;
+  constexpr int BLOCK_ROWS = OWN / 16, GROUPS = 4 / BLOCK_ROWS;
   constexpr int PRODUCT_PAIRS = OTHERS / 16 / GROUPS;  // pairs of 16 x 8 tiles of S a warp
   constexpr int OUT_PAIRS = D / 16 / GROUPS;
   using Op = Operand<float>;

@@ -2,8 +2,8 @@
 #if defined(__CUDACC__)
 #error "the host twin is compiled by a host compiler"
 #endif
+#include <algorithm>
 #include <cstdlib>
-#include <limits>
 #include <memory>
 #include <vector>
 
@@ -26,8 +26,10 @@
 
 namespace writesae::tile::twin {
 
-Schedule schedule = Schedule::forward;
-Statistics statistics;
+std::mutex lock;
+Settings settings;
+std::map<std::string, Statistics> statistics;
+std::vector<Watched> watched;
 
 namespace {
 
@@ -182,6 +184,7 @@ struct Cluster {
 
 Cluster* cluster_now = nullptr;
 Block* now = nullptr;                        // the block whose thread is being run
+Statistics* launch_counts = nullptr;         // of the launch it belongs to
 std::vector<std::unique_ptr<Stack>> stacks;  // reused from block to block
 
 std::string at(Place place) {
@@ -267,7 +270,7 @@ std::string stuck(const Block& block) {
 // Runs the threads of a block that can go on, each as far as it can; whether there was one.
 bool run_ready(Block& block) {
   const int n = static_cast<int>(block.threads.size());
-  const bool reverse = schedule == Schedule::reverse;
+  const bool reverse = settings.schedule == Schedule::reverse;
   bool progress = false;
   for (int w = 0; w < n / WARP; w++) {
     const int first = (reverse ? n / WARP - 1 - w : w) * WARP;
@@ -300,7 +303,7 @@ void run_cluster(Cluster& cluster) {
     bool progress = false;
     all_done = true;
     for (int b = 0; b < blocks && failed == nullptr; b++) {
-      Block& block = *cluster.blocks[schedule == Schedule::reverse ? blocks - 1 - b : b];
+      Block& block = *cluster.blocks[settings.schedule == Schedule::reverse ? blocks - 1 - b : b];
       progress |= run_ready(block);
       all_done &= block.ended == static_cast<int>(block.threads.size());
       if (!block.error.empty()) failed = &block;
@@ -340,6 +343,8 @@ int block_threads() { return static_cast<int>(now->threads.size()); }
 unsigned block(int axis) { return axis == 0 ? now->index.x : axis == 1 ? now->index.y : now->index.z; }
 unsigned grid(int axis) { return axis == 0 ? now->grid.x : axis == 1 ? now->grid.y : now->grid.z; }
 
+Statistics& counts() { return *launch_counts; }
+
 void fail_of(const std::string& whose, const std::string& message, Place place) {
   throw Fault{message + " (" + whose + ", " + at(place) + ")"};
 }
@@ -368,7 +373,14 @@ void* take(size_t bytes) {
 void add_copy(void* to, const void* from, int bytes, bool valid, Place place) {
   check_alignment(to, bytes, "asynchronous copy, target", place);
   if (valid) check_alignment(from, bytes, "asynchronous copy, source", place);
-  statistics.copies++;
+  Statistics& c = counts();
+  c.copies++, c.shared_bytes_written += bytes;
+  if (valid) {
+    c.copied_bytes += bytes;
+    const auto* p = static_cast<const char*>(from);
+    for (const Watched& one : watched)
+      if (p >= one.begin && p < one.begin + one.bytes) c.own["bytes of " + one.name] += bytes;
+  }
   poison(to, bytes);
   now->threads[now->running].open.push_back({to, from, bytes, valid, place});
 }
@@ -422,7 +434,7 @@ void meet_in(Meeting& meeting, const char* of, const char* what, Place place, vo
 
 void meet(bool all, const char* what, Place place, void* args, Act act) {
   Meeting& meeting = all ? now->all : now->warps[now->running / WARP];
-  if (all && meeting.arrived == meeting.count - 1) statistics.barriers++;
+  if (all && meeting.arrived == meeting.count - 1) counts().barriers++;
   meet_in(meeting, all ? "block" : "warp", what, place, args, act);
 }
 
@@ -438,7 +450,7 @@ void meet_named(int id, int threads, Place place) {
     wait();
     return;
   }
-  statistics.barriers++;
+  counts().barriers++;
   for (int i : it.arrived) now->threads[i].state = State::ready;
   it.arrived.clear();
 }
@@ -513,17 +525,22 @@ void run(const char* name, Grid grid, int threads, size_t shared, void (*body)(v
                              std::to_string(threads));
   if (grid.y > 65535 || grid.z > 65535)
     throw std::runtime_error(std::string(name) + ": the grid's y and z reach at most 65535");
-  if (shared > 227 * 1024)
+  const std::lock_guard<std::mutex> held(lock);  // another thread's launch waits
+  const size_t most = settings.machine.block_shared;
+  if (shared > most)
     throw std::runtime_error(std::string(name) + ": " + std::to_string(shared) +
-                             " bytes of shared memory; a block has at most 227 KB");
+                             " bytes of shared memory; a block has at most " + std::to_string(most));
   if (cluster < 1 || grid.x % cluster != 0)
     throw std::runtime_error(std::string(name) + ": clusters of " + std::to_string(cluster) +
                              " blocks along x do not divide " + std::to_string(grid.x));
   while (static_cast<int>(stacks.size()) < threads * cluster) stacks.push_back(std::make_unique<Stack>());
-  statistics.launches++;
+  launch_counts = &statistics[name];
+  Statistics& c = counts();
+  c.launches++;
+  c.shared_bytes_asked = std::max(c.shared_bytes_asked, static_cast<int64_t>(shared));
   const int64_t clusters = static_cast<int64_t>(grid.x) / cluster * grid.y * grid.z;
   for (int64_t i = 0; i < clusters; i++) {
-    const int64_t b = (schedule == Schedule::reverse ? clusters - 1 - i : i) * cluster;
+    const int64_t b = (settings.schedule == Schedule::reverse ? clusters - 1 - i : i) * cluster;
     Cluster together;
     together.beside = beside;
     for (int rank = 0; rank < cluster; rank++) {
@@ -543,134 +560,10 @@ void run(const char* name, Grid grid, int threads, size_t shared, void (*body)(v
     }
     run_cluster(together);
     for (const auto& block : together.blocks) {
-      statistics.blocks++;
-      if (static_cast<int64_t>(block->shared_used) > statistics.shared_bytes)
-        statistics.shared_bytes = static_cast<int64_t>(block->shared_used);
-    }
-  }
-}
-
-// ---- matrix products and loads --------------------------------------------------------------------------------------
-
-namespace {
-
-float half_of(uint32_t pair, int i, bool half) {
-  const uint16_t bits = static_cast<uint16_t>(pair >> (16 * i));
-  return half ? to_float(f16{bits}) : to_float(bf16{bits});
-}
-
-// sum = a b. Numbers of the twin's own, not looked at by sanitizers: this is where it spends its time.
-#if defined(__GNUC__)
-__attribute__((no_sanitize("address"), no_sanitize("undefined")))
-#endif
-void product(float (&sum)[16][8], const float* a, const float* b, int depth) {
-  for (auto& row : sum) {
-    float x[8] = {};
-    for (int k = 0; k < depth; k++, a++)
-      for (int column = 0; column < 8; column++) x[column] += *a * b[k * 8 + column];
-    for (int column = 0; column < 8; column++) row[column] = x[column];
-  }
-}
-
-// d += a b with a [16][depth], b [depth][8] gathered from the lanes.
-void multiply(void** args, const float* a, const float* b, int depth) {
-  statistics.products++;
-  float sum[16][8];
-  product(sum, a, b, depth);
-  for (int l = 0; l < WARP; l++) {
-    float* d = static_cast<Product*>(args[l])->d;
-    for (int i = 0; i < 4; i++) d[i] += sum[l / 4 + 8 * (i / 2)][2 * (l % 4) + i % 2];
-  }
-}
-
-}  // namespace
-
-void multiply_16(void** args, int, bool half) {
-  float a[16 * 16], b[16 * 8];
-  for (int l = 0; l < WARP; l++) {
-    const auto* one = static_cast<Product*>(args[l]);
-    const int g = l / 4, c = l % 4;
-    for (int i = 0; i < 4; i++)
-      for (int j = 0; j < 2; j++) a[(g + 8 * (i % 2)) * 16 + 2 * c + 8 * (i / 2) + j] = half_of(one->a[i], j, half);
-    for (int i = 0; i < 2; i++)
-      for (int j = 0; j < 2; j++) b[(2 * c + 8 * i + j) * 8 + g] = half_of(one->b[i], j, half);
-  }
-  multiply(args, a, b, 16);
-}
-
-void multiply_tf32(void** args, int) {
-  float a[16 * 8], b[8 * 8];
-  const auto read = [](uint32_t bits) { return bits_to_float(bits & 0xffffe000u); };  // the units drop the low bits
-  for (int l = 0; l < WARP; l++) {
-    const auto* one = static_cast<Product*>(args[l]);
-    const int g = l / 4, c = l % 4;
-    for (int i = 0; i < 4; i++) a[(g + 8 * (i % 2)) * 8 + c + 4 * (i / 2)] = read(one->a[i]);
-    for (int i = 0; i < 2; i++) b[(c + 4 * i) * 8 + g] = read(one->b[i]);
-  }
-  multiply(args, a, b, 8);
-}
-
-void load_matrices(void** args, int, int matrices, bool transposed) {
-  uint16_t rows[4][8][8];
-  for (int m = 0; m < matrices; m++) {
-    int in_bank[8] = {};
-    for (int r = 0; r < 8; r++) {
-      const void* row = static_cast<MatrixLoad*>(args[m * 8 + r])->row;
-      std::memcpy(rows[m][r], row, 16);
-      in_bank[reinterpret_cast<uintptr_t>(row) / 16 % 8]++;
-    }
-    int most = 1;
-    for (int count : in_bank) most = count > most ? count : most;
-    statistics.matrix_loads++;
-    statistics.conflicts += most - 1;
-  }
-  for (int l = 0; l < WARP; l++) {
-    uint32_t* r = static_cast<MatrixLoad*>(args[l])->r;
-    for (int m = 0; m < matrices; m++) {
-      const int a = l / 4, b = 2 * (l % 4);
-      const uint16_t low = transposed ? rows[m][b][a] : rows[m][a][b];
-      const uint16_t high = transposed ? rows[m][b + 1][a] : rows[m][a][b + 1];
-      r[m] = low | static_cast<uint32_t>(high) << 16;
+      c.blocks++;
+      c.shared_bytes_taken = std::max(c.shared_bytes_taken, static_cast<int64_t>(block->shared_used));
     }
   }
 }
 
 }  // namespace writesae::tile::twin
-
-// ---- numbers --------------------------------------------------------------------------------------------------------
-
-namespace writesae::tile {
-
-bf16 to_bf16(float x) {
-  const uint32_t bits = float_to_bits(x);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return {0x7fffu};
-  return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
-}
-
-float to_float(f16 x) {
-  const int exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
-  float y;
-  if (exponent == 31) {
-    y = fraction != 0 ? std::numeric_limits<float>::quiet_NaN() : std::numeric_limits<float>::infinity();
-  } else {
-    y = exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
-                      : std::ldexp(static_cast<float>(fraction + 1024), exponent - 25);
-  }
-  return x.bits & 0x8000u ? -y : y;
-}
-
-f16 to_f16(float x) {
-  const uint16_t sign = std::signbit(x) ? 0x8000u : 0;
-  if (std::isnan(x)) return {0x7fffu};
-  const double magnitude = std::fabs(static_cast<double>(x));
-  if (magnitude >= 65520.0) return {static_cast<uint16_t>(sign | 0x7c00u)};
-  // In units of the last place of its binade (2^-24 below the smallest normal number); nearbyint rounds ties to even.
-  int exponent = magnitude < 6.103515625e-05 ? -14 : std::ilogb(magnitude);
-  const double units = std::nearbyint(std::ldexp(magnitude, 10 - exponent));
-  // For normal numbers units is 1024..2048, and 2048 carries into the exponent by itself.
-  const int bits =
-      magnitude < 6.103515625e-05 ? static_cast<int>(units) : ((exponent + 15 - 1) << 10) + static_cast<int>(units);
-  return {static_cast<uint16_t>(sign | bits)};
-}
-
-}  // namespace writesae::tile

@@ -157,6 +157,7 @@ void read_operand(uint64_t description, int rows, const char* which, float* out,
   if (field(14, 2) != 0 || field(30, 2) != 0 || field(46, 3) != 0 || field(52, 10) != 0)
     fail(name + "bits that mean nothing are set", product.place);
   if (field(49, 3) != 0) fail(name + "a base offset, which the twin does not model", product.place);
+  counts().shared_bytes_read += int64_t{rows} * 2 * DEPTH;
   const uint32_t row_bytes = swizzle_bytes(swizzle), within = start % row_bytes, block = 8 * row_bytes;
   if (swizzle != Swizzle::none && (start - within) % block != 0)
     fail(name + "begins at " + number(start) + ", rows swizzled by " + number(row_bytes) + " bytes at a multiple of " +
@@ -187,16 +188,18 @@ void read_operand(uint64_t description, int rows, const char* which, float* out,
     }
 }
 
-#if defined(__GNUC__)
-__attribute__((no_sanitize("address"), no_sanitize("undefined")))
-#endif
-void multiply(float* d, const float* a, const float* b, int rows, int columns) {
-  for (int i = 0; i < rows; i++)
-    for (int j = 0; j < columns; j++) {
-      float sum = 0;
-      for (int k = 0; k < DEPTH; k++) sum += a[i * DEPTH + k] * b[j * DEPTH + k];
-      d[i * columns + j] += sum;
+// d [64][columns] += a [64][DEPTH] b [columns][DEPTH], by the twin's tiles of 16 x 8.
+void multiply(float* d, const float* a, const float* b, int columns) {
+  for (int column = 0; column < columns; column += 8) {
+    float part[DEPTH * 8], sum[16 * 8];
+    for (int k = 0; k < DEPTH; k++)
+      for (int j = 0; j < 8; j++) part[k * 8 + j] = b[(column + j) * DEPTH + k];
+    for (int row = 0; row < 64; row += 16) {
+      for (int i = 0; i < 16; i++) std::memcpy(sum + i * 8, d + (row + i) * columns + column, 32);
+      add_product(sum, a + row * DEPTH, part, DEPTH);
+      for (int i = 0; i < 16; i++) std::memcpy(d + (row + i) * columns + column, sum + i * 8, 32);
     }
+  }
 }
 
 void begin_product(void** args, int) {
@@ -248,7 +251,7 @@ void begin_product(void** args, int) {
     for (int i = 0; i < WARPGROUP; i++)
       for (int r = 0; r < share; r++)
         d[place_of(i, r)] = before != nullptr ? before->result[i * share + r] : product->d[i][r];
-  multiply(d.data(), a.data(), b.data(), 64, first.columns);
+  multiply(d.data(), a.data(), b.data(), first.columns);
   product->result.resize(static_cast<size_t>(WARPGROUP) * share);
   for (int i = 0; i < WARPGROUP; i++)
     for (int r = 0; r < share; r++) {
@@ -355,11 +358,14 @@ void copy_tile(void* to, const TensorMap& map, int column, int row, Barrier* b, 
          place);
   if (blocks == 0 || blocks >> cluster_blocks() != 0) fail("copy_tile: the cluster has no such blocks", place);
   const int64_t bytes = int64_t{map.box[1]} * row_bytes;
+  Statistics& c = counts();
+  c.copies++, c.copied_bytes += bytes;  // read once, whoever gets it
   for (int rank = 0; rank < cluster_blocks(); rank++) {
     if ((blocks >> rank & 1) == 0) continue;
     Copy copy;
     copy.first = at_number(rank, start, static_cast<size_t>(bytes), place);
     const Memory piece = piece_of(copy.first);
+    c.shared_bytes_written += bytes;
     copy.piece = piece.data, copy.bytes = bytes, copy.rank = rank, copy.who = who(), copy.place = place;
     copy.barrier = in_block(rank, b, place);
     if (!state_of(copy.barrier, place).known)
@@ -389,7 +395,7 @@ void copy_tile(void* to, const TensorMap& map, int column, int row, Barrier* b, 
             fail("copy_tile: over an operand of a product that is under way", place);
     for (const auto& [at, from] : copy.to) std::memset(copy.piece + at, 0xff, 16), std::memset(&seen[at], 0xff, 16);
     model.copies.push_back(std::move(copy));
-    if (schedule == Schedule::reverse) {  // at once
+    if (settings.schedule == Schedule::reverse) {  // at once
       const Copy now = std::move(model.copies.back());
       model.copies.pop_back();
       arrive(now);

@@ -16,7 +16,7 @@
 // Descriptors are read bit by bit, and addresses are those of the device's numbering of shared memory, whose pieces begin at
 // multiples of 128 and no more, so that a tile that lies off its swizzle's boundary is seen. A warp's products are its own to
 // wait for: another warp's wait gives it nothing.
-// What this cannot show: PTX, time, how sums are rounded in matrix units, what a descriptor with a base offset means (refused).
+// What this cannot show: PTX, time, what a descriptor with a base offset means (refused).
 #pragma once
 
 namespace writesae::tile {
@@ -112,6 +112,7 @@ extern const Beside hopper;
 template <class... P, class... A>
 void launch_cluster(const char* name, void (*kernel)(P...), Grid grid, int cluster, int threads, size_t shared, Stream,
                     const A&... args) {
+  require_hopper(name, twin::settings.machine.architecture);
   auto call = [&] { kernel(static_cast<P>(args)...); };
   twin::run(
       name, grid, threads, shared, [](void* context) { (*static_cast<decltype(call)*>(context))(); }, &call, cluster,

@@ -2,15 +2,9 @@
 // and is loaded before; compiled as the host twin, for CPU tensors in a namespace of its own, `writesae_twin`.
 #include <torch/csrc/stable/library.h>
 
-#include <string>
-#include <vector>
-
 #include "encode.h"
 #include "operators.h"
 #include "schemas.h"
-#if WRITESAE_SIDE == 2
-#include "cuda/tile.cuh"
-#endif
 
 namespace writesae {
 
@@ -41,22 +35,6 @@ void implement_prototypes(Module& m) {
 #if WRITESAE_SIDE == 2
 namespace {
 
-// In which order threads and blocks run from now on: "forward" or "reverse".
-std::string schedule(std::string name) {
-  using tile::twin::Schedule;
-  STD_TORCH_CHECK(name == "forward" || name == "reverse", "schedule: expected forward or reverse, got ", name);
-  tile::twin::schedule = name == "reverse" ? Schedule::reverse : Schedule::forward;
-  return name;
-}
-
-// Sets all counts to zero, and returns what they were: launches, blocks, barriers, products, matrix loads, bank conflicts,
-// copies, largest shared memory of a block.
-std::vector<int64_t> statistics() {
-  const auto s = tile::twin::statistics;
-  tile::twin::statistics = {};
-  return {s.launches, s.blocks, s.barriers, s.products, s.matrix_loads, s.conflicts, s.copies, s.shared_bytes};
-}
-
 // Tokens of encode's segments from now on; 0 for the kernel's own choice.
 int64_t encode_segment(int64_t tokens) {
   cuda::encode_force_segment(static_cast<int>(tokens));
@@ -79,8 +57,6 @@ STABLE_TORCH_LIBRARY_IMPL(writesae_prototypes, CUDA, m) { writesae::implement_pr
 STABLE_TORCH_LIBRARY(writesae_twin, m) {
   writesae::define_device_operators(m);
   writesae::define_prototypes(m);
-  m.def("schedule(str name) -> str");
-  m.def("statistics() -> int[]");
   m.def("encode_segment(int tokens) -> int");
 }
 
@@ -90,8 +66,6 @@ STABLE_TORCH_LIBRARY_IMPL(writesae_twin, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(writesae_twin, CompositeExplicitAutograd, m) {
-  m.impl("schedule", TORCH_BOX(&writesae::schedule));
-  m.impl("statistics", TORCH_BOX(&writesae::statistics));
   m.impl("encode_segment", TORCH_BOX(&writesae::encode_segment));
 }
 

@@ -38,6 +38,13 @@ __host__ __device__ constexpr uint32_t swizzled(uint32_t address, Swizzle s) {
   return address ^ (address >> 3 & (swizzle_bytes(s) - 16));
 }
 
+// Throws, by name, unless a device of that compute capability (times ten) runs these kernels.
+inline void require_hopper(const char* name, int architecture) {
+  if (architecture != 90)
+    throw std::runtime_error(std::string(name) + ": needs compute capability 9.0 (sm_90a), this device has " +
+                             std::to_string(architecture / 10) + "." + std::to_string(architecture % 10));
+}
+
 }  // namespace writesae::tile
 
 #if defined(__CUDACC__)
@@ -238,26 +245,17 @@ inline TensorMap encode_tensor_map(const void* data, const uint64_t (&size)[2], 
   return map;
 }
 
-// Throws, by name, where the current device cannot run a kernel of Hopper's or this library was not built for one.
-inline void require_hopper(const char* name, const void* kernel) {
-  const int major = device_attribute(cudaDevAttrComputeCapabilityMajor);
-  const int minor = device_attribute(cudaDevAttrComputeCapabilityMinor);
-  if (major != 9 || minor != 0)
-    throw std::runtime_error(std::string(name) + ": needs compute capability 9.0 (sm_90a), this device has " +
-                             std::to_string(major) + "." + std::to_string(minor));
-  cudaFuncAttributes attributes;
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
-  if (error != cudaSuccess || attributes.ptxVersion < 90)
-    throw std::runtime_error(std::string(name) + ": this library was built without sm_90a (WRITESAE_CUDA_ARCHITECTURES)");
-}
-
 // `launch` of clusters of so many blocks along x.
 template <class... P, class... A>
 void launch_cluster(const char* name, void (*kernel)(P...), Grid grid, int cluster, int threads, size_t shared,
                     Stream stream, const A&... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  require_hopper(name, reinterpret_cast<const void*>(kernel));
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), name);
+  require_hopper(
+      name, 10 * device_attribute(cudaDevAttrComputeCapabilityMajor) + device_attribute(cudaDevAttrComputeCapabilityMinor));
+  cudaFuncAttributes attributes;
+  if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess || attributes.ptxVersion < 90)
+    throw std::runtime_error(std::string(name) + ": this library was built without sm_90a (csrc/sources.py)");
+  allow_shared(reinterpret_cast<const void*>(kernel), shared, name);
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};

@@ -58,7 +58,7 @@ void check_sizes() {
   } sizes[] = {{64, 128, 64, 0, 132}, {1, 1, 8, 0, 132},     {200, 131, 72, 0, 132}, {331, 257, 128, 8, 4},
                {130, 60, 20, 4, 1},   {500, 130, 256, 0, 1}, {600, 129, 64, 0, 1},   {400, 300, 136, 0, 5}};
   for (Schedule schedule : {Schedule::forward, Schedule::reverse}) {
-    tile::twin::schedule = schedule;
+    tile::twin::settings.schedule = schedule;
     for (const auto& size : sizes)
       expect(right(size.F, size.T, size.K, size.gap,
                    [&](const EncodeProductParams& p) {
@@ -67,7 +67,7 @@ void check_sizes() {
              "wrong at F = " + std::to_string(size.F) + ", T = " + std::to_string(size.T) + ", K = " +
                  std::to_string(size.K) + (PING_PONG ? ", ping-pong" : "") + ", clusters of " + std::to_string(CLUSTER));
   }
-  tile::twin::schedule = Schedule::forward;
+  tile::twin::settings.schedule = Schedule::forward;
 }
 
 // Found: a fault by name, or a wrong result, in at least one order. `part`: of the name, "" for a wrong result.
@@ -76,7 +76,7 @@ void expect_found(const char* what, const std::string& part) {
   bool found = false;
   std::string seen;
   for (Schedule schedule : {Schedule::forward, Schedule::reverse}) {
-    tile::twin::schedule = schedule;
+    tile::twin::settings.schedule = schedule;
     try {
       const bool same = right(500, 130, 256, 0, [](const EncodeProductParams& p) {
         writesae::cuda::product::run<CLUSTER, PING_PONG, FAULT>(p, 1, nullptr);
@@ -87,7 +87,7 @@ void expect_found(const char* what, const std::string& part) {
       seen += std::string(error.what()) + "; ";
     }
   }
-  tile::twin::schedule = Schedule::forward;
+  tile::twin::settings.schedule = Schedule::forward;
   expect(found, std::string(what) + " goes unseen: expected \"" + part + "\", got \"" + seen + "\"");
 }
 

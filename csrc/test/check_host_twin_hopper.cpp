@@ -23,9 +23,9 @@ void expect(bool holds, const std::string& what) {
 }
 
 void in_order(Schedule schedule, const std::function<void()>& run) {
-  tile::twin::schedule = schedule;
+  tile::twin::settings.schedule = schedule;
   run();
-  tile::twin::schedule = Schedule::forward;
+  tile::twin::settings.schedule = Schedule::forward;
 }
 
 // What a launch fails with in each order, "" where it does not.
@@ -39,7 +39,7 @@ std::vector<std::string> faults(const std::function<void()>& run) {
       found.back() = error.what();
     }
   }
-  tile::twin::schedule = Schedule::forward;
+  tile::twin::settings.schedule = Schedule::forward;
   return found;
 }
 
