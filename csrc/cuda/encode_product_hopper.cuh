@@ -77,7 +77,8 @@ __global__ void __launch_bounds__(THREADS, 1)
   char* ring = tile::take_at_boundary<1024>(shared, RING);
   auto* full = shared.take<tile::Barrier>(2 * STAGES + 1 + CONSUMERS);
   tile::Barrier *empty = full + STAGES, *held_full = empty + STAGES, *turn = held_full + 1;
-  const int group = tile::thread() / tile::WARPGROUP, lane = tile::lane();
+  const int group = tile::shuffle(tile::thread() / tile::WARPGROUP, 0);  // which the compiler then knows a warp to share
+  const int lane = tile::lane();
   const int rank = CLUSTER == 1 ? 0 : tile::cluster_rank();
   if (tile::thread() == 0) {
     for (int i = 0; i < STAGES; i++) {
