@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, 1)
       const float* tail = tails + (int64_t{mine} * e.Hs + h) * F + first;
       for (int f = tile::thread(); f < OTHERS; f += BACKWARD_THREADS) lambda.carry[f] = f < n ? tail[f] : 0.0f;
       tile::sync();
-      lambda.fill(p, segment, h, head, first);
+      lambda.fill(p, segments[tile::fresh(mine)], h, head, first);  // read again, which costs no registers meanwhile
       // Tokens of the tile past the segment's end: their rows of x are zero, and lambda there is zero too.
       for (int r = 0; r < rank; r++) {
         load_features(y, Others{}, first, n, r);
@@ -240,6 +240,7 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, 1)
     }
   }
 
+  if constexpr (!FEATURES_OWN) segment = segments[tile::fresh(mine)];
 #pragma unroll
   for (int n = 0; n < 2 * OUT_PAIRS; n++)
 #pragma unroll
