@@ -38,6 +38,8 @@ std::tuple<Tensor, Tensor> encode_writes_backward(Tensor decay, Tensor left, Ten
                                                   Tensor w_enc, Tensor indices, Tensor grad,
                                                   std::optional<Tensor> cu_seqlens);
 
+Tensor encode_product(Tensor v, Tensor left, std::string kernel, int64_t cluster);  // of CUDA and its twin alone
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> factored_loss(
     Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor values, Tensor indices, Tensor v_dec, Tensor w_dec,
     std::optional<Tensor> offset, std::optional<Tensor> on_offset, std::optional<Tensor> weight,

@@ -314,6 +314,7 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
       }
     };
     if (edited) {
+      if (tile::thread() == 0) tile::count("chunks with edits");
       for (; edit.position < first + count; edits_end = edit.at) edit.at++, edit.look(p.edits, n, h);
       if constexpr (Rule::READS) add_edits(x, 0, C, E::RIGHT, Rule::LOW_RANK ? 1.0f : -1.0f);
     }
