@@ -104,7 +104,7 @@ for name in ("torch", "transformers", "pytest", "pyarrow", "safetensors", "numpy
     if find_spec(name) is None:
         print(f"missing: the Python package {name}")
 PYTHON
-  card=$("$python" -c 'import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}{b}" + "a" * (a >= 9))') || {
+  card=$(timeout 60 "$python" -c 'import torch; print("{}{}".format(*torch.cuda.get_device_capability()))') || {
     note FAILED card 0 "torch sees no GPU"; ended; }
   # What is built is used again where sources and card are the same: its own from the call before, or what was carried.
   sources=$(find csrc setup.py -type f | LC_ALL=C sort | xargs sha256sum | sha256sum | cut -c1-16)

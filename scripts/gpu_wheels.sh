@@ -5,7 +5,7 @@
 # together over LIMIT MiB (default 64), is named and left out; its rows of the benchmark then say that it is not there.
 # .whl/commit says what the clone is at, since what is copied to such a machine often has no .git.
 #   LIBRARY=1 scripts/gpu_wheels.sh       packs writesae/_C_*.so too, where they are built for the card (build/gpu-library
-#                                         says so: "90a" and the sources' digest), so that nothing is compiled there
+#                                         says so: "90" and the sources' digest), so that nothing is compiled there
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} limit=$((${LIMIT:-64} * 1048576))

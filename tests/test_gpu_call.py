@@ -45,7 +45,7 @@ def machine(tmp_path):
                  "dirname", "sha256sum", "nproc", "sleep", "env", "echo", "tar"):  # fmt: skip
         found = subprocess.run(["bash", "-c", f"type -P {name}"], capture_output=True, text=True).stdout.strip()
         (tools / name).symlink_to(found)
-    program(tools / "python3", 'case "$1" in -c) echo 90a; exit;; -) exit;; esac\neval "$FAKE"')
+    program(tools / "python3", 'case "$1" in -c) echo 90; exit;; -) exit;; esac\neval "$FAKE"')
     environment = {"PATH": str(tools), "GPU_GRACE": "1", "HOME": str(tmp_path), "FAKE": "true"}
     return tools, environment
 
@@ -150,7 +150,7 @@ def test_a_library_is_built_once(machine, tmp_path):
     (tmp_path / "tree" / "csrc" / "new.cu").touch()
     gpu(environment, 3, tmp_path / "c")
     notes = [steps(tmp_path / x / "call3.jsonl")["build"]["note"] for x in "abc"]
-    assert notes == ["", "compiled before, for the same sources and 90a", ""]
+    assert notes == ["", "compiled before, for the same sources and 90", ""]
 
 
 # ---- rows -----------------------------------------------------------------------------------------------------------
