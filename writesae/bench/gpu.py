@@ -7,6 +7,7 @@ compared as on a GPU, and every row says "dry run" in place of a number.
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
@@ -17,6 +18,8 @@ from .timing import median_and_spread, ratio_row
 
 Run = Callable[[], object]
 DRY = "dry run: no number"
+FEWEST, PATIENCE = 3, 8.0  # rounds at least, and seconds after which no other begins
+LONGEST = 0.2  # seconds the device sleeps at most, where the host takes longer to issue a run than the device to do it
 
 
 class Gpu:
@@ -82,7 +85,10 @@ class Gpu:
             return [[1.0] for _ in runs]
         ahead = [self._sleep(run) for run in runs]
         events = [[] for _ in runs]
-        for _ in range(rounds or self.rounds):
+        began = time.perf_counter()
+        for done in range(rounds or self.rounds):
+            if done >= FEWEST and time.perf_counter() - began > PATIENCE:
+                break
             for run, cycles, taken in zip(runs, ahead, events, strict=True):
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 self._flush.zero_()
@@ -96,12 +102,10 @@ class Gpu:
 
     def _sleep(self, run: Run) -> int:
         """Cycles for which the device is kept busy while the host issues `run`: twice what it took the host."""
-        import time
-
         torch.cuda.synchronize()
         start = time.perf_counter()
         run()
-        return int(2 * (time.perf_counter() - start) * 2e9)
+        return int(min(2 * (time.perf_counter() - start), LONGEST) * 2e9)
 
     def ratio(
         self, name: str, peer: str, unit: str, ours: Run, theirs: Run, target=None, aim=None, graph: bool = False
