@@ -46,11 +46,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     std::optional<Tensor> initial_state, std::optional<Tensor> cu_seqlens, std::optional<Tensor> v_enc,
     std::optional<Tensor> w_enc, bool gradients);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> selective_scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C,
-                                                          std::optional<Tensor> D, std::optional<Tensor> initial_state,
-                                                          std::optional<Tensor> cu_seqlens, std::optional<Tensor> edit_index,
-                                                          std::optional<Tensor> edit_left, std::optional<Tensor> edit_right,
-                                                          std::optional<Tensor> snapshots, bool return_writes);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> selective_scan(
+    Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, std::optional<Tensor> D, std::optional<Tensor> initial_state,
+    std::optional<Tensor> cu_seqlens, std::optional<Tensor> edit_index, std::optional<Tensor> edit_left,
+    std::optional<Tensor> edit_right, std::optional<Tensor> snapshots, bool return_writes);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selective_scan_backward(
     Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, std::optional<Tensor> D, std::optional<Tensor> initial_state,
@@ -58,10 +57,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     std::optional<Tensor> edit_right, std::optional<Tensor> snapshots, std::optional<Tensor> d_o,
     std::optional<Tensor> d_final_state, std::optional<Tensor> d_right, std::optional<Tensor> d_snapshots);
 
-std::tuple<Tensor, Tensor> selective_scan_step(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor state,
-                                               std::optional<Tensor> D, std::optional<Tensor> edit_index,
-                                               std::optional<Tensor> edit_left, std::optional<Tensor> edit_right,
-                                               bool return_writes);
+std::tuple<Tensor, Tensor, Tensor> selective_scan_step(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor state,
+                                                       std::optional<Tensor> D, std::optional<Tensor> edit_index,
+                                                       std::optional<Tensor> edit_left, std::optional<Tensor> edit_right,
+                                                       bool return_writes);
 
 Tensor rms_norm(Tensor x, Tensor weight, std::optional<Tensor> gate, double eps, bool zero_centred, bool round_once);
 

@@ -237,6 +237,12 @@ inline T atomic_max(T* p, T x) {
   return before;
 }
 template <class T>
+inline T atomic_min(T* p, T x) {
+  const T before = *p;
+  if (x < before) *p = x;
+  return before;
+}
+template <class T>
 inline T atomic_exchange(T* p, T x) {
   const T before = *p;
   *p = x;
@@ -342,6 +348,7 @@ void launch(const char* name, void (*kernel)(P...), Grid grid, int threads, size
 }
 
 inline void read(void* to, const void* from, size_t bytes, Stream) { std::memcpy(to, from, bytes); }
-inline void zero(void* p, size_t bytes, Stream) { std::memset(p, 0, bytes); }
+inline void fill(void* p, int byte, size_t bytes, Stream) { std::memset(p, byte, bytes); }
+inline void zero(void* p, size_t bytes, Stream stream) { fill(p, 0, bytes, stream); }
 
 }  // namespace writesae::tile
