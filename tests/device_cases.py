@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
@@ -10,6 +12,7 @@ from simulated_device import DEVICES, OnDevice, SimulatedDevice
 from test_attach import FAMILIES, Dictionary
 from test_engine import CASES
 from tiny_models import tiny_model, tokens
+from torch.utils._pytree import tree_flatten
 
 import writesae
 from writesae import SAE, Edits
@@ -152,6 +155,54 @@ def test_nan_is_named():
         with pytest.raises(ValueError, match=where):
             with torch.no_grad(), writesae.attach(model, dictionaries(), self_test=False):
                 model(device.move(tokens(2, 12)))
+
+
+def test_nan_of_the_first_layer_is_named():
+    """Of layers on two devices that broke, the earlier; places of a packed batch are those of its sequences."""
+    model = tiny_model()
+    device = SimulatedDevice()
+    with device:
+        spread(device, model)
+        for layer in (0, 3):
+            weight = model.model.layers[layer].linear_attn.in_proj_qkv.weight
+            with torch.no_grad():
+                weight.inner[-1, 0] = float("nan")
+        with pytest.raises(ValueError, match="layer 0, first at row 0, position 0, head 3"):
+            with torch.no_grad(), writesae.attach(model, dictionaries(), self_test=False):
+                model(device.move(tokens(2, 12)))
+
+
+class Counted(SimulatedDevice):
+    """Counts operations on the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.ran: Counter = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = super().__torch_dispatch__(func, types, args, kwargs)
+        self.ran[func] += any(isinstance(x, OnDevice) for x in tree_flatten((args, kwargs, found))[0])
+        return found
+
+
+@pytest.mark.parametrize("place, devices", [(SimulatedDevice.move, 1), (spread, 2)], ids=["one", "two"])
+def test_the_check_is_a_copy_a_call(place, devices):
+    """The rule has found what there is to find: for all layers of a device one operation joins it and one copies it."""
+    ids, ran = tokens(2, 12), []
+    for check in (False, True):
+        model, device = tiny_model(), Counted()
+        with device:
+            place(device, model)
+            with torch.no_grad(), writesae.attach(model, dictionaries(), check_finite=check, self_test=False) as tap:
+                given = device.move(ids)
+                device.ran.clear()
+                for _ in range(2):
+                    model(given)
+                ran.append(Counter(device.ran))
+                assert len(tap.firings)
+    aten = torch.ops.aten
+    assert ran[1] - ran[0] == {aten.cat.default: 2 * devices, aten._to_copy.default: 2 * devices}
+    assert not ran[0] - ran[1]
 
 
 def test_device_refuses_mixing():

@@ -97,10 +97,40 @@ using Act = void (*)(void** args, int count);
 void meet(bool all, const char* what, Place place, void* args, Act act);
 void meet_named(int id, int threads, Place place);
 [[noreturn]] void fail(const std::string& message, Place place);
-Statistics& counts();  // of the running launch
+[[noreturn]] void fail_of(const std::string& who, const std::string& message, Place place);  // no running thread's
+Statistics& counts();                                                                        // of the running launch
 
-// Runs body(context) as every thread of every block.
-void run(const char* name, Grid grid, int threads, size_t shared, void (*body)(void*), void* context);
+// What goes on beside the threads of a cluster: see host_twin_hopper.cpp.
+struct Beside {
+  void (*begin)();        // before its threads
+  bool (*advance)();      // no thread can go on: ends something that is under way; false if nothing is
+  void (*thread_ends)();  // on the thread
+  void (*end)();          // after the last thread
+};
+
+// Runs body(context) as every thread of every block. Blocks run one after another; those of a cluster (as many as `cluster`
+// along x) together.
+void run(const char* name, Grid grid, int threads, size_t shared, void (*body)(void*), void* context, int cluster = 1,
+         const Beside* beside = nullptr);
+
+// ---- for host_twin_hopper.cpp ---------------------------------------------------------------------------------------
+
+int cluster_blocks();
+int cluster_rank();                                                                   // of the running thread's block
+bool ended(int rank);                                                                 // whether all threads of a block have
+void meet_warpgroup(const char* what, Place place, void* args, Act act);              // four warps, the first divisible by 4
+void meet_cluster(Place place);                                                       // all threads of all its blocks
+void wait_until(bool (*holds)(void*), void* context, const char* what, Place place);  // asked again and again
+
+// Shared memory as the device numbers it: a piece's first byte is a multiple of 128, and of no more by itself.
+uint32_t shared_number(const void* p, Place place);
+char* at_number(int rank, uint32_t number, size_t bytes, Place place);  // fails unless all of it is in one piece
+struct Memory {
+  char* data;
+  size_t bytes;
+};
+Memory piece_of(const char* p);              // of any block of the cluster
+void for_each_piece(void (*visit)(Memory));  // of the running thread's block
 
 inline void check_alignment(const void* p, size_t bytes, const char* what, Place place) {
   if (reinterpret_cast<uintptr_t>(p) % bytes != 0)
@@ -204,6 +234,12 @@ template <class T>
 inline T atomic_max(T* p, T x) {
   const T before = *p;
   if (x > before) *p = x;
+  return before;
+}
+template <class T>
+inline T atomic_min(T* p, T x) {
+  const T before = *p;
+  if (x < before) *p = x;
   return before;
 }
 template <class T>
@@ -312,6 +348,7 @@ void launch(const char* name, void (*kernel)(P...), Grid grid, int threads, size
 }
 
 inline void read(void* to, const void* from, size_t bytes, Stream) { std::memcpy(to, from, bytes); }
-inline void zero(void* p, size_t bytes, Stream) { std::memset(p, 0, bytes); }
+inline void fill(void* p, int byte, size_t bytes, Stream) { std::memset(p, byte, bytes); }
+inline void zero(void* p, size_t bytes, Stream stream) { fill(p, 0, bytes, stream); }
 
 }  // namespace writesae::tile

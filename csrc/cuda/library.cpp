@@ -21,6 +21,17 @@ void implement_device_operators(Module& m) {
   m.impl("encode_writes_backward", TORCH_BOX(&encode_writes_backward));
 }
 
+// Operators that nothing in the package calls, until a card has shown what they are worth: in a namespace of their own.
+template <class Module>
+void define_prototypes(Module& m) {
+  m.def("encode_product(Tensor v, Tensor left, str kernel, int cluster=1) -> Tensor");
+}
+
+template <class Module>
+void implement_prototypes(Module& m) {
+  m.impl("encode_product", TORCH_BOX(&encode_product));
+}
+
 #if WRITESAE_SIDE == 2
 namespace {
 
@@ -38,15 +49,21 @@ int64_t encode_segment(int64_t tokens) {
 #if WRITESAE_SIDE == 1
 
 STABLE_TORCH_LIBRARY_IMPL(writesae, CUDA, m) { writesae::implement_device_operators(m); }
+STABLE_TORCH_LIBRARY(writesae_prototypes, m) { writesae::define_prototypes(m); }
+STABLE_TORCH_LIBRARY_IMPL(writesae_prototypes, CUDA, m) { writesae::implement_prototypes(m); }
 
 #else
 
 STABLE_TORCH_LIBRARY(writesae_twin, m) {
   writesae::define_device_operators(m);
+  writesae::define_prototypes(m);
   m.def("encode_segment(int tokens) -> int");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(writesae_twin, CPU, m) { writesae::implement_device_operators(m); }
+STABLE_TORCH_LIBRARY_IMPL(writesae_twin, CPU, m) {
+  writesae::implement_device_operators(m);
+  writesae::implement_prototypes(m);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(writesae_twin, CompositeExplicitAutograd, m) {
   m.impl("encode_segment", TORCH_BOX(&writesae::encode_segment));

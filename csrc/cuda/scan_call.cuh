@@ -44,7 +44,7 @@ Call<Rule> lay_out(const ScanParams& from, void* workspace, Plan plan) {
   p.g = from.g, p.beta = from.beta, p.scale = from.scale, p.initial_state = from.initial_state;
   p.cu_seqlens = from.cu_seqlens, p.edits = from.edits, p.P = from.P, p.places = from.places;
   p.o = from.o, p.o_type = from.o_type, p.final_state = from.final_state;
-  p.left = from.left, p.right = from.right, p.snapshots = from.snapshots;
+  p.left = from.left, p.right = from.right, p.snapshots = from.snapshots, p.first_nonfinite = from.first_nonfinite;
   bool alike = from.q.type == from.k.type && from.k.type == from.v.type;
   if (Rule::LOW_RANK) alike = alike && from.a.type == from.v.type && from.b.type == from.v.type;
   call.type = alike && (Rule::ALL || from.v.type != Element::f16) ? from.v.type : Element::f32;

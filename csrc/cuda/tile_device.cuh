@@ -1,4 +1,4 @@
-// tile.cuh on the device. PTX lives here and nowhere else.
+// tile.cuh on the device. PTX lives here and in tile_hopper.cuh and nowhere else.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -88,6 +88,10 @@ __device__ __forceinline__ T atomic_add(T* p, T x) {
 template <class T>
 __device__ __forceinline__ T atomic_max(T* p, T x) {
   return atomicMax(p, x);
+}
+template <class T>
+__device__ __forceinline__ T atomic_min(T* p, T x) {
+  return atomicMin(p, x);
 }
 template <class T>
 __device__ __forceinline__ T atomic_exchange(T* p, T x) {
@@ -280,7 +284,8 @@ inline void read(void* to, const void* from, size_t bytes, Stream stream) {
   check(cudaStreamSynchronize(stream), "read");
 }
 
-// Sets memory to zero, in the stream's order.
-inline void zero(void* p, size_t bytes, Stream stream) { check(cudaMemsetAsync(p, 0, bytes, stream), "zero"); }
+// Sets every byte of memory, in the stream's order.
+inline void fill(void* p, int byte, size_t bytes, Stream stream) { check(cudaMemsetAsync(p, byte, bytes, stream), "fill"); }
+inline void zero(void* p, size_t bytes, Stream stream) { fill(p, 0, bytes, stream); }
 
 }  // namespace writesae::tile
