@@ -70,8 +70,8 @@ __device__ __forceinline__ void store(const float (&d)[TOKENS / 2], float* out, 
 // Blocks (token tile, share of the feature tiles). `tiles`: of features in all, `share`: a block's.
 template <int CLUSTER, bool PING_PONG, Fault FAULT = Fault::none>
 __global__ void __launch_bounds__(THREADS, 1)
-    kernel(const __grid_constant__ tile::TensorMap features, const __grid_constant__ tile::TensorMap tokens, float* out,
-           int64_t F, int64_t T, int panels, int tiles, int share) {
+    encode_product_kernel(const __grid_constant__ tile::TensorMap features, const __grid_constant__ tile::TensorMap tokens,
+                          float* out, int64_t F, int64_t T, int panels, int tiles, int share) {
 #if WRITESAE_HOPPER
   constexpr int ROWS = features_of(PING_PONG), STAGES = stages_of(PING_PONG), STAGE = ROWS * ROW;
   tile::Shared shared;
@@ -183,7 +183,7 @@ void run(const EncodeProductParams& p, int processors, tile::Stream stream) {
   const int64_t wanted = (processors + across - 1) / across;
   const int shares = static_cast<int>(wanted < tiles ? wanted : tiles), share = (tiles + shares - 1) / shares;
   const tile::Grid grid = {static_cast<unsigned>(across), static_cast<unsigned>((tiles + share - 1) / share), 1};
-  tile::launch_cluster("encode_product", kernel<CLUSTER, PING_PONG, FAULT>, grid, CLUSTER, THREADS,
+  tile::launch_cluster("encode_product", encode_product_kernel<CLUSTER, PING_PONG, FAULT>, grid, CLUSTER, THREADS,
                        shared_bytes(panels, PING_PONG), stream, features, tokens, p.out, p.F, p.T, panels, tiles, share);
 }
 
