@@ -3,8 +3,9 @@
 Inside `SimulatedDevice`, tensors made on or moved to a device "simulated:0" or "simulated:1" are wrappers that say so
 and compute on the CPU. An operation that mixes them, or one with CPU tensors, fails as it would on a GPU, and
 everything that makes the host wait for the device (a value read back, a size that depends on data, a blocking copy) is
-written down with the line that asked for it. What a GPU would be told to do (kernels, copies) is counted. torch's "cuda" cannot be had without a build for it, so the device is
-torch's one for backends in Python; the process is marked by it, so tests use it in a process of their own.
+written down with the line that asked for it. What a GPU would be told to do (kernels, copies) is counted. torch's
+"cuda" cannot be had without a build for it, so the device is torch's one for backends in Python; the process is marked
+by it, so tests use it in a process of their own.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ _COPIES = {_aten._to_copy.default, _aten.copy_.default}
 # Operations that compute nothing, beside those whose result is a view of their input.
 _FREE = {
     _aten.empty.memory_format, _aten.empty_strided.default, _aten.empty_like.default, _aten.new_empty.default,
-    _aten.new_empty_strided.default, _aten._local_scalar_dense.default, _aten.equal.default,
+    _aten.new_empty_strided.default, _aten._unsafe_view.default, _aten._local_scalar_dense.default, _aten.equal.default,
 }  # fmt: skip
 _INDEXING = {_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default, _aten._index_put_impl_.default}
 

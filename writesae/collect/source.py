@@ -96,7 +96,9 @@ class ModelSource:
             "config": config_digest(model),
             **{f"dictionary {layer}:{head}": weights_digest(sae) for (layer, head), sae in self.dictionaries.items()},
             "accelerate": accelerate,
-            **({} if activations == "exact" else {"activations": activations}),  # as of stores made before there was any
+            **(
+                {} if activations == "exact" else {"activations": activations}
+            ),  # as of stores made before there was any
         }
         self.names = {
             "model": name or model_name(model),

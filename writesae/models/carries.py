@@ -38,11 +38,13 @@ class Carry:
     Attributes:
         state: on a CPU, a copy of it, of the group's heads; on a device the tensor that holds it.
         version: of that tensor.
+        copy: on a device, the state that the rule returned and its version, where the cache holds a copy of it.
     """
 
     carry: Tensor
     state: Tensor
     version: int | None = None
+    copy: tuple[Tensor, int | None] | None = None
     _before: tuple[Tensor, int | None] | None = None  # what the call started from, while it lasts
 
     @classmethod
@@ -55,13 +57,14 @@ class Carry:
             final_state.dtype, final_state.device,
         ):  # fmt: skip
             before = initial_state, _version(initial_state)
-        return cls(carry, final_state, _version(final_state), before)
+        return cls(carry, final_state, _version(final_state), _before=before)
 
     def settle(self) -> None:
         """The call has come to its end."""
         if self._before is not None:
             state, version = self._before
             if version is not None and _version(state) == version + 1:
+                self.copy = self.state, self.version
                 self.state, self.version = state, version + 1
             self._before = None
 
@@ -72,6 +75,13 @@ class Carry:
                 return False
             return torch.equal(self.state, state[:, heads])
         return self.version is not None and _version(state) == self.version and _same_memory(state, self.state)
+
+    def untouched(self) -> Tensor | None:
+        """A copy of the cache's state, while this holds, which nobody changes in place; None where there is none."""
+        if self.copy is None:
+            return None
+        state, version = self.copy
+        return state if not state.requires_grad and version is not None and _version(state) == version else None
 
 
 class Carries:
@@ -85,7 +95,7 @@ class Carries:
         carry.settle()
         self._kept.setdefault(cache, {})[key] = carry
 
-    def get(self, cache, key: tuple[int, int], state: Tensor, heads: list[int]) -> Tensor | None:
-        """`[N, Hs, F]`, or None where the cache's state is another one now."""
+    def get(self, cache, key: tuple[int, int], state: Tensor, heads: list[int]) -> Carry | None:
+        """None where the cache's state is another one now."""
         kept = self._kept.get(cache, {}).get(key)
-        return kept.carry if kept is not None and kept.holds(state, heads) else None
+        return kept if kept is not None and kept.holds(state, heads) else None

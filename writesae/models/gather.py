@@ -175,14 +175,14 @@ class Gathered:
         devices = {held.device.device for held in self._devices if held.device is not None}
         if len(devices) > 1:
             raise ValueError(
-                f"device_firings: expected all hooked layers on one device, got {', '.join(sorted(map(str, devices)))}; "
-                "use firings, which are on the host"
+                "device_firings: expected all hooked layers on one device, got "
+                f"{', '.join(sorted(map(str, devices)))}; use firings, which are on the host"
             )
         if not devices:
             return self.joined()
         (device,) = devices
         self._narrow()
-        parts = []
+        parts: list[Grid | Firings] = []
         for part in self._parts:
             if isinstance(part, Held):
                 parts.append(part.host().to(device) if part.device is None else part.device)

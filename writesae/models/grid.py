@@ -177,8 +177,8 @@ class Grid:
     def fill(self, columns: MutableMapping[str, Tensor], start: int, n: int) -> None:
         B, T, Hs, k = self.codes[0].shape
         whole = {
-            "row": lambda: self.tokens.row[:, :, None, None], "position": lambda: self.tokens.position[:, :, None, None],
-            "feature": self.feature,
+            "row": lambda: self.tokens.row[:, :, None, None], "feature": self.feature,
+            "position": lambda: self.tokens.position[:, :, None, None],
             "head": lambda: torch.tensor(self.heads, dtype=torch.int32).to(self.device, non_blocking=True)[:, None],
             "activation": self.activation,
         }  # fmt: skip

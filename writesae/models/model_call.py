@@ -46,6 +46,7 @@ class ModelCall:
         self._packed: tuple[Tensor | None] | None = None
         self._generation: tuple[generation.Generation | None] | None = None
         self._stop = 0
+        self._real: dict[tuple, Tensor | None] = {}  # what `real_tokens` has answered
         self.pending: dict = {}  # of whoever records: what to `keep` or `undo` at the end
 
     @staticmethod
@@ -62,6 +63,7 @@ class ModelCall:
         mask = given.get("attention_mask")
         if self.attention_mask is None or _by_column(mask) is not None:
             self.attention_mask = mask
+            self._real.clear()
         if self.cache is None and "cache" in given:
             self.cache = given["cache"]
             self._past = columns_held(self.cache)  # now, before any attention layer of this call has grown it
@@ -104,7 +106,13 @@ class ModelCall:
 
     def real_tokens(self, shape: tuple[int, int], start: int, device: torch.device, once: bool = True) -> Tensor | None:
         """`[B, T]` bool: neither a pad, nor fed to a row that `generate` has ended, nor (`once`) fed by it before; None
-        when nothing says so."""
+        when nothing says so. Worked out once for all layers on a device."""
+        asked = shape, start, device, once
+        if asked not in self._real:
+            self._real[asked] = self._real_tokens(*asked)
+        return self._real[asked]
+
+    def _real_tokens(self, shape: tuple[int, int], start: int, device: torch.device, once: bool) -> Tensor | None:
         B, T = shape
         real = self._unmasked(B, T, start)
         generating = self.generation

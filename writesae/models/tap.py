@@ -19,8 +19,8 @@ from ..ops._transforms import transformed
 from ..policies import Policy, PolicyReport
 from ..writes import Writes
 from .binding import LayerSite
-from .frame import Frame
 from .carries import Carries, Carry
+from .frame import Frame
 from .gather import Gathered
 from .grid import Grid, Tokens, check_activations, feature_bits, rounded
 from .planned_edits import PlannedEdits
@@ -266,9 +266,8 @@ class Tap:
         parts = self._firings_of(layer, frame, found, initial_state, final_state, codes or {}, pending)
         B, T = writes.right.shape[:2]
         room = B * T * self._fire_per_token
-        if self._record_writes and writes.initial_state is not None:
-            # The cache updates its state in place, and these writes outlive the call.
-            writes = replace(writes, initial_state=writes.initial_state.clone())
+        if self._record_writes:
+            writes = replace(writes, initial_state=self._kept_state(frame, writes, initial_state))
         for part in parts:
             pending.gathered.add(part, room)
         pending.called.append((layer, self.writes.get(layer), self.starts.get(layer)))
@@ -341,11 +340,26 @@ class Tap:
 
     def carry(self, frame: Frame, number: int, initial_state: Tensor | None) -> Tensor | None:
         """`[N, Hs, F]`: activations after the last call, if the cache's state is still that."""
+        kept = self._carry(frame, number, initial_state)
+        return None if kept is None else kept.carry
+
+    def _carry(self, frame: Frame, number: int, initial_state: Tensor | None) -> Carry | None:
         if frame.cache is None or frame.head is not None or initial_state is None:
             return None
         layer = frame.site.layer_index
         with self._lock:
             return self._carries.get(frame.cache, (layer, number), initial_state, self._groups[layer][number].heads)
+
+    def _kept_state(self, frame: Frame, writes: Writes, initial_state: Tensor | None) -> Tensor | None:
+        """The state before the call, for writes that outlive it: the cache updates its own in place."""
+        state = writes.initial_state
+        if state is None:
+            return None
+        copy = None
+        if state is initial_state and state.device.type != "cpu" and self._groups.get(frame.site.layer_index):
+            kept = self._carry(frame, 0, state)
+            copy = None if kept is None else kept.untouched()
+        return state.clone() if copy is None else copy
 
 
 class _Pending:

@@ -37,7 +37,7 @@ class ToHost:
     def get(self) -> list[Tensor]:
         """The tensors on the CPU, in the order given."""
         if self._host is None:
-            found = {}
+            found: dict[int, Tensor] = {}
             for parcel, numbers in self._parcels:
                 found.update(zip(numbers, parcel.get(), strict=True))
             self._host = [found[i] for i in range(len(found))]
