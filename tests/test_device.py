@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("name, cases", [("device_cases", 12), ("device_training_cases", 8)])
+@pytest.mark.parametrize("name, cases", [("device_cases", 12), ("device_count_cases", 9), ("device_training_cases", 8)])
 def test_on_a_device(name, cases):
     folder = Path(__file__).parent
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder / f"{name}.py")]

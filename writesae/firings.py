@@ -140,6 +140,10 @@ class Firings:
         """Their number as a tensor of their device. For `LazyFirings`, like `fill`."""
         return torch.tensor(len(self)).to(self.device, non_blocking=True)
 
+    def may_hold(self, layer: int, head: int) -> bool:
+        """Whether it is known, without looking, that none is of that site: then False."""
+        return True
+
     def fill(self, columns: MutableMapping[str, Tensor], start: int, n: int) -> None:
         """Writes some of the columns, n entries each, from entry `start` on."""
         for name, to in columns.items():
@@ -155,6 +159,7 @@ class Part(Protocol):
     def nbytes(self) -> int: ...
     def count(self) -> Tensor: ...
     def fill(self, columns: MutableMapping[str, Tensor], start: int, n: int) -> None: ...
+    def may_hold(self, layer: int, head: int) -> bool: ...
     def of_site(self, layer: int, head: int) -> Part: ...
     def counts(self, layer: int, head: int, features: int) -> Tensor: ...
     def to(self, device: torch.device | str) -> Part: ...
@@ -171,12 +176,17 @@ class LazyFirings(Firings):
         parts: all on one device.
     """
 
-    def __init__(self, parts: Sequence[Part]):
+    def __init__(self, parts: Sequence[Part], device: torch.device | str = "cpu"):
+        """device: where there are no parts to say so.
+
+        Raises:
+            ValueError: parts are on several devices.
+        """
         self.parts: tuple[Part, ...] = tuple(parts)
-        devices = {part.device for part in self.parts}
+        devices = {part.device for part in self.parts} or {torch.device(device)}
         if len(devices) > 1:
             raise ValueError(f"parts: expected all on one device, got {', '.join(sorted(map(str, devices)))}")
-        self._device = devices.pop() if devices else torch.device("cpu")
+        (self._device,) = devices
 
     def __post_init__(self):
         raise AssertionError("columns are not given")
@@ -222,13 +232,15 @@ class LazyFirings(Firings):
     activation = property(lambda self: self._column("activation"))
 
     def of_site(self, layer: int, head: int) -> LazyFirings:
-        return LazyFirings([part.of_site(layer, head) for part in self.parts])
+        parts = [part.of_site(layer, head) for part in self.parts if part.may_hold(layer, head)]
+        return LazyFirings(parts, self.device)
 
     def counts(self, layer: int, head: int, features: int) -> Tensor:
         found = torch.zeros(features, dtype=torch.int64, device=self.device)
         for part in self.parts:
-            found += part.counts(layer, head, features)
+            if part.may_hold(layer, head):
+                found += part.counts(layer, head, features)
         return found
 
     def to(self, device: torch.device | str) -> LazyFirings:
-        return LazyFirings([part.to(device) for part in self.parts])
+        return LazyFirings([part.to(device) for part in self.parts], torch.device(device))

@@ -61,7 +61,7 @@ class Tokens:
 
     Attributes:
         shape: (B, T). first_row, start: number of the first row, and of the first column.
-        cu_seqlens: `[N + 1]` of a packed batch, whose rows are its sequences, or None.
+        cu_seqlens: `[N + 1]` int32 of a packed batch, whose rows are its sequences, or None.
         real: `[B, T]` bool, or None for all.
     """
 
@@ -75,7 +75,7 @@ class Tokens:
     @classmethod
     def of(cls, writes: Writes, start: int, mask: Tensor | None, first_row: int = 0) -> Tokens:
         (B, T), device = writes.right.shape[:2], writes.right.device
-        cu = None if writes.cu_seqlens is None else writes.cu_seqlens.to(device)
+        cu = None if writes.cu_seqlens is None else writes.cu_seqlens.to(device, torch.int32, copy=True)
         return cls((B, T), first_row, start, cu, None if mask is None else mask.to(device), device)
 
     @cached_property
@@ -89,14 +89,14 @@ class Tokens:
         if self.cu_seqlens is None:
             rows = torch.arange(self.first_row, self.first_row + B, dtype=torch.int32, device=self.device)
             return rows[:, None].expand(B, T)
-        return (torch.searchsorted(self.cu_seqlens.int(), self._at, right=True, out_int32=True) - 1)[None]
+        return (torch.searchsorted(self.cu_seqlens, self._at, right=True, out_int32=True) - 1)[None]
 
     @cached_property
     def position(self) -> Tensor:
         """`[B, T]` int32."""
         if self.cu_seqlens is None:
             return (self._at + self.start).expand(self.shape)
-        return (self._at - self.cu_seqlens.int()[self.row[0]])[None]
+        return (self._at - self.cu_seqlens[self.row[0]])[None]
 
     def tensors(self) -> list[Tensor]:
         """What has to be moved for them."""
@@ -199,10 +199,13 @@ class Grid:
             else:
                 to.copy_(found.flatten()[which // (Hs * k)])
 
+    def may_hold(self, layer: int, head: int) -> bool:
+        return self.layer == layer and head in self.heads
+
     def of_site(self, layer: int, head: int) -> Grid:
         """As a view."""
-        heads = tuple(i for i, x in enumerate(self.heads) if (self.layer, x) == (layer, head))
-        part = slice(heads[0], heads[0] + 1) if heads else slice(0, 0)
+        first = self.heads.index(head) if self.may_hold(layer, head) else len(self.heads)
+        part = slice(first, first + 1)
         return replace(self, codes=tuple(x[:, :, part] for x in self.codes), heads=self.heads[part])
 
     def counts(self, layer: int, head: int, features: int) -> Tensor:
