@@ -125,16 +125,13 @@ def decoding(device, model, sites, rows: int = 2, beams: bool = False) -> tuple[
 
 
 def generated(device, model, sites) -> tuple[float, float]:
-    """(plain, hooked) launches of one more token of `generate`, our operators counted as one each."""
+    """(plain, hooked) launches of one more token of `generate`."""
     ids = device.move(tokens(2, 4))
 
     def more() -> float:
-        found = []
-        for n in (4, 8):
-            device.forget()
-            model.generate(ids, max_new_tokens=n, do_sample=False)
-            found.append(sum(device.launches.values()))
-        return (found[1] - found[0]) / 4
+        runs = (lambda n=n: model.generate(ids, max_new_tokens=n, do_sample=False) for n in (4, 8))
+        short, long = (counted(device, run, one_token=True).total for run in runs)  # the prompt's part cancels
+        return (long - short) / 4
 
     plain = more()
     with writesae.attach(model, sites, accelerate=True):

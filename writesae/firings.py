@@ -193,7 +193,7 @@ class LazyFirings(Firings):
 
     @cached_property
     def _lengths(self) -> list[int]:
-        return torch.stack([part.count() for part in self.parts]).tolist() if self.parts else []
+        return torch.stack([part.count() for part in self.parts]).cpu().tolist() if self.parts else []
 
     def __len__(self) -> int:
         return sum(self._lengths)
