@@ -3,10 +3,10 @@
     python scripts/cuda_check.py [STEP ...]
 
 Steps: library (every kernel compiled by nvcc for every architecture, linked, and bound to torch's stable C interface
-only), ptxas (scripts/check_ptxas.py), twin (the operators' tests on the kernels compiled for the host, in both orders
-of execution, under the address and undefined-behaviour sanitizers), planted (faults put into kernels on purpose are
-noticed), dry (bench/gpu.sh without a GPU). Without nvcc the first two fail; WRITESAE_WITHOUT_NVCC=1 leaves them out,
-and says so.
+only), ptxas (scripts/check_ptxas.py), sass (scripts/check_sass.py), twin (the operators' tests on the kernels compiled
+for the host, in both orders of execution, under the address and undefined-behaviour sanitizers), planted (faults put
+into kernels on purpose are noticed), dry (bench/gpu.sh without a GPU). Without nvcc the first three fail;
+WRITESAE_WITHOUT_NVCC=1 leaves them out, and says so.
 """
 
 from __future__ import annotations
@@ -108,6 +108,11 @@ def ptxas() -> None:
         run([sys.executable, "scripts/check_ptxas.py"])
 
 
+def sass() -> None:
+    if have_nvcc():
+        run([sys.executable, "scripts/check_sass.py"])
+
+
 def have_nvcc() -> bool:
     if shutil.which("nvcc"):
         return True
@@ -155,7 +160,7 @@ def dry() -> None:
         run(["bash", "bench/gpu.sh", "--dry", out], env=given)
 
 
-STEPS = {f.__name__: f for f in (library, ptxas, twin, planted, dry)}
+STEPS = {f.__name__: f for f in (library, ptxas, sass, twin, planted, dry)}
 
 
 def main() -> None:
