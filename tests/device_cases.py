@@ -192,12 +192,14 @@ def test_fork_engine(family, layers, layer, place):
     assert all(float(x.inner.nan_to_num().abs().max()) == 0 for x in got["native"])
 
 
+@pytest.mark.parametrize("pads", [0, 5])
 @pytest.mark.parametrize("place", [SimulatedDevice.move, spread], ids=["one", "several"])
-def test_collection_feeds_the_next_batch_first(monkeypatch, place):
+def test_collection_feeds_the_next_batch_first(monkeypatch, place, pads):
     """A source on a device begins the next batch before the last one's firings are there, and does not wait."""
     monkeypatch.setattr(torch, "inference_mode", torch.no_grad)  # which wrappers of tensors cannot enter
     model, batches = tiny_model(), [tokens(2, 12, seed=i) for i in range(3)]
     mask = torch.ones(2, 12, dtype=torch.int64)
+    mask[0, 12 - pads :] = 0
     saes = {(layer, head): SAE(K, V, F, 3, layer=layer, head=head) for layer, head in SITES}
     with ModelSource(model, saes, accelerate=True) as source:
         expected = [source.firings(ids, mask).sort() for ids in batches]

@@ -49,12 +49,13 @@ def test_generate(on_device):
 
 
 @pytest.mark.parametrize("activations, size", [("exact", 6), ("packed", 4)])
-def test_a_batch_of_a_collection(on_device, activations, size):
-    """All firings of a batch cross in one copy, of as many bytes as they take, and the mask once."""
-    begun, ended, firings = counting.collected(*on_device, activations)
+@pytest.mark.parametrize("pads", [0, 5])
+def test_a_batch_of_a_collection(on_device, activations, size, pads):
+    """All firings of a batch cross in one copy, of as many bytes as they take; pads do not. Beside them the mask."""
+    begun, ended, firings = counting.collected(*on_device, activations, pads)
     checks = LAYERS  # of 16 bytes each
-    assert firings == 2 * 12 * len(on_device[2]) * counting.TOP
-    assert begun.copies <= 1 + checks and begun.nbytes <= size * firings + 24 + 16 * checks
+    assert firings == (2 * 12 - pads) * len(on_device[2]) * counting.TOP
+    assert begun.copies <= 1 + checks and begun.nbytes <= size * firings + 4 * 24 + 16 * checks
     assert not begun.waits and not ended.waits and not ended.nbytes
 
 

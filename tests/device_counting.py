@@ -138,9 +138,10 @@ def generated(device, model, sites) -> tuple[float, float]:
         return plain, more()
 
 
-def collected(device, model, sites, activations: str) -> tuple[Counts, Counts, int]:
+def collected(device, model, sites, activations: str, pads: int = 0) -> tuple[Counts, Counts, int]:
     """(begin, end, firings) of a batch of a collection: what feeds it, and what asks for its firings."""
     ids, mask = tokens(2, 12), torch.ones(2, 12, dtype=torch.int64)
+    mask[1, 12 - pads :] = 0
     with ModelSource(model, sites, accelerate=True, activations=activations) as source, large():
         source.firings(ids, mask)
         later: list[Callable] = []

@@ -143,4 +143,4 @@ class ModelSource:
                 input_ids=tokens.to(device, non_blocking=True), attention_mask=mask.to(device, non_blocking=True),
                 use_cache=False,
             )  # fmt: skip
-        return self._tap.take()
+        return self._tap.take(mask)

@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ..firings import Firings, LazyFirings
-from .grid import Grid, narrowed
+from .grid import Grid, Tokens, narrowed
 from .transfer import ToHost
 
 ON_DEVICE = 2**30  # bytes of codes that stay on a device; beyond, all of them move to the host meanwhile
@@ -143,6 +144,24 @@ class Gathered:
             crossing = Crossing([held.device for held in missing if held.device is not None])
             for i, held in enumerate(missing):
                 held.crossing = crossing, i
+
+    def drop_pads(self, mask: Tensor) -> None:
+        """Lets go of the codes of pads, which the host knows: mask `[B, T]` there, of the only call there was.
+
+        For codes on a device that are about to cross; on a CPU they are gone already.
+        """
+        if not self._devices or bool(mask.all()):
+            return
+        where = mask.flatten().nonzero()[:, 0].int()
+        self._narrow()
+        kept: dict[torch.device, tuple[Tensor, Tokens]] = {}
+        for held in self._devices:
+            grid = held.device
+            assert grid is not None and grid.tokens.shape == mask.shape, "a call of another shape"
+            if grid.device not in kept:
+                there = where.to(grid.device, non_blocking=True)
+                kept[grid.device] = there, grid.tokens.only(there)
+            held.device = grid.only(*kept[grid.device])
 
     def leave(self) -> None:
         """Starts the way of all of them to the host, and keeps none on a device."""

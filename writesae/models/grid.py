@@ -63,6 +63,8 @@ class Tokens:
         shape: (B, T). first_row, start: number of the first row, and of the first column.
         cu_seqlens: `[N + 1]` int32 of a packed batch, whose rows are its sequences, or None.
         real: `[B, T]` bool, or None for all.
+        kept: `[n]` int32, the only tokens there are codes of, counted through `[B, T]`, or None for all; row, position
+            and codes have `[1, n]` in place of `[B, T]` then.
     """
 
     shape: tuple[int, int]
@@ -71,6 +73,7 @@ class Tokens:
     cu_seqlens: Tensor | None
     real: Tensor | None
     device: torch.device
+    kept: Tensor | None = None
 
     @classmethod
     def of(cls, writes: Writes, start: int, mask: Tensor | None, first_row: int = 0) -> Tokens:
@@ -86,6 +89,8 @@ class Tokens:
     def row(self) -> Tensor:
         """`[B, T]` int32."""
         B, T = self.shape
+        if self.kept is not None:
+            return (self.kept // T + self.first_row)[None]
         if self.cu_seqlens is None:
             rows = torch.arange(self.first_row, self.first_row + B, dtype=torch.int32, device=self.device)
             return rows[:, None].expand(B, T)
@@ -94,19 +99,27 @@ class Tokens:
     @cached_property
     def position(self) -> Tensor:
         """`[B, T]` int32."""
+        if self.kept is not None:
+            return (self.kept % self.shape[1] + self.start)[None]
         if self.cu_seqlens is None:
             return (self._at + self.start).expand(self.shape)
         return (self._at - self.cu_seqlens[self.row[0]])[None]
 
     def tensors(self) -> list[Tensor]:
         """What has to be moved for them."""
-        return [x for x in (self.cu_seqlens, self.real) if x is not None]
+        return [x for x in (self.cu_seqlens, self.real, self.kept) if x is not None]
 
     def holding(self, tensors: Sequence[Tensor], device: torch.device) -> Tokens:
         """The same with those, moved."""
         given = iter(tensors)
-        cu, real = (None if x is None else next(given) for x in (self.cu_seqlens, self.real))
-        return Tokens(self.shape, self.first_row, self.start, cu, real, device)
+        held = (self.cu_seqlens, self.real, self.kept)
+        cu, real, kept = (None if x is None else next(given) for x in held)
+        return Tokens(self.shape, self.first_row, self.start, cu, real, device, kept)
+
+    def only(self, kept: Tensor) -> Tokens:
+        """Some of them, all real, of a call without packed sequences."""
+        assert self.cu_seqlens is None and self.kept is None
+        return Tokens(self.shape, self.first_row, self.start, None, None, self.device, kept)
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,6 +225,11 @@ class Grid:
         mine = self.of_site(layer, head)
         found = torch.zeros(features, dtype=torch.int64, device=self.device)
         return found.scatter_add_(0, mine.feature().flatten().long(), mine.fires().flatten().long())
+
+    def only(self, kept: Tensor, tokens: Tokens) -> Grid:
+        """Codes of some tokens, `tokens`: a launch for each kind of number."""
+        codes = tuple(x.flatten(0, 1).index_select(0, kept)[None] for x in self.codes)
+        return replace(self, codes=codes, tokens=tokens)
 
     def to(self, device: torch.device | str) -> Grid:
         return self.holding([x.to(device) for x in self.tensors()])

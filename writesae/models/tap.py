@@ -110,13 +110,19 @@ class Tap:
         with self._lock:
             return self._gathered.on_device()
 
-    def take(self) -> Callable[[], Firings]:
+    def take(self, mask: Tensor | None = None) -> Callable[[], Firings]:
         """Hands over the firings since the last `clear` or `take`, as a function that returns them when called.
 
-        A model on a device can be fed the next batch before that. The function raises what `firings` would.
+        A model on a device can be fed the next batch before that; the firings cross meanwhile, in one copy. The
+        function raises what `firings` would.
+
+        Args:
+            mask: `[B, T]` on the host, where there was one call: False or 0 at its pads, whose codes then do not cross.
         """
         with self._lock:
             gathered, checks, self._gathered, self._checks = self._gathered, self._checks, Gathered(), []
+            if mask is not None:
+                gathered.drop_pads(mask)
             gathered.leave()
 
         def firings() -> Firings:
