@@ -206,7 +206,8 @@ class _Handler:
             )
         if recording:
             assert out.writes is not None
-            found = frame.all_heads(Recorded(out.writes, call.initial_state, out.final_state))
+            first = out.first_nonfinite if any(h.check_finite for h in recording) else None
+            found = frame.all_heads(Recorded(out.writes, call.initial_state, out.final_state, first))
             if found is not None:
                 self._record(frame, recording, found, codes)
         for player in players:
@@ -215,11 +216,13 @@ class _Handler:
 
     @staticmethod
     def _record(frame: Frame, recording: list[_Handler], found: Recorded, codes) -> None:
+        writes, initial, final, first = found
         checking = next((h for h in recording if h.check_finite), None)
         if checking is not None:
-            checking.tap.check_finite(frame, found.writes)
+            assert first is not None  # rules that return writes say it
+            checking.tap.check_finite(frame, writes, first)
         for handler in recording:
-            handler.tap.record(frame, *found, codes.get(handler.tap) if frame.head is None else None)
+            handler.tap.record(frame, writes, initial, final, codes.get(handler.tap) if frame.head is None else None)
 
 
 class _Convolution:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..ops import nonfinite
 from ..ops.rule import RuleCall
 from ..writes import Writes, joined
 from .binding import Given, LayerSite, Recurrence
@@ -42,11 +43,13 @@ class Met:
 
 
 class Recorded(NamedTuple):
-    """What one call of a rule leaves: its writes, and its states `[N, H, K, V]` before and after, or None."""
+    """What one call of a rule leaves: its writes, its states `[N, H, K, V]` before and after, or None, and where its
+    increments are not finite, as `RuleOutput.first_nonfinite`, or None where nobody asks."""
 
     writes: Writes
     initial_state: Tensor | None
     final_state: Tensor | None
+    first_nonfinite: Tensor | None
 
 
 @dataclass(eq=False)
@@ -147,9 +150,10 @@ class Frame:
         self._parts.append(part)
         if len(self._parts) < self.site.num_v_heads:
             return None
-        writes, initial, final = zip(*self._parts, strict=True)
+        writes, initial, final, first = zip(*self._parts, strict=True)
         self._parts.clear()
-        return Recorded(Writes.of_heads(writes), joined(initial, 1), joined(final, 1))
+        bad = None if first[0] is None else nonfinite.of_heads(first)
+        return Recorded(Writes.of_heads(writes), joined(initial, 1), joined(final, 1), bad)
 
     def run(self, call: Callable, args: tuple, kwargs: dict):
         """`call(*args, **kwargs)`, the layer's forward, with this frame as the one that is running."""

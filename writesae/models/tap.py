@@ -16,6 +16,7 @@ from .. import ops
 from ..edits import Edits
 from ..firings import Firings
 from ..ops._transforms import transformed
+from ..ops.nonfinite import place_of
 from ..policies import Policy, PolicyReport
 from ..writes import Writes
 from .binding import LayerSite
@@ -64,7 +65,7 @@ class Tap:
         self._encoding = {"backend": options["backend"], "precision": options["precision"]}
         self._lock = threading.Lock()
         self._gathered = Gathered()
-        self._checks: list[_Check] = []
+        self._checks: list[_Checks] = []
         self._groups: dict[int, list[Group]] = {}
         self._fire_per_token = 0  # of all layers, top-k alone
         self._dense: dict[int, dict[int, Any]] = {}
@@ -247,19 +248,20 @@ class Tap:
 
     # ---- recording --------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def check_finite(self, frame: Frame, writes: Writes) -> None:
-        """Raises ValueError at the first NaN or infinity written; for a device, as soon as somebody asks the tap."""
-        right = writes.right
-        if right.device.type != "cpu":
-            pending = self._pending_of(frame)
-            pending.checks.append(_Check.of(writes, frame))
-            if frame.call is None:
-                pending.keep()
+    def check_finite(self, frame: Frame, writes: Writes, first: Tensor) -> None:
+        """Raises ValueError at the first NaN or infinity written; for a device, as soon as somebody asks the tap.
+
+        Args:
+            first: `[B]` where it stands, as `RuleOutput.first_nonfinite`.
+        """
+        check = _Check(first, writes.shape[2], frame.site.layer_index, frame.start, writes.cu_seqlens)
+        if first.device.type == "cpu":
+            check.require(first)
             return
-        first = ops.first_nonfinite(right.flatten(3))
-        if first is not None:
-            _Place.of(writes, frame).refuse(*first)
+        pending = self._pending_of(frame)
+        pending.checks.append(check)
+        if frame.call is None:
+            pending.keep()
 
     def record(
         self, frame: Frame, writes: Writes, initial_state: Tensor | None, final_state: Tensor | None,
@@ -382,9 +384,10 @@ class _Pending:
 
     def keep(self) -> None:
         """The call has come to its end."""
+        checks = [_Checks(self.checks)] if self.checks else []
         with self.tap._lock:
             self.tap._gathered.extend(self.gathered)
-            self.tap._checks.extend(self.checks)
+            self.tap._checks.extend(checks)
             for kept in self.carries:
                 self.tap._carries.keep(*kept)
             for layer, which in self.applied:
@@ -419,47 +422,41 @@ def without_tangents(writes: Writes) -> Writes:
 
 @dataclass(eq=False)
 class _Check:
-    """Whether a call on a device wrote only finite numbers, on its way to the host."""
+    """Whether one call of a layer wrote only finite numbers, and where its tokens stand, for saying where not."""
 
-    transfer: ToHost  # [2]: whether one is not, and the first such token and head, counted through [B, T, H]
-    shape: tuple[int, int, int]  # B, T, H
-    place: _Place
-
-    @classmethod
-    def of(cls, writes: Writes, frame: Frame) -> _Check:
-        bad = (~torch.isfinite(writes.right)).flatten(3).any(-1)  # [B, T, H]
-        found = torch.stack([bad.any().long(), bad.flatten().int().argmax()])
-        return cls(ToHost([found]), (*writes.shape[:3],), _Place.of(writes, frame))
-
-    def require(self) -> None:
-        some, first = self.transfer.get()[0].tolist()
-        if some:
-            _, T, H = self.shape
-            self.place.refuse(first // (T * H), first // H % T, first % H)
-
-
-@dataclass(eq=False)
-class _Place:
-    """Where the tokens of one call stand, for saying where a state broke."""
-
+    first: Tensor  # [B], as `RuleOutput.first_nonfinite`
+    heads: int
     layer: int
     start: int
     cu_seqlens: Tensor | None
 
-    @classmethod
-    def of(cls, writes: Writes, frame: Frame) -> _Place:
-        return cls(frame.site.layer_index, frame.start, writes.cu_seqlens)
-
-    def refuse(self, b: int, t: int, head: int) -> None:
-        row, position = b, t + self.start
+    def require(self, first: Tensor) -> None:
+        """first: the same on the host. Raises ValueError where it says that a state broke."""
+        place = place_of(first, self.heads)
+        if place is None:
+            return
+        row, token, head = place
+        position = token + self.start
         if self.cu_seqlens is not None:
             offsets = self.cu_seqlens.cpu()
-            row = int(torch.searchsorted(offsets, torch.tensor(t), right=True)) - 1
-            position = t - int(offsets[row])
+            row = int(torch.searchsorted(offsets, torch.tensor(token), right=True)) - 1
+            position = token - int(offsets[row])
         raise ValueError(
             f"model: NaN or infinity in the state of layer {self.layer}, first at row {row}, position {position}, head "
             f"{head}"
         )
+
+
+class _Checks:
+    """Those of all layers in one call of the model, on their way to the host."""
+
+    def __init__(self, checks: Sequence[_Check]):
+        self._checks = checks
+        self._transfer = ToHost([check.first for check in checks])
+
+    def require(self) -> None:
+        for check, first in zip(self._checks, self._transfer.get(), strict=True):  # in the order of layers
+            check.require(first)
 
 
 def _above(codes, heads: list[int], tokens: Tokens, layer: int) -> Firings:
