@@ -7,7 +7,6 @@ import os
 import struct
 import tracemalloc
 from argparse import Namespace
-from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -228,39 +227,6 @@ def test_a_subfolder_lies_inside(hub):
             SAE.from_pretrained(hub / "large", subfolder=subfolder)
     with pytest.raises(ValueError, match="subfolder: expected none, since .*best.pt is no folder"):
         SAE.from_pretrained(hub / "small" / "L9_H4" / "best.pt", subfolder="L9_H4")
-
-
-def test_a_repository(hub, monkeypatch, tmp_path_factory):
-    """Of a subfolder only what a dictionary needs is downloaded; without one configurations, to name what is there."""
-    asked, cache = [], tmp_path_factory.mktemp("cache")
-    (hub / "small" / "L9_H4" / "train_log.jsonl").write_text("{}")
-    (hub / "small" / "L9_H4" / "more").mkdir()
-    (hub / "small" / "L9_H4" / "more" / "config.json").write_text("{}")
-
-    def snapshot_download(name, revision=None, allow_patterns=None, **options):
-        asked.append((name, revision))
-        out = cache / str(len(asked))
-        out.mkdir()
-        for path in (p for p in hub.rglob("*") if p.is_file()):
-            inside = path.relative_to(hub)
-            if any(fnmatch(str(inside), pattern) for pattern in allow_patterns):
-                (out / inside).parent.mkdir(parents=True, exist_ok=True)
-                (out / inside).symlink_to(path)  # as the cache has it
-        return str(out)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    sae = SAE.from_pretrained("someone/dictionaries", subfolder="small/L9_H4", revision="main")
-    assert torch.equal(sae.v_dec, tensors("bilinear")["V_dec"]) and (sae.layer, sae.head) == (9, 4)
-    assert asked == [("someone/dictionaries", "main")]
-    files = sorted(str(p.relative_to(cache / "1")) for p in (cache / "1").rglob("*") if p.is_file())
-    assert files == ["small/L9_H4/best.pt", "small/L9_H4/config.json"]
-    assert SAE.from_pretrained("someone/dictionaries", subfolder="large/L2H5").head == 5
-    sites = "large/L2H5, large/L3H11, large/L9_H4, small/L1_H0, small/L9_H4"
-    with pytest.raises(FileNotFoundError, match=rf"^someone/dictionaries .* it does hold {sites}: say which"):
-        SAE.from_pretrained("someone/dictionaries")
-    assert not list((cache / "3").rglob("best.pt"))
-    with pytest.raises(FileNotFoundError, match="no such folder; leave subfolder out to have its dictionaries named"):
-        SAE.from_pretrained("someone/dictionaries", subfolder="small/L5_H5")
 
 
 # ---- the site and the rest of the configuration ---------------------------------------------------------------------

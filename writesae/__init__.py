@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for type checkers
     from .models.attach import attach
     from .models.run_with_sae import run_with_sae
     from .policies import Amplify, Clamp, Erase, Install, Policy, Scale
-    from .sae import SAE
+    from .sae import SAE, push_to_hub
     from .writes import Writes
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "load_default",
     "models",
     "ops",
+    "push_to_hub",
     "report",
     "run_with_sae",
     "sae",
@@ -50,6 +51,7 @@ _HOME = {
     "Firings": "writesae.firings",
     "Edits": "writesae.edits",
     "SAE": "writesae.sae",
+    "push_to_hub": "writesae.sae",
     "attach": "writesae.models",
     "audit": "writesae.experiments.audit",
     "run_with_sae": "writesae.models",

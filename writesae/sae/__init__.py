@@ -2,6 +2,7 @@
 
 from .checkpoint import load_published
 from .evaluate import evaluate, fvu
+from .hub import available, load_set, push_to_hub
 from .sae import KINDS, SAE, SparseCodes
 from .stream import ModelStream, Passages
 from .threshold import estimate_threshold
@@ -15,8 +16,11 @@ __all__ = [
     "SparseCodes",
     "TrainConfig",
     "Trainer",
+    "available",
     "estimate_threshold",
     "evaluate",
     "fvu",
     "load_published",
+    "load_set",
+    "push_to_hub",
 ]

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from .. import __version__
 from ..files import whole_file, write_text
-from ..untrusted import first_line, is_integer, is_number, read_json, safetensors_file, shown
+from ..untrusted import HEADER_LIMIT, first_line, is_integer, is_number, read_json, safetensors_file, shown
 from .published import BESIDE, BEST, assign, load_published, site_of
+from .repository import Repository
 from .sae import SAE
 
 __all__ = ["CONFIG", "FORMAT", "WEIGHTS", "dictionaries", "load", "load_published", "save"]
@@ -69,11 +70,44 @@ def load(
         if subfolder:
             raise ValueError(f"subfolder: expected none, since {path} is no folder, got {shown(subfolder)}")
         return load_published(path, batchtopk=batchtopk)
-    local = path.is_dir()
-    if not local:
-        path = _download(str(path_or_repo), subfolder, revision)
+    if not path.is_dir():
+        repository = Repository(str(path_or_repo), revision)
+        return load_of(repository, Path(subfolder or "").as_posix().strip("."), batchtopk)
+    if revision is not None:
+        raise ValueError(f"revision: expected None, {path} is a folder and no repository; got {shown(revision)}")
+    return _load_at(path, subfolder, str(path / subfolder if subfolder else path), batchtopk)
+
+
+def load_of(repository: Repository, subfolder: str, batchtopk: str | float | None = None) -> SAE:
+    """The dictionary in a folder ("" for the top) of a repository; of the others nothing is downloaded.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load`; also weights larger than their configuration says.
+    """
+
+    def inside(file: str) -> str:
+        return f"{subfolder}/{file}" if subfolder else file
+
+    if repository.sizes is not None and not any(inside(x) in repository.sizes for x in (CONFIG, WEIGHTS, BEST)):
+        folders = [shown(x)[1:-1] for x in repository.folders(CONFIG, BEST) if x]
+        more = "" if len(folders) <= _LISTED else f" and {len(folders) - _LISTED:,} more"
+        held = f"it does hold {', '.join(folders[:_LISTED])}{more}: say which as subfolder" if folders else "nor below"
+        raise FileNotFoundError(
+            f"{repository.name}: no dictionary {f'in {subfolder}' if subfolder else 'there'}; {held}"
+        )
+    root = repository.fetch(*(glob.escape(inside(x)) for x in (CONFIG, BESIDE)))
+    limits = {}
+    if (root / inside(CONFIG)).exists():
+        empty, dtype = read_config(root / subfolder)
+        limits[inside(WEIGHTS)] = weights_size(empty, dtype) + HEADER_LIMIT
+    root = repository.fetch(*(glob.escape(inside(x)) for x in (WEIGHTS, BEST)), limits=limits)
+    sae = _load_at(root, subfolder, f"{repository.name} ({root / subfolder})", batchtopk)
+    sae.training_record["hub"] = {"repository": repository.name, "revision": repository.commit, "folder": subfolder}
+    return sae
+
+
+def _load_at(path: Path, subfolder: str | None, where: str, batchtopk: str | float | None) -> SAE:
     folder = path / subfolder if subfolder else path
-    where = str(folder) if local else f"{path_or_repo} ({folder})"
     own = [name for name in (CONFIG, WEIGHTS) if os.path.lexists(folder / name)]
     published = os.path.lexists(folder / BEST)
     if own and published:
@@ -84,14 +118,13 @@ def load(
     if published:
         return load_published(folder / BEST, batchtopk=batchtopk)
     if not folder.is_dir():
-        hint = _inside(path) if local else "; leave subfolder out to have its dictionaries named"
-        raise FileNotFoundError(f"{where}: no such folder{hint}")
+        raise FileNotFoundError(f"{where}: no such folder{_inside(path)}")
     if len(own) < 2:
         missing = f"no {WEIGHTS if CONFIG in own else CONFIG} there" + ("" if own else f" and no {BEST}")
         raise FileNotFoundError(f"{where}: {missing}, so this is not a saved dictionary{_inside(folder)}")
     if batchtopk is not None:
         raise ValueError(f"batchtopk: expected None, {folder} is no published BatchTopK dictionary; got {batchtopk!r}")
-    return _load_folder(folder)
+    return load_folder(folder)
 
 
 def dictionaries(folder: Path, depth: int = 1, most: int | None = None) -> list[Path]:
@@ -130,24 +163,12 @@ def _inside(folder: Path) -> str:
     return ""
 
 
-def _download(name: str, subfolder: str | None, revision: str | None) -> Path:
-    """A repository's snapshot: the dictionary of the subfolder, or of its top and the configurations below."""
-    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(("/", ".pt")):
-        raise FileNotFoundError(f"{name}: no such folder or file (a Hugging Face repository would be owner/name)")
-    from huggingface_hub import snapshot_download
+def read_config(folder: Path) -> tuple[SAE, torch.dtype]:
+    """The empty dictionary (`SAE(..., empty=True)`) that a folder's `cfg.json` describes, and the dtype of its weights.
 
-    files = (CONFIG, WEIGHTS, BEST, BESIDE)
-    if subfolder:
-        patterns = [f"{glob.escape(Path(subfolder).as_posix())}/{file}" for file in files]
-    else:
-        patterns = [*files, f"*/{CONFIG}", f"*/{BESIDE}"]
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # whatever the hub or the network says, the user asked for a dictionary
-        raise FileNotFoundError(f"{name}: not a local folder, and not to be had from the hub: {error}") from error
-
-
-def _load_folder(folder: Path) -> SAE:
+    Raises:
+        ValueError: naming the file and what is wrong with it.
+    """
     where = folder / CONFIG
     config = read_json(where)
     if "format" not in config:
@@ -176,8 +197,23 @@ def _load_folder(folder: Path) -> SAE:
             raise ValueError(f"metrics: fvu: expected a number, got {shown(fvu)}")
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+    return sae, getattr(torch, config["dtype"])
+
+
+def weights_size(sae: SAE, dtype: torch.dtype) -> int:
+    """Bytes of a dictionary's tensors."""
+    return sum(x.numel() for x in sae.state_dict().values()) * dtype.itemsize
+
+
+def load_folder(folder: Path) -> SAE:
+    """A dictionary of our own files.
+
+    Raises:
+        ValueError: naming the file and what is wrong with it.
+    """
+    sae, dtype = read_config(folder)
     with safetensors_file(folder / WEIGHTS) as (header, get):
-        return fill(sae, header, get, folder / WEIGHTS, getattr(torch, config["dtype"]))
+        return fill(sae, header, get, folder / WEIGHTS, dtype)
 
 
 def _plain(value) -> str:

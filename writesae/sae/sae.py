@@ -359,12 +359,14 @@ class SAE(nn.Module):
         Args:
             path_or_repo: "default" (the embedded model's dictionary), a folder, a `.pt` file, or a repository id such
                 as "someone/dictionaries".
-            subfolder: folder inside it (one folder a site). Of a repository nothing else is downloaded.
+            subfolder: folder inside it (one folder a site, such as "L9H4"). Of a repository nothing else is
+                downloaded, and `training_record["hub"]` says which commit it came from.
             revision: branch, tag or commit of a repository.
             batchtopk: of a published BatchTopK checkpoint, which has no threshold: "topk" for plain top k, with the k
                 of its configuration, or a threshold >= 0. `estimate_threshold` finds one from states.
         Raises:
-            FileNotFoundError: nothing there.
+            FileNotFoundError: nothing there, on this machine or the hub.
+            PermissionError, ConnectionError: a repository that may not be read; the hub out of reach.
             ValueError: a file of another format, version, kind or size, or one that needs unpickling; a folder with
                 both kinds of file; a published BatchTopK checkpoint without `batchtopk`, or `batchtopk` for another.
         """
