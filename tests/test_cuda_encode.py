@@ -141,7 +141,7 @@ def test_no_bank_conflicts(device_target):
     torch.ops.writesae_twin.statistics()
     run(device_target, encode, *float32(writes, v, w, b), k=k, heads=heads)
     launches, _, _, products, loads, conflicts, _, shared = torch.ops.writesae_twin.statistics()
-    assert launches == 3 and products > 0 and loads == conflicts == 0 and shared <= 227 * 1024
+    assert launches >= 3 and products > 0 and loads == conflicts == 0 and shared <= 227 * 1024
 
 
 def test_sizes(device_target, record_property):

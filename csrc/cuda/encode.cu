@@ -36,7 +36,7 @@
 namespace writesae::cuda {
 namespace {
 
-int forced_segment = 0;
+Forced forced = {};
 
 Machine machine() {
 #if defined(__CUDACC__)
@@ -70,8 +70,9 @@ Kernel kernel_of(const EncodeParams& p, Precision precision) {
 }
 
 EncodePlan plan_of(const EncodeParams& p, Precision precision, EncodeMode mode, const Kernel& kernel) {
-  const int64_t candidates = mode == EncodeMode::topk ? p.k + SLACK + TILE : mode == EncodeMode::at ? 16 : 1;
-  return plan_encode(p, precision, kernel.traits, static_cast<int>(candidates), machine(), forced_segment);
+  const bool selects = mode == EncodeMode::topk;
+  const int64_t candidates = selects ? p.k + SLACK + TILE : mode == EncodeMode::at ? 16 : 1;
+  return plan_encode(p, precision, kernel.traits, selects, static_cast<int>(candidates), machine(), forced);
 }
 
 // One block: n is the number of tokens and heads of a call.
@@ -108,7 +109,7 @@ __global__ void __launch_bounds__(SCAN_THREADS) offsets_kernel(const int64_t* co
 }  // namespace
 
 int64_t encode_scratch(const EncodeParams& p, Precision precision, EncodeMode mode) {
-  if (p.channels) return channels_scratch(p, forced_segment);
+  if (p.channels) return channels_scratch(p, forced.segment);
   return decodes(p) ? 0 : plan_of(p, precision, mode, kernel_of(p, precision)).bytes;
 }
 
@@ -121,7 +122,7 @@ void encode(const EncodeParams& p, Precision precision, EncodeMode mode, const E
   work.offsets = findings.offsets;
   work.found_values = findings.values;
   work.found_indices = findings.indices;
-  if (p.channels) return encode_channels(p, work, precision, forced_segment, scratch, stream);
+  if (p.channels) return encode_channels(p, work, precision, forced.segment, scratch, stream);
   if (decodes(p)) return decode(p, work, stream);
 
   const Kernel kernel = kernel_of(p, precision);
@@ -137,8 +138,12 @@ void encode(const EncodeParams& p, Precision precision, EncodeMode mode, const E
   work.unit = unit;
   work.states = states;
   work.reach = reach;
-  work.carries = reinterpret_cast<float*>(memory + plan.carries_at);
+  work.carries = plan.carries_at > 0 ? reinterpret_cast<float*>(memory + plan.carries_at) : nullptr;
+  work.part_keys = reinterpret_cast<int*>(memory + plan.part_keys_at);
+  work.part_features = reinterpret_cast<int*>(memory + plan.part_features_at);
   work.tiles = plan.tiles;
+  work.parts = plan.parts;
+  work.part = plan.part;
   work.capacity = plan.capacity;
   cut_sequences(p, plan, segments, unit, stream);
   for (int head = 0; head < p.Hs; head += plan.heads) {
@@ -146,13 +151,15 @@ void encode(const EncodeParams& p, Precision precision, EncodeMode mode, const E
     work.heads = static_cast<int>(p.Hs - head < plan.heads ? p.Hs - head : plan.heads);
     pack_dictionary(p, work, plan, dictionary, stream);
     if (plan.split) segment_states(p, work, plan, states, reach, stream);
-    const tile::Grid grid = {static_cast<unsigned>(plan.segments), static_cast<unsigned>(work.heads), 1};
-    const int64_t parts = mode == EncodeMode::at ? p.m : 1, most = mode == EncodeMode::at ? plan.capacity : 1;
-    for (int64_t i = 0; i < parts; i += most) {
+    const tile::Grid grid = {static_cast<unsigned>(plan.segments), static_cast<unsigned>(work.heads),
+                             static_cast<unsigned>(plan.parts)};
+    const int64_t chosen = mode == EncodeMode::at ? p.m : 1, most = mode == EncodeMode::at ? plan.capacity : 1;
+    for (int64_t i = 0; i < chosen; i += most) {
       work.m0 = static_cast<int>(i);
-      work.m = static_cast<int>(parts - i < most ? parts - i : most);
+      work.m = static_cast<int>(chosen - i < most ? chosen - i : most);
       tile::launch("encode", kernel.run, grid, plan.warps * tile::WARP, static_cast<size_t>(plan.shared), stream, p, work);
     }
+    if (plan.parts > 1) merge_parts(p, work, stream);
   }
 }
 
@@ -164,6 +171,13 @@ int64_t encode_offsets(const int64_t* counts, int64_t n, int64_t* offsets, void*
   return total;
 }
 
-void encode_force_segment(int tokens) { forced_segment = tokens; }
+EncodeOutline encode_outline(const EncodeParams& p, Precision precision) {
+  const Kernel kernel = kernel_of(p, precision);
+  const EncodePlan plan = plan_of(p, precision, EncodeMode::topk, kernel);
+  return {plan.segment, plan.parts, plan.heads, plan.slots, plan.capacity, plan_busy(p, plan, kernel.traits, true)};
+}
+
+void encode_force_segment(int tokens) { forced.segment = tokens; }
+void encode_force_parts(int parts) { forced.parts = parts; }
 
 }  // namespace writesae::cuda

@@ -13,6 +13,9 @@ void pack_dictionary(const EncodeParams& p, const EncodeWork& work, const Encode
 void segment_states(const EncodeParams& p, const EncodeWork& work, const EncodePlan& plan, float* states, float* reach,
                     tile::Stream stream);
 
+// Of what the parts of a launch selected, the k largest of each token.
+void merge_parts(const EncodeParams& p, const EncodeWork& work, tile::Stream stream);
+
 // From activations without bias, sums [B][count][Hs][F], of the tokens first .. first + count - 1 of every batch row.
 void select_from(const EncodeParams& p, const EncodeWork& work, const float* sums, int first, int count,
                  tile::Stream stream);
@@ -36,9 +39,11 @@ Kernel encode_kernel_fp32(int depth);
 
 template <Precision P>
 Kernel encode_kernel_of(int depth) {
-#define WRITESAE_KERNEL(D)                                                                                 \
-  {                                                                                                        \
-    encode_kernel<P, D>, { Numbers<P, D>::ROWS, Numbers<P, D>::PACKED * 16, Instance<P, D>::fixed_shared } \
+#define WRITESAE_KERNEL(D)                                                                                                  \
+  {                                                                                                                         \
+    encode_kernel<P, D>, {                                                                                                  \
+      Numbers<P, D>::ROWS, Numbers<P, D>::PACKED * 16, Instance<P, D>::fixed_shared, Candidates<Numbers<P, D>::ROWS>::bytes \
+    }                                                                                                                       \
   }
   switch (depth) {
     case 32:
