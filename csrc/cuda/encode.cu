@@ -62,11 +62,12 @@ Machine machine() {
 
 bool decodes(const EncodeParams& p) { return p.T == 1 && p.cu_seqlens == nullptr && p.N <= 65535; }
 
-Kernel kernel_of(const EncodeParams& p, Precision precision) {
+Kernel kernel_of(const EncodeParams& p, Precision precision, EncodeMode mode) {
   const int depth = padded_size(p.K, p.V);
-  return precision == Precision::bf16   ? encode_kernel_bf16(depth)
-         : precision == Precision::tf32 ? encode_kernel_tf32(depth)
-                                        : encode_kernel_fp32(depth);
+  const bool topk = mode == EncodeMode::topk;
+  return precision == Precision::bf16   ? encode_kernel_bf16(depth, topk)
+         : precision == Precision::tf32 ? encode_kernel_tf32(depth, topk)
+                                        : encode_kernel_fp32(depth, topk);
 }
 
 EncodePlan plan_of(const EncodeParams& p, Precision precision, EncodeMode mode, const Kernel& kernel) {
@@ -110,7 +111,7 @@ __global__ void __launch_bounds__(SCAN_THREADS) offsets_kernel(const int64_t* co
 
 int64_t encode_scratch(const EncodeParams& p, Precision precision, EncodeMode mode) {
   if (p.channels) return channels_scratch(p, forced.segment);
-  return decodes(p) ? 0 : plan_of(p, precision, mode, kernel_of(p, precision)).bytes;
+  return decodes(p) ? 0 : plan_of(p, precision, mode, kernel_of(p, precision, mode)).bytes;
 }
 
 void encode(const EncodeParams& p, Precision precision, EncodeMode mode, const EncodeFindings& findings, void* scratch,
@@ -125,7 +126,7 @@ void encode(const EncodeParams& p, Precision precision, EncodeMode mode, const E
   if (p.channels) return encode_channels(p, work, precision, forced.segment, scratch, stream);
   if (decodes(p)) return decode(p, work, stream);
 
-  const Kernel kernel = kernel_of(p, precision);
+  const Kernel kernel = kernel_of(p, precision, mode);
   const EncodePlan plan = plan_of(p, precision, mode, kernel);
   char* memory = static_cast<char*>(scratch);
   auto* dictionary = reinterpret_cast<tile::Vec16*>(memory);
@@ -172,7 +173,7 @@ int64_t encode_offsets(const int64_t* counts, int64_t n, int64_t* offsets, void*
 }
 
 EncodeOutline encode_outline(const EncodeParams& p, Precision precision) {
-  const Kernel kernel = kernel_of(p, precision);
+  const Kernel kernel = kernel_of(p, precision, EncodeMode::topk);
   const EncodePlan plan = plan_of(p, precision, EncodeMode::topk, kernel);
   return {plan.segment, plan.parts, plan.heads, plan.slots, plan.capacity, plan_busy(p, plan, kernel.traits, true)};
 }

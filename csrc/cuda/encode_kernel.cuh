@@ -140,7 +140,19 @@ __device__ __forceinline__ void store_span(uint32_t* to, const uint32_t (&from)[
   }
 }
 
-template <Precision P, int D>
+// The running sums of a sequence that ends with this block's segment, from scratch to where the call wants them. What this
+// needs it works out again: the kernel has no register to keep it in.
+__device__ __forceinline__ void finish(const EncodeParams& p, const EncodeWork& work, const float* from) {
+  const Segment segment = work.segments[tile::block_x()];
+  if (!segment.final || work.carries == nullptr) return;
+  const int tile0 = tile::block_z() * work.part, tile1 = work.tiles < tile0 + work.part ? work.tiles : tile0 + work.part;
+  const int F = static_cast<int>(p.F), f1 = F < tile1 * TILE ? F : tile1 * TILE;
+  float* const to = p.carry_out + (segment.n * p.Hs + work.head0 + tile::block_y()) * F;
+  for (int f = tile0 * TILE + tile::thread(); f < f1; f += tile::block_threads()) to[f] = from[f];
+}
+
+// TOPK: the mode is topk, or any other.
+template <Precision P, int D, bool TOPK>
 __global__ void __launch_bounds__(WARPS* tile::WARP, 2) encode_kernel(EncodeParams p, EncodeWork work) {
   using N = Numbers<P, D>;
   constexpr int ROWS = N::ROWS, COLUMNS = N::COLUMNS, PLANES = N::PLANES, STAGES = N::STAGES;
@@ -155,7 +167,7 @@ __global__ void __launch_bounds__(WARPS* tile::WARP, 2) encode_kernel(EncodePara
   const int g = lane / 4, c = lane % 4;
 
   tile::Shared shared;
-  tile::Vec16* stages = shared.take<tile::Vec16>(STAGES * N::PACKED);
+  tile::Vec16* stages = shared.take<tile::Vec16>(STAGES * N::TILE_VECTORS);
   uint32_t* x = shared.take<uint32_t>(warps * TILE * X_STRIDE) + warp * TILE * X_STRIDE;
   float* ends = shared.take<float>(2 * WARPS * TILE);     // by parity of the tile: each warp's running sums, from zero
   uint32_t* passages = shared.take<uint32_t>(2 * WARPS);  // by parity of the chunk: product of each warp's gates
@@ -172,8 +184,8 @@ __global__ void __launch_bounds__(WARPS* tile::WARP, 2) encode_kernel(EncodePara
 
   const int64_t block_slot = int64_t{tile::block_x()} * work.heads + slot;
   const float* carry_in = p.carry_in == nullptr ? nullptr : p.carry_in + (segment.n * p.Hs + h) * F;
-  float* const carry_out = p.carry_out + (segment.n * p.Hs + h) * F;
-  float* const carry = work.carries != nullptr ? work.carries + block_slot * 2 * F : carry_out;
+  float* const carry =
+      work.carries != nullptr ? work.carries + block_slot * 2 * F : p.carry_out + (segment.n * p.Hs + h) * F;
   const bool begins = segment.first == 0;
   const float reach = begins ? 1.0f : work.reach[block_slot];
   const Stream stream(p, segment, head, begins ? nullptr : work.states + block_slot * p.K * p.V, work.unit);
@@ -181,22 +193,21 @@ __global__ void __launch_bounds__(WARPS* tile::WARP, 2) encode_kernel(EncodePara
   const int f0 = tile0 * TILE, f1 = F < tile1 * TILE ? F : tile1 * TILE;
   const int k = static_cast<int>(p.k < f1 - f0 ? p.k : f1 - f0);
   const int half = k + (work.capacity - k) / 2, enough = half < work.capacity - TILE ? half : work.capacity - TILE;
-  const auto finish = [&](const float* from) {  // `from` may be what the same thread has written
-    if (segment.final && from != carry_out)
-      for (int f = f0 + tile::thread(); f < f1; f += tile::block_threads()) carry_out[f] = from[f];
-  };
   for (int f = f0 + tile::thread(); f < f1; f += tile::block_threads())
     carry[f] = carry_in != nullptr ? carry_in[f] * reach : 0.0f;
-  if (stream.rows() == 0) return finish(carry);  // an empty sequence
+  if (stream.rows() == 0) {  // an empty sequence
+    finish(p, work, carry);
+    return;
+  }
 
   const int rank = static_cast<int>(p.rank), steps = (tile1 - tile0) * rank;
   const int chunks = (stream.rows() + warps * ROWS - 1) / (warps * ROWS);
   const tile::Vec16* const dictionary =
-      work.dictionary + (int64_t{slot} * work.tiles + tile0) * rank * N::PACKED + tile::thread();
+      work.dictionary + (int64_t{slot} * work.tiles + tile0) * rank * N::TILE_VECTORS + tile::thread();
   const tile::Vec16* next = dictionary;
   int fetch_step = 0, fetch_stage = 0;
   const auto fetch = [&] {  // the next tile; the dictionary comes round again with every chunk
-    tile::Vec16* to = stages + fetch_stage * N::PACKED + tile::thread();
+    tile::Vec16* to = stages + fetch_stage * N::TILE_VECTORS + tile::thread();
     if (warps == WARPS) {
       constexpr int THREADS = WARPS * tile::WARP;
       static_assert(N::TILE_VECTORS % THREADS == 0, "");
@@ -206,9 +217,8 @@ __global__ void __launch_bounds__(WARPS* tile::WARP, 2) encode_kernel(EncodePara
       for (int i = tile::thread(); i < N::TILE_VECTORS; i += tile::block_threads())
         tile::copy_16(to + i - tile::thread(), next + i - tile::thread());
     }
-    if (tile::thread() < N::PACKED - N::TILE_VECTORS) tile::copy_16(to + N::TILE_VECTORS, next + N::TILE_VECTORS);
     tile::commit_copies();
-    next += N::PACKED;
+    next += N::TILE_VECTORS;
     if (++fetch_step == steps) fetch_step = 0, next = dictionary;
     fetch_stage = fetch_stage + 1 == STAGES ? 0 : fetch_stage + 1;
   };
@@ -216,8 +226,8 @@ __global__ void __launch_bounds__(WARPS* tile::WARP, 2) encode_kernel(EncodePara
 
   int stage = 0, time = 0;
   int carry_from = 0, carry_to = 0;  // the first chunk may overwrite what it starts from: nothing does it again
-  float guess = tile::bits_to_float(0x7fffffffu);
-  uint32_t redo = 0xffffffffu;  // tokens to select for
+  bool repeat = false;               // the chunk is done again,
+  uint32_t redo = 0xffffffffu;       // for these tokens of the warp
   Operands<P, D> operands(held);
   for (int chunk = 0; chunk < chunks;) {
     // ---- rows ------------------------------------------------------------------------------------------------------
@@ -261,7 +271,14 @@ __global__ void __launch_bounds__(WARPS* tile::WARP, 2) encode_kernel(EncodePara
     before = c == 0 ? 1.0f : before;
     if (lane == 3) passages[chunk % 2 * WARPS + warp] = tile::float_to_bits(whole);
 
-    Bar bar = {guess, false, 0};
+    Bar bar = {tile::bits_to_float(0x7fffffffu), false, 0};
+    if constexpr (TOPK) {
+      if (chunk > 0 && !repeat) {
+        for (int w = 0; w < warps; w++) bar.height = lowest[w] >= bar.height ? bar.height : lowest[w];
+        const float height = bar.height < 0 ? -bar.height : bar.height;
+        bar.height -= GUESS * height + 1e-30f;  // NaN where it is infinite, or no token ended there
+      }
+    }
     if (work.mode == Mode::at && active) {
       const int64_t* at = p.at + int64_t{place} * p.m + work.m0;
       for (int i = 0; i < work.m; i++) {
@@ -305,7 +322,7 @@ __global__ void __launch_bounds__(WARPS* tile::WARP, 2) encode_kernel(EncodePara
         tile::sync_warp();
         const int first = (j - 1) * TILE, width = F - first < TILE ? F - first : TILE;
         const uint32_t* column = x + (lane < ROWS ? lane : 0);
-        if (work.mode == Mode::topk) {
+        if constexpr (TOPK) {
           // All warps empty their buffers at once, when one asks for it: one at a time they would wait for each other.
           if (full[(time + 1) % 2] == time - 1 && tile::ballot(bar.count > enough) != 0)
             bar = keep_largest(buffer, k, SLACK, active, bar);
@@ -335,15 +352,14 @@ __global__ void __launch_bounds__(WARPS* tile::WARP, 2) encode_kernel(EncodePara
       }
       if (step == steps) break;
 
-      const tile::Vec16* packed = stages + stage * N::PACKED;
+      const tile::Vec16* packed = stages + stage * N::TILE_VECTORS;
       if (rank_at == 0) {
         time++;
-        const auto* biases = reinterpret_cast<const uint32_t*>(packed + N::TILE_VECTORS);
 #pragma unroll
         for (int i = 0; i < 2; i++) {
           const int f = j * TILE + 8 * i + g;
           start[i] = f < F ? carry[carry_from + f] : 0.0f;
-          bias[i] = tile::bits_to_float(biases[8 * i + g]);
+          bias[i] = p.b_enc != nullptr && f < F ? p.b_enc[int64_t{h} * F + f] + 0.0f : 0.0f;  // + 0: no -0
         }
       }
       float large[2][COLUMNS][4] = {}, small[2][COLUMNS][4] = {};
@@ -413,9 +429,8 @@ __global__ void __launch_bounds__(WARPS* tile::WARP, 2) encode_kernel(EncodePara
     }
 
     // ---- results of the chunk ----------------------------------------------------------------------------------------
-    bool repeat = false;
-    if (work.mode == Mode::topk) {
-      const bool first = redo == 0xffffffffu;
+    if constexpr (TOPK) {
+      const bool first = !repeat;
       redo = 0;
       float least = tile::bits_to_float(0x7f800000u);
       const uint32_t selected = tile::ballot(active);
@@ -448,20 +463,15 @@ __global__ void __launch_bounds__(WARPS* tile::WARP, 2) encode_kernel(EncodePara
     } else if (work.mode == Mode::count && active) {
       work.counts[place] = bar.count;
     }
-    guess = tile::bits_to_float(0x7fffffffu);
     if (repeat) continue;
     redo = 0xffffffffu;
-    if (work.mode == Mode::topk) {
-      for (int w = 0; w < warps; w++) guess = lowest[w] >= guess ? guess : lowest[w];
-      guess -= GUESS * (guess < 0 ? -guess : guess) + 1e-30f;  // NaN where it is infinite, or no token ended here
-    }
     chunk++;
     carry_from = carry_to;
     carry_to = F - carry_to;
   }
   tile::wait_copies<0>();
   tile::sync();
-  finish(carry + carry_from);
+  finish(p, work, carry + carry_from);
 }
 
 // What a launch needs to know of an instance.
@@ -471,7 +481,7 @@ struct Instance {
   // Bytes of shared memory with `warps` warps, but for the candidates.
   static int fixed_shared(int warps) {
     const auto piece = [](int bytes) { return static_cast<int>(tile::shared_piece(bytes)); };
-    return piece(N::STAGES * N::PACKED * 16) + piece(warps * TILE * (N::ROWS + 4) * 4) + piece(2 * WARPS * TILE * 4) +
+    return piece(N::STAGES * N::TILE_VECTORS * 16) + piece(warps * TILE * (N::ROWS + 4) * 4) + piece(2 * WARPS * TILE * 4) +
            piece(2 * WARPS * 4) + piece(warps * N::ROWS * 4) + 3 * 128 + piece(warps * N::HELD_WORDS * 4) + 128;
   }
 };

@@ -39,7 +39,7 @@ __device__ __forceinline__ float from_key(int key) {
 struct SelectionCounts {
   int64_t chunks = 0, redone = 0;  // passes of a warp through the features; those that were a second time
   int64_t tokens = 0, tokens_redone = 0;
-  int64_t raises = 0, probes = 0;          // of bars; what they count to find one
+  int64_t raises = 0, probes = 0;           // of bars; what they count to find one
   int64_t tiles = 0, rounds = 0, kept = 0;  // tiles taken in, rounds of two appended a lane, and entries
 };
 inline SelectionCounts selection_counts;

@@ -65,8 +65,9 @@ std::vector<int64_t> encode_plan(int64_t B, int64_t T, int64_t heads, int64_t K,
                                  std::string precision) {
   EncodeParams p = {};
   p.B = p.N = B, p.T = T, p.Hl = p.H = p.Hs = heads, p.R = p.rank = 1, p.K = K, p.V = V, p.F = F, p.k = k;
-  const auto found = cuda::encode_outline(
-      p, precision == "bf16" ? Precision::bf16 : precision == "tf32" ? Precision::tf32 : Precision::fp32);
+  const auto found = cuda::encode_outline(p, precision == "bf16"   ? Precision::bf16
+                                             : precision == "tf32" ? Precision::tf32
+                                                                   : Precision::fp32);
   return {found.segment, found.parts, found.heads, found.slots, found.capacity, static_cast<int64_t>(1e6 * found.busy)};
 }
 
