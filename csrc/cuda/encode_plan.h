@@ -38,7 +38,7 @@ constexpr int MAX_SIZE = 256;  // of K and V
 constexpr int64_t DICTIONARY_SCRATCH = 17 << 20, STATES_SCRATCH = 24 << 20, PARTS_SCRATCH = 48 << 20;
 constexpr double DICTIONARY_SHARE = 0.004, STATES_SHARE = 0.005;
 // Time a block spends beside its tiles, in that of a tile, as counted in encode.cu: a chunk's rows, its selection.
-constexpr int ROWS_TIME = 4, SELECT_TIME = 8;
+constexpr int ROWS_TIME = 4, SELECT_TIME = 24;
 constexpr int MOST_PARTS = 32;  // the merge has a lane for each
 
 inline int padded_size(int64_t K, int64_t V) {
@@ -131,38 +131,45 @@ inline EncodePlan plan_encode(const EncodeParams& p, Precision precision, const 
       traits.fixed_shared(plan.warps) + (plan.warps * traits.candidate_bytes(plan.capacity, wide) + 127) / 128 * 128;
   plan.slots = (plan.shared <= half ? 2 : 1) * machine.processors;
 
-  // Heads at a time, by what their packed dictionaries take; then segments and parts that take the least time.
+  // Heads at a time, at most as many as their packed dictionaries allow; segments and parts: what takes the least time.
   const double unstored = 4.0 * static_cast<double>(p.B * p.T * p.Hs * p.F);
   const int64_t budget = std::max(DICTIONARY_SCRATCH, static_cast<int64_t>(DICTIONARY_SHARE * unstored));
   const int64_t states_budget = std::max(STATES_SCRATCH, static_cast<int64_t>(STATES_SHARE * unstored));
   const int64_t dictionary = static_cast<int64_t>(plan.tiles) * p.rank * traits.tile_bytes;
-  const int64_t groups = (p.Hs + std::max<int64_t>(1, budget / dictionary) - 1) / std::max<int64_t>(1, budget / dictionary);
-  plan.heads = static_cast<int>(std::min<int64_t>((p.Hs + groups - 1) / groups, 65535));
+  const int64_t most_heads = std::min(std::max<int64_t>(1, budget / dictionary), int64_t{65535});
+  const int64_t least_groups = (p.Hs + most_heads - 1) / most_heads;
   const int64_t chunk = plan.warps * traits.rows, longest = std::max<int64_t>(p.T, 1);
   const BlockTimes times = {chunk, p.K, p.R, selects};
   const auto count = [&](int64_t length) {
     return p.cu_seqlens != nullptr ? p.T / length + p.N : p.B * ((longest + length - 1) / length);
   };
-  const auto state_bytes = [&](int64_t length) { return 4 * count(length) * plan.heads * (p.K * p.V + 2 * p.F + 1); };
-  const auto part_bytes = [&](int parts) { return 8 * p.B * p.T * plan.heads * p.k * parts; };
-  int64_t best = longest, best_cost = -1;
+  const auto state_bytes = [&](int64_t length, int64_t heads) {
+    return 4 * count(length) * heads * (p.K * p.V + 2 * p.F + 1);
+  };
+  const auto part_bytes = [&](int parts, int64_t heads) { return 8 * p.B * p.T * heads * p.k * parts; };
+  int64_t best = longest, best_heads = 1, best_cost = -1;
   int best_parts = 1;
-  const auto consider = [&](int64_t length, int parts) {
-    const int64_t tiles = (plan.tiles + parts - 1) / parts, blocks = count(length) * plan.heads * parts;
+  const auto consider = [&](int64_t length, int parts, int64_t groups, int64_t heads) {
+    const int64_t tiles = (plan.tiles + parts - 1) / parts, blocks = count(length) * heads * parts;
     // As many rounds as the blocks need, each as long as the longest of them; sums of segments, the merge of parts.
     int64_t cost =
         (blocks + plan.slots - 1) / plan.slots * times.of(std::min(length, longest), length < longest, tiles * p.rank);
-    if (length < longest) cost += p.B * p.T * p.R * plan.heads * plan.tiles * p.rank / (chunk * plan.slots * 25);
-    if (parts > 1) cost += 4 + p.B * p.T * plan.heads * p.k * parts / 1000000;
-    if (best_cost < 0 || cost < best_cost) best = length, best_parts = parts, best_cost = cost;
+    if (length < longest) cost += p.B * p.T * p.R * heads * plan.tiles * p.rank / (chunk * plan.slots * 25);
+    if (parts > 1) cost += 4 + p.B * p.T * heads * p.k * parts / 1000000;
+    cost *= groups;
+    if (best_cost < 0 || cost < best_cost) best = length, best_parts = parts, best_heads = heads, best_cost = cost;
   };
   const int64_t unit = std::max<int64_t>(1, chunk / std::max<int64_t>(p.R, 1));
-  for (int parts = 1; parts <= (selects ? MOST_PARTS : 1); parts *= 2) {
-    if (parts > 1 && (parts * 2 > plan.tiles || part_bytes(parts) > PARTS_SCRATCH)) break;
-    consider(longest, parts);
-    for (int64_t n = 1; n * unit < longest; n += std::max<int64_t>(1, n / 16))
-      if (state_bytes(n * unit) <= states_budget) consider(n * unit, parts);
+  for (int64_t groups = least_groups; groups <= least_groups + std::min<int64_t>(least_groups - 1, 4); groups++) {
+    const int64_t heads = (p.Hs + groups - 1) / groups;
+    for (int parts = 1; parts <= (selects ? MOST_PARTS : 1); parts *= 2) {
+      if (parts > 1 && (parts * 2 > plan.tiles || part_bytes(parts, heads) > PARTS_SCRATCH)) break;
+      consider(longest, parts, groups, heads);
+      for (int64_t n = 1; n * unit < longest; n += std::max<int64_t>(1, n / 16))
+        if (state_bytes(n * unit, heads) <= states_budget) consider(n * unit, parts, groups, heads);
+    }
   }
+  plan.heads = static_cast<int>(best_heads);
   if (forced.segment > 0) best = std::min<int64_t>(forced.segment, longest), best_parts = 1;
   if (forced.parts > 0 && selects) best_parts = std::min(forced.parts, MOST_PARTS);
   plan.part = (plan.tiles + best_parts - 1) / best_parts;
@@ -184,8 +191,8 @@ inline EncodePlan plan_encode(const EncodeParams& p, Precision precision, const 
   plan.states_at = take(plan.split ? 4 * blocks * p.K * p.V : 0);
   plan.reach_at = take(plan.split ? 4 * blocks : 0);
   plan.carries_at = chunks ? take(4 * blocks * 2 * p.F) : 0;
-  plan.part_keys_at = take(plan.parts > 1 ? part_bytes(plan.parts) / 2 : 0);
-  plan.part_features_at = take(plan.parts > 1 ? part_bytes(plan.parts) / 2 : 0);
+  plan.part_keys_at = take(plan.parts > 1 ? part_bytes(plan.parts, plan.heads) / 2 : 0);
+  plan.part_features_at = take(plan.parts > 1 ? part_bytes(plan.parts, plan.heads) / 2 : 0);
   plan.bytes = at;
   return plan;
 }

@@ -19,7 +19,7 @@ namespace writesae::cuda {
 enum class Mode : int { topk, count, fill, at };
 
 constexpr int TILE = 16;
-constexpr int SLACK = 8;  // how many more than k may stay when the bar is raised: fewer steps
+constexpr int SLACK = 16;  // how many more than k may stay when the bar is raised: fewer steps
 constexpr int NAN_KEY = 0x7fffffff;
 constexpr int LAST_KEY = static_cast<int>(0x80000000u);  // below the key of every number
 
@@ -147,7 +147,8 @@ __device__ WRITESAE_NOINLINE Bar keep_largest(Candidates<ROWS> buffer, int k, in
   const int most = (largest(active ? count : 0) + STEP - 1) / STEP * STEP;
   if (most == 0) return bar;
   WRITESAE_COUNT(raises, 1);
-  // Keys from here on: at least k entries reach `low`, fewer than k exceed `high`. Lanes that take no part write nothing.
+  // Keys from here on: at least k entries reach `low`, fewer than k exceed `high`.
+  const bool writes = ROWS == tile::WARP || tile::lane() < ROWS;
   int low = NAN_KEY, high = LAST_KEY;
   float sum = 0.0f;
   for (int i = 0; i < most; i += STEP) {
@@ -159,7 +160,7 @@ __device__ WRITESAE_NOINLINE Bar keep_largest(Candidates<ROWS> buffer, int k, in
       sum += there ? x : 0.0f;
       low = there && key < low ? key : low;
       high = key > high ? key : high;
-      if (active) values[(i + u) * STRIDE] = static_cast<uint32_t>(key);
+      if (writes) values[(i + u) * STRIDE] = static_cast<uint32_t>(key);
     }
   }
   int reach_low = count, probe = 0;
@@ -189,31 +190,43 @@ __device__ WRITESAE_NOINLINE Bar keep_largest(Candidates<ROWS> buffer, int k, in
     }
     searching = searching && reach_low > k + slack && low != high;
   }
-  int ties = count;  // how many that equal `low` may stay
-  if (any(active && reach_low > k + slack)) {
+  // Closing the gaps: what an entry is written over has been read. Lanes that take no part keep all of theirs.
+  if (!active) low = LAST_KEY;
+  const bool cut = active && reach_low > k + slack;  // of those that equal `low`, only so many may stay
+  int ties = most;
+  if (any(cut)) {
     int above = 0;
     for (int i = 0; i < most; i++) above += static_cast<int>(values[i * STRIDE]) > low ? 1 : 0;
-    if (reach_low > k + slack) ties = k - above;
+    if (cut) ties = k - above;
+  }
+  const auto keeps = [&](int key, int& left) {
+    const int tie = static_cast<int>(key == low), stays = static_cast<int>(key > low) | (tie & static_cast<int>(left > 0));
+    left -= tie;
+    return stays * STRIDE;
+  };
+  if (buffer.wide && writes) {
+    uint16_t* const highs = buffer.highs() + own;
+    for (int i = 0, to = 0, left = ties; i < most; i++) {
+      highs[to] = highs[i * STRIDE];
+      to += keeps(static_cast<int>(values[i * STRIDE]), left);
+    }
   }
   int to = 0;
   for (int i = 0; i < most; i += STEP) {
+    int key[STEP];
+    uint16_t feature[STEP];
+#pragma unroll
+    for (int u = 0; u < STEP; u++)
+      key[u] = static_cast<int>(values[(i + u) * STRIDE]), feature[u] = features[(i + u) * STRIDE];
 #pragma unroll
     for (int u = 0; u < STEP; u++) {
-      const int at = (i + u) * STRIDE, key = static_cast<int>(values[at]);
-      const uint16_t feature = features[at];
-      bool stays = active && key >= low;
-      if (key == low) stays = stays && ties-- > 0;
-      if (stays) {
-        values[to * STRIDE] = tile::float_to_bits(from_key(key));
-        features[to * STRIDE] = feature;
-        if (buffer.wide) buffer.highs()[to * STRIDE + own] = buffer.highs()[at + own];
-        to++;
-      }
+      if (writes) values[to] = tile::float_to_bits(from_key(key[u])), features[to] = feature[u];
+      to += keeps(key[u], ties);
     }
   }
   if (!active) return bar;
   const int infinity = to_key(tile::bits_to_float(0x7f800000u));
-  return {from_key(low < infinity ? low + 1 : infinity), low == NAN_KEY, to};
+  return {from_key(low < infinity ? low + 1 : infinity), low == NAN_KEY, to / STRIDE};
 }
 
 // Takes in a tile: activations x of features first .. first + 15, of which `width` exist, feature j of the lane's token at
