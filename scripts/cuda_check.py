@@ -44,7 +44,7 @@ LIBRARIES = ROOT / "build" / "cuda-check"
 TRUNCATED = {
     "cuda_rules": "mixed_decay or (test_sizes and float32 and 64-136)",
     "cuda_rules_backward": "every_strength or (test_sizes and float32 and 64-136)",
-    "encode": "65536 or (against_states and (grouped or T127 or k))",
+    "encode": "(65536 and not 2.0) or (against_states and (grouped or T127 or k))",
     "encode_gradient": "test_decays or test_parts",
     "cuda_encode": "test_sizes or top_32",
 }
