@@ -6,8 +6,8 @@ Steps: library (every kernel compiled by nvcc for every architecture, linked, an
 only), ptxas (scripts/check_ptxas.py), sass (scripts/check_sass.py), twin (the operators' tests on the kernels compiled
 for the host, in both orders of execution, under the address and undefined-behaviour sanitizers), planted (faults put
 into kernels on purpose are noticed), truncating (some of the tests with sums of matrix products cut off as the
-hardware's are, Hopper's and Ampere's), dry (bench/gpu.sh without a GPU). Without nvcc the first three fail;
-WRITESAE_WITHOUT_NVCC=1 leaves them out, and says so.
+hardware's are, Hopper's and Ampere's), dry (the three calls of bench/gpu.sh without a GPU). Without nvcc the first
+three fail; WRITESAE_WITHOUT_NVCC=1 leaves them out, and says so.
 """
 
 from __future__ import annotations
@@ -178,9 +178,11 @@ def truncating() -> None:
 
 
 def dry() -> None:
-    given = {**environment(), "PYTHON": sys.executable, "TWIN": str(build(sanitize=True))}
+    path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    given = {**os.environ, "PYTHONPATH": path, "PYTHON": sys.executable, "TWIN": str(build())}
     with tempfile.TemporaryDirectory() as out:
-        run(["bash", "bench/gpu.sh", "--dry", out], env=given)
+        for call in "123":
+            run(["bash", "bench/gpu.sh", call, "--dry", out], env=given)
 
 
 STEPS = {f.__name__: f for f in (library, ptxas, sass, twin, planted, truncating, dry)}
