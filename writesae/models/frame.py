@@ -14,7 +14,7 @@ from ..ops import nonfinite
 from ..ops.rule import RuleCall
 from ..writes import Writes, joined
 from .binding import Given, LayerSite, Recurrence
-from .model_call import ModelCall
+from .model_call import ModelCall, fed_columns
 
 
 class _Local(threading.local):
@@ -115,14 +115,11 @@ class Frame:
         return self.mask if self.call is None or self.call.generation is None else self._real(once=False)
 
     def _real(self, once: bool) -> Tensor | None:
-        real = None
-        if self.layer_mask is not None and self.layer_mask.ndim == 2:
-            real = self.layer_mask[:, -self.hidden.shape[1] :].bool()  # some layers are given cached columns' too
-        if self.call is None:
-            return real
+        mask = self.layer_mask if self.layer_mask is not None and self.layer_mask.ndim == 2 else None
         shape = (self.hidden.shape[0], self.hidden.shape[1])
-        known = self.call.real_tokens(shape, self.start, self.hidden.device, once)
-        return known if real is None else real if known is None else real & known.to(real.device)
+        if self.call is None:
+            return None if mask is None else fed_columns(mask, shape[1])
+        return self.call.real_tokens(shape, self.start, self.hidden.device, once, mask)
 
     def bind(self, recurrence: Recurrence, given: Given) -> RuleCall:
         """The layer's call in the terms of its rule.
