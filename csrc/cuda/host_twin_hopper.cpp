@@ -356,6 +356,7 @@ void copy_tile(void* to, const TensorMap& map, int column, int row, Barrier* b, 
     fail("copy_tile: the target begins at " + number(start) + ", rows swizzled by " + number(row_bytes) +
              " bytes at a multiple of " + number(8 * row_bytes),
          place);
+  if (column < 0 || row < 0) fail("copy_tile: a box that begins before the tensor, which nothing here means to do", place);
   if (blocks == 0 || blocks >> cluster_blocks() != 0) fail("copy_tile: the cluster has no such blocks", place);
   const int64_t bytes = int64_t{map.box[1]} * row_bytes;
   Statistics& c = counts();
@@ -377,8 +378,7 @@ void copy_tile(void* to, const TensorMap& map, int column, int row, Barrier* b, 
         char* p = at_number(rank, number, 16, place);
         const int64_t at_row = int64_t{row} + r, at_column = int64_t{column} + unit * 8;
         const auto size = [&](int i) { return static_cast<int64_t>(map.size[i]); };
-        int64_t valid = at_row >= 0 && at_row < size(1) ? std::min<int64_t>(8, size(0) - at_column) : 0;
-        if (at_column < 0) valid = 0;
+        const int64_t valid = at_row < size(1) ? std::min<int64_t>(8, size(0) - at_column) : 0;
         copy.to.push_back({static_cast<uint32_t>(p - piece.data),
                            valid > 0 ? map.data + at_row * static_cast<int64_t>(map.row_bytes) + 2 * at_column : nullptr});
         copy.valid.push_back(valid > 0 ? static_cast<int>(2 * valid) : 0);

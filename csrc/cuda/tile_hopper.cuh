@@ -92,7 +92,9 @@ __device__ __forceinline__ void registers_up() {
 
 // ---- barriers ("mbarrier") ------------------------------------------------------------------------------------------
 
-// A phase ends when `count` threads have arrived and as many bytes as they expect.
+// A phase ends when `count` threads have arrived and as many bytes as they expect. Arriving and waiting order what a block's
+// threads do among themselves; between blocks, arrivals and copied bytes alone: at cluster scope a wait would also drop the
+// first cache (CCTL.IVALL) and an arrival wait for all stores (MEMBAR.ALL.GPU). Plain stores for another block need cluster_sync.
 __device__ __forceinline__ void barrier_init(Barrier* b, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(count) : "memory");
 }
@@ -107,7 +109,7 @@ __device__ __forceinline__ void barrier_arrive(Barrier* b) {
 __device__ __forceinline__ void barrier_arrive_at(Barrier* b, int rank) {
   asm volatile(
       "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(b)),
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(b)),
       "r"(rank)
       : "memory");
 }
@@ -118,7 +120,7 @@ __device__ __forceinline__ void barrier_expect(Barrier* b, int bytes) {
 // Until the phase of that parity (the first has 0) is over: `parity` 1 passes a new barrier at once.
 __device__ __forceinline__ void barrier_wait(Barrier* b, int parity) {
   asm volatile(
-      "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@done bra over;\nbra again;\nover:\n}" ::"r"(shared_address(b)),
       "r"(parity)
       : "memory");
@@ -299,7 +301,10 @@ __device__ __forceinline__ uint64_t describe(const void* p, uint32_t leading, ui
          static_cast<uint64_t>(stride >> 4 & 0x3fffu) << 32 | static_cast<uint64_t>(swizzle) << 62;
 }
 // The same matrix further on in its rows.
-__device__ __forceinline__ uint64_t advance(uint64_t description, uint32_t bytes) { return description + (bytes >> 4); }
+__device__ __forceinline__ uint64_t advance(uint64_t description, uint32_t bytes) {
+  const auto low = static_cast<uint32_t>(description) + (bytes >> 4);  // 32 bits: the address has no carry to give
+  return (description >> 32 << 32) | low;
+}
 
 #endif
 

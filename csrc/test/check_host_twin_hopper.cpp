@@ -71,6 +71,7 @@ enum Fault {
   no_wait_for_barrier,
   wrong_parity,
   no_fence_of_barriers,
+  no_meeting,
   no_products_fence,
   no_products_wait,
   accumulators_read,
@@ -109,7 +110,7 @@ __global__ void product(const __grid_constant__ tile::TensorMap map_a, const __g
     tile::barrier_init(full, 1);
     if (FAULT != no_fence_of_barriers) tile::fence_barriers();
   }
-  tile::sync();
+  if (FAULT != no_meeting) tile::sync();
   const auto copy = [&] {
     constexpr int BYTES = BOXES * (A_BOX + B_BOX);
     tile::barrier_expect(full, FAULT == too_few_bytes ? BYTES - 16 : FAULT == too_many_bytes ? BYTES + 16 : BYTES);
@@ -214,6 +215,7 @@ void check_planted() {
   expect_fault_in_product<no_wait_for_barrier>("is the target of a copy that is under way");
   expect_fault_in_product<wrong_parity>("is the target of a copy that is under way");
   expect_fault_in_product<no_fence_of_barriers>("a barrier that copies do not know of");
+  expect_fault_in_product<no_meeting>("a barrier that was never made");
   expect_fault_in_product<no_products_fence>("without products_fence");
   expect_fault_in_product<no_products_wait>("a product is never waited for");
   expect_fault_in_product<accumulators_written>("accumulators were written while a product was under way");
