@@ -28,7 +28,7 @@ needs() {
 }
 
 bytes() { find "$@" -type f -printf '%s\n' | awk '{ n += $1 } END { print n + 0 }'; }
-tree() { git ls-files -z | xargs -0 stat -c %s 2>/dev/null | awk '{ n += $1 } END { print n + 0 }'; }
+tree() { git ls-files -z | { xargs -0 stat -c %s 2>/dev/null || true; } | awk '{ n += $1 } END { print n + 0 }'; }
 mib() { awk -v n="$1" 'BEGIN { printf "%.1f MiB", n / 1048576 }'; }
 
 git rev-parse --short=12 HEAD >.whl/commit
