@@ -35,7 +35,8 @@ git rev-parse --short=12 HEAD >.whl/commit
 tracked=$(tree)
 echo "tracked files: $(mib "$tracked"); limit with .whl/: $(mib "$limit")"
 for peer in "${@:-fla}"; do
-  list=$(needs "$peer") fetched=$(mktemp -d) lacking=()
+  list=$(needs "$peer")
+  fetched=$(mktemp -d) lacking=()
   for package in $list; do
     "$python" -m pip download "${options[@]}" "${platforms[@]}" -d "$fetched" "$package" >"$fetched/log" 2>&1 ||
       lacking+=("$package ($(grep -m 1 -E '^ERROR' "$fetched/log" | cut -c1-120 || true))")
