@@ -87,7 +87,8 @@ MAY_IMPORT = {
     },
     "report": {"firings", "files", "collect", "untrusted"},
 }
-EXTRAS = {"scipy", "statsmodels", "sklearn", "matplotlib", "datasets", "jinja2", "pandas", "plotly", "transformer_lens"}
+EXTRAS = {"scipy", "statsmodels", "sklearn", "matplotlib", "datasets", "jinja2", "pandas", "duckdb", "plotly",
+          "transformer_lens"}  # fmt: skip
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:

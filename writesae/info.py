@@ -16,6 +16,7 @@ EXTRAS = {
     "experiments": ("scipy", "statsmodels", "scikit-learn", "matplotlib", "jinja2"),
     "datasets": ("datasets",),
     "pandas": ("pandas",),
+    "sql": ("duckdb",),
     "mamba": ("mamba-ssm", "causal-conv1d", "einops", "triton"),
 }
 

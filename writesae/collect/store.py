@@ -195,6 +195,35 @@ class Store:
                     if len(table):
                         yield table
 
+    def sql(self, query: str, parameters=None) -> pa.Table:
+        """What DuckDB answers to one SELECT over the views firings, tokens, documents and features.
+
+            store.sql("SELECT feature, count(*) AS n FROM firings GROUP BY feature ORDER BY n DESC LIMIT 5")
+
+        Nothing but the store's own files can be read, and nothing written. Files of the views that the query names are
+        first compared with their digests, once a `Store`.
+
+        Args:
+            query: the columns of the views are those of the files; firings holds what is stored, in the modes "top"
+                and "reservoir" only what was kept.
+            parameters: values for ? in it, or `{name: value}` for $name.
+
+        Raises:
+            ImportError: duckdb is not installed (`pip install 'writesae[sql]'`).
+            ValueError: no single SELECT, what DuckDB says of it, a damaged file by name, or features of a collection
+                that is not finished.
+        """
+        from .sql import run
+
+        done, indexes = self.complete, [self._index(*site) for site in self.sites]
+        files = {
+            "firings": self._parts("firings") if self.mode == "all" else indexes,
+            "tokens": self._parts("tokens"),
+            "documents": ["documents.parquet"] if done else self._parts("documents"),
+            "features": ["features.parquet"] if done else None,
+        }
+        return run(files, self._file, query, parameters)
+
     def tokens(self, document: int) -> np.ndarray:
         """`[n]` int32 token ids of a document, its beginning-of-text token included.
 
