@@ -209,6 +209,31 @@ def test_a_token_that_may_not_write(hub, folder):
         push_to_hub(folder, REPO, license="mit")
 
 
+def test_the_commands(hub, folder, tmp_path, capsys):
+    from writesae import cli
+
+    push = ["push", str(folder), REPO, "--license", "mit", "--dataset", "owner/text"]
+    assert cli.main([*push, "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "L2H5: " in text and "L9H4: " in text and "license: mit" in text and not hub.log
+    assert cli.main(push) == 0 and capsys.readouterr().out.startswith(f"{hub.endpoint}/{REPO}/commit/")
+    assert hub.repos[REPO].private
+    assert cli.main(["pull", REPO]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[2].split()[:7] == ["L9H4", "states", "bilinear", "24", "4", "0.3400", "4.0"] and len(rows) == 3
+    assert cli.main(["pull", REPO, "L9H4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["metrics"]["alive"] == 20
+    assert cli.main(["pull", REPO, "L1H1"]) == 2
+    assert "dictionary: expected some of L2H5, L9H4, got L1H1" in capsys.readouterr().err
+    hub.log.clear()
+    out = tmp_path / "out"
+    assert cli.main(["pull", REPO, "L9H4", "--out", str(out), "--quiet"]) == 0
+    assert [x.name for x in out.iterdir()] == ["L9H4"] and hub.downloaded() == ["L9H4/sae.safetensors"]
+    assert same(SAE.from_pretrained(out / "L9H4"), dictionary(9, 4, 9))
+    assert cli.main(["pull", REPO, "--out", str(out)]) == 2
+    assert cli.main(["pull", "some/nothing"]) == 2 and cli.main([*push[:3], "--license", "?"]) == 2
+
+
 # ---- what goes wrong, reading ---------------------------------------------------------------------------------------
 
 

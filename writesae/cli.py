@@ -44,6 +44,24 @@ COMMANDS = {
         "writesae train --layer 5 --head 3 --features 4096 -k 8 --steps 2000 --out runs/L5H3",
         "the same command goes on, with --resume once there is a checkpoint in --out",
     ),
+    "push": Command(
+        "writesae.sae.push_command",
+        "upload a folder of dictionaries to the Hugging Face hub, with a card",
+        "Writes one commit to the repository, all of the set or nothing, and nothing on this machine; unfinished runs "
+        "and files that belong to no dictionary are refused. A new repository is private unless --public. The token is "
+        "that of `hf auth login`.",
+        "writesae push runs/set owner/set --license mit --public",
+        "nothing was committed; the same command begins anew",
+    ),
+    "pull": Command(
+        "writesae.sae.pull_command",
+        "list the dictionaries of a repository of the Hugging Face hub, or download some",
+        "Writes a folder with cfg.json and sae.safetensors for each to --out, which --sae of other commands takes; "
+        "without --out nothing. Only what is asked for is downloaded, and checked; HF_HUB_OFFLINE=1 uses what was "
+        "downloaded before.",
+        "writesae pull owner/set L9H4 --out runs/pulled",
+        "the same command, with a new --out, goes on: files that came whole are kept",
+    ),
     "collect": Command(
         "writesae.collect.command",
         "collect what fires on a corpus: text in, a folder of Parquet files out",

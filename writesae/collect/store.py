@@ -215,14 +215,14 @@ class Store:
         """
         from .sql import run
 
-        done, indexes = self.complete, [self._index(*site) for site in self.sites]
-        files = {
-            "firings": self._parts("firings") if self.mode == "all" else indexes,
-            "tokens": self._parts("tokens"),
-            "documents": ["documents.parquet"] if done else self._parts("documents"),
-            "features": ["features.parquet"] if done else None,
+        names = self._parts("firings") if self.mode == "all" else [self._index(*site) for site in self.sites]
+        views = {
+            "firings": lambda: [self._file(name) for name in names],
+            "tokens": lambda: [self._file(name) for name in self._parts("tokens")],
+            "documents": lambda: self.documents,
+            "features": self.counts if self.complete else None,
         }
-        return run(files, self._file, query, parameters)
+        return run(views, query, parameters)
 
     def tokens(self, document: int) -> np.ndarray:
         """`[n]` int32 token ids of a document, its beginning-of-text token included.
