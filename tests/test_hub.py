@@ -319,6 +319,9 @@ def test_sizes_are_looked_at_before_anything_is_downloaded(pushed):
     with pytest.raises(ValueError, match=r"L9H4/sae.safetensors: expected at most [\d,]+ bytes, got 1,000,000,000,000"):
         SAE.from_pretrained(REPO, "L9H4")
     assert pushed.downloaded() == ["L9H4/cfg.json"]
+    with pytest.raises(ValueError, match=r"L9H4/sae.safetensors: expected at most [\d,]+ bytes"):
+        load_set(REPO, progress=False)
+    assert not any("safetensors" in path for path in pushed.downloaded())
     pushed.claimed = {"L2H5/cfg.json": 10**9}
     with pytest.raises(ValueError, match=r"L2H5/cfg.json: expected at most 4,194,304 bytes"):
         available(REPO)
@@ -339,6 +342,8 @@ def test_a_strangers_files(pushed):
             call("a/liar")
     pushed.repos["a/twice"] = Repo()
     pushed.repos["a/twice"].commit({**files, **{f"b/{name}": x for name, x in files.items()}})
+    with pytest.raises(FileNotFoundError, match="a/pickle: no sae.safetensors in L9H4"):
+        load_set("a/pickle", progress=False)
     with pytest.raises(ValueError, match="expected one dictionary a site, got L2H5 and b/L2H5 for L2H5"):
         load_set("a/twice")
     assert same(SAE.from_pretrained("a/twice", "b/L9H4"), dictionary(9, 4, 9))

@@ -99,10 +99,15 @@ def load_of(repository: Repository, subfolder: str, batchtopk: str | float | Non
     limits = {}
     if (root / inside(CONFIG)).exists():
         empty, dtype = read_config(root / subfolder)
-        limits[inside(WEIGHTS)] = weights_size(empty, dtype) + HEADER_LIMIT
-    root = repository.fetch(*(glob.escape(inside(x)) for x in (WEIGHTS, BEST)), limits=limits)
+        limits[inside(WEIGHTS)] = most_bytes(empty, dtype)
+    root = repository.fetch(*(glob.escape(inside(x)) for x in (WEIGHTS, BEST)), limits=limits, progress=True)
     sae = _load_at(root, subfolder, f"{repository.name} ({root / subfolder})", batchtopk)
-    sae.training_record["hub"] = {"repository": repository.name, "revision": repository.commit, "folder": subfolder}
+    return recorded(sae, repository, subfolder)
+
+
+def recorded(sae: SAE, repository: Repository, folder: str) -> SAE:
+    """The dictionary, with where it came from in its record."""
+    sae.training_record["hub"] = {"repository": repository.name, "revision": repository.commit, "folder": folder}
     return sae
 
 
@@ -203,6 +208,11 @@ def read_config(folder: Path) -> tuple[SAE, torch.dtype]:
 def weights_size(sae: SAE, dtype: torch.dtype) -> int:
     """Bytes of a dictionary's tensors."""
     return sum(x.numel() for x in sae.state_dict().values()) * dtype.itemsize
+
+
+def most_bytes(sae: SAE, dtype: torch.dtype) -> int:
+    """Of a file of a dictionary's tensors."""
+    return weights_size(sae, dtype) + HEADER_LIMIT
 
 
 def load_folder(folder: Path) -> SAE:

@@ -5,6 +5,7 @@ A repository holds a folder a dictionary, such as `L9H4/cfg.json` and `L9H4/sae.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from ..untrusted import is_number, read_json, shown
 from .card import CARD, card_of
-from .checkpoint import CONFIG, WEIGHTS, dictionaries, load_folder, load_of, read_config, weights_size
+from .checkpoint import CONFIG, WEIGHTS, dictionaries, load_folder, most_bytes, read_config, recorded, weights_size
 from .published import BEST
 from .repository import Repository, is_repository, told
 from .sae import SAE
@@ -100,10 +101,11 @@ def load_set(
             not there, two dictionaries of one site, one that does not say its site.
     """
     root, repository = _opened(path_or_repo, revision)
+    limits: dict[str, int] = {}
     at: dict[tuple[int, int], Path] = {}
     wanted = None if sites is None else [(int(layer), int(head)) for layer, head in sites]
     for folder in _folders(root):
-        sae, _ = read_config(folder)
+        sae, dtype = read_config(folder)
         if sae.layer is None or sae.head is None:
             raise ValueError(f"{path_or_repo}: {_name(folder, root) or CONFIG} does not say its layer and head")
         site = sae.layer, sae.head
@@ -113,16 +115,22 @@ def load_set(
                 f"{_name(folder, root)} for {_site(site)}: load one of them by SAE.from_pretrained with its folder"
             )
         at[site] = folder
+        limits[f"{_name(folder, root)}/{WEIGHTS}".lstrip("/")] = most_bytes(sae, dtype)
     if not at or (wanted is not None and not set(wanted) <= set(at)):
         missing = "any" if wanted is None else ", ".join(map(_site, sorted(set(wanted) - set(at))))
         there = ", ".join(map(_site, sorted(at))) or "none"
         raise FileNotFoundError(f"sites: expected dictionaries in {path_or_repo}, got {missing}; it holds {there}")
+    chosen = sorted(at) if wanted is None else list(dict.fromkeys(wanted))
+    if repository is not None:
+        names = [f"{_name(at[site], root)}/{WEIGHTS}".lstrip("/") for site in chosen]
+        repository.fetch(*map(glob.escape, names), limits=limits, progress=progress)
     out = {}
-    for site in tqdm(sorted(at) if wanted is None else wanted, desc="dictionaries", disable=not progress):
-        if repository is None:
-            out[site] = load_folder(at[site])
-        else:
-            out[site] = load_of(repository, _name(at[site], root))
+    for site in tqdm(chosen, desc="dictionaries", disable=not progress):
+        folder = at[site]
+        if not (folder / WEIGHTS).exists():
+            raise FileNotFoundError(f"{path_or_repo}: no {WEIGHTS} in {_name(folder, root) or 'its top'}")
+        sae = load_folder(folder)
+        out[site] = sae if repository is None else recorded(sae, repository, _name(folder, root))
     return out
 
 

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from tqdm import tqdm
+
 from ..untrusted import JSON_LIMIT, first_line, shown
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,95}/[A-Za-z0-9_][A-Za-z0-9._-]{0,95}")
@@ -53,12 +55,13 @@ class Repository:
             self.commit = info.sha
             self.sizes = {file.rfilename: file.size for file in info.siblings or ()}
 
-    def fetch(self, *patterns: str, limits: Mapping[str, int] | None = None) -> Path:
+    def fetch(self, *patterns: str, limits: Mapping[str, int] | None = None, progress: bool = False) -> Path:
         """The folder of the snapshot, with the files of these patterns in it.
 
         Args:
             patterns: as of fnmatch, whose * goes through folders.
             limits: {path: most bytes}; of *.json otherwise what `untrusted.read_json` takes.
+            progress: show the bars of huggingface_hub.
         Raises:
             ValueError: more files, or larger ones, than are taken.
         """
@@ -79,7 +82,10 @@ class Repository:
                     )
         revision = self.commit if self._pinned else self.revision  # by name once, so that the cache knows the name
         with told(self.name, self.revision):
-            folder = Path(snapshot_download(self.name, revision=revision, allow_patterns=list(patterns)))
+            bar = None if progress else _NoBar
+            folder = Path(
+                snapshot_download(self.name, revision=revision, allow_patterns=list(patterns), tqdm_class=bar)
+            )
         if self.commit not in (None, folder.name):
             raise ValueError(
                 f"{self.name}: {self.revision or 'main'} went from commit {self.commit[:12]} to {folder.name[:12]} "
@@ -92,6 +98,12 @@ class Repository:
         """Folders of the repository with one of these files in them, sorted; "" is its top. Offline none are known."""
         found = {path.rpartition("/")[0] for path in self.sizes or () if path.rpartition("/")[2] in files}
         return sorted(found)
+
+
+class _NoBar(tqdm):
+    def __init__(self, *args, **options):
+        options.pop("name", None)  # by which huggingface_hub switches its own bars
+        super().__init__(*args, **{**options, "disable": True})
 
 
 def is_repository(name: str) -> bool:
