@@ -209,6 +209,32 @@ def test_a_token_that_may_not_write(hub, folder):
         push_to_hub(folder, REPO, license="mit")
 
 
+def test_a_push_that_fails_says_so(hub, folder, monkeypatch):
+    from huggingface_hub import HfApi, constants
+
+    push_to_hub(folder, REPO, license="mit")
+    commit = HfApi.create_commit
+
+    def late(api, repo, operations, **options):
+        hub.repos[repo].commit({**hub.files(repo), "notes.txt": b"x"})
+        return commit(api, repo, operations, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HfApi, "create_commit", late)
+        with pytest.raises(ConnectionError, match=f"^{REPO}: someone else committed meanwhile: nothing was sent"):
+            push_to_hub(folder, REPO, license="apache-2.0")
+    assert b"license: mit" in hub.files(REPO)["README.md"]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError, match=f"^{REPO}: HF_HUB_OFFLINE is set: nothing can be sent"):
+        push_to_hub(folder, REPO, license="mit")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(
+        ConnectionError, match=f"^{REPO}: the hub was not reached or broke off: .* Nothing was committed"
+    ):
+        push_to_hub(folder, REPO, license="mit")
+
+
 def test_the_commands(hub, folder, tmp_path, capsys):
     from writesae import cli
 
@@ -322,6 +348,13 @@ def test_sizes_are_looked_at_before_anything_is_downloaded(pushed):
     with pytest.raises(ValueError, match=r"L9H4/sae.safetensors: expected at most [\d,]+ bytes"):
         load_set(REPO, progress=False)
     assert not any("safetensors" in path for path in pushed.downloaded())
+    config = pushed.files(REPO)["L9H4/cfg.json"]
+    for count, message in ((10_001, "at most 10,000 files"), (70, "at most 268,435,456 bytes of configurations")):
+        pushed.repos["a/lot"] = Repo()
+        pushed.repos["a/lot"].commit({f"L{i}H0/cfg.json": config for i in range(count)})
+        pushed.claimed = {f"L{i}H0/cfg.json": 4 * 10**6 for i in range(70)}
+        with pytest.raises(ValueError, match=f"a/lot: expected {message}"):
+            available("a/lot")
     pushed.claimed = {"L2H5/cfg.json": 10**9}
     with pytest.raises(ValueError, match=r"L2H5/cfg.json: expected at most 4,194,304 bytes"):
         available(REPO)

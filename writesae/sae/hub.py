@@ -178,7 +178,7 @@ def push_to_hub(
         datasets=datasets,
     )  # fmt: skip
     api, branch = HfApi(), revision or "main"
-    with told(repo, revision):
+    with told(repo, revision, sending=True):
         api.create_repo(repo, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True)
@@ -203,7 +203,7 @@ def push_to_hub(
         operations.append(CommitOperationAdd(f"{prefix}{CONFIG}", config))
     operations.append(CommitOperationAdd(CARD, text.encode()))
     many = f"{len(found)} dictionar{'y' if len(found) == 1 else 'ies'}"
-    with told(repo, revision):
+    with told(repo, revision, sending=True):
         done = api.create_commit(
             repo, operations, commit_message=message or f"Upload {many}", revision=branch,
             parent_commit=None if info is None else info.sha,

@@ -19,7 +19,7 @@ from ..untrusted import JSON_LIMIT, first_line, shown
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,95}/[A-Za-z0-9_][A-Za-z0-9._-]{0,95}")
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
-_FILES = 10_000  # that are downloaded of a repository at once
+_FILES, _JSON = 10_000, 64 * JSON_LIMIT  # files, and bytes of JSON, that are downloaded of a repository at once
 
 
 class Repository:
@@ -80,6 +80,9 @@ class Repository:
                         f"{self.name}: {shown(path)[1:-1]}: expected at most {most:,} bytes, got {size:,}; it was "
                         "not downloaded"
                     )
+            plain = sum(self.sizes[path] or 0 for path in wanted if path.endswith(".json"))
+            if plain > _JSON:
+                raise ValueError(f"{self.name}: expected at most {_JSON:,} bytes of configurations, got {plain:,}")
         revision = self.commit if self._pinned else self.revision  # by name once, so that the cache knows the name
         with told(self.name, self.revision):
             bar = None if progress else _NoBar
@@ -112,8 +115,9 @@ def is_repository(name: str) -> bool:
 
 
 @contextmanager
-def told(name: str, revision: str | None = None) -> Iterator[None]:
-    """Whatever huggingface_hub raises inside becomes one line that says what to do."""
+def told(name: str, revision: str | None = None, sending: bool = False) -> Iterator[None]:
+    """Whatever huggingface_hub raises inside becomes one line that says what to do; `sending`: a commit, else a
+    download."""
     from huggingface_hub import errors
 
     try:
@@ -125,8 +129,8 @@ def told(name: str, revision: str | None = None) -> Iterator[None]:
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise FileNotFoundError(
-            f"{name}: not a local folder, and no such repository on the hub, or a private one (`hf auth login` says "
-            f"who you are): {first_line(error)}"
+            f"{name}: {'' if sending else 'not a local folder, and '}no such repository on the hub, or a private one "
+            f"(`hf auth login` says who you are): {first_line(error)}"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise FileNotFoundError(f"{name}: no revision {shown(revision)} in that repository") from error
@@ -134,7 +138,9 @@ def told(name: str, revision: str | None = None) -> Iterator[None]:
         from huggingface_hub import constants
 
         if not constants.HF_HUB_OFFLINE:
-            raise ConnectionError(_broken(name, error)) from error
+            raise ConnectionError(_broken(name, error, sending)) from error
+        if sending:
+            raise ConnectionError(f"{name}: HF_HUB_OFFLINE is set: nothing can be sent") from error
         raise FileNotFoundError(
             f"{name}: not a local folder, and HF_HUB_OFFLINE is set while what is asked for was not downloaded before "
             f"(revision {revision or 'main'})"
@@ -148,14 +154,21 @@ def told(name: str, revision: str | None = None) -> Iterator[None]:
                 f"{name}: the hub refuses, status {status}: `hf auth login` with a token that may do this: "
                 f"{first_line(error)}"
             ) from error
-        raise ConnectionError(_broken(name, error)) from error
+        if status in (409, 412) and sending:
+            raise ConnectionError(f"{name}: someone else committed meanwhile: nothing was sent, ask again") from error
+        raise ConnectionError(_broken(name, error, sending)) from error
     except Exception as error:  # of the network in many kinds, which depend on the client's version; or of the disk
         if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
             raise
-        raise ConnectionError(_broken(name, error)) from error
+        raise ConnectionError(_broken(name, error, sending)) from error
 
 
-def _broken(name: str, error: BaseException) -> str:
+def _broken(name: str, error: BaseException, sending: bool) -> str:
+    if sending:
+        return (
+            f"{name}: the hub was not reached or broke off: {type(error).__name__}: {first_line(error)}. Nothing was "
+            "committed, unless the hub did and could not say so; ask again"
+        )
     return (
         f"{name}: not a local folder, and the hub was not reached or broke off: {type(error).__name__}: "
         f"{first_line(error)}. Files that came whole are kept, the same call goes on; HF_HUB_OFFLINE=1 uses those alone"
