@@ -2,6 +2,7 @@
 
 from .checkpoint import load_published
 from .evaluate import evaluate, fvu
+from .pools import Pools
 from .sae import KINDS, SAE, SparseCodes
 from .stream import ModelStream, Passages
 from .threshold import estimate_threshold
@@ -12,6 +13,7 @@ __all__ = [
     "SAE",
     "ModelStream",
     "Passages",
+    "Pools",
     "SparseCodes",
     "TrainConfig",
     "Trainer",

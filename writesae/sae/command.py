@@ -12,11 +12,12 @@ import torch
 from tqdm import tqdm
 
 from ..files import left_over, make_folder, refuse_file, refuse_links, write_json
-from ..options import add_device, add_model, require_device
+from ..options import add_device, add_model, count, require_device
 from ..text import Corpus
 from ..text.arguments import NAMED, add_options, named, tell_empty, told
 from ..text.tokens import check_vocabulary, tokenizing
 from .config import INITS, METRICS, PATHS, TrainConfig
+from .pools import POOL, Pools
 from .sae import KINDS, TARGETS
 from .site import generator
 from .sparsity import SPARSITIES
@@ -41,8 +42,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add_options(parser)
     add("--validation", nargs="+", help="held-out text, named like --corpus (default: stdlib:validation, or one in 20 "
         "of the documents of a --corpus or --dataset, which are then not trained on)")  # fmt: skip
-    add("--max-tokens", type=int, help="tokens of the text, and of the held-out text, that are read at most "
-        "(default: all)")  # fmt: skip
+    add("--max-tokens", type=count, help="tokens of the text, and of the held-out text, that are read at most, such as "
+        "20M (default: all)")  # fmt: skip
+    add("--shuffle", type=count, default=POOL, metavar="TOKENS", help="tokens of the text held in memory, among which "
+        "passages are drawn in random order; of a larger text one such pool after the other (default 16M)")  # fmt: skip
     add("--length", type=int, default=256, help="tokens a passage")
     add("--batch", type=int, default=16, help="passages in one forward pass")
     add("--eval-passages", type=int, default=128, help="held-out passages the dictionary is evaluated on")
@@ -50,8 +53,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--evaluate-every", type=int, default=500, help="steps between looks at held-out passages while training")
     add("--watch-passages", type=int, default=16, help="held-out passages of those looks; 0: none")
     add("--steps", type=int, help=f"optimiser steps (default {_DEFAULTS['steps']}, or with --resume as before)")
-    add("--tokens", type=int, help="in place of --steps: a budget of tokens whose states are trained on, --states a "
-        "step")  # fmt: skip
+    add("--tokens", type=count, help="in place of --steps: a budget of tokens whose states are trained on, --states a "
+        "step, such as 200k, 100M or 1.5B; text that is shorter is read again")  # fmt: skip
     add("--quiet", action="store_true", help="no progress bars")
     add("--target", choices=TARGETS, default=_DEFAULTS["target"], help="what is learnt: states, as in the paper, or "
         "the writes themselves")  # fmt: skip
@@ -115,17 +118,21 @@ def run(args: argparse.Namespace) -> int:
     sites = _sites(patterns, model)
     model.to(args.device)
     check_vocabulary(tokenizer, model)
-    how = {"bos": not args.no_bos, "max_tokens": args.max_tokens, "progress": show}
+    how = {"bos": not args.no_bos, "progress": show}
+    passages = Pools(corpus, tokenizer, args.length, size=args.shuffle, one_in=20 if held_out is None else 0,
+                     max_tokens=args.max_tokens, **how)  # fmt: skip
     if held_out is None:
-        passages, validation = Passages.split(corpus, tokenizer, args.length, **how)
+        validation = Passages(passages.held_out)
     else:
-        passages = Passages.from_corpus(corpus, tokenizer, args.length, **how)
-        validation = Passages.from_corpus(held_out, tokenizer, args.length, **how)
+        most = args.shuffle if args.max_tokens is None else min(args.max_tokens, args.shuffle)
+        validation = Passages.from_corpus(held_out, tokenizer, args.length, max_tokens=most, **how)
     left_out = {"corpus": tell_empty(corpus)}
     if held_out is not None:
         left_out["validation"] = tell_empty(held_out, "validation")
     if show:
-        print(f"{len(passages)} training passages of {args.length} tokens, {len(validation)} held out; sites {sites}")
+        more = "" if passages.total else " and more to come"
+        print(f"{len(passages)} training passages of {args.length} tokens{more}, {len(validation)} held out; "
+              f"sites {sites}")  # fmt: skip
     rows = torch.randperm(len(validation), generator=generator(0, "evaluation"))[: args.eval_passages]
 
     def held_out_writes(count: int) -> list:
@@ -171,6 +178,7 @@ def run(args: argparse.Namespace) -> int:
             f"cosine to native writes {m['cosine_median']:.3f} (of the winner {m['winner_cosine_median']:.3f}) on "
             f"{m['states']} held-out {config.target}s{_of_writes(m)}; saved in {folder}"
         )
+    left_out["corpus"] = corpus.left_out()  # of a text that is read a pool at a time, more has been met since
     record = {"model": args.model, "seconds": seconds, "config": config.record(), "metrics": everything,
               "left_out": left_out}  # fmt: skip
     write_json(args.out / RECORD, record, allow_nan=True)  # a NaN tells of a run that diverged

@@ -1,8 +1,9 @@
 """Training dictionaries from writes streamed out of a model: what data each step sees, checkpoints, resuming.
 
-Step s draws from block s // (steps a block), the block's passages come from a permutation of the corpus, and both are
-functions of the seed and s alone. A resumed run makes its current block again and goes on bit for bit as it would have
-(on a GPU, whose sums have no fixed order, and from one device to another: to rounding).
+Step s draws from block s // (steps a block), the block's passages come from a permutation of the corpus, or of the pool
+of it that is held (`Order`), and both are functions of the seed and s alone. A resumed run makes its current block
+again and goes on bit for bit as it would have (on a GPU, whose sums have no fixed order, and from one device to
+another: to rounding).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ..interrupt import finishing
 from .block import Block
 from .config import TrainConfig
 from .evaluate import block_fvu
+from .order import Order
 from .resume import read_checkpoint, refuse_other, write_checkpoint
 from .sae import SAE
 from .site import Batch, SiteTrainer, generator
@@ -35,7 +37,8 @@ class Trainer:
     Args:
         stream: a `ModelStream` (entered), or anything like it: `len(stream)` passages, `stream.length` tokens each,
             `stream.writes(rows)` yielding batches of `{layer: Writes}` in order. `stream.digests()`, if there is one,
-            names what the writes depend on ({"weights": sha256, "tokens": sha256}).
+            names what the writes depend on ({"weights": sha256, "tokens": sha256}). With `stream.pool(number)`,
+            `state()` and `restore(state)`, see `Pools`, it need not hold all its passages; `len(stream)` is pool 0's.
         sites: (layer, head) pairs.
         config: one for all sites.
         folder: where checkpoints go, or None for none.
@@ -83,6 +86,7 @@ class Trainer:
             raise ValueError(f'roots: expected one a site with metric "readers", else none, got {sorted(self.roots)}')
         self.folder = None if folder is None else Path(folder)
         self.rows = min(config.block, len(stream))
+        self.order = Order(getattr(stream, "pool", self._only_pool), self.rows, config.seed)
         self._block: tuple[int, dict[tuple[int, int], Block]] | None = None
         self.held_out, self.log = dict(held_out or {}), log
         digests = getattr(stream, "digests", dict) if self.folder is not None else dict
@@ -113,11 +117,8 @@ class Trainer:
     def _passages(self, count: int, *keys) -> Tensor:
         return torch.randperm(len(self.stream), generator=generator(self.config.seed, *keys))[:count]
 
-    def _rows_of_block(self, index: int) -> Tensor:
-        """Passages of block `index`: the corpus in a fresh order each epoch, whole blocks only."""
-        blocks = len(self.stream) // self.rows
-        epoch, at = divmod(index, blocks)
-        return self._passages(len(self.stream), "epoch", epoch)[at * self.rows : (at + 1) * self.rows]
+    def _only_pool(self, number: int) -> range:
+        return range(0 if number else len(self.stream))
 
     def _make_block(self, rows: Tensor, what: str) -> dict[tuple[int, int], Block]:
         parts: dict[int, list] = {}
@@ -137,7 +138,7 @@ class Trainer:
         index, at = divmod(step, self.steps_a_block)
         if self._block is None or self._block[0] != index:
             self._block = None  # let go of the old one first
-            self._block = (index, self._make_block(self._rows_of_block(index), "writes"))
+            self._block = (index, self._make_block(self.order.rows(index), "writes"))
         c, T = self.config, self.stream.length
         if self.passages < self.rows:
             turn, group = divmod(at, self.rows // self.passages)
@@ -214,7 +215,10 @@ class Trainer:
         for site, trainer in self.trainers.items():
             sae = trainer.export()
             sae.model = self.model_name
-            corpus = {"length": self.stream.length, "passages_in_corpus": len(self.stream)}
+            corpus = {"length": self.stream.length}
+            total = self.stream.total if hasattr(self.stream, "total") else len(self.stream)
+            if total is not None:  # else the run ended before its text did
+                corpus["passages_in_corpus"] = total
             lengths = {"lengths": self.lengths} if self.lengths else {}
             sae.training_record |= {"done": self.done, **lengths, **corpus}
             out[site] = sae
@@ -239,8 +243,9 @@ class Trainer:
             return
         make_folder(self.folder)
         content = {
-            "identity": self._identity(), "done": self.done, "history": self.history,
-            "lengths": self.lengths, "trainers": [self.trainers[s].state() for s in self.sites],
+            "identity": self._identity(), "done": self.done, "history": self.history, "lengths": self.lengths,
+            "place": {"order": self.order.state(), "stream": getattr(self.stream, "state", dict)()},
+            "trainers": [self.trainers[s].state() for s in self.sites],
         }  # fmt: skip
         write_checkpoint(self.folder / CHECKPOINT, content)
         write_json(self.folder / HISTORY, self.history, indent=None, allow_nan=True)
@@ -267,6 +272,14 @@ class Trainer:
                 self.trainers[site].restore(state)
             except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{path}: not of this run, at site {site}: {str(error).splitlines()[0]}") from error
+        try:
+            self.order.restore(saved["place"]["order"])
+            if hasattr(self.stream, "restore"):
+                self.stream.restore(saved["place"]["stream"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: not of this run, its place in the text: {error!r}") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: the checkpoint is of another run: {error}") from error
         self.done, self.history, self.lengths = done, saved["history"], saved["lengths"]
         if self.config.steps != before:
             self.lengths = [*self.lengths, {"done": done, "steps": self.config.steps, "before": before}]
