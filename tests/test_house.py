@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "interrupt": set(),
     "untrusted": set(),
     "options": {"_library", "default", "sae"},
+    "ranks": set(),
     "ops": {"writes", "firings", "edits", "_library", "_arguments", "_autocast"},
     "text": {"default", "files", "untrusted"},
     "sae": {
@@ -46,6 +47,7 @@ MAY_IMPORT = {
         "text",
         "_arguments",
         "options",
+        "ranks",
         "untrusted",
         "_library",
     },
@@ -87,7 +89,18 @@ MAY_IMPORT = {
     },
     "report": {"firings", "files", "collect", "untrusted"},
 }
-EXTRAS = {"scipy", "statsmodels", "sklearn", "matplotlib", "datasets", "jinja2", "pandas", "plotly", "transformer_lens"}
+EXTRAS = {
+    "scipy",
+    "statsmodels",
+    "sklearn",
+    "matplotlib",
+    "datasets",
+    "jinja2",
+    "pandas",
+    "plotly",
+    "transformer_lens",
+    "accelerate",
+}
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:
