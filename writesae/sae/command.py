@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from ..files import make_folder, write_json
+from ..files import make_folder, read_json, write_json
 from ..options import add_device, add_model, count, require_device
 from ..ranks import add_ranks, place, share
 from ..text import Corpus
@@ -20,11 +21,13 @@ from ..text.arguments import named as text_named
 from ..text.tokens import check_vocabulary, tokenizing
 from ..untrusted import first_line
 from .config import INITS, METRICS, PATHS, TrainConfig
-from .output import CHECKPOINT, RECORD, check_out, join_ranks
+from .output import CHECKPOINT, HISTORY, PLOT, RECORD, check_out, join_ranks
+from .plot import draw
 from .pools import POOL, Pools
 from .sae import KINDS, TARGETS
 from .site import generator
 from .sparsity import SPARSITIES
+from .trackers import Trackers
 from .variants import combined, named
 
 _DEFAULTS = {f.name: f.default for f in fields(TrainConfig)}
@@ -59,6 +62,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, help=f"optimiser steps (default {_DEFAULTS['steps']}, or with --resume as before)")
     add("--tokens", type=count, help="in place of --steps: a budget of tokens whose states are trained on, --states a "
         "step, such as 200k, 100M or 1.5B; text that is shorter is read again")  # fmt: skip
+    add("--track", metavar="NAME,...", help="log the training to tensorboard (in logs in --out), wandb, trackio or another "
+        "tracker of accelerate (needs writesae[trackers])")  # fmt: skip
     add("--quiet", action="store_true", help="no progress bars")
     add("--target", choices=TARGETS, default=_DEFAULTS["target"], help="what is learnt: states, as in the paper, or "
         "the writes themselves")  # fmt: skip
@@ -125,6 +130,10 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"watch_passages: expected >= 0, got {args.watch_passages}")
     require_device(args.device)
     devices = _devices(args.devices)
+    about = {"model": args.model, **config.record(), "sites": " ".join(":".join(x) for x in patterns)}
+    if len(configs) > 1:
+        about["variants"] = " ".join(configs)
+    trackers = Trackers(args.track.split(","), args.out.resolve().name, own, about) if args.track else None
     corpus, held_out = _corpora(args)
 
     from ..models import load
@@ -187,8 +196,15 @@ def run(args: argparse.Namespace) -> int:
             reading = {} if root else readers(validation.ids[rows[: args.watch_passages]])
         except ValueError as error:
             print(f"while training, writes are compared entry by entry, not as read later: {error}", file=sys.stderr)
-    log = _tell if show else None
-    with ModelStream(model, passages, sites, args.batch) as stream:
+    tell = [_tell] if show else []
+
+    def log(record: dict) -> None:
+        for one in tell:
+            one(record)
+
+    with ModelStream(model, passages, sites, args.batch) as stream, ExitStack() as stack:
+        if trackers is not None:
+            tell.append(stack.enter_context(trackers).log)
         digest = tokenizer_digest(tokenizer, tokenizing(tokenizer)[0])
         pinned = {"validation": tokens_digest(validation.ids), "tokenizer": digest}
         trainer = Trainer(stream, sites, configs if len(configs) > 1 else config, own, args.resume, args.model, show,
@@ -223,7 +239,9 @@ def run(args: argparse.Namespace) -> int:
     record = {"model": args.model, "seconds": seconds, "config": records if len(configs) > 1 else config.record(),
               "metrics": everything, "left_out": left_out}  # fmt: skip
     write_json(own / RECORD, record, allow_nan=True)  # a NaN tells of a run that diverged
-    join_ranks(args.out, size)
+    draw(own / PLOT, trainer.history)
+    if join_ranks(args.out, size):
+        draw(args.out / PLOT, read_json(args.out / HISTORY))
     return 0
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from ..files import left_over, read_json, refuse_file, refuse_links, write_json
 from .checkpoint import CONFIG
 
-CHECKPOINT, HISTORY, RECORD = "checkpoint.pt", "training.json", "metrics.json"
+CHECKPOINT, HISTORY, RECORD, PLOT = "checkpoint.pt", "training.json", "metrics.json", "training.svg"
 _RANK = re.compile(r"rank-(\d+)-of-(\d+)")
 
 
@@ -30,7 +30,7 @@ def check_out(out: Path, rank: int = 0, size: int = 1, resume: bool = False) -> 
     for path in inside:
         if path.is_symlink():
             raise ValueError(f"out: {path} is a symbolic link, and nothing is written through one: remove it")
-    known = {CHECKPOINT, CONFIG, RECORD, HISTORY}
+    known = {CHECKPOINT, CONFIG, RECORD, HISTORY, PLOT}
     here = {p.name for p in inside if left_over(p) not in {out / name for name in known}}
     ranks = {int(found[2]) for name in here if (found := _RANK.fullmatch(name))}
     if here and not ranks and not here & known and not any(_dictionary(out / name) for name in here):

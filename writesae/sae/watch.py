@@ -15,7 +15,7 @@ LOOKS = {
     "held_out_fvu": "FVU of held-out states",
     "held_out_l0": "atoms active at a held-out state",
     "dead": "dead atoms",
-    "beats_deletion": "share of held-out writes that the winning atom stands in for better than nothing does",
+    "beats_deletion": "share of writes at which the winning atom beats deletion",
 }
 
 
