@@ -62,8 +62,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, help=f"optimiser steps (default {_DEFAULTS['steps']}, or with --resume as before)")
     add("--tokens", type=count, help="in place of --steps: a budget of tokens whose states are trained on, --states a "
         "step, such as 200k, 100M or 1.5B; text that is shorter is read again")  # fmt: skip
-    add("--track", metavar="NAME,...", help="log the training to tensorboard (in logs in --out), wandb, trackio or another "
-        "tracker of accelerate (needs writesae[trackers])")  # fmt: skip
+    add("--track", metavar="NAME,...", help="log the training to tensorboard (in logs in --out), wandb, trackio or "
+        "another tracker of accelerate (needs writesae[trackers])")  # fmt: skip
     add("--quiet", action="store_true", help="no progress bars")
     add("--target", choices=TARGETS, default=_DEFAULTS["target"], help="what is learnt: states, as in the paper, or "
         "the writes themselves")  # fmt: skip
