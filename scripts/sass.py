@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 LINE = re.compile(
-    r"/\*(?P<address>[0-9a-f]{4,})\*/ +(?:\{ *)?(?:@(?P<guard>!?U?P\w+) +)?(?P<name>[A-Z0-9_.]+) *(?P<operands>[^;]*);"
+    r"/\*(?P<address>[0-9a-f]{4,})\*/ +(?:\{ *)?(?:@(?P<guard>!?U?P\w+) +)?(?P<name>[A-Z0-9_.x]+) *(?P<operands>[^;]*);"
     r"[ }]*/\* 0x(?P<low>[0-9a-f]{16}) \*/\s*/\* 0x(?P<high>[0-9a-f]{16}) \*/"
 )
 TARGET = re.compile(r"0x([0-9a-f]+)$")

@@ -205,7 +205,9 @@ def test_an_iteration_is_counted():
     assert loop.floor == loop.longest == 50 and one.flop["1"] == 2 * 16 * 8 * 16
     assert check_sass.kernel(CODE["chain"]).barriers == 1
     assert not check_sass.kernel(CODE["chain"]).loops  # small, and no products
-    assert sass.Instruction(0, "", "HGMMA.64x128x16.F32.BF16", "", 1, 7, 7, 0).flop == 2 * 64 * 128 * 16 // 4
+    wide = "/*0000*/ HGMMA.64x128x16.F32.BF16 R24, gdesc[UR12], R24 ; /* 0x01e000000c1879f0 */ /* 0x000fe2000bf01818 */"
+    (one,) = sass.functions(f"\n Function : wide\n{wide}")["wide"]
+    assert one.flop == 2 * 64 * 128 * 16 // 4 and one.operands == "R24, gdesc[UR12], R24"
 
 
 def test_ceiling():

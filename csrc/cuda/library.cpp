@@ -2,14 +2,11 @@
 // and is loaded before; compiled as the host twin, for CPU tensors in a namespace of its own, `writesae_twin`.
 #include <torch/csrc/stable/library.h>
 
-#include <string>
-#include <vector>
-
 #include "encode.h"
 #include "operators.h"
 #include "schemas.h"
 #if WRITESAE_SIDE == 2
-#include "cuda/tile.cuh"
+#include "cuda/encode_select.cuh"
 #endif
 
 namespace writesae {
@@ -27,29 +24,49 @@ void implement_device_operators(Module& m) {
   m.impl("encode_writes_backward", TORCH_BOX(&encode_writes_backward));
 }
 
+// Operators that nothing in the package calls, until a card has shown what they are worth: in a namespace of their own.
+template <class Module>
+void define_prototypes(Module& m) {
+  m.def("encode_product(Tensor v, Tensor left, str kernel, int cluster=1) -> Tensor");
+}
+
+template <class Module>
+void implement_prototypes(Module& m) {
+  m.impl("encode_product", TORCH_BOX(&encode_product));
+}
+
 #if WRITESAE_SIDE == 2
 namespace {
-
-// In which order threads and blocks run from now on: "forward" or "reverse".
-std::string schedule(std::string name) {
-  using tile::twin::Schedule;
-  STD_TORCH_CHECK(name == "forward" || name == "reverse", "schedule: expected forward or reverse, got ", name);
-  tile::twin::schedule = name == "reverse" ? Schedule::reverse : Schedule::forward;
-  return name;
-}
-
-// Sets all counts to zero, and returns what they were: launches, blocks, barriers, products, matrix loads, bank conflicts,
-// copies, largest shared memory of a block.
-std::vector<int64_t> statistics() {
-  const auto s = tile::twin::statistics;
-  tile::twin::statistics = {};
-  return {s.launches, s.blocks, s.barriers, s.products, s.matrix_loads, s.conflicts, s.copies, s.shared_bytes};
-}
 
 // Tokens of encode's segments from now on; 0 for the kernel's own choice.
 int64_t encode_segment(int64_t tokens) {
   cuda::encode_force_segment(static_cast<int>(tokens));
   return tokens;
+}
+
+// Blocks that share the features of a segment in encode from now on; 0 for the kernel's own choice.
+int64_t encode_parts(int64_t parts) {
+  cuda::encode_force_parts(static_cast<int>(parts));
+  return parts;
+}
+
+// How encode cuts a top-k call with one write a token: tokens of a segment, blocks that share its features, heads at a time,
+// blocks at once, candidates kept a token, and millionths of those blocks that work.
+std::vector<int64_t> encode_plan(int64_t B, int64_t T, int64_t heads, int64_t K, int64_t V, int64_t F, int64_t k,
+                                 std::string precision) {
+  EncodeParams p = {};
+  p.B = p.N = B, p.T = T, p.Hl = p.H = p.Hs = heads, p.R = p.rank = 1, p.K = K, p.V = V, p.F = F, p.k = k;
+  const auto found = cuda::encode_outline(p, precision == "bf16"   ? Precision::bf16
+                                             : precision == "tf32" ? Precision::tf32
+                                                                   : Precision::fp32);
+  return {found.segment, found.parts, found.heads, found.slots, found.capacity, static_cast<int64_t>(1e6 * found.busy)};
+}
+
+// What encode's selection did since the last call, see SelectionCounts.
+std::vector<int64_t> encode_selection() {
+  const auto c = cuda::selection_counts;
+  cuda::selection_counts = {};
+  return {c.chunks, c.redone, c.tokens, c.tokens_redone, c.raises, c.probes, c.tiles, c.rounds, c.kept};
 }
 
 }  // namespace
@@ -60,22 +77,30 @@ int64_t encode_segment(int64_t tokens) {
 #if WRITESAE_SIDE == 1
 
 STABLE_TORCH_LIBRARY_IMPL(writesae, CUDA, m) { writesae::implement_device_operators(m); }
+STABLE_TORCH_LIBRARY(writesae_prototypes, m) { writesae::define_prototypes(m); }
+STABLE_TORCH_LIBRARY_IMPL(writesae_prototypes, CUDA, m) { writesae::implement_prototypes(m); }
 
 #else
 
 STABLE_TORCH_LIBRARY(writesae_twin, m) {
   writesae::define_device_operators(m);
-  m.def("schedule(str name) -> str");
-  m.def("statistics() -> int[]");
+  writesae::define_prototypes(m);
   m.def("encode_segment(int tokens) -> int");
+  m.def("encode_parts(int parts) -> int");
+  m.def("encode_plan(int B, int T, int heads, int K, int V, int F, int k, str precision) -> int[]");
+  m.def("encode_selection() -> int[]");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(writesae_twin, CPU, m) { writesae::implement_device_operators(m); }
+STABLE_TORCH_LIBRARY_IMPL(writesae_twin, CPU, m) {
+  writesae::implement_device_operators(m);
+  writesae::implement_prototypes(m);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(writesae_twin, CompositeExplicitAutograd, m) {
-  m.impl("schedule", TORCH_BOX(&writesae::schedule));
-  m.impl("statistics", TORCH_BOX(&writesae::statistics));
   m.impl("encode_segment", TORCH_BOX(&writesae::encode_segment));
+  m.impl("encode_parts", TORCH_BOX(&writesae::encode_parts));
+  m.impl("encode_plan", TORCH_BOX(&writesae::encode_plan));
+  m.impl("encode_selection", TORCH_BOX(&writesae::encode_selection));
 }
 
 #endif
