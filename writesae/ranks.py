@@ -18,8 +18,8 @@ LAUNCHERS = (
 def add_ranks(parser: argparse._ActionsContainer) -> None:
     """Adds --rank, --world-size and --distributed, for `place(args)`."""
     add = parser.add_argument
-    add("--rank", type=int, help="this process's number of several, from 0, with --world-size")
-    add("--world-size", type=int, help="how many processes there are")
+    add("--rank", type=int, help="this process's number of several, from 0 (default: the only one)")
+    add("--world-size", type=int, help="how many processes there are (default: 1)")
     add("--distributed", action="store_true", help="take both from the environment that torchrun, srun or mpirun made")
 
 

@@ -63,7 +63,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--tokens", type=count, help="in place of --steps: a budget of tokens whose states are trained on, --states a "
         "step, such as 200k, 100M or 1.5B; text that is shorter is read again")  # fmt: skip
     add("--track", metavar="NAME,...", help="log the training to tensorboard (in logs in --out), wandb, trackio or "
-        "another tracker of accelerate (needs writesae[trackers])")  # fmt: skip
+        "another tracker of accelerate (needs writesae[trackers]; default: none)")  # fmt: skip
     add("--quiet", action="store_true", help="no progress bars")
     add("--target", choices=TARGETS, default=_DEFAULTS["target"], help="what is learnt: states, as in the paper, or "
         "the writes themselves")  # fmt: skip
@@ -73,7 +73,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("-k", "--k", type=_numbers, default=[_DEFAULTS["k"]], help="atoms active at a token; several as --features, "
         "and with it every combination")  # fmt: skip
     add("--variant", action="append", metavar="NAME=VALUE,...", help="in place of those lists: settings of one "
-        "dictionary a site, such as k=16,F=2048,lr=1e-3; repeatable")  # fmt: skip
+        "dictionary a site, such as k=16,F=2048,lr=1e-3; repeatable (default: one of the options above)")  # fmt: skip
     add("--atom-rank", type=int, default=_DEFAULTS["r"], help="rank of an atom")
     add("--sparsity", choices=(*SPARSITIES, "pursuit"), default=_DEFAULTS["sparsity"], help="how the atoms that fire "
         "are chosen; batchtopk, jumprelu and gated fire -k on average and end with a fixed threshold; pursuit codes "
