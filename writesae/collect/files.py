@@ -151,6 +151,16 @@ def checked(table: pa.Table) -> pa.Table:
     return table
 
 
+def shifted(table: pa.Table, **by: int) -> pa.Table:
+    """The table with numbers added to its columns."""
+    for name, number in by.items():
+        if number:
+            at = table.schema.get_field_index(name)
+            column = pa.array(table[name].to_numpy() + number, table.schema.field(at).type)
+            table = table.set_column(at, table.schema.field(at), column)
+    return table
+
+
 def row_groups(file: pq.ParquetFile, **ranges: tuple[int, int] | None) -> list[int]:
     """Row groups whose statistics allow every column to be within its range, both ends included. None is any value."""
     asked = [(file.schema_arrow.get_field_index(name), *r) for name, r in ranges.items() if r is not None]

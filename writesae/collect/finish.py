@@ -59,6 +59,12 @@ class Selecting:
     seed: int = 0
     corpora: tuple = ONE_CORPUS
 
+    @classmethod
+    def of(cls, content: dict) -> Selecting:
+        """Of a manifest. Stores of older releases have no salt."""
+        corpora = content.get("corpora", [(0, content.get("salt", 0))])
+        return cls(content["n"], content["mode"], content["seed"], tuple(map(tuple, corpora)))
+
     def new(self, total: int) -> Selection:
         return Selection(self.n, total, "top" if self.mode == "all" else self.mode, self.seed, self.corpora)
 
@@ -143,22 +149,12 @@ def write_documents(out: Path, parts: Iterable[tuple[Path, int, int]], root: Pat
         with pq.ParquetWriter(temporary, files.DOCUMENTS, **files.parquet_options(files.DOCUMENTS)) as writer:
             held = files.DOCUMENTS.empty_table()
             for part, document, passage in parts:
-                table = shifted(files.read_table(part, files.DOCUMENTS), document=document, first_passage=passage)
+                table = files.shifted(files.read_table(part, files.DOCUMENTS), document=document, first_passage=passage)
                 held = pa.concat_tables([held, table])
                 if len(held) >= files.ROW_GROUP:
                     writer.write_table(held)
                     held = files.DOCUMENTS.empty_table()
             writer.write_table(held.combine_chunks())
-
-
-def shifted(table: pa.Table, **by: int) -> pa.Table:
-    """The table with numbers added to its columns."""
-    for name, number in by.items():
-        if number:
-            at = table.schema.get_field_index(name)
-            column = pa.array(table[name].to_numpy() + number, table.schema.field(at).type)
-            table = table.set_column(at, table.schema.field(at), column)
-    return table
 
 
 def write_features(

@@ -20,9 +20,10 @@ from ..text.passages import Passage, passages
 from ..text.tokens import tokenizing
 from . import files, manifest
 from .estimate import Estimate, estimate
+from .finish import Selecting
 from .manifest import MODES, Watched, tokenizer_files
 from .marks import PARTS, damaged, mark, marked
-from .modes import ONE_CORPUS, Features, Selection
+from .modes import Features, Selection
 from .session import Session
 from .shard import Progress, Shard
 from .source import Source
@@ -133,15 +134,8 @@ class Job:
     def mode(self) -> str:
         return self.content["mode"]
 
-    @property
-    def corpora(self) -> tuple:
-        """See `modes.random_priority`; stores of older releases have no salt."""
-        return ((0, self.content["salt"]),) if "salt" in self.content else ONE_CORPUS
-
     def selection(self) -> Selection | None:
-        if self.mode == "all":
-            return None
-        return Selection(self.n, self.features.total, self.mode, self.content["seed"], self.corpora)
+        return None if self.mode == "all" else Selecting.of(self.content).new(self.features.total)
 
 
 @contextmanager
