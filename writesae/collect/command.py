@@ -42,10 +42,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--limit", type=size, default="1GB", metavar="SIZE",
                       help="bytes on disk above which to ask first")  # fmt: skip
     what.add_argument("--yes", action="store_true", help="do not ask, whatever the size")
+    many = parser.add_argument_group(
+        "several workers", "They fill one folder that all of them see. One may die: the others, or the same command "
+        "again, do what it left. Nothing is missing then, and nothing there twice.",
+    )  # fmt: skip
+    many.add_argument("--rank", type=int, help="this worker's number, from 0")
+    many.add_argument("--world-size", type=int, help="how many workers there are")
+    many.add_argument("--distributed", action="store_true", help="take rank and world size from the environment that "
+                      "torchrun, srun or mpirun made")  # fmt: skip
+    many.add_argument("--unit", type=size, metavar="SIZE", help="bytes of text, at least, given to a worker at a time; "
+                      "a document is never cut (default: four shards' worth where there are several workers)"
+                      )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
     """Collects, prints the summary as JSON. Returns 0 done, 1 disk full or declined, 130 interrupted (resumable)."""
+    rank, world_size = _place(args)
     corpus = named(args)
     require_device(args.device)
     from ..models import load
@@ -66,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
         summary = collect(
             corpus, tokenizer, source, args.out, mode=args.mode, n=args.n, seed=args.seed, context=args.context,
             batch=args.batch, max_tokens=args.max_tokens, bos=not args.no_bos, shard_passages=args.shard_passages,
+            unit=args.unit, rank=rank, world_size=world_size,
             confirm=lambda estimate: _confirm(estimate, args.limit, args.yes), progress=True,
         )  # fmt: skip
     except OSError as error:
@@ -73,11 +86,24 @@ def run(args: argparse.Namespace) -> int:
             raise
         print(f"writesae collect: {error}", file=sys.stderr)
         return 1
-    shown = {name: x for name, x in summary.items() if name not in ("integrity", SEAL)}
+    shown = {name: x for name, x in summary.items() if name not in ("integrity", "layout", SEAL)}
     print(json.dumps({**shown, "left_out": tell_empty(corpus)}, indent=2))
     if summary.get("declined"):
         return 1
     return 0 if summary["complete"] else INTERRUPTED
+
+
+def _place(args: argparse.Namespace) -> tuple[int, int | None]:
+    """(rank, world size or None)."""
+    if args.distributed:
+        if (args.rank, args.world_size) != (None, None):
+            raise ValueError("distributed: expected it, or --rank and --world-size, got both")
+        from .distribute import from_environment
+
+        return from_environment()
+    if (args.rank is None) != (args.world_size is None):
+        raise ValueError(f"rank, world_size: expected both or neither, got {args.rank} and {args.world_size}")
+    return args.rank or 0, args.world_size
 
 
 def _confirm(estimate: Estimate, limit: int, yes: bool) -> bool:
