@@ -1,6 +1,6 @@
 """`kill -9` of workers that fill one folder together, at random moments: are the tables those of one worker?
 
-    python bench/kill_workers.py [--kills 50] [--workers 2] [--tokens 20000] [--unit 8kB] [--model default]
+    python bench/kill_workers.py [--kills 50] [--workers 2] [--tokens 40000] [--unit 12kB] [--model default]
     python bench/kill_workers.py --engine ray [--kills 50] [--nodes 3]
 
 Every round collects the same text into a new folder by several workers (`--rank`, `--world-size`), killing one of them
@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 from common import COLLECT, add_model, end, model_options, row
 
 from writesae.collect.verify import verify
+from writesae.default.corpus import stdlib_files
 
 MODES = ("all", "top", "reservoir")
 QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -41,6 +42,18 @@ def tables(folder: Path) -> dict:
             parts[1] = parts[1].split("-")[0]
         found["/".join(parts)] = pq.read_table(path)
     return found
+
+
+def documents(folder: Path, size: int, length: int = 3000) -> None:
+    """A folder of documents of `length` characters, out of the standard library's sources."""
+    folder.mkdir()
+    for path in stdlib_files("validation"):
+        source = path.read_text(errors="ignore")
+        for at in range(0, len(source), length):
+            (folder / f"{len(list(folder.iterdir())):05d}.txt").write_text(source[at : at + length])
+            size -= length
+        if size < 0:
+            return
 
 
 class Ranks:
@@ -87,9 +100,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--engine", choices=("ranks", "ray"), default="ranks")
     parser.add_argument("--nodes", type=int, default=3, help="of the Ray cluster, of one worker each")
-    parser.add_argument("--tokens", type=int, default=20_000)
-    parser.add_argument("--unit", default="8kB")
-    parser.add_argument("--corpus", default="stdlib:validation")
+    parser.add_argument("--tokens", type=int, default=40_000)
+    parser.add_argument("--unit", default="12kB")
     add_model(parser)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -97,12 +109,14 @@ def main() -> None:
 
     def command(mode: str, out: Path) -> list[str]:
         return [
-            *COLLECT, args.corpus, *model_options(args), "--out", str(out), "--mode", mode, "--n", "100",
+            *COLLECT, str(text), *model_options(args), "--out", str(out), "--mode", mode, "--n", "100",
             "--context", "256", "--shard-passages", "6", "--max-tokens", str(args.tokens), "--unit", args.unit, "--yes",
         ]  # fmt: skip
 
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
+        text = scratch / "text"
+        documents(text, 6 * args.tokens)
         whole, seconds, units = {}, 0.0, 0
         for mode in MODES:
             began = time.perf_counter()

@@ -14,6 +14,7 @@ _LATER = {
     "ModelSource": "collect.source",
     "Site": "collect.source",
     "build_index": "collect.finish",
+    "merge": "collect.merge",
 }
 
 __all__ = ["Context", "Store", *_LATER]

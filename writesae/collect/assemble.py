@@ -14,7 +14,7 @@ from .finish import Assembled, Piece, Selecting, assemble
 from .modes import Features
 from .plan import PLAN
 from .source import Site
-from .unit_marks import chain, unit_marker, unit_numbers
+from .unit_marks import TABLES, chain, unit_marker, unit_numbers
 from .units import piece, remove_spent, write_index
 
 
@@ -29,13 +29,12 @@ def ready(out: Path, made: dict, content: dict) -> Piece:
     Raises:
         ValueError: one is damaged or missing; names it.
     """
-    for name, expected in made["files"].items():
-        if not name.endswith(".parquet") or name.count("/") != 2:
-            continue
-        found = problem(out / name, expected)
+    index = f"{made['folder']}/index.parquet"
+    for name in (*(f"{made['folder']}/{table}" for table in TABLES), index):
+        found = problem(out / name, made["files"][name]) if name in made["files"] else "missing"
         if found is None:
             continue
-        if not name.endswith("/index.parquet") or content["mode"] != "all":
+        if name != index or content["mode"] != "all":
             raise ValueError(f"{out / name}: {found}: run the same `writesae collect` again to have it made again")
         write_index(out, out / made["folder"], made["shards"], features_of(content), Selecting.of(content))
     return piece(out, made)

@@ -63,7 +63,7 @@ class Selecting:
     def of(cls, content: dict) -> Selecting:
         """Of a manifest. Stores of older releases have no salt."""
         corpora = content.get("corpora", [(0, content.get("salt", 0))])
-        return cls(content["n"], content["mode"], content["seed"], tuple(map(tuple, corpora)))
+        return cls(content["n"], content["mode"], content["seed"], tuple((first, salt) for first, salt, *_ in corpora))
 
     def new(self, total: int) -> Selection:
         return Selection(self.n, total, "top" if self.mode == "all" else self.mode, self.seed, self.corpora)

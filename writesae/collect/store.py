@@ -57,7 +57,7 @@ class Context:
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """Shards of one folder: of the whole store (""), or of a unit ("units/000000-…/")."""
 
     folder: str
@@ -126,7 +126,7 @@ class Store:
         """document, source, sha256, tokens, passages, first_passage: one row for each document that ended."""
         # documents.parquet is there when the collection is finished.
         if self._in_units and not self.complete:
-            parts = zip(self._pieces, self._first_passages.tolist(), strict=False)
+            parts = zip(self.pieces, self._first_passages.tolist(), strict=False)
             tables = [
                 shifted(self._read(f"{piece.folder}documents.parquet", DOCUMENTS), first_passage=first)
                 for piece, first in parts
@@ -216,7 +216,7 @@ class Store:
         names = self._parts("firings") if self.mode == "all" else [self._index(*site) for site in self.sites]
         wanted = {"layer": layer, "head": head, "feature": feature}
         for name in names:
-            with parquet(self._file(name), FIRINGS) as file:
+            with parquet(self.file(name), FIRINGS) as file:
                 groups = _groups(file, **wanted)
                 for part in file.iter_batches(batch, row_groups=groups) if groups else ():
                     table = _where(checked(pa.Table.from_batches([part])), **wanted)
@@ -234,7 +234,7 @@ class Store:
             return np.empty(0, np.int32)
         first = record["first_passage"]
         names = dict.fromkeys(self._part("tokens", first + row) for row in range(record["passages"]))
-        tables = [_tokens(self._file(name), [{"document": document}]) for name in names]
+        tables = [_tokens(self.file(name), [{"document": document}]) for name in names]
         found = _numpy(_where(pa.concat_tables(tables), document=document)["token"])
         if len(found) != record["tokens"]:
             raise ValueError(
@@ -284,7 +284,7 @@ class Store:
             sources[document] = record["source"]
             shards.setdefault(self._part("tokens", record["first_passage"] + row), []).append((document, row))
         for name, places in shards.items():
-            table = _tokens(self._file(name), [{"document": document, "row": row} for document, row in places])
+            table = _tokens(self.file(name), [{"document": document, "row": row} for document, row in places])
             key = (_numpy(table["document"]).astype(np.int64) << 32) | _numpy(table["row"])
             token = _numpy(table["token"])
             for document, row in places:
@@ -323,7 +323,7 @@ class Store:
         if "tokenizer/tokenizer.json" not in self._tokenizer_files:
             kept = "one that transformers must load" if self._tokenizer_files else "none"
             raise ValueError(f"tokenizer: expected a fast one in {self.path / 'tokenizer'}, got {kept}")
-        path = self._file("tokenizer/tokenizer.json")
+        path = self.file("tokenizer/tokenizer.json")
         try:
             from tokenizers import Tokenizer
         except ImportError as error:
@@ -376,20 +376,32 @@ class Store:
         return "unit" in self.manifest
 
     @cached_property
-    def _pieces(self) -> list[_Piece]:
+    def pieces(self) -> list[Piece]:
         """What holds the shards, in the order of their passages; of an unfinished store what is done."""
         if not self._in_units:
-            size = self.manifest["shard_passages"]
-            return [_Piece("", self._shards, self._shards * size, size)]
+            passages = self._marker(self._shards - 1)["next"]["passages"] if self._shards else 0
+            return [Piece("", self._shards, passages, self.manifest["shard_passages"])]
         if self.complete:
-            return [_Piece(f"{x[0]}/", *x[1:], unit) for unit, x in enumerate(self._summary["layout"])]
+            return [Piece(f"{x[0]}/", *x[1:], unit) for unit, x in enumerate(self._summary["layout"])]
         made = [self._unit(number) for number in unit_numbers(self.path)]
-        return [_Piece(f"{m['folder']}/", m["shards"], m["passages"], m["shard_passages"], m["unit"]) for m in made]
+        return [Piece(f"{m['folder']}/", m["shards"], m["passages"], m["shard_passages"], m["unit"]) for m in made]
+
+    def counted(self, at: int) -> dict:
+        """What a unit's marker would count of piece `at`."""
+        piece, summary = self.pieces[at], self.summary()
+        names = ("documents", "tokens", "firings", "kept")
+        counts = {name: (summary if piece.unit is None else self._unit(piece.unit))[name] for name in names}
+        shape = {"shards": piece.shards, "shard_passages": piece.shard_passages, "passages": piece.passages}
+        return {**shape, **counts}
+
+    def tokenizer_files(self) -> list[str]:
+        """Names of the files in the store's folder `tokenizer`."""
+        return list(self._tokenizer_files)
 
     @cached_property
     def _first_passages(self) -> np.ndarray:
         """`[pieces + 1]` numbers of their first passages, and of one behind the last."""
-        return np.cumsum([0, *(piece.passages for piece in self._pieces)])
+        return np.cumsum([0, *(piece.passages for piece in self.pieces)])
 
     def _unit(self, number: int) -> dict:
         if number not in self._units:
@@ -405,7 +417,7 @@ class Store:
         if self.complete:
             return self._summary["shards"]
         if self._in_units:
-            return sum(piece.shards for piece in self._pieces)
+            return sum(piece.shards for piece in self.pieces)
         return 1 + max(shard_numbers(self.path), default=-1)
 
     def _marker(self, number: int) -> dict:
@@ -413,7 +425,7 @@ class Store:
             return shard_marker(self.path, number, self._manifest_digest)
         return read_json(self.path / "done" / f"part-{number:06d}.json")
 
-    def _file(self, name: str) -> Path:
+    def file(self, name: str) -> Path:
         """A file of the store, compared with its digest when it is first needed.
 
         Raises:
@@ -441,14 +453,14 @@ class Store:
         return path
 
     def _read(self, name: str, schema: pa.Schema) -> pa.Table:
-        return read_table(self._file(name), schema)
+        return read_table(self.file(name), schema)
 
     def _parts(self, table: str) -> list[str]:
-        return [name for piece in self._pieces for name in piece.names(table)]
+        return [name for piece in self.pieces for name in piece.names(table)]
 
     def _part(self, table: str, passage: int) -> str:
         at = int(np.searchsorted(self._first_passages, passage, side="right")) - 1
-        piece = self._pieces[at]
+        piece = self.pieces[at]
         number = (passage - int(self._first_passages[at])) // piece.shard_passages
         return f"{piece.folder}{table}/{part_name(number)}"
 
@@ -460,7 +472,7 @@ class Store:
 
     def _feature(self, name: str, layer: int, head: int, feature: int) -> pa.Table:
         wanted = {"layer": layer, "head": head, "feature": feature}
-        with parquet(self._file(name), FIRINGS) as file:
+        with parquet(self.file(name), FIRINGS) as file:
             return _where(checked(file.read_row_groups(_groups(file, **wanted))), **wanted)
 
     def _check(self, layer: int | None, head: int | None, feature: int | None = None) -> None:

@@ -9,7 +9,7 @@ from ..files import SEAL, sealed, write_first
 from ..untrusted import is_integer
 from .marks import marked
 
-TABLES = ("documents.parquet", "features.parquet", "index.parquet")
+TABLES = ("documents.parquet", "features.parquet")  # and index.parquet, until the whole has its own
 _NUMBERS = ("unit", "shards", "passages", "documents", "tokens", "firings", "kept", "shard_passages")
 
 

@@ -156,7 +156,7 @@ class Worker:
         for number in numbers:
             made = shard_marker(folder, number, job.digest)["files"]
             entries |= {f"{inside}/{x}/{part_name(number)}": made[f"{x}/{part_name(number)}"] for x in kept}
-        entries |= {f"{inside}/{name}": entry(folder / name) for name in TABLES}
+        entries |= {f"{inside}/{name}": entry(folder / name) for name in (*TABLES, "index.parquet")}
         counted = {
             "shards": state.shards, "shard_passages": job.content["shard_passages"],
             "passages": state.cursor.passages, "documents": state.documents, "tokens": state.tokens,
