@@ -1,36 +1,39 @@
 """`kill -9` of workers that fill one folder together, at random moments: are the tables those of one worker?
 
-    python bench/kill_workers.py [--kills 50] [--workers 2] [--tokens 40000] [--unit 12kB] [--model default]
+    python bench/kill_workers.py [--kills 50] [--workers 2] [--tokens 40000] [--unit 12000] [--sae FOLDER]
     python bench/kill_workers.py --engine ray [--kills 50] [--nodes 3]
 
-Every round collects the same text into a new folder by several workers (`--rank`, `--world-size`), killing one of them
-at a random time and starting it again, until the collection completes; rounds go on, through all three modes, until
-there were enough kills. Each folder is then compared, table by table, to what one worker left, and verified.
+Every round collects the same text into a new folder by several workers, killing one of them at a random time and
+starting it again, until the collection completes; rounds go on, through all three modes, until there were enough kills.
+Each folder is then compared, table by table, to what one worker left, and verified. Workers are forked from a process
+that has loaded the embedded model, so that kills fall into their work and not into its loading.
 
-With `--engine ray` the workers are those of a Ray cluster of several nodes on this machine, and what is killed is, by
-turns, a worker, a node (another joins), and the driver (which is run again).
+With `--engine ray` the units are tasks on a Ray cluster of several nodes on this machine (needs `writesae[ray]`), and
+what is killed is, at random, a worker, a node (another joins) or the driver (which is run again).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from common import COLLECT, add_model, end, model_options, row
+from common import end, row
 
+from writesae import cli
+from writesae.collect import collect
+from writesae.collect.command import prepare
 from writesae.collect.verify import verify
 from writesae.default.corpus import stdlib_files
 
 MODES = ("all", "top", "reservoir")
-QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
 
 def tables(folder: Path) -> dict:
@@ -47,51 +50,65 @@ def tables(folder: Path) -> dict:
 def documents(folder: Path, size: int, length: int = 3000) -> None:
     """A folder of documents of `length` characters, out of the standard library's sources."""
     folder.mkdir()
+    number = 0
     for path in stdlib_files("validation"):
         source = path.read_text(errors="ignore")
         for at in range(0, len(source), length):
-            (folder / f"{len(list(folder.iterdir())):05d}.txt").write_text(source[at : at + length])
-            size -= length
-        if size < 0:
-            return
+            (folder / f"{number:05d}.txt").write_text(source[at : at + length])
+            number, size = number + 1, size - length
+            if size < 0:
+                return
 
 
-class Ranks:
-    """Workers with `--rank` and `--world-size`."""
+def forked(run) -> int:
+    """The number of a process that does `run`, quietly, and ends with status 0 if that ended well."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1)
+        if "KILL_WORKERS_LOUD" not in os.environ:
+            os.dup2(quiet, 2)
+        status = 0 if run()["complete"] else 3
+    finally:
+        os._exit(status)
 
-    def __init__(self, command: list[str], workers: int):
-        self.commands = [[*command, "--rank", str(i), "--world-size", str(workers)] for i in range(workers)]
-        self.processes = [subprocess.Popen(one, **QUIET) for one in self.commands]
+
+class Workers:
+    """Processes that are killed and started again.
+
+    Args: runs: what each does.
+    """
+
+    def __init__(self, runs: list):
+        self.runs = runs
+        self.pids: list[int | None] = [forked(run) for run in runs]
+        self.statuses: list[int | None] = [None] * len(runs)
 
     def running(self) -> bool:
-        return any(process.poll() is None for process in self.processes)
+        for i, pid in enumerate(self.pids):
+            if pid is not None:
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    self.pids[i], self.statuses[i] = None, os.waitstatus_to_exitcode(status)
+        return any(pid is not None for pid in self.pids)
 
     def kill(self, rng: random.Random) -> str | None:
-        alive = [i for i, process in enumerate(self.processes) if process.poll() is None]
+        alive = [i for i, pid in enumerate(self.pids) if pid is not None]
         if not alive:
             return None
         i = rng.choice(alive)
-        self.processes[i].send_signal(signal.SIGKILL)
-        self.processes[i].wait()
-        self.processes[i] = subprocess.Popen(self.commands[i], **QUIET)
+        os.kill(self.pids[i], signal.SIGKILL)
+        os.waitpid(self.pids[i], 0)
+        self.pids[i] = forked(self.runs[i])
         return f"rank {i}"
 
     def end(self) -> list[int]:
-        return [process.wait() for process in self.processes]
-
-
-class Kills:
-    """What happened, a line each."""
-
-    def __init__(self, out: Path, mode: str, moments: list):
-        self.out, self.mode, self.moments = out, mode, moments
-
-    def note(self, what: str, seconds: float) -> None:
-        done = len(list((self.out / "done").glob("unit-*.json")))
-        begun = len({path.name.split("-")[0] for path in (self.out / "units").glob("*/")}) - done
-        moment = {"mode": self.mode, "killed": what, "seconds": round(seconds, 2), "units_done": done, "begun": begun}
-        self.moments.append(moment)
-        print(f"kill {len(self.moments)}: {', '.join(f'{name} {x}' for name, x in moment.items())}", flush=True)
+        while self.running():
+            time.sleep(0.01)
+        return self.statuses
 
 
 def main() -> None:
@@ -101,63 +118,80 @@ def main() -> None:
     parser.add_argument("--engine", choices=("ranks", "ray"), default="ranks")
     parser.add_argument("--nodes", type=int, default=3, help="of the Ray cluster, of one worker each")
     parser.add_argument("--tokens", type=int, default=40_000)
-    parser.add_argument("--unit", default="12kB")
-    add_model(parser)
+    parser.add_argument("--unit", type=int, default=12_000)
+    parser.add_argument("--sae", action="append", default=[])
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng = random.Random(args.seed)
-
-    def command(mode: str, out: Path) -> list[str]:
-        return [
-            *COLLECT, str(text), *model_options(args), "--out", str(out), "--mode", mode, "--n", "100",
-            "--context", "256", "--shard-passages", "6", "--max-tokens", str(args.tokens), "--unit", args.unit, "--yes",
-        ]  # fmt: skip
-
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
         text = scratch / "text"
-        documents(text, 6 * args.tokens)
-        whole, seconds, units = {}, 0.0, 0
+        documents(text, 4 * args.tokens)
+        saes = [x for sae in args.sae for x in ("--sae", sae)]
+        command = cli.parser("collect").parse_args(["collect", str(text), *saes, "--out", str(scratch / "none")])
+        loaded = prepare(command, "cpu")
+
+        def run(mode: str, out: Path, **more) -> dict:
+            return collect(*loaded, out, **settings(mode), **more)
+
+        def settings(mode: str) -> dict:
+            return {"mode": mode, "n": 100, "context": 256, "shard_passages": 6, "max_tokens": args.tokens,
+                    "unit": args.unit}  # fmt: skip
+
+        whole, seconds = {}, 0.0
         for mode in MODES:
             began = time.perf_counter()
-            done = subprocess.run(command(mode, scratch / mode), check=True, capture_output=True, text=True)
-            seconds, units = time.perf_counter() - began, json.loads(done.stdout)["units"]
+            one = Workers([partial(run, mode, scratch / mode)])
+            if one.end() != [0]:
+                sys.exit(f"one worker alone failed: {one.statuses}")
+            seconds = time.perf_counter() - began
             whole[mode] = tables(scratch / mode)
+        units = len(list((scratch / "all" / "done").glob("unit-*.json")))
         print(f"one worker: {seconds:.1f} s, {units} units", flush=True)
+        cluster = None
+        if args.engine == "ray":
+            from ray_cluster import Cluster
+
+            cluster = Cluster(args.nodes)
         moments, differing, rounds = [], [], 0
         while len(moments) < args.kills:
             mode, out = MODES[rounds % 3], scratch / f"round-{rounds}"
             rounds += 1
-            kills = Kills(out, mode, moments)
-            if args.engine == "ray":
-                from ray_cluster import Cluster
-
-                workers = Cluster(command(mode, out), args.nodes)
+            if cluster is None:
+                size = args.workers
+                runs = [partial(run, mode, out, rank=rank, world_size=size) for rank in range(size)]
+                workers = Workers(runs)
             else:
-                workers = Ranks(command(mode, out), args.workers)
+                workers = cluster.begin(command, out, settings(mode))
             while workers.running() and len(moments) < args.kills:
                 after = rng.uniform(0, seconds)
                 deadline = time.monotonic() + after
                 while workers.running() and time.monotonic() < deadline:
-                    time.sleep(0.05)
+                    time.sleep(0.01)
+                done = len(list((out / "done").glob("unit-*.json")))
                 killed = workers.kill(rng)
                 if killed is not None:
-                    kills.note(killed, after)
+                    moments.append({"mode": mode, "killed": killed, "seconds": round(after, 2), "units_done": done})
+                    line = ", ".join(f"{name} {x}" for name, x in moments[-1].items())
+                    print(f"kill {len(moments)}: {line}", flush=True)
             statuses, here = workers.end(), tables(out)
             same = here.keys() == whole[mode].keys() and all(here[n].equals(t) for n, t in whole[mode].items())
             found = verify(out)
-            sound = found.sound and found.complete and not found.left_over
-            good = same and sound and not any(statuses)
-            what = "identical" if good else f"DIFFERS: same {same}, {found.lines()}, statuses {statuses}"
+            good = same and found.sound and found.complete and not found.left_over and not any(statuses)
+            what = "identical" if good else f"DIFFERS: same {same}, {found}, statuses {statuses}"
             print(f"round {rounds} ({mode}): {what}", flush=True)
             if not good:
                 differing.append(rounds)
+        if cluster is not None:
+            cluster.end()
     rows = sum(len(t) for name, t in whole["all"].items() if "/firings/" in name)
     who = f"{args.workers} workers" if args.engine == "ranks" else f"Ray on {args.nodes} nodes"
-    what = f"collections of {who} that differ after {len(moments)} kills in {rounds} of {rows} firings in {units} units"
-    found = row(what, len(differing), "collections", 0, not differing, "one worker")
+    what = (
+        f"collections of {who} that differ after {len(moments)} kills in {rounds}, each of {rows} firings in {units} "
+    )
+    found = row(f"{what}units", len(differing), "collections", 0, not differing, "one worker")
     end("kill_workers" if args.engine == "ranks" else "kill_ray", [found], kills=moments)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

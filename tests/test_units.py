@@ -311,7 +311,7 @@ def test_rank_and_size_from_launchers(monkeypatch):
     "more, named",
     [
         (["--rank", "1"], "expected both or neither, got 1 and None"),
-        (["--distributed", "--rank", "1", "--world-size", "2"], "distributed: expected it, or --rank"),
+        (["--distributed", "--rank", "1", "--world-size", "2"], "distributed: expected it alone"),
         (["--unit", "much"], "--unit"),
     ],
 )

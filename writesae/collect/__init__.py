@@ -10,6 +10,7 @@ from .store import Context, Store
 
 _LATER = {
     "collect": "collect.run",
+    "collect_on_ray": "collect.on_ray",
     "Corpus": "text.corpus",
     "ModelSource": "collect.source",
     "Site": "collect.source",

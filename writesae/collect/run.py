@@ -33,6 +33,8 @@ INDEX_TOP = 100
 _SHARD_FIRINGS = 500_000
 _UNIT_SHARDS = 4
 _TOKEN_BYTES = 4  # of text
+DEFAULTS: dict = {"mode": "all", "n": None, "seed": 0, "context": 512, "batch": 4, "max_tokens": None, "bos": True,
+                  "shard_passages": None, "unit": None}  # fmt: skip
 
 
 def collect(
