@@ -21,6 +21,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from functools import partial
 from pathlib import Path
 
@@ -61,17 +62,15 @@ def documents(folder: Path, size: int, length: int = 3000) -> None:
 
 
 def forked(run) -> int:
-    """The number of a process that does `run`, quietly, and ends with status 0 if that ended well."""
+    """The number of a process that does `run` and ends with status 0 if that ended well."""
     pid = os.fork()
     if pid:
         return pid
     status = 1
     try:
-        quiet = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(quiet, 1)
-        if "KILL_WORKERS_LOUD" not in os.environ:
-            os.dup2(quiet, 2)
         status = 0 if run()["complete"] else 3
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(status)
 

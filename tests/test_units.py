@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from damage import Tokenizer
 from fake_source import FakeSource, words
 from test_collect import Driver, everything, text  # noqa: F401  (fixtures)
 
 from writesae.cli import main
-from writesae.collect import Corpus, Store, collect, distribute, files, plan, units
+from writesae.collect import Corpus, Store, collect, distribute, files, plan, run, units
 from writesae.collect.verify import verify
 from writesae.text.passages import DocumentEnd, passages
 
@@ -246,6 +247,18 @@ def test_an_interrupted_worker_says_how_far_it_came(text, tmp_path):  # noqa: F8
     assert found.sound and not found.complete
     assert make(text, tmp_path / "out", rank=1, world_size=2)["complete"]
     assert_same(tmp_path / "out", tables(tmp_path / "one"))
+
+
+def test_what_another_worker_is_writing_is_left_alone(text, tmp_path):  # noqa: F811
+    settings = {**run.DEFAULTS, **SETTINGS}
+    with run.opened(Corpus.from_path(text), Tokenizer(), FakeSource(), tmp_path / "out", settings, True) as job:
+        run.keep_tokenizer(job)
+        temporary = tmp_path / "out" / "tokenizer" / "vocabulary.txt.123.tmp"
+        temporary.touch()
+        (tmp_path / "out" / "tokenizer" / "stray").touch()
+        (tmp_path / "out" / "done" / "tokenizer.json").unlink()
+        run.keep_tokenizer(job)
+    assert sorted(path.name for path in temporary.parent.iterdir()) == ["vocabulary.txt", temporary.name]
 
 
 @pytest.mark.parametrize("mode", ["all", "top"])

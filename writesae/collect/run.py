@@ -12,7 +12,17 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .._installed import version_of
-from ..files import discard, entry, make_folder, read_sealed, refuse_links, sync_folder, write_bytes, write_sealed
+from ..files import (
+    discard,
+    entry,
+    left_over,
+    make_folder,
+    read_sealed,
+    refuse_links,
+    sync_folder,
+    write_bytes,
+    write_sealed,
+)  # fmt: skip
 from ..interrupt import finishing
 from ..models.identity import shown_name, tokenizer_digest
 from ..text.corpus import Corpus
@@ -280,7 +290,7 @@ def keep_tokenizer(job: Job) -> None:
     folder = make_folder(out, "tokenizer")
     content = tokenizer_files(job.tokenizer)
     for path in folder.iterdir():
-        if path.name not in content:
+        if path.name not in content and left_over(path) is None:  # which another worker may be writing
             discard(path)
     for name, data in content.items():
         write_bytes(folder / name, data, out)
