@@ -163,7 +163,7 @@ def main() -> None:
             else:
                 workers = cluster.begin(command, out, settings(mode))
             while workers.running() and len(moments) < args.kills:
-                after = rng.uniform(0, seconds)
+                after = rng.uniform(0, seconds / 3)  # so that several fall into one collection
                 deadline = time.monotonic() + after
                 while workers.running() and time.monotonic() < deadline:
                     time.sleep(0.01)

@@ -50,17 +50,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "several workers", "They fill one folder that all of them see. One may die: the others, or the same command "
         "again, do what it left. Nothing is missing then, and nothing there twice.",
     )  # fmt: skip
-    many.add_argument("--rank", type=int, help="this worker's number, from 0")
-    many.add_argument("--world-size", type=int, help="how many workers there are")
+    many.add_argument("--rank", type=int, help="this worker's number, from 0 (default: there is one alone)")
+    many.add_argument("--world-size", type=int, help="how many workers there are (default: one)")
     many.add_argument("--distributed", action="store_true", help="take rank and world size from the environment that "
                       "torchrun, srun or mpirun made")  # fmt: skip
     many.add_argument("--unit", type=size, metavar="SIZE", help="bytes of text, at least, given to a worker at a time; "
                       "a document is never cut (default: four shards' worth where there are several workers)"
                       )  # fmt: skip
     many.add_argument("--engine", metavar="ENGINE", help="have Ray give units to workers: ray (the cluster that runs "
-                      "here, else one of this machine) or ray://HOST:PORT (needs writesae[ray])")  # fmt: skip
-    many.add_argument("--worker-cpus", type=float, default=1, metavar="N", help="CPUs of Ray's a worker takes, and its "
-                      "threads; with --device cuda also a GPU")  # fmt: skip
+                      "here, else one of this machine) or ray://HOST:PORT; needs writesae[ray] (default: none)"
+                      )  # fmt: skip
+    many.add_argument("--worker-cpus", type=float, default=1, help="what a worker takes of the CPUs of --engine, its "
+                      "threads; with --device cuda it takes a GPU too")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
