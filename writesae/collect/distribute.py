@@ -44,8 +44,8 @@ def from_environment() -> tuple[int, int]:
         ValueError: none did.
     """
     for names in _LAUNCHERS:
-        given = [os.environ.get(name) for name in names]
-        if None not in given:
+        given = [os.environ[name] for name in names if name in os.environ]
+        if len(given) == 2:
             try:
                 return int(given[0]), int(given[1])
             except ValueError:

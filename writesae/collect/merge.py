@@ -85,7 +85,8 @@ def merge(stores: list, out, progress: bool = False) -> dict:
                 stop.check()
 
             _copy_tokenizer(found[0], out, digest)
-            markers, pieces = [], []
+            markers: list[dict] = []
+            pieces = []
             for store, first in zip(found, firsts, strict=True):
                 markers += _copy(store, out, first, len(markers), digest, step)
                 pieces.append(_piece(store, first))

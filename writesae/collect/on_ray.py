@@ -144,7 +144,7 @@ def do_unit(recipe: tuple, number: int) -> int:
     if digest not in _workers:
         corpus, tokenizer, source = prepare(device)
         job = _open.enter_context(opened(corpus, tokenizer, source, out, settings, True))
-        if job.digest != digest:
+        if isinstance(job, Estimate) or job.digest != digest:
             raise ValueError(f"out: expected the folder of the driver in {out}, got another: do all nodes see one?")
         _workers[digest] = open_worker(job, _open)
     worker = _workers[digest]

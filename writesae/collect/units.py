@@ -152,14 +152,14 @@ class Worker:
         write_index(job.out, folder, state.shards, job.features, self.how)
         kept = ("firings", "tokens") if job.mode == "all" else ("tokens",)
         inside = folder.relative_to(job.out).as_posix()
-        entries = {}
+        entries: dict[str, dict] = {}
         for number in numbers:
             made = shard_marker(folder, number, job.digest)["files"]
             entries |= {f"{inside}/{x}/{part_name(number)}": made[f"{x}/{part_name(number)}"] for x in kept}
         entries |= {f"{inside}/{name}": entry(folder / name) for name in (*TABLES, "index.parquet")}
         counted = {
             "shards": state.shards, "shard_passages": job.content["shard_passages"],
-            "passages": state.cursor.passages, "documents": state.documents, "tokens": state.tokens,
+            "passages": (state.cursor or unit.start).passages, "documents": state.documents, "tokens": state.tokens,
             "firings": state.firings, "kept": kept_in_all(state),
         }  # fmt: skip
         first = mark_unit(job.out, unit.number, inside, job.digest, counted, entries)
