@@ -85,12 +85,14 @@ class Workers:
         self.runs = runs
         self.pids: list[int | None] = [forked(run) for run in runs]
         self.statuses: list[int | None] = [None] * len(runs)
+        self.cpu = 0.0  # seconds of those that ended by themselves
 
     def running(self) -> bool:
         for i, pid in enumerate(self.pids):
             if pid is not None:
-                ended, status = os.waitpid(pid, os.WNOHANG)
+                ended, status, used = os.wait4(pid, os.WNOHANG)
                 if ended:
+                    self.cpu += used.ru_utime + used.ru_stime
                     self.pids[i], self.statuses[i] = None, os.waitstatus_to_exitcode(status)
         return any(pid is not None for pid in self.pids)
 

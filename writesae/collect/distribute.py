@@ -178,6 +178,8 @@ def end(worker: Worker, began: float) -> dict:
                     stop.check()
 
                 conclude(job.out, job.content, job.digest, markers, pieces, own(worker, began), step)
+        else:  # another worker did; this one may have touched locks since
+            sweep(job.out, job.content, job.digest)
         return read_sealed(job.out / "summary.json")
 
 

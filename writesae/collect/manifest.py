@@ -80,8 +80,9 @@ def read(path: Path) -> dict:
 
 
 def make(out: Path, content: dict) -> None:
-    """Writes a new manifest, unless another worker was first. `restore` copies it."""
-    write_first(out / "manifest.json", sealed({"format": FORMAT, "version": VERSION, **content}).encode(), out)
+    """Writes a new manifest, one for several workers unless another was first. `restore` copies it."""
+    write = write_first if "unit" in content else write_bytes
+    write(out / "manifest.json", sealed({"format": FORMAT, "version": VERSION, **content}).encode(), out)
 
 
 def in_units(out: Path) -> bool:

@@ -201,7 +201,7 @@ def _piece(store: Store, first: int) -> Piece:
     return Piece(
         store.file("documents.parquet"), store.file("features.parquet"),
         lambda site: store.file(f"index/layer-{site.layer}-head-{site.head}.parquet"),
-        sum(piece.passages for piece in store.pieces), first,
+        sum(store.counted(at)["passages"] for at in range(len(store.pieces))), first,
     )  # fmt: skip
 
 

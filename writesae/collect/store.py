@@ -379,8 +379,8 @@ class Store:
     def pieces(self) -> list[Piece]:
         """What holds the shards, in the order of their passages; of an unfinished store what is done."""
         if not self._in_units:
-            passages = self._marker(self._shards - 1)["next"]["passages"] if self._shards else 0
-            return [Piece("", self._shards, passages, self.manifest["shard_passages"])]
+            size = self.manifest["shard_passages"]
+            return [Piece("", self._shards, self._shards * size, size)]
         if self.complete:
             return [Piece(f"{x[0]}/", *x[1:], unit) for unit, x in enumerate(self._summary["layout"])]
         made = [self._unit(number) for number in unit_numbers(self.path)]
@@ -388,11 +388,13 @@ class Store:
 
     def counted(self, at: int) -> dict:
         """What a unit's marker would count of piece `at`."""
-        piece, summary = self.pieces[at], self.summary()
-        names = ("documents", "tokens", "firings", "kept")
-        counts = {name: (summary if piece.unit is None else self._unit(piece.unit))[name] for name in names}
-        shape = {"shards": piece.shards, "shard_passages": piece.shard_passages, "passages": piece.passages}
-        return {**shape, **counts}
+        piece = self.pieces[at]
+        shape = {"shards": piece.shards, "shard_passages": piece.shard_passages}
+        if piece.unit is None:
+            counts = {**self.summary(), "passages": self._marker(self._shards - 1)["next"]["passages"]}
+        else:
+            counts = self._unit(piece.unit)
+        return {**shape, **{name: counts[name] for name in ("passages", "documents", "tokens", "firings", "kept")}}
 
     def tokenizer_files(self) -> list[str]:
         """Names of the files in the store's folder `tokenizer`."""
