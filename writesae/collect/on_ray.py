@@ -134,20 +134,20 @@ def _cancel(ray, tasks: list) -> None:
 
 # ---- in a worker -----------------------------------------------------------------------------------------------------
 
-_workers: dict[str, Worker] = {}  # of this process, by its manifest's digest: a model is loaded once
+_workers: dict[tuple[str, str], Worker] = {}  # of this process, by folder and manifest: a model is loaded once
 _open = ExitStack()  # what they hold, until the process ends
 
 
 def do_unit(recipe: tuple, number: int) -> int:
     """The task: checks or does a unit. Returns its number."""
     prepare, device, out, settings, digest = recipe
-    if digest not in _workers:
+    if (out, digest) not in _workers:
         corpus, tokenizer, source = prepare(device)
         job = _open.enter_context(opened(corpus, tokenizer, source, out, settings, True))
         if isinstance(job, Estimate) or job.digest != digest:
             raise ValueError(f"out: expected the folder of the driver in {out}, got another: do all nodes see one?")
-        _workers[digest] = open_worker(job, _open)
-    worker = _workers[digest]
+        _workers[out, digest] = open_worker(job, _open)
+    worker = _workers[out, digest]
     unit = worker.units[number]
     worker.forget_damaged(unit, digests=True)
     while not worker.done(unit):
