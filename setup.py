@@ -1,8 +1,7 @@
 """Builds the compiled parts, stable-ABI libraries of operators: the rest of the packaging is in pyproject.toml.
 
 _C_cpu is always built. _C_cuda, the CUDA kernels, takes minutes and nvcc, and is built only where WRITESAE_CUDA=1 asks
-for it. Neither needs a GPU, nor a torch with CUDA. WRITESAE_CUDA_ARCHITECTURES ("80 90a 100a 80-ptx" by default) says
-what for.
+for it. Neither needs a GPU, nor a torch with CUDA. WRITESAE_CUDA_ARCHITECTURES says what for: csrc/sources.py.
 """
 
 import os
@@ -18,7 +17,7 @@ from pathlib import Path
 from setuptools import setup
 
 sys.path.insert(0, os.path.abspath("csrc"))
-from sources import both_sides, kernels  # noqa: E402
+from sources import ARCHITECTURES, ONLY, architecture_flags, both_sides, kernels  # noqa: E402
 
 try:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
@@ -31,7 +30,7 @@ except ImportError as error:
 # torch 2.10 and CPython 3.10 are the oldest this library runs on; it is compiled once for both and everything later.
 TORCH_TARGET = "0x020a000000000000"
 PYTHON_TARGET = "0x030A0000"
-ARCHITECTURES = os.environ.get("WRITESAE_CUDA_ARCHITECTURES") or "80 90a 100a 80-ptx"
+WANTED = os.environ.get("WRITESAE_CUDA_ARCHITECTURES") or ARCHITECTURES
 FLAGS = ["-O3", "-g0", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
 
 
@@ -50,40 +49,19 @@ def nvcc() -> str | None:
     return found
 
 
-def architecture_flags() -> list[str]:
-    """One `-gencode` for all architectures that share their PTX, and one for each other.
-
-    nvcc's front end takes longer than ptxas. Below 100 the kernels use nothing that one architecture has and another
-    has not, and its PTX for them differs by the name alone: it is made once, for the oldest. From 100 on it differs.
-    """
-    groups: dict[str, list[str]] = {}
-    names = [name.partition("-") for name in ARCHITECTURES.split()]
-    shared = sorted((number for number, _, form in names if form != "ptx" and _number(number) < 100), key=_number)
-    for number, _, form in names:
-        if form == "ptx":  # what is embedded keeps the name that was asked for
-            groups.setdefault(number, []).append(f"compute_{number}")
-        else:
-            groups.setdefault(shared[0] if number in shared else number, []).append(f"sm_{number}")
-    return [f"-gencode=arch=compute_{virtual},code=[{','.join(codes)}]" for virtual, codes in groups.items()]
-
-
-def _number(architecture: str) -> int:
-    """90 of "90a"."""
-    return int(architecture.rstrip("af"))
-
-
 def compile_cuda(compiler: str, folder: Path) -> list[str]:
     """Objects of csrc/cuda/*.cu, each beside ptxas' report on it (*.ptxas.txt); only what changed is compiled."""
     folder.mkdir(parents=True, exist_ok=True)
     headers = [*glob("csrc/*.h"), *glob("csrc/cuda/*.h"), *glob("csrc/cuda/*.cuh"), "setup.py"]
     newest = max(os.path.getmtime(path) for path in headers)
     command = [compiler, "-std=c++17", "-O3", "-Icsrc", "-DWRITESAE_SIDE=1", "-Xcompiler=-fPIC,-fvisibility=hidden",
-               "-Xptxas=-v", *architecture_flags()]  # fmt: skip
+               "-Xptxas=-v"]  # fmt: skip
 
     def one(source: str) -> str:
         to = folder / (Path(source).stem + ".o")
         asked = folder / (Path(source).stem + ".flags")
-        line = shlex.join([*command, "-c", source, "-o", str(to)])
+        flags = architecture_flags(ONLY.get(Path(source).name, WANTED))
+        line = shlex.join([*command, *flags, "-c", source, "-o", str(to)])
         fresh = to.exists() and to.stat().st_mtime > max(newest, os.path.getmtime(source))
         if fresh and asked.exists() and asked.read_text() == line:
             return str(to)
@@ -148,7 +126,7 @@ def extension(name: str, sources: list[str], side: int, **options) -> CppExtensi
 
 
 CUDA = nvcc()
-print("writesae: " + (f"CUDA kernels for {ARCHITECTURES}, by {CUDA}" if CUDA else
+print("writesae: " + (f"CUDA kernels for {WANTED}, by {CUDA}" if CUDA else
       "the CPU kernels alone; WRITESAE_CUDA=1 builds the CUDA kernels too, with nvcc"), flush=True)  # fmt: skip
 extensions = [extension("_C_cpu", glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp"), 0)]
 if CUDA is not None:

@@ -38,17 +38,18 @@ std::tuple<Tensor, Tensor> encode_writes_backward(Tensor decay, Tensor left, Ten
                                                   Tensor w_enc, Tensor indices, Tensor grad,
                                                   std::optional<Tensor> cu_seqlens);
 
+Tensor encode_product(Tensor v, Tensor left, std::string kernel, int64_t cluster);  // of CUDA and its twin alone
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> factored_loss(
     Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor values, Tensor indices, Tensor v_dec, Tensor w_dec,
     std::optional<Tensor> offset, std::optional<Tensor> on_offset, std::optional<Tensor> weight,
     std::optional<Tensor> initial_state, std::optional<Tensor> cu_seqlens, std::optional<Tensor> v_enc,
     std::optional<Tensor> w_enc, bool gradients);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> selective_scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C,
-                                                          std::optional<Tensor> D, std::optional<Tensor> initial_state,
-                                                          std::optional<Tensor> cu_seqlens, std::optional<Tensor> edit_index,
-                                                          std::optional<Tensor> edit_left, std::optional<Tensor> edit_right,
-                                                          std::optional<Tensor> snapshots, bool return_writes);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> selective_scan(
+    Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, std::optional<Tensor> D, std::optional<Tensor> initial_state,
+    std::optional<Tensor> cu_seqlens, std::optional<Tensor> edit_index, std::optional<Tensor> edit_left,
+    std::optional<Tensor> edit_right, std::optional<Tensor> snapshots, bool return_writes);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selective_scan_backward(
     Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, std::optional<Tensor> D, std::optional<Tensor> initial_state,
@@ -56,10 +57,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     std::optional<Tensor> edit_right, std::optional<Tensor> snapshots, std::optional<Tensor> d_o,
     std::optional<Tensor> d_final_state, std::optional<Tensor> d_right, std::optional<Tensor> d_snapshots);
 
-std::tuple<Tensor, Tensor> selective_scan_step(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor state,
-                                               std::optional<Tensor> D, std::optional<Tensor> edit_index,
-                                               std::optional<Tensor> edit_left, std::optional<Tensor> edit_right,
-                                               bool return_writes);
+std::tuple<Tensor, Tensor, Tensor> selective_scan_step(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor state,
+                                                       std::optional<Tensor> D, std::optional<Tensor> edit_index,
+                                                       std::optional<Tensor> edit_left, std::optional<Tensor> edit_right,
+                                                       bool return_writes);
 
 Tensor rms_norm(Tensor x, Tensor weight, std::optional<Tensor> gate, double eps, bool zero_centred, bool round_once);
 

@@ -36,6 +36,10 @@ struct ScanParams {
   float* right;        // [B, T, H, V] or null
   float* erased;       // [B, T, H, V] a_t^T S_{t-1}, the right side of the erase's write, whose left is b; or null
   float* snapshots;    // [P, H, K, V]
+  // [B] or null; needs right: where in its row, as t H + h, the first NaN or infinity of right and erased stands, -1 for none.
+  // Kernels read increments again for it only where a state has broken: one that is not finite leaves its value column of the
+  // state so for good, whatever the key (0 times infinity is NaN) and the gate.
+  int64_t* first_nonfinite;
 };
 
 // Gradients of everything a scan returns with respect to everything it takes. Recomputes the states from the
@@ -71,9 +75,10 @@ struct ScanStepParams {
   EditList edits;  // position ignored
   void* o;         // [B, H, V] of o_type
   Element o_type;
-  float* left;    // [B, Hk, K] or null
-  float* right;   // [B, H, V] or null
-  float* erased;  // [B, H, V] or null
+  float* left;               // [B, Hk, K] or null
+  float* right;              // [B, H, V] or null
+  float* erased;             // [B, H, V] or null
+  int64_t* first_nonfinite;  // [B] or null: the first head of a row, as above
 };
 
 namespace cuda {

@@ -11,7 +11,7 @@
 namespace writesae {
 
 template <class Rule>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> low_rank_operator(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> low_rank_operator(
     Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, double scale, std::optional<Tensor> initial_state,
     bool use_qk_l2norm, std::optional<Tensor> cu_seqlens, std::optional<Tensor> edit_index, std::optional<Tensor> edit_left,
     std::optional<Tensor> edit_right, std::optional<Tensor> snapshots, bool return_writes, std::optional<Tensor> a,
@@ -30,6 +30,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> low_rank_operator(
   const bool erased_too = return_writes && a.has_value();
   Tensor erased = erased_too ? empty({B, T, H, V}, ScalarType::Float) : empty({0}, ScalarType::Float);
   Tensor shots = empty({p.P, H, K, V}, ScalarType::Float);
+  Tensor first_nonfinite = empty({return_writes ? B : 0}, ScalarType::Long);
   p.o = o.mutable_data_ptr();
   p.o_type = p.v.type;
   p.final_state = floats(final_state);
@@ -37,24 +38,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> low_rank_operator(
   p.right = return_writes ? floats(right) : nullptr;
   p.erased = erased_too ? floats(erased) : nullptr;
   p.snapshots = floats(shots);
+  p.first_nonfinite = return_writes ? integers(first_nonfinite) : nullptr;
 #if WRITESAE_SIDE == 0
   Rule::forward(p, torch_threads());
 #else
   const Workspace workspace(Rule::forward_workspace(p, {}));
   Rule::forward(p, workspace.data(), stream(), {});
 #endif
-  return {o, final_state, left, right, shots, erased};
+  return {o, final_state, left, right, shots, first_nonfinite, erased};
 }
 
 template <class Rule>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_operator(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_operator(
     Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, double scale, std::optional<Tensor> initial_state,
     bool use_qk_l2norm, std::optional<Tensor> cu_seqlens, std::optional<Tensor> edit_index, std::optional<Tensor> edit_left,
     std::optional<Tensor> edit_right, std::optional<Tensor> snapshots, bool return_writes) {
-  auto [o, final_state, left, right, shots, erased] =
+  auto [o, final_state, left, right, shots, first_nonfinite, erased] =
       low_rank_operator<Rule>(q, k, v, g, beta, scale, initial_state, use_qk_l2norm, cu_seqlens, edit_index, edit_left,
                               edit_right, snapshots, return_writes, {}, {});
-  return {o, final_state, left, right, shots};
+  return {o, final_state, left, right, shots, first_nonfinite};
 }
 
 template <class Rule>
@@ -127,12 +129,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_
 }
 
 template <class Rule>
-std::tuple<Tensor, Tensor, Tensor, Tensor> low_rank_step_operator(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta,
-                                                                  Tensor state, double scale, bool use_qk_l2norm,
-                                                                  std::optional<Tensor> edit_index,
-                                                                  std::optional<Tensor> edit_left,
-                                                                  std::optional<Tensor> edit_right, bool return_writes,
-                                                                  std::optional<Tensor> a, std::optional<Tensor> b) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> low_rank_step_operator(
+    Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor state, double scale, bool use_qk_l2norm,
+    std::optional<Tensor> edit_index, std::optional<Tensor> edit_left, std::optional<Tensor> edit_right, bool return_writes,
+    std::optional<Tensor> a, std::optional<Tensor> b) {
   const std::string name = std::string(Rule::NAME) + "_step";
   const char* op = name.c_str();
   const OnDeviceOf device(v);
@@ -160,27 +160,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> low_rank_step_operator(Tensor q, Tens
   Tensor right = return_writes ? empty({B, H, V}, ScalarType::Float) : empty({0}, ScalarType::Float);
   const bool erased_too = return_writes && a.has_value();
   Tensor erased = erased_too ? empty({B, H, V}, ScalarType::Float) : empty({0}, ScalarType::Float);
+  Tensor first_nonfinite = empty({return_writes ? B : 0}, ScalarType::Long);
   p.o = o.mutable_data_ptr();
   p.o_type = p.v.type;
   p.left = return_writes ? floats(left) : nullptr;
   p.right = return_writes ? floats(right) : nullptr;
   p.erased = erased_too ? floats(erased) : nullptr;
+  p.first_nonfinite = return_writes ? integers(first_nonfinite) : nullptr;
 #if WRITESAE_SIDE == 0
   Rule::step(p, torch_threads());
 #else
   Rule::step(p, stream());
 #endif
-  return {o, left, right, erased};
+  return {o, left, right, first_nonfinite, erased};
 }
 
 template <class Rule>
-std::tuple<Tensor, Tensor, Tensor> scan_step_operator(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor state,
-                                                      double scale, bool use_qk_l2norm, std::optional<Tensor> edit_index,
-                                                      std::optional<Tensor> edit_left, std::optional<Tensor> edit_right,
-                                                      bool return_writes) {
-  auto [o, left, right, erased] = low_rank_step_operator<Rule>(q, k, v, g, beta, state, scale, use_qk_l2norm, edit_index,
-                                                               edit_left, edit_right, return_writes, {}, {});
-  return {o, left, right};
+std::tuple<Tensor, Tensor, Tensor, Tensor> scan_step_operator(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta,
+                                                              Tensor state, double scale, bool use_qk_l2norm,
+                                                              std::optional<Tensor> edit_index,
+                                                              std::optional<Tensor> edit_left,
+                                                              std::optional<Tensor> edit_right, bool return_writes) {
+  auto [o, left, right, first_nonfinite, erased] = low_rank_step_operator<Rule>(
+      q, k, v, g, beta, state, scale, use_qk_l2norm, edit_index, edit_left, edit_right, return_writes, {}, {});
+  return {o, left, right, first_nonfinite};
 }
 
 // The schemas of a rule's three operators.
@@ -193,7 +196,9 @@ void define_scan(Module& m) {
   const std::string edits = "Tensor? edit_index, Tensor? edit_left, Tensor? edit_right, ";
   const std::string rest = "float scale, Tensor? initial_state, bool use_qk_l2norm, Tensor? cu_seqlens, " + edits;
   m.def((rule + inputs + rest + "Tensor? snapshots, bool return_writes" + erase +
-         ") -> (Tensor o, Tensor final_state, Tensor left, Tensor right, Tensor snapshots" + erased + ")")
+         ") -> (Tensor o, Tensor final_state, Tensor left, Tensor right, Tensor snapshots, "
+         "Tensor first_nonfinite" +
+         erased + ")")
             .c_str());
   m.def((rule + "_backward" + inputs + rest +
          "Tensor? snapshots, Tensor right, Tensor? d_o, Tensor? d_final_state, Tensor? d_left, Tensor? d_right, "
@@ -204,7 +209,7 @@ void define_scan(Module& m) {
          low_rank(", Tensor d_a, Tensor d_b") + ")")
             .c_str());
   m.def((rule + "_step" + inputs + "Tensor(a!) state, float scale, bool use_qk_l2norm, " + edits + "bool return_writes" +
-         erase + ") -> (Tensor o, Tensor left, Tensor right" + erased + ")")
+         erase + ") -> (Tensor o, Tensor left, Tensor right, Tensor first_nonfinite" + erased + ")")
             .c_str());
 }
 

@@ -12,7 +12,7 @@ void define_device_operators(Module& m) {
   m.def(
       "selective_scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? initial_state, "
       "Tensor? cu_seqlens, Tensor? edit_index, Tensor? edit_left, Tensor? edit_right, Tensor? snapshots, "
-      "bool return_writes) -> (Tensor o, Tensor final_state, Tensor right, Tensor snapshots)");
+      "bool return_writes) -> (Tensor o, Tensor final_state, Tensor right, Tensor snapshots, Tensor first_nonfinite)");
   m.def(
       "selective_scan_backward(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? initial_state, "
       "Tensor? cu_seqlens, Tensor? edit_index, Tensor? edit_left, Tensor? edit_right, Tensor? snapshots, Tensor? d_o, "
@@ -20,7 +20,8 @@ void define_device_operators(Module& m) {
       "Tensor d_B, Tensor d_C, Tensor d_D, Tensor d_initial_state, Tensor d_edit_left, Tensor d_edit_right)");
   m.def(
       "selective_scan_step(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor(a!) state, Tensor? D, "
-      "Tensor? edit_index, Tensor? edit_left, Tensor? edit_right, bool return_writes) -> (Tensor o, Tensor right)");
+      "Tensor? edit_index, Tensor? edit_left, Tensor? edit_right, bool return_writes) "
+      "-> (Tensor o, Tensor right, Tensor first_nonfinite)");
   m.def(
       "encode_topk(Tensor decay, Tensor left, Tensor right, Tensor heads, Tensor v_enc, Tensor w_enc, Tensor? b_enc, "
       "int k, Tensor? carry, Tensor? cu_seqlens, Tensor? edit_index, Tensor? edit_left, Tensor? edit_right, "

@@ -38,36 +38,37 @@ SelectiveScanParams inputs(const char* op, const Tensor& x, const Tensor& dt, co
   return p;
 }
 
-// Outputs of x's shape (o, right), and the kernel run.
-std::tuple<Tensor, Tensor> run(SelectiveScanParams& p, const Tensor& x, bool return_writes) {
+// Outputs of x's shape (o, right), where right is first not finite, and the kernel run.
+std::tuple<Tensor, Tensor, Tensor> run(SelectiveScanParams& p, const Tensor& x, bool return_writes) {
   Tensor o = empty({p.B, p.T, p.V}, x.scalar_type());
   Tensor right = return_writes ? empty({p.B, p.T, p.V}, ScalarType::Float) : empty({0}, ScalarType::Float);
+  Tensor first_nonfinite = empty({return_writes ? p.B : 0}, ScalarType::Long);
   p.o = o.mutable_data_ptr();
   p.right = return_writes ? floats(right) : nullptr;
+  p.first_nonfinite = return_writes ? integers(first_nonfinite) : nullptr;
 #if WRITESAE_SIDE == 0
   cpu::selective_scan::forward(p, torch_threads());
 #else
   const Workspace workspace(cuda::selective_scan::forward_workspace(p));
   cuda::selective_scan::forward(p, workspace.data(), stream());
 #endif
-  return {o, right};
+  return {o, right, first_nonfinite};
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> selective_scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C,
-                                                          std::optional<Tensor> D, std::optional<Tensor> initial_state,
-                                                          std::optional<Tensor> cu_seqlens, std::optional<Tensor> edit_index,
-                                                          std::optional<Tensor> edit_left, std::optional<Tensor> edit_right,
-                                                          std::optional<Tensor> snapshots, bool return_writes) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> selective_scan(
+    Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, std::optional<Tensor> D, std::optional<Tensor> initial_state,
+    std::optional<Tensor> cu_seqlens, std::optional<Tensor> edit_index, std::optional<Tensor> edit_left,
+    std::optional<Tensor> edit_right, std::optional<Tensor> snapshots, bool return_writes) {
   const OnDeviceOf device(x);
   std::vector<Tensor> keep;
   SelectiveScanParams p = inputs("selective_scan", x, dt, A, B, C, D, initial_state, cu_seqlens, edit_index, edit_left,
                                  edit_right, snapshots, keep);
   Tensor final_state = empty({p.N, 1, p.K, p.V}, ScalarType::Float), shots = empty({p.P, 1, p.K, p.V}, ScalarType::Float);
   p.final_state = floats(final_state), p.snapshots = floats(shots);
-  auto [o, right] = run(p, x, return_writes);
-  return {o, final_state, right, shots};
+  auto [o, right, first_nonfinite] = run(p, x, return_writes);
+  return {o, final_state, right, shots, first_nonfinite};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selective_scan_backward(
@@ -112,10 +113,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 }
 
 // One token of every row: the forward at T = 1, from and to one state.
-std::tuple<Tensor, Tensor> selective_scan_step(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor state,
-                                               std::optional<Tensor> D, std::optional<Tensor> edit_index,
-                                               std::optional<Tensor> edit_left, std::optional<Tensor> edit_right,
-                                               bool return_writes) {
+std::tuple<Tensor, Tensor, Tensor> selective_scan_step(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor state,
+                                                       std::optional<Tensor> D, std::optional<Tensor> edit_index,
+                                                       std::optional<Tensor> edit_left, std::optional<Tensor> edit_right,
+                                                       bool return_writes) {
   const char* op = "selective_scan_step";
   const OnDeviceOf device(x);
   std::vector<Tensor> keep;

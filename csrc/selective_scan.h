@@ -22,11 +22,12 @@ struct SelectiveScanParams {
   const int64_t* cu_seqlens;   // [N + 1] or null; then B = 1
   EditList edits;              // of head 0
   int64_t P;
-  const int64_t* places;  // [P, 2]  (row, position)
-  void* o;                // [B, T, V] of x's type
-  float* final_state;     // [N, K, V]
-  float* right;           // [B, T, V] u as written, or null
-  float* snapshots;       // [P, K, V]
+  const int64_t* places;     // [P, 2]  (row, position)
+  void* o;                   // [B, T, V] of x's type
+  float* final_state;        // [N, K, V]
+  float* right;              // [B, T, V] u as written, or null
+  float* snapshots;          // [P, K, V]
+  int64_t* first_nonfinite;  // [B] or null: as in scan.h
 };
 
 // Gradients of everything it returns with respect to everything it takes. States are computed once more; a write that was

@@ -135,6 +135,7 @@ class Workspace {
 };
 
 inline float* floats(const Tensor& x) { return static_cast<float*>(x.mutable_data_ptr()); }
+inline int64_t* integers(const Tensor& x) { return static_cast<int64_t*>(x.mutable_data_ptr()); }
 
 inline void check_heads(const char* op, int64_t Hk, int64_t H, int64_t K, int64_t V) {
   STD_TORCH_CHECK(Hk > 0 && H % Hk == 0, op, ": the key heads (", Hk, ") must divide the value heads (", H, ")");

@@ -1,11 +1,12 @@
-"""Compiles the CUDA kernels for the CPU: the host twin, a library of operators that only tests load.
+"""Compiles the CUDA kernels for the CPU: the host twin, a library of operators that only tests load, and a module of
+Python through which they set it and read what it measures (csrc/test/twin_module.cpp).
 
     python scripts/build_twin.py [--sanitize] [--plant N]
 
-Prints the library's path. Needs a C++ compiler and torch, no CUDA. Only what changed is compiled. With --sanitize,
-under the address and undefined-behaviour sanitizers (then libasan must be preloaded into Python), whose objects the C++
-checks link, too (CMakeLists.txt); --plant compiles one
-of the kernels' planted faults (WRITESAE_PLANT) in, for the test that such faults are found.
+Prints the library's path. Needs a C++ compiler, torch and Python's headers, no CUDA. Only what changed is compiled.
+With --sanitize, under the address and undefined-behaviour sanitizers (then libasan must be preloaded into Python),
+whose objects the C++ checks link, too (CMakeLists.txt); --plant compiles one of the kernels' planted faults
+(WRITESAE_PLANT) in, for the test that such faults are found.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import shlex
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -45,7 +47,7 @@ def build(sanitize: bool = False, plant: int = 0, quiet: bool = True) -> Path:
     headers = [p for pattern in ("*.h", "cuda/*.h", "cuda/*.cuh") for p in csrc.glob(pattern)]
     newest = max(p.stat().st_mtime for p in (*headers, Path(__file__)))
     sources = [*(csrc / "cuda" / name for name in kernels()), *(csrc / name for name in both_sides())]
-    sources += sorted((csrc / "cuda").glob("*.cpp"))
+    sources += [*sorted((csrc / "cuda").glob("*.cpp")), csrc / "test" / "twin_module.cpp"]
 
     def run(command: list[str]) -> None:
         if not quiet:
@@ -58,7 +60,8 @@ def build(sanitize: bool = False, plant: int = 0, quiet: bool = True) -> Path:
         to = folder / (source.name + ".o")
         if to.exists() and to.stat().st_mtime > max(newest, source.stat().st_mtime):
             return to, False
-        own = ["-O3"] if source.name == "host_twin.cpp" else []  # switches and products: where tests spend their time
+        own = ["-O3"] if source.name.startswith("host_twin") else []  # switches, products: where tests spend their time
+        own += [f"-isystem{sysconfig.get_paths()['include']}"] if source.name == "twin_module.cpp" else []
         run([*compiler, *flags, *own, "-x", "c++", "-c", str(source), "-o", str(to)])
         return to, True
 

@@ -1,14 +1,10 @@
 """Fixtures every test file may use, and what the operators' tests run on."""
 
-import sys
-from pathlib import Path
-
+import host_twin
 import pytest
 import rules
 import targets
 import torch
-
-from writesae._library import load_twin
 
 
 def pytest_addoption(parser):
@@ -36,15 +32,10 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(scope="session")
 def twin(request):
-    """The operators of the CUDA kernels' host twin: the one that was given, else built here."""
-    path = request.config.getoption("--twin")
-    if path is None:
-        sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-        from build_twin import build
-
-        path = build()
-    load_twin(path)
-    return torch.ops.writesae_twin
+    """The host twin's module (csrc/test/twin_module.cpp), where a twin was given."""
+    if request.config.getoption("--twin") is None:
+        pytest.skip("no host twin (--twin PATH)")
+    return host_twin.module()
 
 
 @pytest.fixture

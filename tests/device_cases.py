@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
@@ -154,6 +156,42 @@ def test_nan_is_named():
                 model(device.move(tokens(2, 12)))
 
 
+def test_nan_of_the_first_layer_is_named():
+    """Of layers on two devices that broke, the earlier; places of a packed batch are those of its sequences."""
+    model = tiny_model()
+    device = SimulatedDevice()
+    with device:
+        spread(device, model)
+        for layer in (0, 3):
+            weight = model.model.layers[layer].linear_attn.in_proj_qkv.weight
+            with torch.no_grad():
+                weight.inner[-1, 0] = float("nan")
+        with pytest.raises(ValueError, match="layer 0, first at row 0, position 0, head 3"):
+            with torch.no_grad(), writesae.attach(model, dictionaries(), self_test=False):
+                model(device.move(tokens(2, 12)))
+
+
+@pytest.mark.parametrize("place, devices", [(SimulatedDevice.move, 1), (spread, 2)], ids=["one", "two"])
+def test_the_check_is_a_copy_a_call(place, devices):
+    """The rule has found what there is to find: for all layers of a device one operation joins it and one copies it."""
+    ids, ran = tokens(2, 12), []
+    for check in (False, True):
+        model, device = tiny_model(), SimulatedDevice()
+        with device:
+            place(device, model)
+            with torch.no_grad(), writesae.attach(model, dictionaries(), check_finite=check, self_test=False) as tap:
+                given = device.move(ids)
+                device.forget()
+                for _ in range(2):
+                    model(given)
+                ran.append(Counter(name for (name, _), n in device.launches.items() for _ in range(n)))
+                assert len(tap.firings)
+    # Where a device has one such layer, there is nothing to join.
+    joined = 2 if devices == 1 else 0
+    assert ran[1] - ran[0] == Counter({"aten.cat.out": joined, "aten._to_copy.default": 2 * devices}) + Counter()
+    assert not ran[0] - ran[1]
+
+
 def test_device_refuses_mixing():
     with SimulatedDevice() as device:
         x = device.move(torch.ones(3))
@@ -192,12 +230,14 @@ def test_fork_engine(family, layers, layer, place):
     assert all(float(x.inner.nan_to_num().abs().max()) == 0 for x in got["native"])
 
 
+@pytest.mark.parametrize("pads", [0, 5])
 @pytest.mark.parametrize("place", [SimulatedDevice.move, spread], ids=["one", "several"])
-def test_collection_feeds_the_next_batch_first(monkeypatch, place):
+def test_collection_feeds_the_next_batch_first(monkeypatch, place, pads):
     """A source on a device begins the next batch before the last one's firings are there, and does not wait."""
     monkeypatch.setattr(torch, "inference_mode", torch.no_grad)  # which wrappers of tensors cannot enter
     model, batches = tiny_model(), [tokens(2, 12, seed=i) for i in range(3)]
     mask = torch.ones(2, 12, dtype=torch.int64)
+    mask[0, 12 - pads :] = 0
     saes = {(layer, head): SAE(K, V, F, 3, layer=layer, head=head) for layer, head in SITES}
     with ModelSource(model, saes, accelerate=True) as source:
         expected = [source.firings(ids, mask).sort() for ids in batches]

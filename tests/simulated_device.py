@@ -3,13 +3,14 @@
 Inside `SimulatedDevice`, tensors made on or moved to a device "simulated:0" or "simulated:1" are wrappers that say so
 and compute on the CPU. An operation that mixes them, or one with CPU tensors, fails as it would on a GPU, and
 everything that makes the host wait for the device (a value read back, a size that depends on data, a blocking copy) is
-written down with the line that asked for it. torch's "cuda" cannot be had without a build for it, so the device is
-torch's one for backends in Python; the process is marked by it, so tests use it in a process of their own.
+written down with the line that asked for it. What a GPU would be told to do (kernels, copies) is counted. torch's
+"cuda" cannot be had without a build for it, so the device is torch's one for backends in Python; the process is marked
+by it, so tests use it in a process of their own.
 """
 
 from __future__ import annotations
 
-import traceback
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -42,6 +43,11 @@ _WAITS = {
     _aten.repeat_interleave.Tensor,
 }  # fmt: skip
 _COPIES = {_aten._to_copy.default, _aten.copy_.default}
+# Operations that compute nothing, beside those whose result is a view of their input.
+_FREE = {
+    _aten.empty.memory_format, _aten.empty_strided.default, _aten.empty_like.default, _aten.new_empty.default,
+    _aten.new_empty_strided.default, _aten._unsafe_view.default, _aten._local_scalar_dense.default, _aten.equal.default,
+}  # fmt: skip
 _INDEXING = {_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default, _aten._index_put_impl_.default}
 
 
@@ -73,12 +79,28 @@ def _numbered(device) -> torch.device:
     return DEVICES[torch.device(device).index or 0]
 
 
+def _is_view(func) -> bool:
+    """Whether its result is another look at its input's memory."""
+    found = func._schema.returns
+    return bool(found) and all(x.alias_info is not None and not x.alias_info.is_write for x in found)
+
+
 class SimulatedDevice(TorchDispatchMode):
-    """The devices, while active. `waits`: `Counter` of (operation, "file:line in function") that made the host wait."""
+    """The devices, while active.
+
+    Attributes:
+        waits: `Counter` of (operation, "file:line in function") that made the host wait.
+        launches: `Counter` of (operation, "file:line in function") that a GPU would be given to do: one for each
+            operation that computes or copies on the device, which is the least it can be; views and memory are free. An
+            operator of this package counts one too: how many kernels it has is not seen here.
+        to_host: bytes copied to the host, and `copies_to_host` in how many copies.
+    """
 
     def __init__(self):
         super().__init__()
         self.waits: Counter = Counter()
+        self.launches: Counter = Counter()
+        self.to_host = self.copies_to_host = 0
         self._before: list[bool] = []
 
     def __enter__(self):
@@ -103,15 +125,26 @@ class SimulatedDevice(TorchDispatchMode):
                     module._buffers[name] = self.move(b, index)
         return x
 
+    def forget(self) -> None:
+        """Counts from 0."""
+        self.waits.clear()
+        self.launches.clear()
+        self.to_host = self.copies_to_host = 0
+
     def _wait(self, what: str) -> None:
-        for frame in reversed(traceback.extract_stack()):
-            if "/torch/" in frame.filename or frame.filename == __file__:
-                continue
-            if frame.filename.startswith(_PACKAGE):
-                self.waits[what, f"{Path(frame.filename).name}:{frame.lineno} {frame.name}"] += 1
-                return
-            break
-        self.waits[what, "elsewhere"] += 1
+        self.waits[what, self._place()] += 1
+
+    @staticmethod
+    def _place() -> str:
+        """The line of this package that asks, or "elsewhere"."""
+        frame = sys._getframe(1)
+        while frame is not None:
+            name = frame.f_code.co_filename
+            if "/torch/" not in name and name != __file__:
+                here = name.startswith(_PACKAGE)
+                return f"{Path(name).name}:{frame.f_lineno} {frame.f_code.co_name}" if here else "elsewhere"
+            frame = frame.f_back
+        return "elsewhere"
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -136,11 +169,16 @@ class SimulatedDevice(TorchDispatchMode):
         inner_kwargs.pop("pin_memory", None)
         if func is _aten.histc.default and not inner_args[0].is_floating_point():  # a GPU has it for integers
             inner_args = (inner_args[0].float(), *inner_args[1:])
+        if func not in _FREE and not _is_view(func):
+            self.launches[str(func), self._place()] += 1
         out = func(*inner_args, **inner_kwargs)
         if func in _COPIES and func is not _aten.copy_.default:
             if out is tree_flatten(inner_args)[0][0]:
                 out = out.clone()
         if to_host:
+            if func in _COPIES:
+                self.to_host += out.nbytes
+                self.copies_to_host += 1
             return out
         # An in-place operation returns the tensor it was given.
         known = {id(x.inner): x for x in ours}

@@ -15,12 +15,12 @@ ptxas info    : Compiling entry function '_ZN8writesae4cuda4walkINS_4tile4bf16EL
 ptxas info    : Function properties for _ZN8writesae4cuda4walkINS_4tile4bf16ELi128ELb1EEEvNS0_7ProblemE
     672 bytes stack frame, 668 bytes spill stores, 1080 bytes spill loads
 ptxas info    : Used 255 registers, used 1 barriers, 672 bytes cumulative stack size, 776 bytes cmem[0]
-ptxas info    : Compiling entry function '_ZN8writesae4cuda4joinILi64EEEvNS0_7ProblemEi' for 'sm_90a'
+ptxas info    : Compiling entry function '_ZN8writesae4cuda4joinILi64EEEvNS0_7ProblemEi' for 'sm_90'
 ptxas info    : Function properties for _ZN8writesae4cuda4joinILi64EEEvNS0_7ProblemEi
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 40 registers, used 1 barriers, 4096 bytes smem
 """
-KERNEL, ARCHS = "walk<bf16, 128, true>", tuple(check_ptxas.SHARED)
+KERNEL, ARCHS = "walk<bf16, 128, true>", check_ptxas.REQUIRED
 
 
 def usage(**change):
@@ -32,10 +32,25 @@ def table(found, nvcc="13.0.88", may_spill=None):
     return {"nvcc": nvcc, "may_spill": may_spill or {}, "kernels": check_ptxas.rows(found)}
 
 
+@pytest.mark.parametrize(
+    "architectures, expected",
+    [
+        ("80 90 100 90-ptx", ["80,code=[sm_80]", "90,code=[sm_90,sm_100,compute_90]"]),
+        ("89", ["89,code=[sm_89]"]),
+        ("100 120", ["100,code=[sm_100,sm_120]"]),
+        ("90a 90", ["90a,code=[sm_90a]", "90,code=[sm_90]"]),
+        ("86 80 80-ptx", ["80,code=[sm_86,sm_80,compute_80]"]),
+    ],
+)
+def test_architectures_share_what_can_be_shared(architectures, expected):
+    found = check_ptxas.sources.architecture_flags(architectures)
+    assert found == [f"-gencode=arch=compute_{x}" for x in expected]
+
+
 def test_report_is_read(tmp_path):
     (tmp_path / "x.ptxas.txt").write_text(REPORT)
     assert check_ptxas.gather(tmp_path) == {
-        "join<64>": {"sm_90a": usage(registers=40, shared=4096)},
+        "join<64>": {"sm_90": usage(registers=40, shared=4096)},
         KERNEL: {"sm_80": usage(registers=255, stack=672, spill_stores=668, spill_loads=1080)},
     }
 
@@ -75,9 +90,17 @@ def test_spills_need_a_reason():
 def test_every_architecture_and_kernel_is_there():
     found = {KERNEL: {arch: usage() for arch in ARCHS}}
     assert check_ptxas.check({KERNEL: {"sm_80": usage()}}, table(found), "13.0.88")[0] == [
-        f"{KERNEL} was not compiled for sm_100a", f"{KERNEL} was not compiled for sm_90a",
+        f"{KERNEL} was not compiled for sm_90", f"{KERNEL} was not compiled for sm_100",
     ]  # fmt: skip
     assert "in the table only" in check_ptxas.check({}, table(found), "13.0.88")[0][0]
+
+
+def test_a_file_may_have_an_architecture_of_its_own(monkeypatch):
+    monkeypatch.setattr(check_ptxas, "SPECIAL", {"sm_90a"})
+    found = {KERNEL: {arch: usage() for arch in ARCHS}, "wide<64>": {"sm_90a": usage()}}
+    assert check_ptxas.check(found, table(found), "13.0.88") == ([], [])
+    found["wide<64>"] = {"sm_80": usage()}
+    assert any("wide<64> was not compiled for sm_90" in x for x in check_ptxas.check(found, table(found), "13.0.88")[0])
 
 
 def test_the_committed_table():
@@ -87,7 +110,10 @@ def test_the_committed_table():
     assert len(committed["kernels"]) > 100
     spilling = set()
     for kernel, archs in committed["kernels"].items():
-        assert archs.keys() == check_ptxas.SHARED.keys()
+        assert archs.keys() == set(ARCHS) or archs.keys() <= check_ptxas.SPECIAL
         spilling |= {kernel for used in archs.values() if check_ptxas.Usage(*used).spill_loads}
     assert spilling == committed["may_spill"].keys()
-    assert all(", 256" in kernel or "dplr::" in kernel for kernel in spilling)  # two writes a token need more
+    # Two writes a token need more; what `join` and float32 gradients of a channel gate keep elsewhere are addresses,
+    # outside the loops of products.
+    may = (", 256", "dplr::", "join<", "gradients_channels<gated_delta_rule::ChannelRule, float, 64")
+    assert all(any(part in kernel for part in may) for kernel in spilling), spilling

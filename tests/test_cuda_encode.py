@@ -3,6 +3,7 @@ sequences cut into segments, shared memory. On the host twin and the GPU (see ta
 
 from __future__ import annotations
 
+import host_twin
 import pytest
 import torch
 from targets import DEVICES
@@ -138,10 +139,11 @@ def test_no_bank_conflicts(device_target):
     if device_target.kind != "twin":
         pytest.skip("the host twin counts them")
     writes, v, w, b, k, heads = build(CASES["grouped"])
-    torch.ops.writesae_twin.statistics()
-    run(device_target, encode, *float32(writes, v, w, b), k=k, heads=heads)
-    launches, _, _, products, loads, conflicts, _, shared = torch.ops.writesae_twin.statistics()
-    assert launches == 3 and products > 0 and loads == conflicts == 0 and shared <= 227 * 1024
+    with host_twin.counted() as counts:
+        run(device_target, encode, *float32(writes, v, w, b), k=k, heads=heads)
+    assert counts.total("launches") == 3 and counts.total("products") > 0
+    assert counts.total("matrix_loads") == counts.total("conflicts") == 0
+    assert counts.total("shared_bytes_taken") <= 227 * 1024
 
 
 def test_sizes(device_target, record_property):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import host_twin
 import pytest
 import rules
 import torch
@@ -111,7 +112,7 @@ def test_no_bank_conflicts(dtype, case):
     twin = next((target for target in targets(case, "devices") if target.kind == "twin"), None)
     if twin is None:
         pytest.skip("the host twin counts them")
-    torch.ops.writesae_twin.statistics()
-    rules.run(case, twin, case.make(1, 130, 1, 2, 128, 128, dtype))
-    _, _, _, products, _, conflicts, _, shared = torch.ops.writesae_twin.statistics()
-    assert products > 1000 and conflicts == 0 and shared < 227 * 1024
+    with host_twin.counted() as counts:
+        rules.run(case, twin, case.make(1, 130, 1, 2, 128, 128, dtype))
+    assert counts.total("products") > 1000 and counts.total("conflicts") == 0
+    assert counts.total("shared_bytes_taken") < 227 * 1024

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+CASES = {"device_cases": 15, "device_count_cases": 13, "device_firing_cases": 16, "device_training_cases": 8}
 
-@pytest.mark.parametrize("name, cases", [("device_cases", 12), ("device_training_cases", 8)])
+
+@pytest.mark.parametrize("name, cases", CASES.items())
 def test_on_a_device(name, cases):
     folder = Path(__file__).parent
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder / f"{name}.py")]

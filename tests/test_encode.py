@@ -422,3 +422,18 @@ def test_float64_says_that_it_takes_the_reference():
     with pytest.warns(RuntimeWarning, match="encode: running the slow token-by-token reference.*float64"):
         codes = encode(writes, v, w, b, k=k)
     assert codes.values.dtype == torch.float64
+
+
+@pytest.mark.parametrize("heads", [[0, 1, 2, 3], [3, 1]])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_activations_of_whole_states(monkeypatch, heads, rows):
+    """What a device reads off states, all heads and rows together and some rows at a time."""
+    encode = sys.modules["writesae.ops.encode"]
+    g = torch.Generator().manual_seed(0)
+    v, w = (torch.randn(len(heads), 7, 2, size, generator=g, dtype=torch.float64) for size in (5, 3))
+    state = torch.randn(rows, 4, 5, 3, generator=g, dtype=torch.float64)
+    expected = torch.einsum("hfrk,hfrv,nhkv->nhf", v, w, state[:, heads])
+    for most in (encode._ROWS, 2 * len(heads) * 7 * 2 * 3, 1):
+        monkeypatch.setattr(encode, "_ROWS", most)
+        torch.testing.assert_close(encode._of_states(v, w, state, heads), expected)
+    torch.testing.assert_close(encode._StateActivations.apply(v, w, state, heads), expected)

@@ -71,7 +71,7 @@ def test_opcheck_backward(case):
     outputs = operator(case)(*given, True, *erase)
     gradients = [outputs[3], *(torch.randn_like(x) for x in outputs[:5]), *erase]
     if erase:
-        gradients += [None, None] if erase[0] is None else [outputs[5], torch.randn_like(outputs[5])]
+        gradients += [None, None] if erase[0] is None else [outputs[6], torch.randn_like(outputs[6])]
     torch.library.opcheck(operator(case, "_backward").default, (*given, *gradients))
     bad = [*given, *gradients]
     bad[14] = gradients[1][:, :5]

@@ -272,8 +272,8 @@ def test_every_public_function_has_an_entry():
     assert functions == {name.split(",")[0] for name in CASES} | {"first_nonfinite"}
 
 
-def _of_floats(name):
-    """(operator of its floating arguments alone, these)."""
+def _of_floats(name, integers=True):
+    """(operator of its floating arguments alone, these). integers: whether it returns those too."""
     operator, arguments = _operators()[name], _arguments_of()[name]
     which = [i for i, x in enumerate(arguments) if isinstance(x, torch.Tensor) and x.is_floating_point()]
 
@@ -283,7 +283,8 @@ def _of_floats(name):
             full[i] = x
         found = operator(*full)
         found = (found,) if isinstance(found, torch.Tensor) else found
-        return tuple(x for x in found if x.numel())  # what was not asked for comes out empty
+        kept = (x for x in found if integers or x.is_floating_point())
+        return tuple(x for x in kept if x.numel())  # what was not asked for comes out empty
 
     return call, tuple(arguments[i] for i in which)
 
@@ -312,7 +313,7 @@ def _selective_reference(*inputs):
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operators_differentiate_or_refuse(name, asked):
     """Right means: as the public function, whose reference the tests above know."""
-    call, inputs = _of_floats(name)
+    call, inputs = _of_floats(name, integers=False)
     transform = (forward_ad, grad, backward)[asked]
     if OPERATORS[name][asked] is not RIGHT:
         for one in range(len(inputs)):  # each alone: a guard must look at all

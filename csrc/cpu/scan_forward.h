@@ -9,6 +9,7 @@
 #include <thread>
 #include <vector>
 
+#include "cpu/first_nonfinite.h"
 #include "cpu/isa.h"
 #include "cpu/scan_form.h"
 #include "cpu/scratch.h"
@@ -282,11 +283,15 @@ void forward_of(const ScanParams& p, const Parallel& parallel) {
 template <class Rule>
 void forward(const ScanParams& p, const Parallel& parallel) {
   of_gate<Rule>(p.channel_gate, [&](auto form) { forward_of<decltype(form)>(p, parallel); });
+  if (p.first_nonfinite == nullptr) return;
+  note_first_nonfinite({p.B, p.T, p.H, p.V, p.right, p.erased, p.first_nonfinite}, p.N, p.cu_seqlens, p.edits, p.K,
+                       p.final_state);
 }
 
 template <class Rule>
 void step(const ScanStepParams& p, const Parallel& parallel) {
   of_gate<Rule>(p.channel_gate, [&](auto form) { one_token<decltype(form)>(p, parallel, [](int64_t, float*) {}); });
+  if (p.first_nonfinite != nullptr) note_first_nonfinite({p.B, 1, p.H, p.V, p.right, p.erased, p.first_nonfinite});
 }
 
 }  // namespace writesae::cpu::scan

@@ -8,6 +8,7 @@
 #include <limits>
 #include <vector>
 
+#include "cpu/first_nonfinite.h"
 #include "cpu/isa.h"
 #include "cpu/scratch.h"
 #include "cpu/selective_scan_sequences.h"
@@ -35,6 +36,9 @@ void forward(const SelectiveScanParams& p, const Parallel& parallel) {
     const int64_t channel = i % blocks * width;
     forward_block(p, sequences.at(i / blocks), channel, std::min(width, p.V - channel), memory + worker * size);
   });
+  if (p.first_nonfinite == nullptr) return;
+  note_first_nonfinite({p.B, p.T, 1, p.V, p.right, nullptr, p.first_nonfinite}, p.N, p.cu_seqlens, p.edits, p.K,
+                       p.final_state);
 }
 
 }  // namespace writesae::cpu::selective_scan

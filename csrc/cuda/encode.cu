@@ -56,7 +56,7 @@ Machine machine() {
   }
   return it;
 #else
-  return {132, 227 * 1024, 228 * 1024};  // an H100
+  return {tile::multiprocessors(), static_cast<int>(tile::shared_limit()), static_cast<int>(tile::processor_shared())};
 #endif
 }
 

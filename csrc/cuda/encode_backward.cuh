@@ -27,7 +27,9 @@ constexpr int BACKWARD_THREADS = BACKWARD_WARPS * tile::WARP;
 constexpr int TAIL_FEATURES = 64;
 constexpr int TAIL_SEQUENCES = 1024;  // side by side, at most
 
+// Rows that a block owns, and fewer of them where a device has less shared memory a block.
 __host__ __device__ constexpr int owned_rows(int depth) { return depth > 128 ? 32 : 64; }
+__host__ __device__ constexpr int fewer_rows(int depth) { return depth > 64 ? 32 : 64; }
 
 // lambda of at most TOKENS tokens and FEATURES features, rows of tokens in shared memory.
 template <int TOKENS_, int FEATURES_>
@@ -98,10 +100,10 @@ __device__ __forceinline__ int64_t offset(const View& x, int64_t a, int64_t b, i
   return a * x.stride[0] + b * x.stride[1] + c * x.stride[2] + d * x.stride[3];
 }
 
-template <int D, bool FEATURES_OWN>
+template <int D, int OWN, bool FEATURES_OWN>
 __global__ void __launch_bounds__(BACKWARD_THREADS, 1)
     encode_backward_kernel(EncodeBackwardParams p, const Segment* segments, int count, int each, const float* tails) {
-  constexpr int OWN = owned_rows(D), BLOCK_ROWS = OWN / 16, GROUPS = 4 / BLOCK_ROWS;
+  constexpr int BLOCK_ROWS = OWN / 16, GROUPS = 4 / BLOCK_ROWS;
   constexpr int PRODUCT_PAIRS = OTHERS / 16 / GROUPS;  // pairs of 16 x 8 tiles of S a warp
   constexpr int OUT_PAIRS = D / 16 / GROUPS;
   using Op = Operand<float>;
@@ -228,7 +230,7 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, 1)
       const float* tail = tails + (int64_t{mine} * e.Hs + h) * F + first;
       for (int f = tile::thread(); f < OTHERS; f += BACKWARD_THREADS) lambda.carry[f] = f < n ? tail[f] : 0.0f;
       tile::sync();
-      lambda.fill(p, segment, h, head, first);
+      lambda.fill(p, segments[tile::fresh(mine)], h, head, first);  // read again, which costs no registers meanwhile
       // Tokens of the tile past the segment's end: their rows of x are zero, and lambda there is zero too.
       for (int r = 0; r < rank; r++) {
         load_features(y, Others{}, first, n, r);
@@ -238,6 +240,7 @@ __global__ void __launch_bounds__(BACKWARD_THREADS, 1)
     }
   }
 
+  if constexpr (!FEATURES_OWN) segment = segments[tile::fresh(mine)];
 #pragma unroll
   for (int n = 0; n < 2 * OUT_PAIRS; n++)
 #pragma unroll

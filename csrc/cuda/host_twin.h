@@ -7,13 +7,19 @@
 // and copies, more shared memory than was asked for at launch, copies nobody waited for. Every piece of shared memory is an
 // allocation of its own, full of NaN, so that the address sanitizer sees the first byte past its end and an element that
 // nobody wrote spoils the result. The target of an asynchronous copy is NaN until the copy is waited for.
-// What this cannot show: PTX, timing, and rounding inside the matrix units (sums here are plain float sums).
+// What this cannot show: PTX, timing. Sums inside matrix products are plain float sums, or cut off as the hardware's are
+// (`Settings::truncating`, host_twin_units.cpp).
+// It measures (`statistics`), by the name of a launch. Launches of several threads wait for each other, so that everything
+// here is of one thread at a time; what reads or sets it from outside holds `lock`.
 #pragma once
 
 #include <cmath>
 #include <cstring>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #define __global__
 #define __device__
@@ -34,14 +40,41 @@ namespace twin {
 
 enum class Schedule { forward, reverse };
 
-// What ran since `reset`. Rows of a matrix load that share banks cost a pass each: `conflicts` counts the passes beyond one.
-struct Statistics {
-  int64_t launches = 0, blocks = 0, barriers = 0, products = 0, matrix_loads = 0, conflicts = 0, copies = 0;
-  int64_t shared_bytes = 0;  // largest of a block
+// What the kernels run on: an H100 unless told otherwise.
+struct Machine {
+  int multiprocessors = 132, architecture = 90;  // 80: rounds to tf32 with ties away from zero, and sums in shorter blocks
+  size_t block_shared = 227 * 1024, processor_shared = 228 * 1024;  // bytes of shared memory
 };
 
-extern Schedule schedule;
-extern Statistics statistics;
+struct Settings {
+  Schedule schedule = Schedule::forward;
+  bool truncating = false;  // sums of matrix products are cut off as the machine's are
+  Machine machine;
+};
+
+// Of the launches of one name. Rows of a matrix load that share banks cost a pass each: `conflicts` counts the passes beyond
+// one. What kernels read and write by plain loads and stores is not seen.
+struct Statistics {
+  int64_t launches = 0, blocks = 0, barriers = 0;
+  int64_t products = 0, multiply_adds = 0;                  // of matrix units
+  int64_t matrix_loads = 0, conflicts = 0;                  // of 8 x 8 matrices
+  int64_t copies = 0, copied_bytes = 0;                     // asynchronous: all, and what was read from global memory
+  int64_t shared_bytes_read = 0, shared_bytes_written = 0;  // by matrix loads, by asynchronous copies
+  int64_t shared_bytes_taken = 0, shared_bytes_asked = 0;   // by the block that took most, at the launch that asked most
+  std::map<std::string, int64_t, std::less<>> own;          // what kernels `count`, and the bytes copied of what is watched
+};
+
+// Memory whose asynchronous copies are counted apart, under "bytes of <name>".
+struct Watched {
+  std::string name;
+  const char* begin;
+  size_t bytes;
+};
+
+extern std::mutex lock;  // not held inside a kernel's own thread
+extern Settings settings;
+extern std::map<std::string, Statistics> statistics;
+extern std::vector<Watched> watched;
 
 struct Place {
   const char* file;
@@ -64,14 +97,48 @@ using Act = void (*)(void** args, int count);
 void meet(bool all, const char* what, Place place, void* args, Act act);
 void meet_named(int id, int threads, Place place);
 [[noreturn]] void fail(const std::string& message, Place place);
+[[noreturn]] void fail_of(const std::string& who, const std::string& message, Place place);  // no running thread's
+Statistics& counts();                                                                        // of the running launch
 
-// Runs body(context) as every thread of every block.
-void run(const char* name, Grid grid, int threads, size_t shared, void (*body)(void*), void* context);
+// What goes on beside the threads of a cluster: see host_twin_hopper.cpp.
+struct Beside {
+  void (*begin)();        // before its threads
+  bool (*advance)();      // no thread can go on: ends something that is under way; false if nothing is
+  void (*thread_ends)();  // on the thread
+  void (*end)();          // after the last thread
+};
+
+// Runs body(context) as every thread of every block. Blocks run one after another; those of a cluster (as many as `cluster`
+// along x) together.
+void run(const char* name, Grid grid, int threads, size_t shared, void (*body)(void*), void* context, int cluster = 1,
+         const Beside* beside = nullptr);
+
+// ---- for host_twin_hopper.cpp ---------------------------------------------------------------------------------------
+
+int cluster_blocks();
+int cluster_rank();                                                                   // of the running thread's block
+bool ended(int rank);                                                                 // whether all threads of a block have
+void meet_warpgroup(const char* what, Place place, void* args, Act act);              // four warps, the first divisible by 4
+void meet_cluster(Place place);                                                       // all threads of all its blocks
+void wait_until(bool (*holds)(void*), void* context, const char* what, Place place);  // asked again and again
+
+// Shared memory as the device numbers it: a piece's first byte is a multiple of 128, and of no more by itself.
+uint32_t shared_number(const void* p, Place place);
+char* at_number(int rank, uint32_t number, size_t bytes, Place place);  // fails unless all of it is in one piece
+struct Memory {
+  char* data;
+  size_t bytes;
+};
+Memory piece_of(const char* p);              // of any block of the cluster
+void for_each_piece(void (*visit)(Memory));  // of the running thread's block
 
 inline void check_alignment(const void* p, size_t bytes, const char* what, Place place) {
   if (reinterpret_cast<uintptr_t>(p) % bytes != 0)
     fail(std::string(what) + ": address not aligned to " + std::to_string(bytes) + " bytes", place);
 }
+
+// d [16][8] += a b, a [16][depth], b [depth][8], summed as `settings` say. What a matrix unit takes as tf32 is given cut to it.
+void add_product(float* d, const float* a, const float* b, int depth);
 
 void multiply_16(void** args, int count, bool half);
 void multiply_tf32(void** args, int count);
@@ -88,6 +155,8 @@ inline int block_y() { return static_cast<int>(twin::block(1)); }
 inline int block_z() { return static_cast<int>(twin::block(2)); }
 inline int grid_x() { return static_cast<int>(twin::grid(0)); }
 inline int grid_y() { return static_cast<int>(twin::grid(1)); }
+
+inline void count(const char* name, int64_t n = 1) { twin::counts().own[name] += n; }
 
 class Shared {
  public:
@@ -168,6 +237,12 @@ inline T atomic_max(T* p, T x) {
   return before;
 }
 template <class T>
+inline T atomic_min(T* p, T x) {
+  const T before = *p;
+  if (x < before) *p = x;
+  return before;
+}
+template <class T>
 inline T atomic_exchange(T* p, T x) {
   const T before = *p;
   *p = x;
@@ -194,11 +269,7 @@ inline uint32_t pack_bf16(float low, float high) {
   return to_bf16(low).bits | static_cast<uint32_t>(to_bf16(high).bits) << 16;
 }
 inline uint32_t pack_f16(float low, float high) { return to_f16(low).bits | static_cast<uint32_t>(to_f16(high).bits) << 16; }
-inline uint32_t to_tf32(float x) {
-  const uint32_t bits = float_to_bits(x);
-  if ((bits & 0x7f800000u) == 0x7f800000u) return bits;
-  return (bits + 0x1000u) & 0xffffe000u;
-}
+uint32_t to_tf32(float x);
 inline float exponential(float x) { return std::exp(x); }
 inline float round_to_whole(float x) { return std::rint(x); }
 inline float reciprocal_root(float x) { return 1.0f / std::sqrt(x); }
@@ -266,9 +337,9 @@ inline void wait_copies() {
 
 // ---- launch ---------------------------------------------------------------------------------------------------------
 
-// An H100's.
-inline int multiprocessors() { return 132; }
-inline size_t shared_limit() { return 227 * 1024; }
+inline int multiprocessors() { return twin::settings.machine.multiprocessors; }
+inline size_t shared_limit() { return twin::settings.machine.block_shared; }
+inline size_t processor_shared() { return twin::settings.machine.processor_shared; }
 
 template <class... P, class... A>
 void launch(const char* name, void (*kernel)(P...), Grid grid, int threads, size_t shared, Stream, const A&... args) {
@@ -277,6 +348,7 @@ void launch(const char* name, void (*kernel)(P...), Grid grid, int threads, size
 }
 
 inline void read(void* to, const void* from, size_t bytes, Stream) { std::memcpy(to, from, bytes); }
-inline void zero(void* p, size_t bytes, Stream) { std::memset(p, 0, bytes); }
+inline void fill(void* p, int byte, size_t bytes, Stream) { std::memset(p, byte, bytes); }
+inline void zero(void* p, size_t bytes, Stream stream) { fill(p, 0, bytes, stream); }
 
 }  // namespace writesae::tile

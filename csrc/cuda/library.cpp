@@ -2,15 +2,9 @@
 // and is loaded before; compiled as the host twin, for CPU tensors in a namespace of its own, `writesae_twin`.
 #include <torch/csrc/stable/library.h>
 
-#include <string>
-#include <vector>
-
 #include "encode.h"
 #include "operators.h"
 #include "schemas.h"
-#if WRITESAE_SIDE == 2
-#include "cuda/tile.cuh"
-#endif
 
 namespace writesae {
 
@@ -27,24 +21,19 @@ void implement_device_operators(Module& m) {
   m.impl("encode_writes_backward", TORCH_BOX(&encode_writes_backward));
 }
 
+// Operators that nothing in the package calls, until a card has shown what they are worth: in a namespace of their own.
+template <class Module>
+void define_prototypes(Module& m) {
+  m.def("encode_product(Tensor v, Tensor left, str kernel, int cluster=1) -> Tensor");
+}
+
+template <class Module>
+void implement_prototypes(Module& m) {
+  m.impl("encode_product", TORCH_BOX(&encode_product));
+}
+
 #if WRITESAE_SIDE == 2
 namespace {
-
-// In which order threads and blocks run from now on: "forward" or "reverse".
-std::string schedule(std::string name) {
-  using tile::twin::Schedule;
-  STD_TORCH_CHECK(name == "forward" || name == "reverse", "schedule: expected forward or reverse, got ", name);
-  tile::twin::schedule = name == "reverse" ? Schedule::reverse : Schedule::forward;
-  return name;
-}
-
-// Sets all counts to zero, and returns what they were: launches, blocks, barriers, products, matrix loads, bank conflicts,
-// copies, largest shared memory of a block.
-std::vector<int64_t> statistics() {
-  const auto s = tile::twin::statistics;
-  tile::twin::statistics = {};
-  return {s.launches, s.blocks, s.barriers, s.products, s.matrix_loads, s.conflicts, s.copies, s.shared_bytes};
-}
 
 // Tokens of encode's segments from now on; 0 for the kernel's own choice.
 int64_t encode_segment(int64_t tokens) {
@@ -60,21 +49,23 @@ int64_t encode_segment(int64_t tokens) {
 #if WRITESAE_SIDE == 1
 
 STABLE_TORCH_LIBRARY_IMPL(writesae, CUDA, m) { writesae::implement_device_operators(m); }
+STABLE_TORCH_LIBRARY(writesae_prototypes, m) { writesae::define_prototypes(m); }
+STABLE_TORCH_LIBRARY_IMPL(writesae_prototypes, CUDA, m) { writesae::implement_prototypes(m); }
 
 #else
 
 STABLE_TORCH_LIBRARY(writesae_twin, m) {
   writesae::define_device_operators(m);
-  m.def("schedule(str name) -> str");
-  m.def("statistics() -> int[]");
+  writesae::define_prototypes(m);
   m.def("encode_segment(int tokens) -> int");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(writesae_twin, CPU, m) { writesae::implement_device_operators(m); }
+STABLE_TORCH_LIBRARY_IMPL(writesae_twin, CPU, m) {
+  writesae::implement_device_operators(m);
+  writesae::implement_prototypes(m);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(writesae_twin, CompositeExplicitAutograd, m) {
-  m.impl("schedule", TORCH_BOX(&writesae::schedule));
-  m.impl("statistics", TORCH_BOX(&writesae::statistics));
   m.impl("encode_segment", TORCH_BOX(&writesae::encode_segment));
 }
 

@@ -72,6 +72,7 @@ struct Problem {
   void* o;
   Element o_type;
   float *final_state, *left, *right, *snapshots;
+  int64_t* first_nonfinite;  // [B] or null, as in scan.h
   // Workspace. A chunk's slot: see Sequence.
   int64_t slots;
   void *solve, *reach;  // [slots, H, Triangle::SIZE] of the type of computation; no `solve` where the rule does not read
@@ -211,6 +212,18 @@ __device__ __forceinline__ void write(void* to, Element type, int64_t i, float x
   }
 }
 
+__device__ __forceinline__ bool finite(float x) { return (tile::float_to_bits(x) & 0x7f800000u) != 0x7f800000u; }
+
+// `at` is a place of a NaN or infinity, for the first of all: `first` counts without a sign, where -1, none, is the largest.
+__device__ __forceinline__ void note_nonfinite(int64_t* first, int64_t at) {
+  tile::atomic_min(reinterpret_cast<unsigned long long*>(first), static_cast<unsigned long long>(at));
+}
+
+// Host: none yet.
+inline void clear_nonfinite(int64_t* first, int64_t rows, tile::Stream stream) {
+  if (first != nullptr) tile::fill(first, 0xff, rows * sizeof(int64_t), stream);
+}
+
 // Tiles are as wide as the next of these key sizes.
 constexpr int padded_keys(int64_t K) { return K <= 32 ? 32 : K <= 64 ? 64 : K <= 128 ? 128 : 256; }
 
@@ -250,7 +263,7 @@ size_t walk_shared(int64_t K, int warps, int stages) {
   });
 }
 
-// Host, before the chunks (scan_marks.cu): what edits remove, and the snapshots of chunks of so many tokens.
+// Host, before the chunks (scan_marks.cu): what edits remove, the snapshots of chunks of so many tokens, nothing found yet.
 void run_marks(const Problem& p, int chunk, tile::Stream stream);
 
 }  // namespace writesae::cuda

@@ -119,6 +119,27 @@ __device__ __forceinline__ void store_pair(bf16* to, float low, float high) {
 constexpr int key_tile(int64_t K) { return K <= 32 ? 32 : 64; }
 constexpr int64_t key_tiles(int64_t K) { return (K + key_tile(K) - 1) / key_tile(K); }
 
+constexpr int BACK_WARPS = 4;  // of a walk's block
+
+template <class Rule, class T, int KP>
+struct StartsShared {
+  static constexpr int C = Operand<T>::CHUNK;
+  static constexpr size_t BYTES = ((Rule::LOW_RANK ? 2 : 1) * KP * C + BACK_WARPS * 16 * KP) * sizeof(T) +
+                                  tile::shared_piece(Factors<C>::SIZE * 4) + (Rule::CHANNEL ? KP * 4 : 0);
+};
+template <class Rule, class T, int KP>
+struct ReverseShared {
+  static constexpr int C = Operand<T>::CHUNK, IMAGES = (Rule::READS ? 2 : 1) + (Rule::LOW_RANK ? 2 : 0);
+  static constexpr size_t BYTES =
+      StartsShared<Rule, T, KP>::BYTES + (KP * C + IMAGES * Triangle<T, C>::SIZE + BACK_WARPS * C * 16) * sizeof(T);
+};
+
+// Shared memory of a walk, in bytes: of `reverse`, which takes more.
+template <class Rule, class T>
+size_t reverse_shared(int64_t K) {
+  return with_padded_keys(K, [](auto keys) { return ReverseShared<Rule, T, decltype(keys)::value>::BYTES; });
+}
+
 // Where chunks end, as it is made.
 struct Cutting {
   uint8_t* ends;   // [B, T] not 0 where a chunk must end; null: no chunk is cut

@@ -1,9 +1,6 @@
 // The backward of a scan: the launches of one type of computation.
 #pragma once
 
-#include <stdexcept>
-#include <string>
-
 #include "scan_backward_walk.cuh"
 #include "scan_gradients.cuh"
 #include "scan_gradients_channels.cuh"
@@ -50,16 +47,12 @@ __global__ void __launch_bounds__(128) edit_gradients(const __grid_constant__ Ba
 
 template <class Rule, class T, int KP>
 void launch_backward_walks(const GivenBack<Rule>& b, tile::Stream stream) {
-  constexpr size_t SHARED = ReverseShared<Rule, T, KP>::BYTES;
-  if (SHARED > tile::shared_limit())
-    throw std::runtime_error(std::string(Rule::NAME) + "_backward: K = " + std::to_string(b.p.K) + " needs " +
-                             std::to_string(SHARED) + " bytes of shared memory a block, and this device has " +
-                             std::to_string(tile::shared_limit()));
   const int64_t tiles = (b.p.V + 16 * BACK_WARPS - 1) / (16 * BACK_WARPS);
   const auto blocks = static_cast<unsigned>(tiles * b.p.H * b.p.N);
   tile::launch("scan_backward starts", starts<Rule, T, KP>, {blocks, 1, 1}, 32 * BACK_WARPS,
                StartsShared<Rule, T, KP>::BYTES, stream, b);
-  tile::launch("scan_backward reverse", reverse<Rule, T, KP>, {blocks, 1, 1}, 32 * BACK_WARPS, SHARED, stream, b);
+  tile::launch("scan_backward reverse", reverse<Rule, T, KP>, {blocks, 1, 1}, 32 * BACK_WARPS,
+               ReverseShared<Rule, T, KP>::BYTES, stream, b);
 }
 
 template <class Rule, class T, int KT>

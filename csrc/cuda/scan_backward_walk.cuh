@@ -15,21 +15,6 @@
 
 namespace writesae::cuda {
 
-constexpr int BACK_WARPS = 4;  // of a walk's block
-
-template <class Rule, class T, int KP>
-struct StartsShared {
-  static constexpr int C = Operand<T>::CHUNK;
-  static constexpr size_t BYTES = ((Rule::LOW_RANK ? 2 : 1) * KP * C + BACK_WARPS * 16 * KP) * sizeof(T) +
-                                  tile::shared_piece(Factors<C>::SIZE * 4) + (Rule::CHANNEL ? KP * 4 : 0);
-};
-template <class Rule, class T, int KP>
-struct ReverseShared {
-  static constexpr int C = Operand<T>::CHUNK, IMAGES = (Rule::READS ? 2 : 1) + (Rule::LOW_RANK ? 2 : 0);
-  static constexpr size_t BYTES =
-      StartsShared<Rule, T, KP>::BYTES + (KP * C + IMAGES * Triangle<T, C>::SIZE + BACK_WARPS * C * 16) * sizeof(T);
-};
-
 // Where a walk's block and warp are.
 struct Lane {
   int n, h, hk, column, columns;  // column: of the warp; columns: from there on

@@ -44,7 +44,7 @@ Call<Rule> lay_out(const ScanParams& from, void* workspace, Plan plan) {
   p.g = from.g, p.beta = from.beta, p.scale = from.scale, p.initial_state = from.initial_state;
   p.cu_seqlens = from.cu_seqlens, p.edits = from.edits, p.P = from.P, p.places = from.places;
   p.o = from.o, p.o_type = from.o_type, p.final_state = from.final_state;
-  p.left = from.left, p.right = from.right, p.snapshots = from.snapshots;
+  p.left = from.left, p.right = from.right, p.snapshots = from.snapshots, p.first_nonfinite = from.first_nonfinite;
   bool alike = from.q.type == from.k.type && from.k.type == from.v.type;
   if (Rule::LOW_RANK) alike = alike && from.a.type == from.v.type && from.b.type == from.v.type;
   call.type = alike && (Rule::ALL || from.v.type != Element::f16) ? from.v.type : Element::f32;
@@ -146,6 +146,9 @@ BackwardCall<Rule> lay_out_backward(const ScanBackwardParams& from, void* worksp
   bool narrow = in.q.type == Element::bf16 && in.k.type == Element::bf16 && in.v.type == Element::bf16;
   if (Rule::LOW_RANK) narrow = narrow && in.a.type == Element::bf16 && in.b.type == Element::bf16;
   call.type = narrow ? Element::bf16 : Element::f32;
+  tile::require_shared(
+      std::string(Rule::NAME) + "_backward: K = " + std::to_string(in.K) + " of " + (narrow ? "bfloat16" : "float32"),
+      narrow ? reverse_shared<Rule, bf16>(in.K) : reverse_shared<Rule, float>(in.K));
   const int64_t bytes = element_size(call.type), each = 16 / bytes, E = p.edits.count, tokens = in.B * in.T;
   const int C = call.chunk = narrow ? Operand<bf16>::CHUNK : Operand<float>::CHUNK;
   const bool cut = E + p.P > 0;

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <stdexcept>
 #include <string>
 
 #include "../scan.h"
@@ -114,10 +113,7 @@ int choose_plan(Problem& p, Element type, int C, Plan plan) {
   const size_t limit = tile::shared_limit();
   if (warps == 8 && shared(2) > limit && plan.warps == 0) warps = 4;
   p.stages = plan.stages != 0 ? plan.stages : shared(2) <= limit ? 2 : 1;
-  if (shared(p.stages) > limit)
-    throw std::runtime_error(std::string(Rule::NAME) + ": K = " + std::to_string(p.K) + " needs " +
-                             std::to_string(shared(p.stages)) + " bytes of shared memory a block, and this device has " +
-                             std::to_string(limit));
+  tile::require_shared(std::string(Rule::NAME) + ": K = " + std::to_string(p.K), shared(p.stages));
   return warps;
 }
 

@@ -105,6 +105,7 @@ void cut_chunks(const Backward& b, const Cutting& to, tile::Stream stream) {
 }  // namespace
 
 void run_marks(const Problem& p, int chunk, tile::Stream stream) {
+  clear_nonfinite(p.first_nonfinite, p.B, stream);
   if (p.removed != nullptr) tile::zero(p.removed, 2 * p.B * p.T * p.H, stream);
   if (p.first_place != nullptr) tile::zero(p.first_place, p.slots * sizeof(int), stream);
   const int64_t marks = std::max(p.edits.count, p.P);

@@ -167,6 +167,8 @@ __global__ void __launch_bounds__(512) step(const __grid_constant__ ScanStepPara
     if constexpr (Rule::LOW_RANK) {
       if (p.erased != nullptr) p.erased[bh * V + column + l] = r[l];
     }
+    if (p.first_nonfinite != nullptr && !(finite(u[l]) && (!Rule::LOW_RANK || finite(r[l]))))
+      note_nonfinite(p.first_nonfinite + b, h);
   }
 }
 
@@ -183,6 +185,7 @@ void launch_step(const ScanStepParams& p, tile::Stream stream) {
 template <class Rule>
 void run_step(const ScanStepParams& p, tile::Stream stream) {
   check_keys(Rule::NAME, "_step", p.K);
+  clear_nonfinite(p.first_nonfinite, p.B, stream);
   const bool aligned = reinterpret_cast<uintptr_t>(p.state) % 16 == 0;
   if (p.V % 4 == 0 && p.V > 64 && aligned) return launch_step<Rule, 4>(p, stream);
   if (p.V % 2 == 0 && p.V > 32 && aligned) return launch_step<Rule, 2>(p, stream);

@@ -314,6 +314,7 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
       }
     };
     if (edited) {
+      if (tile::thread() == 0) tile::count("chunks with edits");
       for (; edit.position < first + count; edits_end = edit.at) edit.at++, edit.look(p.edits, n, h);
       if constexpr (Rule::READS) add_edits(x, 0, C, E::RIGHT, Rule::LOW_RANK ? 1.0f : -1.0f);
     }
@@ -554,6 +555,25 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 2 : 1) walk(const __g
       tile::sync();
       issue(stage(0), chunk + 1);
     }
+  }
+
+  // ---- the first increment that is not finite, which has left its column of the state so: see scan.h --------------------------
+  if (FULL && p.first_nonfinite != nullptr && !(finite(state[0][0]) && finite(state[0][2]))) {
+    const int lane = tile::fresh(tile::lane()), g = lane / 4, c = 2 * (lane % 4);
+    const int last = end * C < length ? end * C : length;
+    const Sequence s = sequence<C>(p, again(n));
+#pragma unroll 1
+    for (int v = g; v < 16 && v < columns; v += 8)
+#pragma unroll 1
+      for (int t = begin * C + c; t < last; t += t % 2 == 0 ? 1 : 7) {  // what the lane has written itself
+        const int64_t at = (s.row * p.T + s.origin + t) * p.H + value_head;
+        bool bad = !finite(p.right[at * p.V + column + v]);
+        if constexpr (Rule::LOW_RANK) bad = bad || !finite(p.erased[at * p.V + column + v]);
+        if (bad) {
+          note_nonfinite(p.first_nonfinite + s.row, (s.origin + t) * p.H + value_head);
+          break;
+        }
+      }
   }
 
   // ---- the state at the end -------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ int64_t forward_workspace(const SelectiveScanParams& p) {
 void forward(const SelectiveScanParams& p, void* workspace, void* stream) {
   Workspace space = {static_cast<char*>(workspace)};
   const Given g = lay_out(p, space);
+  clear_nonfinite(p.first_nonfinite, p.B, static_cast<tile::Stream>(stream));
   run_places(g, static_cast<tile::Stream>(stream));
   with_shape("selective_scan", p.K, [&](auto shape) {
     using S = decltype(shape);

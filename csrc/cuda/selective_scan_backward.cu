@@ -216,6 +216,13 @@ Backward lay_out(const SelectiveScanBackwardParams& p, Workspace& space) {
   return b;
 }
 
+// Of a block of `reverse`.
+template <class S>
+constexpr size_t reverse_shared() {
+  return 3 * tile::shared_piece(S::ROWS * 4) + 2 * tile::shared_piece(S::FACTORS * 4) + tile::shared_piece(S::STATES * 4) +
+         tile::shared_piece(WARPS * 2 * S::FACTORS * 4);
+}
+
 template <class S>
 void run(const SelectiveScanBackwardParams& p, void* workspace, tile::Stream stream) {
   Workspace space = {static_cast<char*>(workspace)};
@@ -228,10 +235,8 @@ void run(const SelectiveScanBackwardParams& p, void* workspace, tile::Stream str
     tile::zero(p.d_edit_right, edits * in.V * sizeof(float), stream);
   }
   launch_walk<S, false>(b.g, stream);
-  const size_t shared = 3 * tile::shared_piece(S::ROWS * 4) + 2 * tile::shared_piece(S::FACTORS * 4) +
-                        tile::shared_piece(S::STATES * 4) + tile::shared_piece(WARPS * 2 * S::FACTORS * 4);
-  tile::launch("selective_scan reverse", reverse<S>, {static_cast<unsigned>(in.N * blocks), 1, 1}, THREADS, shared, stream,
-               b);
+  tile::launch("selective_scan reverse", reverse<S>, {static_cast<unsigned>(in.N * blocks), 1, 1}, THREADS,
+               reverse_shared<S>(), stream, b);
   const auto sum = [&](const float* from, int64_t count, int64_t size, Element type, void* to) {
     tile::launch("selective_scan add_up", add_up, {static_cast<unsigned>(cuda::parts(size, THREADS)), 1, 1}, THREADS, 0,
                  stream, from, count, size, type, to);
@@ -247,7 +252,10 @@ void run(const SelectiveScanBackwardParams& p, void* workspace, tile::Stream str
 
 int64_t backward_workspace(const SelectiveScanBackwardParams& p) {
   Workspace space = {nullptr};
-  with_shape("selective_scan_backward", p.in.K, [&](auto shape) { lay_out<decltype(shape)>(p, space); });
+  with_shape("selective_scan_backward", p.in.K, [&](auto shape) {
+    tile::require_shared("selective_scan_backward: K = " + std::to_string(p.in.K), reverse_shared<decltype(shape)>());
+    lay_out<decltype(shape)>(p, space);
+  });
   return space.used;
 }
 

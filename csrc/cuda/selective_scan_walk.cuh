@@ -71,6 +71,14 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) walk(const __grid_constant__ 
       }
     }
   }
+  if constexpr (FULL) {
+    // Only a column whose state has broken is looked through: see scan.h.
+    if (p.first_nonfinite != nullptr && inside && at.part == 0 && !finite(s[0])) {
+      int64_t t = 0;
+      while (t < span.length && finite(p.right[(span.row * p.T + span.origin + t) * V + at.channel])) t++;
+      if (t < span.length) note_nonfinite(p.first_nonfinite + span.row, span.origin + t);
+    }
+  }
   if constexpr (FULL) store_state<S>(p.final_state + at.n * p.K * V, at, K, V, s);
 }
 

@@ -10,6 +10,9 @@
 //  - an asynchronous copy may be read by its own thread after `wait_copies`, by others after a barrier behind that, and none
 //    is left unwaited-for at the end;
 //  - blocks of one launch do not wait for each other.
+//
+// `count(name)` adds one (`count(name, n)`: n) to a number of the launch, for tests that ask how often something was done. It is
+// code of the twin alone, so that a kernel that counts costs a device nothing: called by each thread that comes by.
 #pragma once
 
 #include <cstddef>
@@ -50,6 +53,15 @@ constexpr size_t shared_piece(size_t bytes) { return (bytes + 127) / 128 * 128; 
 // ---- made of the above, the same on both sides -----------------------------------------------------------------------
 
 namespace writesae::tile {
+
+// Host: throws where a block of `what` (an operator and its sizes) needs more shared memory than the current device has. Called
+// before the operator runs anything.
+inline void require_shared(const std::string& what, size_t bytes) {
+  if (bytes > shared_limit())
+    throw std::runtime_error(what + " needs " + std::to_string(bytes) +
+                             " bytes of shared memory a block, and this device has " + std::to_string(shared_limit()) +
+                             "; use backend=\"reference\"");
+}
 
 __device__ __forceinline__ int lane() { return thread() % WARP; }
 __device__ __forceinline__ int warp() { return thread() / WARP; }

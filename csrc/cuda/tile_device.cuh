@@ -1,8 +1,10 @@
-// tile.cuh on the device. PTX lives here and nowhere else.
+// tile.cuh on the device. PTX lives here and in tile_hopper.cuh and nowhere else.
 #pragma once
 
 #include <cuda_runtime.h>
 
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 
@@ -21,6 +23,9 @@ __device__ __forceinline__ int block_y() { return blockIdx.y; }
 __device__ __forceinline__ int block_z() { return blockIdx.z; }
 __device__ __forceinline__ int grid_x() { return gridDim.x; }
 __device__ __forceinline__ int grid_y() { return gridDim.y; }
+
+// For the host twin, which counts by name; nothing here.
+__device__ __forceinline__ void count(const char*, int64_t = 1) {}
 
 // ---- shared memory --------------------------------------------------------------------------------------------------
 
@@ -85,6 +90,10 @@ __device__ __forceinline__ T atomic_max(T* p, T x) {
   return atomicMax(p, x);
 }
 template <class T>
+__device__ __forceinline__ T atomic_min(T* p, T x) {
+  return atomicMin(p, x);
+}
+template <class T>
 __device__ __forceinline__ T atomic_exchange(T* p, T x) {
   return atomicExch(p, x);
 }
@@ -118,10 +127,15 @@ __device__ __forceinline__ uint32_t pack_f16(float low, float high) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
   return y;
 }
-// Rounds to tf32 (10 bits after the point, ties away from zero), as the bits of a float.
+// Rounds to tf32 (10 bits after the point), as the bits of a float. Ties go to even from sm_90 on, where this is one
+// instruction; the other way, away from zero, is the only one before, and on sm_90 takes four.
 __device__ __forceinline__ uint32_t to_tf32(float x) {
   uint32_t y;
+#if __CUDA_ARCH__ >= 900
+  asm("cvt.rn.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+#else
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+#endif
   return y;
 }
 __device__ __forceinline__ float bits_to_float(uint32_t x) { return __uint_as_float(x); }
@@ -230,14 +244,36 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+// Bytes of shared memory that a block may have, and that the blocks of a multiprocessor share.
 inline size_t shared_limit() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+inline size_t processor_shared() { return device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor); }
+
+// Lets a kernel have all the dynamic shared memory that the current device gives a block: once a kernel and device, whatever
+// a call asks for, so that two threads that launch it do not take it from each other. Throws where that is less than `bytes`.
+inline void allow_shared(const void* kernel, size_t bytes, const char* name) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, size_t> allowed;
+  int device = 0;
+  check(cudaGetDevice(&device), name);
+  const std::lock_guard<std::mutex> held(mutex);
+  size_t& most = allowed[{kernel, device}];
+  if (most == 0) {
+    cudaFuncAttributes attributes;
+    check(cudaFuncGetAttributes(&attributes, kernel), name);
+    const size_t own = shared_limit() - attributes.sharedSizeBytes;
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(own)), name);
+    most = own;
+  }
+  if (bytes > most)
+    throw std::runtime_error(std::string(name) + ": " + std::to_string(bytes) +
+                             " bytes of shared memory; a block has at most " + std::to_string(most));
+}
 
 // kernel(args...) with `shared` bytes of dynamic shared memory, on `stream`. Does not wait for it.
 template <class... P, class... A>
 void launch(const char* name, void (*kernel)(P...), Grid grid, int threads, size_t shared, Stream stream, const A&... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  if (shared > 48 * 1024)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), name);
+  if (shared > 48 * 1024) allow_shared(reinterpret_cast<const void*>(kernel), shared, name);
   kernel<<<dim3(grid.x, grid.y, grid.z), threads, shared, stream>>>(static_cast<P>(args)...);
   check(cudaGetLastError(), name);
 }
@@ -248,7 +284,8 @@ inline void read(void* to, const void* from, size_t bytes, Stream stream) {
   check(cudaStreamSynchronize(stream), "read");
 }
 
-// Sets memory to zero, in the stream's order.
-inline void zero(void* p, size_t bytes, Stream stream) { check(cudaMemsetAsync(p, 0, bytes, stream), "zero"); }
+// Sets every byte of memory, in the stream's order.
+inline void fill(void* p, int byte, size_t bytes, Stream stream) { check(cudaMemsetAsync(p, byte, bytes, stream), "fill"); }
+inline void zero(void* p, size_t bytes, Stream stream) { fill(p, 0, bytes, stream); }
 
 }  // namespace writesae::tile

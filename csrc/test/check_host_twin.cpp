@@ -5,6 +5,7 @@
 #include <functional>
 #include <random>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "cuda/tile.cuh"
@@ -13,6 +14,7 @@ namespace {
 
 namespace tile = writesae::tile;
 using tile::twin::Schedule;
+using tile::twin::settings;
 
 void expect(bool holds, const std::string& what) {
   if (holds) return;
@@ -22,7 +24,7 @@ void expect(bool holds, const std::string& what) {
 
 void expect_fault(const std::string& part, const std::function<void()>& run) {
   for (Schedule schedule : {Schedule::forward, Schedule::reverse}) {
-    tile::twin::schedule = schedule;
+    settings.schedule = schedule;
     try {
       run();
     } catch (const std::runtime_error& error) {
@@ -32,7 +34,7 @@ void expect_fault(const std::string& part, const std::function<void()>& run) {
     }
     expect(false, "no fault where \"" + part + "\" was planted");
   }
-  tile::twin::schedule = Schedule::forward;
+  settings.schedule = Schedule::forward;
 }
 
 std::vector<float> normal(int n) {
@@ -89,8 +91,8 @@ void check_product(double tolerance) {
   const auto a = normal(M * K), b = normal(K * N);
   const size_t shared = (M * (K + 8) * 2 + 127) / 128 * 128 + (K * (N + 16) * 2 + 127) / 128 * 128;
   for (Schedule schedule : {Schedule::forward, Schedule::reverse}) {
-    tile::twin::schedule = schedule;
-    tile::twin::statistics = {};
+    settings.schedule = schedule;
+    tile::twin::statistics.clear();
     std::vector<float> d(M * N, NAN);
     tile::launch("product", product<KIND>, {1, 1, 1}, 64, shared, nullptr, a.data(), b.data(), d.data());
     for (int i = 0; i < M; i++)
@@ -100,10 +102,66 @@ void check_product(double tolerance) {
           sum += static_cast<double>(a[i * K + k]) * b[k * N + j], size += std::fabs(a[i * K + k] * b[k * N + j]);
         expect(std::fabs(d[i * N + j] - sum) <= tolerance * size, "a matrix product is wrong");
       }
-    expect(tile::twin::statistics.conflicts == 0, "matrix loads with an odd stride have bank conflicts");
-    expect(tile::twin::statistics.barriers == 1 && tile::twin::statistics.launches == 1, "barriers or launches miscounted");
+    const auto& c = tile::twin::statistics["product"];
+    expect(c.conflicts == 0, "matrix loads with an odd stride have bank conflicts");
+    expect(c.barriers == 1 && c.launches == 1 && c.blocks == 1, "barriers, launches or blocks miscounted");
+    expect(c.multiply_adds == M * N * K && c.products == M * N * K / (16 * 8 * (KIND == Kind::tf32 ? 8 : 16)),
+           "matrix products miscounted");
+    // Of both operands, a once for every column tile.
+    expect(c.shared_bytes_read == (KIND == Kind::tf32 ? 0 : N / 8 * (M * K + 2 * K * 8) * 2), "matrix loads miscounted");
+    expect(c.shared_bytes_taken == static_cast<int64_t>(shared) && c.shared_bytes_asked == c.shared_bytes_taken,
+           "shared memory miscounted");
   }
-  tile::twin::schedule = Schedule::forward;
+  settings.schedule = Schedule::forward;
+}
+
+// One product of f16: d[0] = c + a[0] b[0] + .. + a[15] b[15], every other element 0.
+__global__ void one_sum(const float* a, const float* b, float c, float* d) {
+  const int lane = tile::lane(), k = 2 * lane;
+  uint32_t x[4] = {}, y[2] = {};
+  if (lane < 4)
+    for (int i = 0; i < 2; i++) {
+      x[2 * i] = tile::pack_f16(a[k + 8 * i], a[k + 8 * i + 1]);
+      y[i] = tile::pack_f16(b[k + 8 * i], b[k + 8 * i + 1]);
+    }
+  float sum[4] = {lane == 0 ? c : 0.0f};
+  tile::mma_f16(sum, x, y);
+  if (lane == 0) *d = sum[0];
+}
+
+// Where the published models of the hardware (host_twin_units.cpp) and plain float sums part.
+void check_truncation() {
+  constexpr float HOPPER_ULP = 0x1p-25f, AMPERE_ULP = 0x1p-24f;  // of terms beside one of [1, 2)
+  // Of products 2^-12 x 2^12 p, the first as `first` x p / first.
+  const auto sum = [](int architecture, float c, std::vector<float> products, float first = 0x1p-12f) {
+    settings.machine.architecture = architecture;
+    products.resize(16);
+    std::vector<float> a(16, 0x1p-12f);
+    a[0] = first;
+    for (int i = 0; i < 16; i++) products[i] /= a[i];
+    float d = NAN;
+    tile::launch("one_sum", one_sum, {1, 1, 1}, 32, 0, nullptr, a.data(), products.data(), c, &d);
+    return d;
+  };
+  settings.truncating = true;
+  for (float sign : {1.0f, -1.0f}) {
+    // 16 terms of the last bit that is kept add up, 16 of half of it are all lost.
+    for (const auto& [architecture, ulp] : {std::pair<int, float>{90, HOPPER_ULP}, {80, AMPERE_ULP}}) {
+      const float kept = sum(architecture, sign, std::vector<float>(16, sign * ulp));
+      const float shares = architecture == 90 ? 16 * ulp : 2 * 8 * ulp;
+      expect(kept == sign * (1.0f + shares), "terms at the last bit are lost");
+      expect(sum(architecture, sign, std::vector<float>(16, sign * ulp / 2)) == sign, "terms below the last bit are kept");
+    }
+    // The sum is cut off, not rounded: 1 + 3/4 of a last place stays 1.
+    expect(sum(90, sign, {sign * 0x1p-24f, sign * 0x1p-25f}) == sign, "a sum is rounded");
+    // A product of 2 and more has the exponent of its factors: terms of the last bit beside 1 are kept beside 1.5 x 1.5.
+    std::vector<float> terms(16, sign * HOPPER_ULP);
+    terms[0] = sign * 2.25f;
+    expect(sum(90, 0.0f, terms, 1.5f) == sign * (2.25f + 0x1p-22f), "a product counts as larger than its factors say");
+  }
+  settings.truncating = false;
+  expect(sum(90, 1.0f, {0x1p-24f, 0x1p-25f}) == 1.0f + 0x1p-23f, "without truncation a sum is not a float's");
+  settings = {};
 }
 
 // ---- lanes, barriers, copies -----------------------------------------------------------------------------------------
@@ -142,14 +200,52 @@ __global__ void copied(const float* from, float* to, int n) {
 
 template <bool WAIT, bool BARRIER>
 bool copies_arrive(Schedule schedule) {
-  tile::twin::schedule = schedule;
+  settings.schedule = schedule;
   const auto from = normal(256);  // half of what is asked for: the rest must be zeros, unread
   std::vector<float> to(512, NAN);
   tile::launch("copied", copied<WAIT, BARRIER>, {1, 1, 1}, 128, 2048, nullptr, from.data(), to.data(), 256);
-  tile::twin::schedule = Schedule::forward;
+  settings.schedule = Schedule::forward;
   for (int i = 0; i < 512; i++)
     if (to[511 - i] != (i < 256 ? from[i] : 0.0f)) return false;
   return true;
+}
+
+// ---- measuring, several threads, machines ------------------------------------------------------------------------------
+
+__global__ void counting(const float* from) {
+  tile::Shared shared;
+  float* box = shared.take<float>(4 * 64);
+  tile::copy_16(box + 4 * tile::thread(), from + 4 * tile::thread(), tile::thread() < 40);
+  tile::commit_copies();
+  tile::wait_copies<0>();
+  if (tile::lane() == 0) tile::count("warps");
+  tile::count("threads", 2);
+}
+
+void check_counts() {
+  const auto from = normal(160);
+  tile::twin::statistics.clear();
+  tile::twin::watched = {{"the last ten", reinterpret_cast<const char*>(&from[120]), 160}};
+  for (int i = 0; i < 3; i++) tile::launch("counting", counting, {2, 1, 1}, 64, 1024, nullptr, from.data());
+  tile::twin::watched.clear();
+  const auto& c = tile::twin::statistics.at("counting");
+  expect(c.launches == 3 && c.blocks == 6 && c.copies == 6 * 64 && c.copied_bytes == 6 * 640, "copies miscounted");
+  expect(c.shared_bytes_written == 6 * 1024, "bytes written to shared memory miscounted");
+  expect(c.own.at("warps") == 6 * 2 && c.own.at("threads") == 6 * 128, "a kernel's own counts are wrong");
+  expect(c.own.at("bytes of the last ten") == 6 * 160, "bytes of what is watched are wrong");
+}
+
+void check_threads() {
+  std::vector<std::thread> threads;
+  std::vector<int> out(4 * 32);
+  tile::twin::statistics.clear();
+  for (int i = 0; i < 4; i++)
+    threads.emplace_back([&out, i] {
+      for (int n = 0; n < 50; n++) tile::launch("handed", handed, {1, 1, 1}, 96, 128, nullptr, &out[32 * i]);
+    });
+  for (std::thread& thread : threads) thread.join();
+  for (int i = 0; i < 4 * 32; i++) expect(out[i] == 31 - i % 32, "launches of several threads disturb each other");
+  expect(tile::twin::statistics["handed"].blocks == 200, "launches of several threads are lost");
 }
 
 // ---- planted faults --------------------------------------------------------------------------------------------------
@@ -187,7 +283,16 @@ void check_numbers() {
   }
   expect(tile::to_f16(1.0f + 0x1p-11f).bits == 0x3c00 && tile::to_f16(1.0f + 3 * 0x1p-11f).bits == 0x3c02, "f16 rounding");
   expect(tile::to_f16(65520.0f).bits == 0x7c00 && tile::to_f16(0x1p-25f).bits == 0, "f16 limits");
-  expect(tile::bits_to_float(tile::to_tf32(1.0f + 0x1p-11f)) == 1.0f + 0x1p-10f, "tf32 rounding");
+  // A tie goes to even from sm_90 on and away from zero before; everything else goes to the nearest on both.
+  for (int architecture : {90, 80}) {
+    settings.machine.architecture = architecture;
+    const auto rounded = [](float x) { return tile::bits_to_float(tile::to_tf32(x)); };
+    expect(rounded(1.0f + 0x1p-11f) == (architecture >= 90 ? 1.0f : 1.0f + 0x1p-10f), "tf32 rounding of a tie");
+    expect(rounded(-1.0f - 3 * 0x1p-11f) == -1.0f - 0x1p-9f, "tf32 rounding of a tie");
+    expect(rounded(1.0f + 0x1p-11f + 0x1p-23f) == 1.0f + 0x1p-10f && rounded(1.0f + 0x1p-12f) == 1.0f, "tf32 rounding");
+    expect(std::isnan(rounded(NAN)) && std::isinf(rounded(INFINITY)), "tf32 of what is no number");
+  }
+  settings = {};
 }
 
 }  // namespace
@@ -205,7 +310,7 @@ int main() {
     expect(static_cast<uint32_t>(at[3]) == 0x49249249u && at[4] == 32 + 31, "a ballot or a reduction is wrong");
   }
   for (Schedule schedule : {Schedule::forward, Schedule::reverse}) {
-    tile::twin::schedule = schedule;
+    settings.schedule = schedule;
     tile::launch("handed", handed, {1, 1, 1}, 96, 128, nullptr, out.data());
     for (int i = 0; i < 32; i++) expect(out[i] == 31 - i, "a named barrier does not order");
     expect(copies_arrive<true, true>(schedule), "an asynchronous copy is wrong");
@@ -221,6 +326,13 @@ int main() {
   expect_fault("source: address not aligned to 16",
                [&] { tile::launch("crooked", crooked, {1, 1, 1}, 32, 1024, nullptr, x.data()); });
   expect_fault("never waited for", [&] { tile::launch("forgotten", forgotten, {1, 1, 1}, 32, 512, nullptr, x.data()); });
+  settings.machine.block_shared = 99 * 1024;
+  expect_fault("102400 bytes of shared memory; a block has at most 101376",
+               [] { tile::launch("greedy", greedy, {1, 1, 1}, 32, 100 * 1024, nullptr); });
+  settings = {};
+  check_truncation();
+  check_counts();
+  check_threads();
   std::printf("check_host_twin: all hold\n");
   return 0;
 }

@@ -15,4 +15,4 @@ STEMS = (
 MODULES = tuple(f"writesae.bench.bench_{stem}" for stem in STEMS)
 
 # Of a CUDA device, for `writesae bench --gpu` (bench/gpu.sh).
-GPU_MODULES = tuple(f"writesae.bench.bench_gpu_{stem}" for stem in ("scan", "channels", "encode", "model"))
+GPU_MODULES = tuple(f"writesae.bench.bench_gpu_{stem}" for stem in ("scan", "peers", "channels", "encode", "model"))

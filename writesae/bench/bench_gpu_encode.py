@@ -15,12 +15,13 @@ from ..ops.reference.encode import backward as factors_gradient
 from ..ops.reference.encode import decay_matrix
 from ..testing import dictionary, make_writes
 from .case import Case, Options, Row, agree
-from .gpu import Gpu
+from .gpu import Gpu, Run
 
 SIZE, F, TOP, HEADS, TOKENS = 128, 2048, 32, 16, 32768
 AGREE = 2e-2  # relative RMS of the values kept, bf16 products both
 BACKWARD_AGREE = 1e-4  # float32 both
 BLOCK = 64
+LAYER, ASKED = 8192, 10 / 18  # tokens; ms, so that the 18 layers of Qwen3.5-0.8B take 10
 
 
 def _inputs(gpu: Gpu, T: int) -> tuple[Writes, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -64,6 +65,17 @@ def _from_states(writes: Writes, v, w, b, k: int, piece: int) -> torch.Tensor:
     return torch.cat(found)
 
 
+def profiled(gpu: Gpu) -> Run:
+    """The largest call of `encode`."""
+    writes, v, w, b = _inputs(gpu, 128 if gpu.dry else TOKENS)
+
+    @torch.no_grad()
+    def run():
+        return ops.encode(writes, v, w, b, k=8 if gpu.dry else TOP, precision="bf16", backend=gpu.backend)
+
+    return run
+
+
 @torch.no_grad()
 def encode(options: Options) -> Iterator[Row]:
     gpu = Gpu(options)
@@ -79,13 +91,17 @@ def encode(options: Options) -> Iterator[Row]:
     exact = ops.encode(few.to(torch.float64), v.double(), w.double(), b.double(), k=k, backend="reference")
     agree(f"{name} against the reference", ours(few).values, exact.values, AGREE)
     row = Row(f"{name}: share of the matrix rate", "torch.mm in bf16", None, "of it", 0.4, aim=0.65)
-    row.seconds = gpu.seconds(ours)
+    (replayed,), row.note = gpu.graphs([ours])
+    row.seconds = gpu.seconds(replayed)
     gpu.bound(row, 4 * SIZE * features * T * H, "GFLOP/s", "bfloat16")
     if not gpu.dry:
         row.value, row.met = row.share, row.share >= row.target
     yield row
     if not gpu.dry:
         yield _memory(name, ours, writes, features)
+    layer = few if gpu.dry else Writes(*(x[:, :LAYER] for x in (writes.decay, writes.left, writes.right)))
+    row = gpu.alone(f"encode, {HEADS} heads x {LAYER:,} tokens (a layer of a model), bf16", lambda: ours(layer), ASKED)
+    yield gpu.bound(row, 4 * SIZE * features * layer.shape[1] * H, "GFLOP/s", "bfloat16")
     # The unfused way needs 1.3 GB of pre-activations and their products a head; the shorter call suffices for a ratio.
     part = few if gpu.dry else Writes(*(x[:, : T // 4] for x in (writes.decay, writes.left, writes.right)))
     agree(f"{name} against products, running sum and topk", ours(part).values[0], _unfused(part, v, w, b, k), AGREE)

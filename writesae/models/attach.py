@@ -20,6 +20,7 @@ from ..policies import Policy
 from . import hf_norms, seam
 from .binding import LayerSite
 from .frame import Frame, Recorded, running
+from .grid import check_activations
 from .identity import require_same_model
 from .patch import Owner
 from .planned_edits import check_edits
@@ -47,6 +48,7 @@ def attach(
     write_gradients: bool = False,
     backend: str | None = None,
     precision: str = "fp32",
+    activations: str = "exact",
 ) -> Iterator[Tap]:
     """Within the context, hooked layers run on our op: their writes are recorded, encoded and edited as the model runs.
 
@@ -101,6 +103,10 @@ def attach(
             device.
         precision: of the products of `ops.encode`, "fp32" or "bf16"; see there. The model's own numbers stay as they
             are. No matter to dictionaries with a dense encoder.
+        activations: "exact", or "packed": rounded, so that feature and activation of a firing share 4 bytes where a
+            device holds them and where they cross to the host, in place of 6. Relative error up to 2^-14 with
+            dictionaries of up to 2,048 features, twice that with every doubling; no more than 65,536 features. The same
+            on a CPU, and for dictionaries that are not top-k.
 
     Yields:
         `Tap`, good after the context too.
@@ -119,13 +125,15 @@ def attach(
     Source: Young, *WriteSAE*, arXiv 2605.12770.
     """
     check_precision(precision)
+    check_activations(activations)
     found = found_layers(model)
     by_layer, edits = check_sites(model, found, sites), check_edits(model, found, edits)
     if not by_layer and not edits and not accelerate:
         raise ValueError("sites: expected at least one (layer, head), or edits, or accelerate=True; got none")
     acting = check_policies(policies, sites)
     require_same_model(model, sites, any_model)
-    tap = Tap(by_layer, edits, {"record_writes": record_writes, "backend": backend, "precision": precision})
+    options = {"record_writes": record_writes, "backend": backend, "precision": precision, "activations": activations}
+    tap = Tap(by_layer, edits, options)
     tap.prepare(found, model, acting)
     hooked = {*by_layer, *edits}
     conv = _Convolution(backend) if accelerate else None
@@ -198,7 +206,8 @@ class _Handler:
             )
         if recording:
             assert out.writes is not None
-            found = frame.all_heads(Recorded(out.writes, call.initial_state, out.final_state))
+            first = out.first_nonfinite if any(h.check_finite for h in recording) else None
+            found = frame.all_heads(Recorded(out.writes, call.initial_state, out.final_state, first))
             if found is not None:
                 self._record(frame, recording, found, codes)
         for player in players:
@@ -207,11 +216,13 @@ class _Handler:
 
     @staticmethod
     def _record(frame: Frame, recording: list[_Handler], found: Recorded, codes) -> None:
+        writes, initial, final, first = found
         checking = next((h for h in recording if h.check_finite), None)
         if checking is not None:
-            checking.tap.check_finite(frame, found.writes)
+            assert first is not None  # rules that return writes say it
+            checking.tap.check_finite(frame, writes, first)
         for handler in recording:
-            handler.tap.record(frame, *found, codes.get(handler.tap) if frame.head is None else None)
+            handler.tap.record(frame, writes, initial, final, codes.get(handler.tap) if frame.head is None else None)
 
 
 class _Convolution:

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..ops import nonfinite
 from ..ops.rule import RuleCall
 from ..writes import Writes, joined
 from .binding import Given, LayerSite, Recurrence
-from .model_call import ModelCall
+from .model_call import ModelCall, fed_columns
 
 
 class _Local(threading.local):
@@ -42,11 +43,13 @@ class Met:
 
 
 class Recorded(NamedTuple):
-    """What one call of a rule leaves: its writes, and its states `[N, H, K, V]` before and after, or None."""
+    """What one call of a rule leaves: its writes, its states `[N, H, K, V]` before and after, or None, and where its
+    increments are not finite, as `RuleOutput.first_nonfinite`, or None where nobody asks."""
 
     writes: Writes
     initial_state: Tensor | None
     final_state: Tensor | None
+    first_nonfinite: Tensor | None
 
 
 @dataclass(eq=False)
@@ -112,14 +115,11 @@ class Frame:
         return self.mask if self.call is None or self.call.generation is None else self._real(once=False)
 
     def _real(self, once: bool) -> Tensor | None:
-        real = None
-        if self.layer_mask is not None and self.layer_mask.ndim == 2:
-            real = self.layer_mask[:, -self.hidden.shape[1] :].bool()  # some layers are given cached columns' too
-        if self.call is None:
-            return real
+        mask = self.layer_mask if self.layer_mask is not None and self.layer_mask.ndim == 2 else None
         shape = (self.hidden.shape[0], self.hidden.shape[1])
-        known = self.call.real_tokens(shape, self.start, self.hidden.device, once)
-        return known if real is None else real if known is None else real & known.to(real.device)
+        if self.call is None:
+            return None if mask is None else fed_columns(mask, shape[1])
+        return self.call.real_tokens(shape, self.start, self.hidden.device, once, mask)
 
     def bind(self, recurrence: Recurrence, given: Given) -> RuleCall:
         """The layer's call in the terms of its rule.
@@ -150,9 +150,10 @@ class Frame:
         self._parts.append(part)
         if len(self._parts) < self.site.num_v_heads:
             return None
-        writes, initial, final = zip(*self._parts, strict=True)
+        writes, initial, final, first = zip(*self._parts, strict=True)
         self._parts.clear()
-        return Recorded(Writes.of_heads(writes), joined(initial, 1), joined(final, 1))
+        bad = None if first[0] is None else nonfinite.of_heads(first)
+        return Recorded(Writes.of_heads(writes), joined(initial, 1), joined(final, 1), bad)
 
     def run(self, call: Callable, args: tuple, kwargs: dict):
         """`call(*args, **kwargs)`, the layer's forward, with this frame as the one that is running."""

@@ -46,6 +46,7 @@ class ModelCall:
         self._packed: tuple[Tensor | None] | None = None
         self._generation: tuple[generation.Generation | None] | None = None
         self._stop = 0
+        self._real: dict[tuple, tuple[Tensor | None, Tensor | None]] = {}  # what `real_tokens` has answered
         self.pending: dict = {}  # of whoever records: what to `keep` or `undo` at the end
 
     @staticmethod
@@ -62,6 +63,7 @@ class ModelCall:
         mask = given.get("attention_mask")
         if self.attention_mask is None or _by_column(mask) is not None:
             self.attention_mask = mask
+            self._real.clear()
         if self.cache is None and "cache" in given:
             self.cache = given["cache"]
             self._past = columns_held(self.cache)  # now, before any attention layer of this call has grown it
@@ -102,9 +104,29 @@ class ModelCall:
             generating.rows = B
         return generating.rows if generating.processing and generating.rows else 0
 
-    def real_tokens(self, shape: tuple[int, int], start: int, device: torch.device, once: bool = True) -> Tensor | None:
+    def real_tokens(
+        self,
+        shape: tuple[int, int],
+        start: int,
+        device: torch.device,
+        once: bool = True,
+        layer_mask: Tensor | None = None,
+    ) -> Tensor | None:
         """`[B, T]` bool: neither a pad, nor fed to a row that `generate` has ended, nor (`once`) fed by it before; None
-        when nothing says so."""
+        when nothing says so. Worked out once for all layers on a device that are given one mask.
+
+        Args:
+            layer_mask: `[B, T]`, or of cached columns too: what the layer itself was given.
+        """
+        asked = shape, start, device, once, id(layer_mask)
+        if asked not in self._real:
+            real = None if layer_mask is None else fed_columns(layer_mask, shape[1])
+            known = self._real_tokens(shape, start, device, once)
+            found = known if real is None else real if known is None else real & known.to(real.device)
+            self._real[asked] = found, layer_mask  # which keeps its id from being another's
+        return self._real[asked][0]
+
+    def _real_tokens(self, shape: tuple[int, int], start: int, device: torch.device, once: bool) -> Tensor | None:
         B, T = shape
         real = self._unmasked(B, T, start)
         generating = self.generation
@@ -135,7 +157,7 @@ class ModelCall:
                 f"attention_mask: expected [{B}, {T}] (the columns of this call) or [{B}, {start + T}] (with the "
                 f"{start} held by the cache), got {tuple(mask.shape)}; what is padding cannot be told"
             )
-        return (mask if columns == T else mask[:, start : start + T]).bool()
+        return (mask if columns == T else mask[:, start : start + T]) != 0  # a copy, which outlives the call
 
     # ---- packed sequences -------------------------------------------------------------------------------------
 
@@ -231,6 +253,11 @@ class ModelCall:
                 note_columns(cache, past + T)
         if keep and self._stop and self.generation is not None:
             self.generation.recorded(self._stop)
+
+
+def fed_columns(mask: Tensor, T: int) -> Tensor:
+    """`[B, T]` bool of a mask `[B, columns]` that may be of cached columns, too."""
+    return mask[:, -T:] != 0  # a copy, which outlives the call
 
 
 def _by_column(mask) -> Tensor | None:

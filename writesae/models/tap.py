@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_mode
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import ops
 from ..edits import Edits
 from ..firings import Firings
 from ..ops._transforms import transformed
+from ..ops.nonfinite import place_of
 from ..policies import Policy, PolicyReport
 from ..writes import Writes
 from .binding import LayerSite
+from .carries import Carries, Carry
 from .frame import Frame
-from .gather import Columns, Coming, Gathered, TopK
+from .gather import Gathered
+from .grid import Grid, Tokens, check_activations, feature_bits, rounded
 from .planned_edits import PlannedEdits
 from .policy_sites import Group, GroupCodes, Listener, PolicySites
 from .sites import device_of
@@ -59,14 +61,15 @@ class Tap:
         self.policies: list[PolicyReport] = []
         self._policy_sites: PolicySites | None = None
         self._record_writes = options["record_writes"]
+        self._activations = options["activations"]
         self._encoding = {"backend": options["backend"], "precision": options["precision"]}
         self._lock = threading.Lock()
         self._gathered = Gathered()
-        self._checks: list[_Check] = []
+        self._checks: list[_Checks] = []
         self._groups: dict[int, list[Group]] = {}
         self._fire_per_token = 0  # of all layers, top-k alone
         self._dense: dict[int, dict[int, Any]] = {}
-        self._carries: MutableMapping = WeakIdKeyDictionary()  # cache (not all can be hashed) -> {(layer, group): ...}
+        self._carries = Carries()
 
     def __repr__(self) -> str:
         sites = [(layer, head) for layer, heads in self._sites.items() for head in heads]
@@ -84,7 +87,8 @@ class Tap:
         """Every firing since the last `clear`, call by call. Row: batch row as the model was fed (with beam search,
         batch x beams rows), or sequence of a packed batch. Position: column in that row, cached ones counted.
 
-        Of a model on a device they come over while it runs; this waits for those still on their way.
+        They are on the host. Of a model on a device they stay there until this asks for them, 4 to 6 bytes a top-k
+        code, and then cross in one copy; more than 1 GiB of them move over meanwhile. `device_firings` leaves them.
 
         Raises:
             ValueError: a NaN or infinity in a state (found here for a model on a device, in the forward pass on a CPU).
@@ -93,13 +97,34 @@ class Tap:
             self._require_finite()
             return self._gathered.joined()
 
-    def take(self) -> Callable[[], Firings]:
+    @property
+    def device_firings(self) -> Firings:
+        """The same on the device of the model: `LazyFirings`, whose codes nobody copies and whose columns are computed
+        there, each when it is asked for. `of_site` and `counts` do not wait for the device. Of a model on a CPU these
+        are `firings`.
+
+        A NaN or infinity in a state is not looked for here, but by `firings`, `clear` and the end of the context.
+
+        Raises:
+            ValueError: the hooked layers are on several devices.
+        """
+        with self._lock:
+            return self._gathered.on_device()
+
+    def take(self, mask: Tensor | None = None) -> Callable[[], Firings]:
         """Hands over the firings since the last `clear` or `take`, as a function that returns them when called.
 
-        A model on a device can be fed the next batch before that. The function raises what `firings` would.
+        A model on a device can be fed the next batch before that; the firings cross meanwhile, in one copy. The
+        function raises what `firings` would.
+
+        Args:
+            mask: `[B, T]` on the host, where there was one call: False or 0 at its pads, whose codes then do not cross.
         """
         with self._lock:
             gathered, checks, self._gathered, self._checks = self._gathered, self._checks, Gathered(), []
+            if mask is not None:
+                gathered.drop_pads(mask)
+            gathered.leave()
 
         def firings() -> Firings:
             for check in checks:
@@ -133,6 +158,8 @@ class Tap:
             for head, sae in heads.items():
                 if sae is None:
                     continue
+                if self._activations != "exact":
+                    check_activations(self._activations, sae.F)
                 if sae.kind in DENSE_KINDS:
                     self._dense.setdefault(layer, {})[head] = sae
                     continue
@@ -221,19 +248,20 @@ class Tap:
 
     # ---- recording --------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def check_finite(self, frame: Frame, writes: Writes) -> None:
-        """Raises ValueError at the first NaN or infinity written; for a device, as soon as somebody asks the tap."""
-        right = writes.right
-        if right.device.type != "cpu":
-            pending = self._pending_of(frame)
-            pending.checks.append(_Check.of(writes, frame))
-            if frame.call is None:
-                pending.keep()
+    def check_finite(self, frame: Frame, writes: Writes, first: Tensor) -> None:
+        """Raises ValueError at the first NaN or infinity written; for a device, as soon as somebody asks the tap.
+
+        Args:
+            first: `[B]` where it stands, as `RuleOutput.first_nonfinite`.
+        """
+        check = _Check(first, writes.shape[2], frame.site.layer_index, frame.start, writes.cu_seqlens)
+        if first.device.type == "cpu":
+            check.require(first)
             return
-        first = ops.first_nonfinite(right.flatten(3))
-        if first is not None:
-            _Place.of(writes, frame).refuse(*first)
+        pending = self._pending_of(frame)
+        pending.checks.append(check)
+        if frame.call is None:
+            pending.keep()
 
     def record(
         self, frame: Frame, writes: Writes, initial_state: Tensor | None, final_state: Tensor | None,
@@ -242,13 +270,12 @@ class Tap:
         """Takes in one call of one hooked layer. Thread-safe. codes: by group, where they are known already."""
         layer = frame.site.layer_index
         found = without_tangents(writes)  # codes are numbers only
-        parts = self._firings_of(layer, frame, found, initial_state, final_state, codes or {})
+        pending = self._pending_of(frame)
+        parts = self._firings_of(layer, frame, found, initial_state, final_state, codes or {}, pending)
         B, T = writes.right.shape[:2]
         room = B * T * self._fire_per_token
-        if self._record_writes and writes.initial_state is not None:
-            # The cache updates its state in place, and these writes outlive the call.
-            writes = replace(writes, initial_state=writes.initial_state.clone())
-        pending = self._pending_of(frame)
+        if self._record_writes:
+            writes = replace(writes, initial_state=self._kept_state(frame, writes, initial_state))
         for part in parts:
             pending.gathered.add(part, room)
         pending.called.append((layer, self.writes.get(layer), self.starts.get(layer)))
@@ -269,24 +296,33 @@ class Tap:
 
     @torch.no_grad()
     def _firings_of(
-        self, layer: int, frame: Frame, writes: Writes, initial_state, final_state, known: Mapping[int, GroupCodes]
-    ) -> list:
-        parts: list[TopK | Coming | Firings] = []
+        self, layer: int, frame: Frame, writes: Writes, initial_state, final_state, known: Mapping[int, GroupCodes],
+        pending: _Pending,
+    ) -> list:  # fmt: skip
+        parts: list[Grid | Firings] = []
         if layer in self._groups or layer in self._dense:
-            columns = Columns.of(writes, frame.start, frame.mask, frame.first_row)
+            tokens = Tokens.of(writes, frame.start, frame.mask, frame.first_row)
+            packed = self._activations == "packed"
             for i, group in enumerate(self._groups.get(layer, ())):
-                codes = known.get(i)
+                codes, F = known.get(i), group.v_enc.shape[1]
                 if codes is None:
                     codes = self.codes(layer, i, writes, self.carry(frame, i, initial_state))
-                self._keep_carry(frame, i, codes, final_state)
+                carried = frame.cache is not None and frame.head is None and final_state is not None
+                if carried and codes.carry is not None:
+                    kept = Carry.of(codes.carry, initial_state, final_state, group.heads)
+                    pending.carries.append((frame.cache, (layer, i), kept))
+                values = codes.values.detach().float()
                 if codes.offsets is not None:
                     # Above a threshold there are as many as there are, so a device has been waited for already.
-                    parts.append(_above(codes, group.heads, columns, layer))
+                    values = rounded(values, F) if packed else values
+                    parts.append(_above(replace(codes, values=values), group.heads, tokens, layer))
                     continue
-                found = TopK(codes.values.detach(), codes.indices, group.heads, columns, layer)
-                parts.append(found if found.values.device.type == "cpu" else Coming.of(found))
+                bits = feature_bits(F) if packed else None
+                parts.append(Grid((values, codes.indices), bits, tokens, tuple(group.heads), layer, F))
             for head, sae in self._dense.get(layer, {}).items():
-                parts.extend(_dense_firings(sae, writes, head, columns, layer))
+                for part in _dense_firings(sae, writes, head, tokens, layer):
+                    activation = rounded(part.activation, sae.F) if packed else part.activation
+                    parts.append(replace(part, activation=activation))
         return parts
 
     def codes(
@@ -312,24 +348,26 @@ class Tap:
 
     def carry(self, frame: Frame, number: int, initial_state: Tensor | None) -> Tensor | None:
         """`[N, Hs, F]`: activations after the last call, if the cache's state is still that."""
-        # On a device, comparing states would wait for it; reading the carry off the state costs a product and no wait.
-        if frame.cache is None or frame.head is not None or initial_state is None or initial_state.device.type != "cpu":
+        kept = self._carry(frame, number, initial_state)
+        return None if kept is None else kept.carry
+
+    def _carry(self, frame: Frame, number: int, initial_state: Tensor | None) -> Carry | None:
+        if frame.cache is None or frame.head is not None or initial_state is None:
             return None
         layer = frame.site.layer_index
         with self._lock:
-            state, kept = self._carries.get(frame.cache, {}).get((layer, number), (None, None))
+            return self._carries.get(frame.cache, (layer, number), initial_state, self._groups[layer][number].heads)
+
+    def _kept_state(self, frame: Frame, writes: Writes, initial_state: Tensor | None) -> Tensor | None:
+        """The state before the call, for writes that outlive it: the cache updates its own in place."""
+        state = writes.initial_state
         if state is None:
             return None
-        now = initial_state[:, self._groups[layer][number].heads]
-        return kept if state.dtype == now.dtype and torch.equal(state, now) else None
-
-    def _keep_carry(self, frame: Frame, number: int, codes: GroupCodes, final_state: Tensor | None) -> None:
-        if frame.cache is None or codes.carry is None or final_state is None or final_state.device.type != "cpu":
-            return
-        layer = frame.site.layer_index
-        state = final_state[:, self._groups[layer][number].heads]  # indexing by a list copies
-        with self._lock:
-            self._carries.setdefault(frame.cache, {})[layer, number] = (state, codes.carry)
+        copy = None
+        if state is initial_state and state.device.type != "cpu" and self._groups.get(frame.site.layer_index):
+            kept = self._carry(frame, 0, state)
+            copy = None if kept is None else kept.untouched()
+        return state.clone() if copy is None else copy
 
 
 class _Pending:
@@ -338,6 +376,7 @@ class _Pending:
     def __init__(self, tap: Tap):
         self.tap = tap
         self.gathered = Gathered()
+        self.carries: list[tuple[Any, tuple[int, int], Carry]] = []  # cache, (layer, group)
         self.checks: list[_Check] = []
         self.called: list[tuple[int, Writes | None, int | None]] = []  # layer, writes and start of the call before
         self.applied: list[tuple[int, Tensor]] = []  # layer, which of its edits
@@ -345,9 +384,12 @@ class _Pending:
 
     def keep(self) -> None:
         """The call has come to its end."""
+        checks = [_Checks(self.checks)] if self.checks else []
         with self.tap._lock:
             self.tap._gathered.extend(self.gathered)
-            self.tap._checks.extend(self.checks)
+            self.tap._checks.extend(checks)
+            for kept in self.carries:
+                self.tap._carries.keep(*kept)
             for layer, which in self.applied:
                 self.tap.applied[layer][which] = True
             for number, site, seen, acted in self.acted:
@@ -380,58 +422,52 @@ def without_tangents(writes: Writes) -> Writes:
 
 @dataclass(eq=False)
 class _Check:
-    """Whether a call on a device wrote only finite numbers, on its way to the host."""
+    """Whether one call of a layer wrote only finite numbers, and where its tokens stand, for saying where not."""
 
-    transfer: ToHost  # [2]: whether one is not, and the first such token and head, counted through [B, T, H]
-    shape: tuple[int, int, int]  # B, T, H
-    place: _Place
-
-    @classmethod
-    def of(cls, writes: Writes, frame: Frame) -> _Check:
-        bad = (~torch.isfinite(writes.right)).flatten(3).any(-1)  # [B, T, H]
-        found = torch.stack([bad.any().long(), bad.flatten().int().argmax()])
-        return cls(ToHost([found]), (*writes.shape[:3],), _Place.of(writes, frame))
-
-    def require(self) -> None:
-        some, first = self.transfer.get()[0].tolist()
-        if some:
-            _, T, H = self.shape
-            self.place.refuse(first // (T * H), first // H % T, first % H)
-
-
-@dataclass(eq=False)
-class _Place:
-    """Where the tokens of one call stand, for saying where a state broke."""
-
+    first: Tensor  # [B], as `RuleOutput.first_nonfinite`
+    heads: int
     layer: int
     start: int
     cu_seqlens: Tensor | None
 
-    @classmethod
-    def of(cls, writes: Writes, frame: Frame) -> _Place:
-        return cls(frame.site.layer_index, frame.start, writes.cu_seqlens)
-
-    def refuse(self, b: int, t: int, head: int) -> None:
-        row, position = b, t + self.start
+    def require(self, first: Tensor) -> None:
+        """first: the same on the host. Raises ValueError where it says that a state broke."""
+        place = place_of(first, self.heads)
+        if place is None:
+            return
+        row, token, head = place
+        position = token + self.start
         if self.cu_seqlens is not None:
             offsets = self.cu_seqlens.cpu()
-            row = int(torch.searchsorted(offsets, torch.tensor(t), right=True)) - 1
-            position = t - int(offsets[row])
+            row = int(torch.searchsorted(offsets, torch.tensor(token), right=True)) - 1
+            position = token - int(offsets[row])
         raise ValueError(
             f"model: NaN or infinity in the state of layer {self.layer}, first at row {row}, position {position}, head "
             f"{head}"
         )
 
 
-def _above(codes, heads: list[int], columns: Columns, layer: int) -> Firings:
+class _Checks:
+    """Those of all layers in one call of the model, on their way to the host."""
+
+    def __init__(self, checks: Sequence[_Check]):
+        self._checks = checks
+        self._transfer = ToHost([check.first for check in checks])
+
+    def require(self) -> None:
+        for check, first in zip(self._checks, self._transfer.get(), strict=True):  # in the order of layers
+            check.require(first)
+
+
+def _above(codes, heads: list[int], tokens: Tokens, layer: int) -> Firings:
     """Codes above a threshold to firings, without a loop over tokens."""
-    shape = (*columns.row.shape, len(heads))
+    shape = (*tokens.row.shape, len(heads))
     fires, counts = codes.values > 0, codes.offsets.diff()
-    if columns.real is not None:
-        fires &= columns.real[:, :, None].expand(shape).flatten().repeat_interleave(counts)
+    if tokens.real is not None:
+        fires &= tokens.real[:, :, None].expand(shape).flatten().repeat_interleave(counts)
     place = torch.arange(len(counts), device=fires.device).repeat_interleave(counts)[fires]
     head = torch.tensor(heads, dtype=torch.int32).to(fires.device, non_blocking=True)
-    per_site = (columns.row[:, :, None], columns.position[:, :, None], head)
+    per_site = (tokens.row[:, :, None], tokens.position[:, :, None], head)
     row, position, head = (x.to(torch.int32).expand(shape).flatten()[place] for x in per_site)
     return _columns_to_firings(row, position, layer, head, codes.indices[fires], codes.values[fires])
 
@@ -455,7 +491,7 @@ def _pursued(group: Group, writes: Writes, heads: list[int]) -> tuple[Tensor, Te
     return values.float(), indices
 
 
-def _dense_firings(sae, writes: Writes, head: int, columns: Columns, layer: int) -> Iterator[Firings]:
+def _dense_firings(sae, writes: Writes, head: int, tokens: Tokens, layer: int) -> Iterator[Firings]:
     """Firings of a dictionary with a dense encoder, from states rebuilt a block at a time."""
     if getattr(sae, "target", "state") == "write":
         writes = writes.memoryless()
@@ -477,10 +513,10 @@ def _dense_firings(sae, writes: Writes, head: int, columns: Columns, layer: int)
                 states = block.states(range(hi - lo), read=True)[0, :, 0]
             codes = sae.encode(states)
             fires = codes.values > 0
-            if columns.real is not None:
-                fires &= columns.real[b, lo:hi, None]
+            if tokens.real is not None:
+                fires &= tokens.real[b, lo:hi, None]
             t = fires.nonzero()[:, 0]
-            row, position = columns.row[b, lo:hi][t], columns.position[b, lo:hi][t]
+            row, position = tokens.row[b, lo:hi][t], tokens.position[b, lo:hi][t]
             yield _columns_to_firings(
                 row, position, layer, torch.full_like(row, head), codes.indices[fires], codes.values[fires]
             )

@@ -7,11 +7,11 @@ from .encode import Codes, activations, encode
 from .gated_delta_rule import RULE as _delta
 from .gated_delta_rule import gated_delta_rule, gated_delta_rule_step
 from .loss import factored_loss
+from .nonfinite import first_nonfinite
 from .pursuit import pursuit
 from .rms_norm import rms_norm
 from .rule import Rule, RuleCall, RuleOutput, RuleStepOutput
 from .sae_training import Step, training_loss
-from .scan import first_nonfinite
 from .selective_scan import RULE as _selective
 from .selective_scan import selective_scan, selective_scan_step
 from .ssd import RULE as _ssd

@@ -18,7 +18,7 @@ def _float(x: Tensor | None) -> Tensor | None:
 
 
 @lru_cache(maxsize=256)
-def _heads_on(heads: tuple[int, ...], device: torch.device) -> Tensor:
+def heads_on(heads: tuple[int, ...], device: torch.device) -> Tensor:
     """Kept: a copy to a device cannot be captured in a graph."""
     return torch.tensor(heads).to(device, non_blocking=True)
 
@@ -27,7 +27,7 @@ def _arguments(writes: Writes, heads: list[int], v_enc: Tensor, w_enc: Tensor) -
     """What every kernel takes first: decay, left, right, heads, v_enc, w_enc. Small ones in float32; the kernel
     converts left, right and the factors as it packs them."""
     where = v_enc.device
-    heads = torch.tensor(heads) if where.type == "cpu" else _heads_on(tuple(heads), where)
+    heads = torch.tensor(heads) if where.type == "cpu" else heads_on(tuple(heads), where)
     return _float(writes.decay), writes.left, writes.right, heads, v_enc.detach(), w_enc.detach()
 
 

@@ -29,12 +29,13 @@ from .._library import CPU_ERROR
 from ..writes import Writes
 from . import _dispatch, _encode_states, _transforms
 from ._dispatch import Limits
-from ._encode_arguments import _arguments, _float, _rest, as_read, carried_on
+from ._encode_arguments import _arguments, _float, _rest, as_read, carried_on, heads_on
 from ._encode_gradient import attach_writes_gradient
 from .reference import encode as reference
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 LARGEST = {"left": 256, "right": 256}  # K and V of the CUDA kernels
+_ROWS = 2**26  # float32 numbers held while activations are read off states on a device: 256 MiB
 GATES = ("scalar", "channel")  # of the kernels; other gates are read off states, a block of tokens at a time
 for _op, _operator in (("encode", "encode_topk"), ("activations", "encode_at")):
     _cpu = Limits(_operator, gates=GATES, gradient=GATES)
@@ -416,12 +417,15 @@ def _plain_activations(writes, v, w, indices, b, heads, carry) -> Tensor:
 
 
 class _StateActivations(torch.autograd.Function):
-    """a_i = v_i^T S w_i of whole states: the carry that an initial state amounts to. One head at a time."""
+    """a_i = v_i^T S w_i of whole states: the carry that an initial state amounts to. On a CPU one head at a time, which
+    stays in cache; on a device all of them together."""
 
     @staticmethod
     def forward(ctx, v, w, state, heads):  # [Hs, F, r, K], [Hs, F, r, V], [N, H, K, V] -> [N, Hs, F]
         ctx.save_for_backward(v, w, state)
         ctx.heads = heads
+        if v.device.type != "cpu":
+            return _of_states(v, w, state, heads)
         out = v.new_empty(len(state), len(heads), v.shape[1])
         for n in range(len(state)):
             for i, head in enumerate(heads):
@@ -441,6 +445,20 @@ class _StateActivations(torch.autograd.Function):
                 if ctx.needs_input_grad[2]:
                     d_state[n, head] += (scaled * v[i]).flatten(0, 1).T @ w[i].flatten(0, 1)
         return dv, dw, d_state, None
+
+
+def _of_states(v: Tensor, w: Tensor, state: Tensor, heads: list[int]) -> Tensor:
+    """`[N, Hs, F]`. 5 launches for as many rows as fit `_ROWS` numbers, 4 where the heads are all heads, in order."""
+    (H, K, V), (Hs, F, r) = state.shape[1:], v.shape[:3]
+    if heads != list(range(H)):
+        state = state.index_select(1, heads_on(tuple(heads), state.device))
+    found = []
+    for rows in state.split(max(1, _ROWS // (Hs * F * r * V))):
+        n = len(rows)
+        side = rows.permute(1, 2, 0, 3).reshape(Hs, K, n * V)
+        on_left = torch.bmm(v.flatten(1, 2), side).view(Hs, F, r, n, V)
+        found.append(on_left.mul_(w[:, :, :, None]).sum((2, 4)).permute(2, 0, 1))  # [n, Hs, F]
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 class _Gradient(torch.autograd.Function):

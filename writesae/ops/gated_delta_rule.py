@@ -57,7 +57,8 @@ def gated_delta_rule(
 
     Returns:
         `out.o [B,T,H,V]` in v's dtype; `out.final_state [N,H,K,V]`, `out.writes` and `out.snapshots` (`[P,H,K,V]`, or
-        `[N,P,H,K,V]` for a list of positions) in float32 (float64 for float64 inputs, reference only).
+        `[N,P,H,K,V]` for a list of positions) in float32 (float64 for float64 inputs, reference only). With writes,
+        `out.first_nonfinite [B]` says where an increment is not finite; see `RuleOutput`.
 
     Raises:
         ValueError: a wrong shape, dtype or place, naming the argument.

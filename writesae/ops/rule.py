@@ -23,12 +23,16 @@ class RuleOutput:
         final_state: `[N, H, K, V]`, or None where it was not asked for.
         writes: the `Writes`, or None.
         snapshots: `[P, H, K, V]`, `[N, P, H, K, V]` for a list of positions, or None.
+        first_nonfinite: `[B]` int64 on o's device: as `t H + h`, the first token t and head h of each row of the batch
+            (packed sequences are one row) whose increments, `writes.right`, hold a NaN or infinity, -1 for none. Found
+            by kernels without the pass over them that `ops.first_nonfinite` takes. None without writes.
     """
 
     o: Tensor
     final_state: Tensor | None
     writes: Writes | None
     snapshots: Tensor | None
+    first_nonfinite: Tensor | None = None
 
     __repr__ = sizes_repr
 
@@ -41,11 +45,14 @@ class RuleStepOutput:
         o: `[B, H, V]` in v's dtype.
         left: `[B, Hk, K]` key side of the token's write, float32 (float64 for float64 inputs), or None.
         right: `[B, H, V]` value side, the same.
+        first_nonfinite: `[B]` int64, the first head of each row whose increment holds a NaN or infinity, -1 for none;
+            None without writes.
     """
 
     o: Tensor
     left: Tensor | None
     right: Tensor | None
+    first_nonfinite: Tensor | None = None
 
     __repr__ = sizes_repr
 

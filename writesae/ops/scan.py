@@ -15,11 +15,12 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from .._arguments import check_floats, check_integers, check_type, integers, refuse_unreadable, said, sequence_offsets
+from .._arguments import check_integers, check_type, integers, refuse_unreadable, said, sequence_offsets
 from .._library import CPU_ERROR
 from ..edits import ADD, AFTER, DELETE, Edits
 from ..writes import Writes
 from . import _dispatch, _transforms
+from .nonfinite import fake_nonfinite, nonfinite
 from .rule import RuleOutput, RuleStepOutput
 
 # ---- what a call of any rule asks for -------------------------------------------------------------------------------
@@ -45,12 +46,19 @@ class Asked:
     places: Tensor | None
     as_list: bool
 
-    def answer(self, o: Tensor, final_state: Tensor | None, writes: Writes | None, snapshots: Tensor) -> RuleOutput:
-        if self.places is None:
-            return RuleOutput(o, final_state, writes, None)
-        if self.as_list:
-            snapshots = snapshots.reshape(len(self.lengths), -1, *self.sizes)
-        return RuleOutput(o, final_state, writes, snapshots)
+    def answer(
+        self, o: Tensor, final_state: Tensor | None, writes: Writes | None, snapshots: Tensor,
+        first_nonfinite: Tensor | None = None,
+    ) -> RuleOutput:  # fmt: skip
+        """first_nonfinite: `[B]` as a kernel has found it; None: it is looked for here."""
+        if writes is None:
+            first_nonfinite = None
+        elif first_nonfinite is None:
+            first_nonfinite = nonfinite(writes.right)
+        shots = None
+        if self.places is not None:
+            shots = snapshots.reshape(len(self.lengths), -1, *self.sizes) if self.as_list else snapshots
+        return RuleOutput(o, final_state, writes, shots, first_nonfinite)
 
     def added(self, left: Tensor, right: Tensor) -> Edits | None:
         """What the edits add beyond the native writes as they were made, `left [B, T, Hl, K]`, `right [B, T, H, V]`."""
@@ -144,27 +152,6 @@ def _additions(edits: Edits | None, left: Tensor, right: Tensor, cu_seqlens: Ten
     )  # fmt: skip
 
 
-def first_nonfinite(right: Tensor) -> tuple[int, int, int] | None:
-    """(row, position, head) of the first NaN or infinity in increments `[B, T, H, V]`, or None.
-
-    A state is finite as long as its increments are, so this is where one broke. One pass over `right` when nothing is
-    wrong.
-
-    Raises:
-        ValueError: right is no floating tensor of four axes.
-        RuntimeError: right has no numbers to look at (meta, torch.compile, vmap).
-    """
-    check_floats(right=right)
-    if right.ndim != 4:
-        raise ValueError(f"right: expected [B, T, H, V], got shape {tuple(right.shape)}")
-    refuse_unreadable("first_nonfinite", "right", right)
-    # The sum of finite numbers can overflow, so it only clears; what it does not clear is looked at in full.
-    if bool(torch.isfinite(right.sum(dtype=torch.float32))):
-        return None
-    bad = (~torch.isfinite(right)).any(-1).nonzero()
-    return tuple(bad[0].tolist()) if len(bad) else None
-
-
 # ---- rules that are scans -------------------------------------------------------------------------------------------
 
 
@@ -241,6 +228,7 @@ class Scan:
         edits, places, cu_seqlens = asked.edits, asked.places, asked.cu_seqlens
         chosen = _dispatch.choose(self.name, backend, tensors)
         ab = self._ab(erase)
+        found = None
         if chosen == "reference":
             o, final, left, right, shots, *erased = self.reference(
                 q, k, v, g, beta, scale, initial_state, use_qk_l2norm, cu_seqlens, edits, places, *ab
@@ -255,7 +243,7 @@ class Scan:
             # The backward needs the increments; writing them out is cheaper than running the scan once more for them.
             differentiable = (q, k, v, g, beta, initial_state, edit_left, edit_right, *ab)
             keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable)
-            o, final, left, right, shots, *erased = getattr(_dispatch.operators(chosen), self.name)(
+            o, final, left, right, shots, found, *erased = getattr(_dispatch.operators(chosen), self.name)(
                 q, k, v, g, beta, scale, initial_state, use_qk_l2norm, cu_seqlens, index, edit_left, edit_right, places,
                 return_writes or keep, *ab,
             )  # fmt: skip
@@ -268,7 +256,7 @@ class Scan:
                 initial_state=None if initial_state is None else initial_state.to(right.dtype),
                 cu_seqlens=cu_seqlens, edits=asked.added(left, right),
             )  # fmt: skip
-        return asked.answer(o, final if output_final_state else None, writes, shots)
+        return asked.answer(o, final if output_final_state else None, writes, shots, found)
 
     def _ab(self, erase: tuple[Tensor, Tensor] | None) -> tuple:
         """What operators and reference take last."""
@@ -309,6 +297,7 @@ class Scan:
         chosen = _dispatch.choose(op, backend, tensors)
         _dispatch.refuse_gradient(op, tensors, "use torch.no_grad()")
         ab = self._ab(erase)
+        found = None
         if chosen == "reference":
             o, final, left, right, _, *erased = self.reference(
                 *(x[:, None] for x in (q, k, v, g, beta)), scale, state, use_qk_l2norm, None, edits, None,
@@ -318,12 +307,14 @@ class Scan:
             o, left, right, *erased = (None if x is None else x[:, 0] for x in (o, left, right, *erased))
         else:
             packed = pack_edits(edits, v.device) if edits is not None and len(edits) else (None, None, None)
-            o, left, right, *erased = getattr(_dispatch.operators(chosen), op)(
+            o, left, right, found, *erased = getattr(_dispatch.operators(chosen), op)(
                 q, k, v, g, beta, state, scale, use_qk_l2norm, *packed, return_writes, *ab
             )
         if not return_writes:
             return RuleStepOutput(o, None, None)
-        return RuleStepOutput(o, *((left, right) if erase is None else _stacked(left, right, erase, erased)))
+        if erase is not None:
+            left, right = _stacked(left, right, erase, erased)
+        return RuleStepOutput(o, left, right, nonfinite(right[:, None]) if found is None else found)
 
     def declare(self, **limits: _dispatch.Limits) -> Mapping[str, _dispatch.Limits]:
         """Tells dispatch what the kernels of the scan and of the step take, and torch what its operators are to tracing
@@ -356,7 +347,8 @@ def _fake(
     full = {"dtype": torch.float32}
     left = v.new_empty((B, T, Hk, K) if return_writes else (0,), **full)
     right = v.new_empty((B, T, H, V) if return_writes else (0,), **full)
-    return v.new_empty(v.shape), v.new_empty((N, H, K, V), **full), left, right, v.new_empty((P, H, K, V), **full)
+    o, final, shots = v.new_empty(v.shape), v.new_empty((N, H, K, V), **full), v.new_empty((P, H, K, V), **full)
+    return o, final, left, right, shots, fake_nonfinite(v, return_writes)
 
 
 def _fake_backward(
@@ -372,8 +364,8 @@ def _fake_backward(
 def _fake_step(
     q, k, v, g, beta, state, scale, use_qk_l2norm, edit_index, edit_left, edit_right, return_writes
 ):  # fmt: skip
-    left = v.new_empty(k.shape if return_writes else (0,), dtype=torch.float32)
-    return v.new_empty(v.shape), left, v.new_empty(v.shape if return_writes else (0,), dtype=torch.float32)
+    sides = (v.new_empty(x.shape if return_writes else (0,), dtype=torch.float32) for x in (k, v))
+    return v.new_empty(v.shape), *sides, fake_nonfinite(v, return_writes)
 
 
 def _low_rank(fake: Callable[..., tuple]) -> Callable[..., tuple]:
@@ -404,7 +396,7 @@ _LOW_RANK_FAKES = {"": _low_rank(_fake), "_step": _low_rank(_fake_step), "_backw
 def _save(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
     tensors = [x for i, x in enumerate(inputs) if i not in (5, 7, 13)]
-    ctx.save_for_backward(*tensors, *(output[i] if inputs[13] else None for i in range(3, len(output), 2)))
+    ctx.save_for_backward(*tensors, *(output[i] if inputs[13] else None for i in range(3, len(output), 3)))
     ctx.scale, ctx.use_qk_l2norm = inputs[5], inputs[7]
 
 
@@ -412,14 +404,14 @@ def _backward_of(scan: Scan, namespace: str) -> Callable[..., tuple]:
     operators = getattr(torch.ops, namespace)
     forward, of_forward = getattr(operators, scan.name), getattr(operators, f"{scan.name}_backward")
 
-    def backward(ctx, d_o, d_final_state, d_left, d_right, d_snapshots, d_erased=None):
+    def backward(ctx, d_o, d_final_state, d_left, d_right, d_snapshots, _, d_erased=None):
         q, k, v, g, beta, initial_state, cu_seqlens, *others = ctx.saved_tensors
         edits_and_places, ab, made = others[:4], others[4 : 4 + 2 * scan.low_rank], others[4 + 2 * scan.low_rank :]
         inputs = (q, k, v, g, beta, ctx.scale, initial_state, ctx.use_qk_l2norm, cu_seqlens, *edits_and_places)
         if made[0] is None:  # called with return_writes=False: left, right and erased came out empty
             d_left = d_right = d_erased = None
             with torch.no_grad():
-                made = forward(*inputs, True, *ab)[3::2]
+                made = forward(*inputs, True, *ab)[3::3]
         right, *erased = made
         given = [d_o, d_final_state, d_left, d_right, d_snapshots]
         if scan.low_rank:
@@ -452,10 +444,12 @@ def _plain_of(scan: Scan) -> Callable[..., tuple]:
         o, final, left, right, shots, *erased = scan.reference(
             q, k, v, g, beta, scale, initial_state, use_qk_l2norm, cu_seqlens, edits, snapshots, *ab
         )
+        made = [x for x in (right, *erased) if x is not None]
+        found = nonfinite(torch.stack(made, 3)) if return_writes else v.new_empty(0, dtype=torch.int64)
         erased = [v.new_empty(0) if x is None or not return_writes else x for x in erased]
         if not return_writes:
             left, right = v.new_empty(0), v.new_empty(0)
-        return o, final, left, right, shots, *erased
+        return o, final, left, right, shots, found, *erased
 
     return plain
 

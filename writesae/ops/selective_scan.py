@@ -19,6 +19,7 @@ from .._library import CPU_ERROR
 from ..edits import Edits
 from ..writes import Writes
 from . import _dispatch, _transforms
+from .nonfinite import fake_nonfinite, nonfinite
 from .reference.selective_scan import selective_scan as reference
 from .rule import Rule, RuleOutput, RuleStepOutput
 from .scan import ask, pack_edits
@@ -75,6 +76,7 @@ def selective_scan(
     sizes = (1, A.shape[1], V)
     asked = ask("selective_scan", rows, T, sizes, initial_state, cu_seqlens, edits, snapshots, tokens="x")
     chosen = _dispatch.choose("selective_scan", backend, tensors)
+    found = None
     if chosen == "reference":
         o, final, left, right, shots = reference(
             x, dt, A, B, C, D, initial_state, cu_seqlens, asked.edits, asked.places
@@ -83,7 +85,7 @@ def selective_scan(
         if chosen == "twin":
             _register_gradients("writesae_twin")
         places = None if asked.places is None else asked.places.to(x.device, non_blocking=True)
-        o, final, right, shots = _dispatch.operators(chosen).selective_scan(
+        o, final, right, shots, found = _dispatch.operators(chosen).selective_scan(
             x, dt, A, B, C, D, initial_state, cu_seqlens, *_packed(asked.edits, x), places, return_writes
         )
         left, right = B.float()[:, :, None, None], right[:, :, None, None] if return_writes else right
@@ -94,7 +96,7 @@ def selective_scan(
             initial_state=None if initial_state is None else initial_state.to(right.dtype), cu_seqlens=cu_seqlens,
             edits=asked.added(left[:, :, :, 0], right[:, :, :, 0]),
         )  # fmt: skip
-    return asked.answer(o, final if output_final_state else None, writes, shots)
+    return asked.answer(o, final if output_final_state else None, writes, shots, found)
 
 
 @without_autocast
@@ -146,17 +148,19 @@ def selective_scan_step(
     chosen = _dispatch.choose(op, backend, tensors)
     _dispatch.refuse_gradient(op, tensors, "use torch.no_grad()")
     x, dt, B, C = (y[:, None] for y in (x, dt, B, C))
+    found = None
     if chosen == "reference":
         o, final, _, right, _ = reference(x, dt, A, B, C, D, state, None, edits, None)
         state.copy_(final)
         right = right[:, :, 0]
     else:
-        o, right = _dispatch.operators(chosen).selective_scan_step(
+        o, right, found = _dispatch.operators(chosen).selective_scan_step(
             x, dt, A, B, C, state, D, *_packed(edits, x), return_writes
         )
-    return RuleStepOutput(
-        o[:, 0], B.to(wanted) if return_writes else None, right[:, 0][:, None] if return_writes else None
-    )
+    if not return_writes:
+        return RuleStepOutput(o[:, 0], None, None)
+    right = right[:, 0][:, None]
+    return RuleStepOutput(o[:, 0], B.to(wanted), right, nonfinite(right[:, None]) if found is None else found)
 
 
 def _check(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, lead: str) -> None:
@@ -188,11 +192,13 @@ def _fake(
     N = rows if cu_seqlens is None else cu_seqlens.shape[0] - 1
     P = 0 if snapshots is None else snapshots.shape[0]
     shapes = (N, 1, K, V), x.shape if return_writes else (0,), (P, 1, K, V)
-    return x.new_empty(x.shape), *(x.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    floats = (x.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    return x.new_empty(x.shape), *floats, fake_nonfinite(x, return_writes)
 
 
 def _fake_step(x, dt, A, B, C, state, D, edit_index, edit_left, edit_right, return_writes):
-    return x.new_empty(x.shape), x.new_empty(x.shape if return_writes else (0,), dtype=torch.float32)
+    right = x.new_empty(x.shape if return_writes else (0,), dtype=torch.float32)
+    return x.new_empty(x.shape), right, fake_nonfinite(x, return_writes)
 
 
 def _fake_backward(
@@ -216,7 +222,7 @@ def _save(ctx, inputs, output) -> None:
 def _backward_of(namespace: str) -> Callable[..., tuple]:
     of_forward = getattr(torch.ops, namespace).selective_scan_backward
 
-    def backward(ctx, d_o, d_final_state, d_right, d_snapshots):
+    def backward(ctx, d_o, d_final_state, d_right, d_snapshots, _):
         inputs = ctx.saved_tensors
         found = of_forward(*inputs, d_o, d_final_state, d_right if ctx.writes else None, d_snapshots)
         of_inputs, of_edits = found[:7], found[7:]  # x, dt, A, B, C, D, initial_state; left, right
@@ -241,7 +247,9 @@ def _plain(
             row=row, position=position, head=head, left=edit_left, right=edit_right, kind=kind % 4, when=kind // 4
         )
     o, final, _, right, shots = reference(x, dt, A, B, C, D, initial_state, cu_seqlens, edits, snapshots)
-    return o, final, right[:, :, 0, 0] if return_writes else x.new_empty(0), shots
+    if not return_writes:
+        return o, final, x.new_empty(0), shots, x.new_empty(0, dtype=torch.int64)
+    return o, final, right[:, :, 0, 0], shots, nonfinite(right)
 
 
 @cache

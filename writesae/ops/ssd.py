@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -71,7 +72,7 @@ def ssd(
         tensors, C, B, x, _decay(dt, A), dt, 1.0, initial_state, output_final_state, False, asked, return_writes,
         backend,
     )  # fmt: skip
-    return out if D is None else RuleOutput(_skipped(out.o, D, x), out.final_state, out.writes, out.snapshots)
+    return out if D is None else replace(out, o=_skipped(out.o, D, x))
 
 
 @without_autocast
@@ -107,7 +108,7 @@ def ssd_step(
         raise ValueError(f"x: expected [B, H, V], got shape {tuple(x.shape)}")
     _check(x, dt, A, B, C, D, f"B={x.shape[0]}")
     out = SCAN.step(tensors, C, B, x, _decay(dt, A), dt, state, 1.0, False, edits, return_writes, backend)
-    return out if D is None else RuleStepOutput(_skipped(out.o, D, x), out.left, out.right)
+    return out if D is None else replace(out, o=_skipped(out.o, D, x))
 
 
 def _check(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, lead: str) -> None:
