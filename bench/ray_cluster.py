@@ -70,17 +70,17 @@ class Collection:
         return self.driver.poll() is None
 
     def kill(self, rng: random.Random) -> str | None:
-        """Kills a worker, a node or the driver, and starts the latter two anew; says which."""
+        """Kills a worker at a unit, a node or the driver, and starts the latter two anew; says which."""
         if not self.running():
             return None
+        raylets = [node.all_processes["raylet"][0].process.pid for node in self.cluster.worker_nodes]
+        busy = [pid for raylet in raylets for pid, title in children(raylet).items() if "do_unit" in title]
+        if not busy:
+            return None  # all are loading
         what = rng.choice(("worker", "node", "driver"))
         if what == "worker":
-            raylets = [node.all_processes["raylet"][0].process.pid for node in self.cluster.worker_nodes]
-            busy = [pid for raylet in raylets for pid, title in children(raylet).items() if "do_unit" in title]
-            if busy:
-                os.kill(rng.choice(busy), signal.SIGKILL)
-                return what
-            what = "driver"  # no worker is at a unit yet
+            os.kill(rng.choice(busy), signal.SIGKILL)
+            return what
         if what == "node":
             node = rng.choice(list(self.cluster.worker_nodes))
             self.cluster.remove_node(node, allow_graceful=False)

@@ -51,7 +51,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "again, do what it left. Nothing is missing then, and nothing there twice.",
     )  # fmt: skip
     many.add_argument("--rank", type=int, help="this worker's number, from 0 (default: there is one alone)")
-    many.add_argument("--world-size", type=int, help="how many workers there are (default: one)")
+    many.add_argument("--world-size", type=int, help="how many workers share the passages (default: one)")
     many.add_argument("--distributed", action="store_true", help="take rank and world size from the environment that "
                       "torchrun, srun or mpirun made")  # fmt: skip
     many.add_argument("--unit", type=size, metavar="SIZE", help="bytes of text, at least, given to a worker at a time; "
