@@ -156,6 +156,7 @@ case $call in
         step "counters of $name, read" 20 "$python" bench/gpu_call.py counters "$rows" "$one"
       done
     fi
+    measure prototype 30 gpu-product
     measure model 90 gpu-model
     measure backward 60 gpu-scan-backward gpu-encode-backward
     measure writes 40 gpu-scan-writes

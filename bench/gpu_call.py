@@ -67,6 +67,7 @@ METRICS = {
     for reason in ("long_scoreboard", "short_scoreboard", "mio_throttle", "math_pipe_throttle", "wait", "barrier",
                    "not_selected", "dispatch_stall", "no_instruction")
 }  # fmt: skip
+MODULES = (*GPU_MODULES, "gpu_prototypes")
 LAUNCHES = {"scan": "writesae.bench.bench_gpu_scan", "encode": "writesae.bench.bench_gpu_encode"}
 _ASKED = "name,driver_version,memory.total,clocks.max.sm,clocks.sm,power.limit,temperature.gpu"
 
@@ -128,7 +129,7 @@ def measure(path: Path, names: Sequence[str], dry: str, bad: int = 0) -> int:
 
     After one that failed the rest runs in a new process: an error of a CUDA kernel stays with the process it was in.
     """
-    cases = {case.name: case for case in load_cases(GPU_MODULES)}
+    cases = {case.name: case for case in load_cases(MODULES)}
     unknown = [name for name in names if name not in cases]
     if unknown:
         raise ValueError(f"NAME: expected cases of {', '.join(cases)}, got {', '.join(unknown)}")
@@ -257,7 +258,7 @@ def records(paths: Iterable[Path]) -> list[dict]:
 
 def show(paths: Iterable[Path]) -> str:
     paths = list(paths)
-    names = [case.name for case in load_cases(GPU_MODULES)]
+    names = [case.name for case in load_cases(MODULES)]
     found = ordered(records(paths), names)
     parts = [report(found)] if found else ["no case was measured"]
     kernels = [x for path in paths for x in read_lines(path) if x["what"] == "counters"]

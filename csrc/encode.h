@@ -95,6 +95,16 @@ int64_t encode_offsets(const int64_t* counts, int64_t n, int64_t* offsets, void*
 
 // Cuts sequences into segments of this many tokens from now on; 0 for the length that takes the least time. For tests.
 void encode_force_segment(int tokens);
+// Shares the features of a segment among so many blocks from now on, where the k largest are asked for; 0 likewise.
+void encode_force_parts(int parts);
+
+// How a top-k call of such sizes is cut: tokens of a segment, blocks that share its features, heads at a time, blocks that the
+// device runs at once, candidates kept a token, and the share of those blocks that work.
+struct EncodeOutline {
+  int segment, parts, heads, slots, capacity;
+  double busy;
+};
+EncodeOutline encode_outline(const EncodeParams& p, Precision precision);
 
 }  // namespace cuda
 }  // namespace writesae

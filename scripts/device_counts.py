@@ -29,6 +29,9 @@ def main() -> None:
         parser.error(f"layers: expected a multiple of 3, heads: at least 1; got {given.layers}, {given.heads}")
     warnings.filterwarnings("ignore")
     import device_counting as counting
+    import torch
+
+    torch.set_num_threads(1)  # more only get in each other's way
 
     with counting.simulated(given.layers, given.heads) as on:
         print(f"{given.layers} layers x {given.heads} heads; launches\n")
@@ -38,6 +41,7 @@ def main() -> None:
         cases = [
             ("forward pass", lambda: counting.forward(*on)),
             ("forward pass, packed", lambda: counting.forward(*on, activations="packed")),
+            ("forward pass, in segments", lambda: counting.forward(*on, kind=counting.SEGMENTS)),
             ("forward pass, padded", lambda: counting.forward(*on, pads=4)),
             ("step of decoding", lambda: counting.decoding(*on)),
             ("step of decoding, beams reordered", lambda: counting.decoding(*on, beams=True)),

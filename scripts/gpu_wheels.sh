@@ -28,14 +28,15 @@ needs() {
 }
 
 bytes() { find "$@" -type f -printf '%s\n' | awk '{ n += $1 } END { print n + 0 }'; }
-tree() { git ls-files -z | xargs -0 stat -c %s 2>/dev/null | awk '{ n += $1 } END { print n + 0 }'; }
+tree() { git ls-files -z | { xargs -0 stat -c %s 2>/dev/null || true; } | awk '{ n += $1 } END { print n + 0 }'; }
 mib() { awk -v n="$1" 'BEGIN { printf "%.1f MiB", n / 1048576 }'; }
 
 git rev-parse --short=12 HEAD >.whl/commit
 tracked=$(tree)
 echo "tracked files: $(mib "$tracked"); limit with .whl/: $(mib "$limit")"
 for peer in "${@:-fla}"; do
-  list=$(needs "$peer") fetched=$(mktemp -d) lacking=()
+  list=$(needs "$peer")
+  fetched=$(mktemp -d) lacking=()
   for package in $list; do
     "$python" -m pip download "${options[@]}" "${platforms[@]}" -d "$fetched" "$package" >"$fetched/log" 2>&1 ||
       lacking+=("$package ($(grep -m 1 -E '^ERROR' "$fetched/log" | cut -c1-120 || true))")

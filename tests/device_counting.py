@@ -21,11 +21,14 @@ from writesae.ops import _dispatch
 
 LAYERS, HEADS = 18, 16  # with dictionaries: the linear layers of Qwen3.5-0.8B
 K, V, F, TOP = 8, 6, 64, 4
-# Kernels of our operators, by tile::launch in csrc/cuda. A scan is prepared and walked; two more where sequences are
-# cut into segments (few heads, long sequences). encode cuts, packs and encodes: two more for each further group of
-# heads whose packed dictionaries the scratch takes, three for each group where sequences are split. Of one token it
-# sums and selects.
-KERNELS = {"gated_delta_rule": (2, 2), "encode_topk": (3, 2)}  # of whole sequences, of one token
+
+
+# Launches of our operators by csrc/cuda, for one group of heads, as the twin counts them (test_host_twin.py): of whole
+# sequences, of sequences cut into segments to fill the device (few rows and heads), of one token of every row. A scan
+# clears where it notes a NaN, prepares and walks; of segments it walks and joins first. encode cuts, packs and encodes;
+# of segments it forms and combines their states first. Of one token it sums and selects.
+KERNELS = {"gated_delta_rule": (3, 5, 3), "encode_topk": (3, 6, 2)}
+WHOLE, SEGMENTS, TOKEN = range(3)
 
 
 @dataclass
@@ -72,14 +75,14 @@ def simulated(layers: int = LAYERS, heads: int = HEADS) -> Iterator[tuple[Simula
         yield device, device.move(model), sites
 
 
-def counted(device: SimulatedDevice, run: Callable, one_token: bool = False) -> Counts:
-    """What `run()` asks for."""
+def counted(device: SimulatedDevice, run: Callable, kind: int = WHOLE) -> Counts:
+    """What `run()` asks for. kind: what it runs, WHOLE, SEGMENTS or TOKEN."""
     device.forget()
     run()
     launches: Counter = Counter()
     for (name, place), n in device.launches.items():
-        kernels = KERNELS.get(name.split(".")[1], (1, 1)) if name.startswith("writesae.") else (1, 1)
-        launches[name, place] += n * kernels[one_token]
+        kernels = KERNELS[name.split(".")[1]][kind] if name.startswith("writesae.") else 1
+        launches[name, place] += n * kernels
     waits = {key: n for key, n in device.waits.items() if key[1] != "elsewhere"}
     return Counts(launches, waits, device.to_host, device.copies_to_host)
 
@@ -91,17 +94,17 @@ def large() -> Iterator[None]:
         yield
 
 
-def forward(device, model, sites, pads: int = 0, **options) -> tuple[Counts, Counts, Counts]:
+def forward(device, model, sites, pads: int = 0, kind: int = WHOLE, **options) -> tuple[Counts, Counts, Counts]:
     """(plain, hooked, hooked without the finite check) of one forward pass of 2 x 12 tokens."""
     ids, mask = device.move(tokens(2, 12)), torch.ones(2, 12, dtype=torch.int64)
     mask[0, :pads] = 0
     mask = device.move(mask)
     run = lambda: model(ids, attention_mask=mask if pads else None, use_cache=False)  # noqa: E731
-    found = [counted(device, run)]
+    found = [counted(device, run, kind)]
     for check in (True, False):
         with writesae.attach(model, sites, accelerate=True, check_finite=check, **options), large():
             run()
-            found.append(counted(device, run))
+            found.append(counted(device, run, kind))
     return found[0], found[1], found[2]
 
 
@@ -115,7 +118,7 @@ def decoding(device, model, sites, rows: int = 2, beams: bool = False) -> tuple[
             model(ids, past_key_values=cache, use_cache=True)
             if beams:
                 cache.reorder_cache(order)
-        return counted(device, lambda: model(ids, past_key_values=cache, use_cache=True), one_token=True)
+        return counted(device, lambda: model(ids, past_key_values=cache, use_cache=True), kind=TOKEN)
 
     found = [third()]
     for check in (True, False):
@@ -130,7 +133,7 @@ def generated(device, model, sites) -> tuple[float, float]:
 
     def more() -> float:
         runs = (lambda n=n: model.generate(ids, max_new_tokens=n, do_sample=False) for n in (4, 8))
-        short, long = (counted(device, run, one_token=True).total for run in runs)  # the prompt's part cancels
+        short, long = (counted(device, run, kind=TOKEN).total for run in runs)  # the prompt's part cancels
         return (long - short) / 4
 
     plain = more()

@@ -141,7 +141,7 @@ def test_no_bank_conflicts(device_target):
     writes, v, w, b, k, heads = build(CASES["grouped"])
     with host_twin.counted() as counts:
         run(device_target, encode, *float32(writes, v, w, b), k=k, heads=heads)
-    assert counts.total("launches") == 3 and counts.total("products") > 0
+    assert counts.total("launches") >= 3 and counts.total("products") > 0
     assert counts.total("matrix_loads") == counts.total("conflicts") == 0
     assert counts.total("shared_bytes_taken") <= 227 * 1024
 
@@ -191,3 +191,149 @@ def test_channel_gates_round_to_bf16(device_target):
     torch.testing.assert_close(codes.values.double(), want.values, rtol=1e-4, atol=1e-4)
     tf32 = run(device_target, encode, *float32(writes, v, w, b), k=k, precision="tf32")  # as in float32
     assert torch.equal(tf32.values, run(device_target, encode, *float32(writes, v, w, b), k=k).values)
+
+
+# ---- bars that begin with a guess, features that blocks share, plans ------------------------------------------------
+
+
+@pytest.fixture
+def whole(device_target):
+    """Segments and parts as a test wants them: one of each until it asks for more."""
+    if device_target.kind != "twin":
+        pytest.skip("the host twin cuts where a test wants it")
+    ops = torch.ops.writesae_twin
+    ops.encode_segment(1 << 20), ops.encode_parts(1), ops.encode_selection()
+    yield ops
+    ops.encode_segment(0), ops.encode_parts(0)
+
+
+def steered(scale, F=70, K=6, V=5, seed=4, heads=1):
+    """Writes whose activations at token t are scale[t] times random ones of that token alone: every gate is closed."""
+    gen = torch.Generator().manual_seed(seed)
+    writes = make_writes(gen, 1, len(scale), heads, heads, K, V, decay=0.0).to(torch.float32)
+    writes.decay.fill_(-torch.inf)
+    writes.right.mul_(torch.as_tensor(scale, dtype=torch.float32)[None, :, None, None, None])
+    return writes, *dictionary(gen, heads, F, K, V)
+
+
+T = 300  # three chunks of 128 rows: two that begin with a guess
+SCALES = {
+    "a hundredth from one token to the next": [100.0 if t < 140 else 1.0 for t in range(T)],
+    "falls with every token": [0.97**t for t in range(T)],
+    "large and small in turns": [1000.0 if t % 2 else 1.0 for t in range(T)],
+    "small once": [1e-4 if t == 200 else 1.0 for t in range(T)],
+    "nothing": [0.0] * T,
+    "nothing at the end": [1.0 if t < 150 else 0.0 for t in range(T)],
+    "grows": [1.03**t for t in range(T)],
+}
+
+
+@pytest.mark.parametrize("F, k", [(70, 8), (45, 45), (300, 33)])
+@pytest.mark.parametrize("name", SCALES)
+def test_whatever_the_guess_the_largest_are_found(name, F, k, whole, device_target):
+    writes, v, w, b = steered(SCALES[name], F=F)
+    b = b * 0.0
+    codes = run(device_target, encode, *float32(writes, v, w, b), k=k)
+    pre, last = preactivations(writes, v, w, [0])
+    want, features = topk(pre, k)
+    scale = pre.abs().amax(-1, keepdim=True)  # of each token: they differ by orders of magnitude
+    assert bool(((codes.values - want).abs() <= 2e-6 * scale).all())
+    assert bool(((pre.gather(-1, codes.indices).relu() - want).abs() <= 2e-6 * scale).all())
+    assert float((codes.carry - last).abs().max()) <= 2e-6 * float(last.abs().max())
+    if name == "nothing":
+        assert torch.equal(codes.indices, features)
+
+
+@pytest.mark.parametrize("what", ["constant", "negative", "NaN", "infinite", "minus infinity", "gate of one"])
+def test_guesses_of_no_use(what, whole, device_target):
+    """Ties go to the lowest index, NaNs come first, and nothing is left out, in chunks that begin with a guess."""
+    writes, v, w, b = steered([1.0] * T)
+    F, k = b.shape[1], 8
+    if what == "gate of one":
+        writes.decay.zero_()
+    else:
+        v = torch.zeros_like(v)
+        b = torch.full_like(b, {"constant": 3.0, "infinite": torch.inf, "minus infinity": -torch.inf}.get(what, -2.0))
+    if what == "NaN":
+        b[0, 5], b[0, 60:] = torch.nan, torch.nan
+    codes = run(device_target, encode, *float32(writes, v, w, b), k=k)
+    if what == "gate of one":
+        pre = preactivations(writes, v, w, [0])[0] + b
+        return same_up_to_ties(codes.values, codes.indices, pre, k)
+    first = [5, *range(60, F)][:k] if what == "NaN" else list(range(k))
+    assert torch.equal(codes.indices, torch.tensor(first).expand(1, T, 1, k))
+    value = {"constant": 3.0, "infinite": torch.inf, "NaN": torch.nan}.get(what, 0.0)
+    assert torch.equal(codes.values.isnan(), torch.full_like(codes.values, value).isnan())
+    assert what == "NaN" or bool((codes.values == value).all())
+
+
+def test_a_guess_in_edits_packs_and_segments(whole, device_target):
+    """Chunks that begin inside a token of two writes, edits between, sequences of one token, rows of a state first."""
+    gen = torch.Generator().manual_seed(6)
+    cu = torch.tensor([0, 1, 2, 200, 200, 201, 460])
+    writes = make_writes(gen, 1, 460, 2, 1, 6, 5, R=2, cu=cu, edits=90, state=True)
+    writes.right[:, 150:170] *= 1e-3
+    v, w, b = dictionary(gen, 2, 70, 6, 5)
+    pre, last = preactivations(writes, v, w, [0, 1], writes.initial_state)
+    for segment, parts in ((1 << 20, 1), (130, 1), (1 << 20, 3), (64, 2)):
+        whole.encode_segment(segment), whole.encode_parts(parts)
+        codes = run(device_target, encode, *float32(writes, v, w, b), k=9)
+        same_up_to_ties(codes.values, codes.indices, pre + b, 9)
+        assert float((codes.carry - last).abs().max()) <= 2e-6 * float(pre.abs().max())
+
+
+def test_what_is_done_again(whole, device_target):
+    """Of ordinary tokens next to none; of tokens that fall below every bar all of them, and they are exact as well."""
+    gen = torch.Generator().manual_seed(3)
+    writes = make_writes(gen, 1, 512, 1, 1, 32, 32, decay=0.1)
+    v, w, b = dictionary(gen, 1, 512, 32, 32)
+    run(device_target, encode, *float32(writes, v, w, b), k=16, precision="bf16")
+    ordinary = whole.encode_selection()
+    assert ordinary[2] == 512 and ordinary[3] <= 0.01 * 512
+    fallen, v, w, b = steered([100.0 if t < 128 else 1.0 for t in range(256)])
+    b *= 0.0
+    codes = run(device_target, encode, *float32(fallen, v, w, b), k=8)
+    again = whole.encode_selection()
+    assert again[2] == 256 and again[3] == 128
+    assert torch.allclose(codes.values.double(), topk(preactivations(fallen, v, w, [0])[0], 8)[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("parts", [2, 3, 5, 32])
+@pytest.mark.parametrize("name", ["grouped", "packed edits", "k is F", "large k", "many features"])
+def test_parts_change_nothing(name, parts, whole, device_target):
+    """Features shared by blocks: fewer than k in some of them, ties across them to the lowest."""
+    writes, v, w, b, k, heads = build(CASES[name])
+    given = float32(writes, v, w, b)
+    alone = run(device_target, encode, *given, k=k, heads=heads)
+    whole.encode_parts(parts)
+    shared = run(device_target, encode, *given, k=k, heads=heads)
+    assert torch.equal(shared.values, alone.values) and torch.equal(shared.indices, alone.indices)
+    assert torch.equal(shared.carry, alone.carry)
+    tied = run(device_target, encode, given[0], 0 * given[1], given[2], 0 * given[3], k=k, heads=heads)
+    assert torch.equal(tied.indices, torch.arange(k).expand_as(tied.indices))
+
+
+def test_features_that_16_bits_do_not_name(whole, device_target):
+    gen = torch.Generator().manual_seed(8)
+    writes = make_writes(gen, 1, 3, 1, 1, 2, 2).to(torch.float32)
+    F, k = 65536 + 200, 40
+    v, w, b = torch.zeros(1, F, 2), torch.zeros(1, F, 2), torch.randn(1, F, generator=gen)
+    b[0, 65530:65550] = 9.0
+    codes = run(device_target, encode, writes, v, w, b, k=k)
+    values, features = topk(b.double(), k)
+    assert torch.equal(codes.indices, features.expand(1, 3, 1, k)) and torch.equal(codes.values[0, 0], values.float())
+
+
+@pytest.mark.parametrize("tokens", [1024, 8192, 32768])
+@pytest.mark.parametrize("heads", [1, 16, 288])
+def test_plans_keep_the_device_busy(heads, tokens, device_target, record_property):
+    """The share of an H100's block slots that work, by the plan's own arithmetic."""
+    if device_target.kind != "twin":
+        pytest.skip("of the twin's H100")
+    torch.ops.writesae_twin.encode_parts(0), torch.ops.writesae_twin.encode_segment(0)
+    segment, parts, _, slots, _, busy = torch.ops.writesae_twin.encode_plan(
+        1, tokens, heads, 128, 128, 2048, 32, "bf16"
+    )
+    print(f"{heads} heads, {tokens} tokens: segments of {segment}, {parts} parts, {busy / 1e4:.1f} % busy")
+    record_property("idle", 1 - busy / 1e6)
+    assert slots == 264 and busy >= 0.9e6

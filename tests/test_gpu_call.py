@@ -31,7 +31,7 @@ def call(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    monkeypatch.setattr(module, "GPU_MODULES", ("fake_bench",))
+    monkeypatch.setattr(module, "MODULES", ("fake_bench",))
     return module
 
 
@@ -164,7 +164,7 @@ def test_rows_survive_a_kill(call, tmp_path):
         "import importlib.util, pathlib, sys\n"
         "spec = importlib.util.spec_from_file_location('gpu_call', sys.argv[1])\n"
         "call = importlib.util.module_from_spec(spec); spec.loader.exec_module(call)\n"
-        "call.GPU_MODULES = ('fake_bench',)\n"
+        "call.MODULES = ('fake_bench',)\n"
         "call.measure(pathlib.Path(sys.argv[2]), ['product', 'wrong', 'killed', 'later'], '')"
     )
     command = [sys.executable, "-c", code, str(ROOT / "bench" / "gpu_call.py"), str(path)]

@@ -4,30 +4,40 @@
 // (float32 writes), 0.4 KB out at k = 32. Arithmetic intensity is no worry; keeping the matrix units busy is, since each
 // of the 2,048 sums must also be multiplied, scanned, compared. Everything below is computed, not measured.
 //
-// Why so. A processor's four schedulers issue one instruction a cycle each. A product of 16 x 8 x 16 keeps a matrix unit
-// busy 4 cycles at the data-sheet rate of an H100 (990 TFLOP/s), about 6 at what mma.sync reaches. Of a tile of 16 features
-// x 32 rows, a warp issues (counted in sm_90a code): 64 products and 16 loads of operands; 35 to fetch the next tile; 100
-// for the running sum, 75 for its first pass and P Q; 90 to compare with the bar; some 25 for each of the 4 or so rounds of
-// appending (a tenth of all activations pass a bar that rises over 2,048 features: k (1 + ln(F / k)) plus the lag); 60 for
-// the rest: about 490, against 256 to 400 cycles of the matrix unit. Raising the bar 4 to 5 times and sorting at the end
-// adds 16,000 to 20,000 a chunk, to 63,000. Two warps a scheduler: 162,000 issue slots for 67 MFLOP, against 66,000 to
-// 100,000 cycles of the matrix unit. So the bound is issue, not the matrix unit:
-//    expected on an H100 (132 processors, 1.7 GHz): 370 TFLOP/s if every slot is filled, 280 to 330 as slots usually are:
-//    35 to 42 % of a measured 790; 16 heads x 32,768 tokens in 1.7 to 2.0 ms. The risk is on the low side: lanes of a warp
-//    that wait for its slowest in the append rounds, and two warps a scheduler to hide latency with.
-// What would lift it: bars that start high (the activations at this token of the features that the token before had, any k
-// of which bound the k-th largest from below: two tiles more, and most rounds and raises gone); wgmma.
+// Floor. Sums of the compiler's own stall counts on the path of a warp (sm_90, bf16, depth 128, by nvdisasm's control bits),
+// a tile of 16 features x 32 rows at a time; steps of selection counted on the host twin over 1,024 tokens with gates that
+// forget in some 12, first chunk included. What latencies and shared pipes add is not in it.
+//    a tile: 150 to wait for it and fetch another; 220 for the running sum; 145 to find what passes; 81 for each of 1.5 rounds
+//        of appending (two entries a lane); 80 to see whether a buffer is full; 413 for 64 products (6.4 cycles each), 100
+//        before and 125 after them: 1,350, 128 times                                                   173,000 cycles
+//    bars: 4.3 raises of 4,300 beside what they count, 17 counts of 1,070                                 37,000
+//    the k largest sorted in registers, written out                                                        9,000
+// 219,000 cycles for 33.5 MFLOP, two warps a scheduler: 275 TFLOP/s on an H100 (132 processors, 1.7 GHz), 16 heads x 32,768
+// tokens in 2.1 ms. Bars that started open, a round an entry, searches through generic loads and a sort by ranks made it
+// 391,000 (176,000; 3.5 rounds of 102; 7.9 raises of 19,000; 20,000) and 154 TFLOP/s: 1.79 times as much. With gates that
+// forget in 600 tokens, or in one, 1.75 and 1.80 times. So the products' own time, 53,000, is a quarter: what would lift it
+// further is a running sum that stays in registers over more rows, bars compared before values pass through memory, wgmma.
+//
+// Bars. The lowest k-th largest of the chunk before (128 rows), less a quarter of itself, is where the next chunk begins:
+// 5 to 10 % of the activations pass it, then bars rise. Tokens left with fewer than k candidates are done again with an open
+// bar, the whole chunk with them; from its carry, which is why running sums have two places by turns. Of the default
+// dictionary's and of synthetic tokens none was (1,024 each); 0.7 times the last token's k-th largest, which passes fewer,
+// would have to do 30 to 70 % of chunks again, since one token of 128 is enough.
 //
 // Operands. 128 registers a lane hold a warp's 32 rows (K + V = 256, bf16); the dictionary comes by 16 features through
 // shared memory, in the order of fragments, 16 bytes a lane: no conflicts, and 4 KB read for every 32 products. From L2:
-// F (K + V) 2 = 1 MB for each block's 128 rows: 4.3 GB in all of that example, 2.5 TB/s of the 5 or so that L2 gives.
-// Device memory: writes in, codes out, 0.7 GB: 0.2 ms. Two blocks of 4 warps a processor (255 registers a lane; 25 KB of
-// tiles, 9 KB of activations, 78 KB of candidates a block): when one selects, the other multiplies.
+// F (K + V) 2 = 1 MB for each block's 128 rows: 4.3 GB in all of that example, 2.1 TB/s of the 5 or so that L2 gives.
+// Device memory: writes in, codes out, 0.7 GB: 0.2 ms. Two blocks of 4 warps a processor (255 registers a lane; 24 KB of
+// tiles, 9 KB of activations, 76 KB of candidates of 6 bytes a block): when one selects, the other multiplies.
 // fp32 takes 6 products in place of 1 and a quarter of the rows a warp (Numbers): about 80 TFLOP/s, 7 ms.
 //
-// Carry: a block walks its segment; between its warps one barrier a tile. Segments make up for few heads: their start
-// states (32 KFLOP a token, as rows of the stream: K more a segment) cost 6 % at 2,048 tokens. What is stored beside the
-// outputs is the packed dictionary, a state and F sums a segment (encode_plan.h): 0.8 % of the pre-activations there.
+// Plans (encode_plan.h). A block walks its segment; between its warps one barrier a tile. Where heads are too few for the
+// machine, sequences are cut into segments, whose start states (32 KFLOP a token, as rows of the stream: K more a segment)
+// cost a chunk each; and features are shared by blocks, whose lists another kernel merges (encode_merge.cu). Of 264 slots,
+// K = V = 128, F = 2,048, k = 32, bf16: 16 heads x 1,024 tokens, 4 segments and 4 parts, 91 % busy; x 8,192, 16 segments, 96;
+// x 32,768, 16 segments, 97; 288 heads, 16 to 288 at a time, 91 to 97; one head 94 to 97 (tests print it). What is stored
+// beside the outputs: the packed dictionary, a state and 2 F sums a segment (0.9 % of the pre-activations at 32,768 tokens),
+// lists of parts (at most 48 MB).
 //
 // Threshold mode runs twice, to count and to fill, with one number read by the host between them. Top k and chosen features
 // never wait, and can be captured.
@@ -36,7 +46,7 @@
 namespace writesae::cuda {
 namespace {
 
-int forced_segment = 0;
+Forced forced = {};
 
 Machine machine() {
 #if defined(__CUDACC__)
@@ -62,16 +72,18 @@ Machine machine() {
 
 bool decodes(const EncodeParams& p) { return p.T == 1 && p.cu_seqlens == nullptr && p.N <= 65535; }
 
-Kernel kernel_of(const EncodeParams& p, Precision precision) {
+Kernel kernel_of(const EncodeParams& p, Precision precision, EncodeMode mode) {
   const int depth = padded_size(p.K, p.V);
-  return precision == Precision::bf16   ? encode_kernel_bf16(depth)
-         : precision == Precision::tf32 ? encode_kernel_tf32(depth)
-                                        : encode_kernel_fp32(depth);
+  const bool topk = mode == EncodeMode::topk;
+  return precision == Precision::bf16   ? encode_kernel_bf16(depth, topk)
+         : precision == Precision::tf32 ? encode_kernel_tf32(depth, topk)
+                                        : encode_kernel_fp32(depth, topk);
 }
 
 EncodePlan plan_of(const EncodeParams& p, Precision precision, EncodeMode mode, const Kernel& kernel) {
-  const int64_t candidates = mode == EncodeMode::topk ? p.k + SLACK + TILE : mode == EncodeMode::at ? 16 : 1;
-  return plan_encode(p, precision, kernel.traits, static_cast<int>(candidates), machine(), forced_segment);
+  const bool selects = mode == EncodeMode::topk;
+  const int64_t candidates = selects ? p.k + SLACK + TILE : mode == EncodeMode::at ? 16 : 1;
+  return plan_encode(p, precision, kernel.traits, selects, static_cast<int>(candidates), machine(), forced);
 }
 
 // One block: n is the number of tokens and heads of a call.
@@ -108,8 +120,8 @@ __global__ void __launch_bounds__(SCAN_THREADS) offsets_kernel(const int64_t* co
 }  // namespace
 
 int64_t encode_scratch(const EncodeParams& p, Precision precision, EncodeMode mode) {
-  if (p.channels) return channels_scratch(p, forced_segment);
-  return decodes(p) ? 0 : plan_of(p, precision, mode, kernel_of(p, precision)).bytes;
+  if (p.channels) return channels_scratch(p, forced.segment);
+  return decodes(p) ? 0 : plan_of(p, precision, mode, kernel_of(p, precision, mode)).bytes;
 }
 
 void encode(const EncodeParams& p, Precision precision, EncodeMode mode, const EncodeFindings& findings, void* scratch,
@@ -121,10 +133,10 @@ void encode(const EncodeParams& p, Precision precision, EncodeMode mode, const E
   work.offsets = findings.offsets;
   work.found_values = findings.values;
   work.found_indices = findings.indices;
-  if (p.channels) return encode_channels(p, work, precision, forced_segment, scratch, stream);
+  if (p.channels) return encode_channels(p, work, precision, forced.segment, scratch, stream);
   if (decodes(p)) return decode(p, work, stream);
 
-  const Kernel kernel = kernel_of(p, precision);
+  const Kernel kernel = kernel_of(p, precision, mode);
   const EncodePlan plan = plan_of(p, precision, mode, kernel);
   char* memory = static_cast<char*>(scratch);
   auto* dictionary = reinterpret_cast<tile::Vec16*>(memory);
@@ -137,8 +149,12 @@ void encode(const EncodeParams& p, Precision precision, EncodeMode mode, const E
   work.unit = unit;
   work.states = states;
   work.reach = reach;
-  work.carries = reinterpret_cast<float*>(memory + plan.carries_at);
+  work.carries = plan.carries_at > 0 ? reinterpret_cast<float*>(memory + plan.carries_at) : nullptr;
+  work.part_keys = reinterpret_cast<int*>(memory + plan.part_keys_at);
+  work.part_features = reinterpret_cast<int*>(memory + plan.part_features_at);
   work.tiles = plan.tiles;
+  work.parts = plan.parts;
+  work.part = plan.part;
   work.capacity = plan.capacity;
   cut_sequences(p, plan, segments, unit, stream);
   for (int head = 0; head < p.Hs; head += plan.heads) {
@@ -146,13 +162,15 @@ void encode(const EncodeParams& p, Precision precision, EncodeMode mode, const E
     work.heads = static_cast<int>(p.Hs - head < plan.heads ? p.Hs - head : plan.heads);
     pack_dictionary(p, work, plan, dictionary, stream);
     if (plan.split) segment_states(p, work, plan, states, reach, stream);
-    const tile::Grid grid = {static_cast<unsigned>(plan.segments), static_cast<unsigned>(work.heads), 1};
-    const int64_t parts = mode == EncodeMode::at ? p.m : 1, most = mode == EncodeMode::at ? plan.capacity : 1;
-    for (int64_t i = 0; i < parts; i += most) {
+    const tile::Grid grid = {static_cast<unsigned>(plan.segments), static_cast<unsigned>(work.heads),
+                             static_cast<unsigned>(plan.parts)};
+    const int64_t chosen = mode == EncodeMode::at ? p.m : 1, most = mode == EncodeMode::at ? plan.capacity : 1;
+    for (int64_t i = 0; i < chosen; i += most) {
       work.m0 = static_cast<int>(i);
-      work.m = static_cast<int>(parts - i < most ? parts - i : most);
+      work.m = static_cast<int>(chosen - i < most ? chosen - i : most);
       tile::launch("encode", kernel.run, grid, plan.warps * tile::WARP, static_cast<size_t>(plan.shared), stream, p, work);
     }
+    if (plan.parts > 1) merge_parts(p, work, stream);
   }
 }
 
@@ -164,6 +182,13 @@ int64_t encode_offsets(const int64_t* counts, int64_t n, int64_t* offsets, void*
   return total;
 }
 
-void encode_force_segment(int tokens) { forced_segment = tokens; }
+EncodeOutline encode_outline(const EncodeParams& p, Precision precision) {
+  const Kernel kernel = kernel_of(p, precision, EncodeMode::topk);
+  const EncodePlan plan = plan_of(p, precision, EncodeMode::topk, kernel);
+  return {plan.segment, plan.parts, plan.heads, plan.slots, plan.capacity, plan_busy(p, plan, kernel.traits, true)};
+}
+
+void encode_force_segment(int tokens) { forced.segment = tokens; }
+void encode_force_parts(int parts) { forced.parts = parts; }
 
 }  // namespace writesae::cuda

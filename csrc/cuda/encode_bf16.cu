@@ -3,6 +3,6 @@
 
 namespace writesae::cuda {
 
-Kernel encode_kernel_bf16(int depth) { return encode_kernel_of<Precision::bf16>(depth); }
+Kernel encode_kernel_bf16(int depth, bool topk) { return encode_kernel_of<Precision::bf16>(depth, topk); }
 
 }  // namespace writesae::cuda

@@ -18,7 +18,9 @@
 
 namespace writesae::cuda {
 
-constexpr int WARPS = 4;  // at most
+constexpr int WARPS = 4;           // at most
+constexpr float GUESS = 0.25f;     // how far below the lowest k-th largest of the chunk before a bar begins, relatively
+constexpr int64_t WIDE = 1 << 16;  // features that 16 bits can name
 
 struct EncodeWork {
   const tile::Vec16* dictionary;  // [heads][tiles][rank] packed tiles
@@ -26,15 +28,17 @@ struct EncodeWork {
   const float* unit;    // [UNIT_SIZE]
   const float* states;  // [segments][heads][K, V] before each segment that is not the first of its sequence
   const float* reach;   // [segments][heads] product of the gates from the sequence's beginning to the segment's
-  float* carries;       // [segments][heads][F]
+  float* carries;       // [segments][heads][2][F], or null where every block has one chunk
   int head0, heads;     // of the Hs encoded heads, those of this launch
   int tiles, capacity;
+  int parts, part;  // blocks that share the tiles of a segment, this many tiles each
   Mode mode;
   int m0, m;               // which of the `at` indices of a token
   int64_t* counts;         // [B * T * Hs], mode count
   const int64_t* offsets;  // [B * T * Hs], mode fill
   float* found_values;
   int64_t* found_indices;
+  int *part_keys, *part_features;  // [parts][B * T][heads][k], where there is more than one part: what to merge
 };
 
 // Operands of a warp's rows: registers, or shared memory where there are too many.
@@ -136,7 +140,19 @@ __device__ __forceinline__ void store_span(uint32_t* to, const uint32_t (&from)[
   }
 }
 
-template <Precision P, int D>
+// The running sums of a sequence that ends with this block's segment, from scratch to where the call wants them. What this
+// needs it works out again: the kernel has no register to keep it in.
+__device__ __forceinline__ void finish(const EncodeParams& p, const EncodeWork& work, const float* from) {
+  const Segment segment = work.segments[tile::block_x()];
+  if (!segment.final || work.carries == nullptr) return;
+  const int tile0 = tile::block_z() * work.part, tile1 = work.tiles < tile0 + work.part ? work.tiles : tile0 + work.part;
+  const int F = static_cast<int>(p.F), f1 = F < tile1 * TILE ? F : tile1 * TILE;
+  float* const to = p.carry_out + (segment.n * p.Hs + work.head0 + tile::block_y()) * F;
+  for (int f = tile0 * TILE + tile::thread(); f < f1; f += tile::block_threads()) to[f] = from[f];
+}
+
+// TOPK: the mode is topk, or any other.
+template <Precision P, int D, bool TOPK>
 __global__ void __launch_bounds__(WARPS* tile::WARP, 2) encode_kernel(EncodeParams p, EncodeWork work) {
   using N = Numbers<P, D>;
   constexpr int ROWS = N::ROWS, COLUMNS = N::COLUMNS, PLANES = N::PLANES, STAGES = N::STAGES;
@@ -144,71 +160,80 @@ __global__ void __launch_bounds__(WARPS* tile::WARP, 2) encode_kernel(EncodePara
   constexpr int X_STRIDE = ROWS + 4;
   const Segment segment = work.segments[tile::block_x()];
   if (segment.n < 0) return;
-  const int slot = tile::block_y(), h = work.head0 + slot, F = static_cast<int>(p.F), k = static_cast<int>(p.k);
+  const int slot = tile::block_y(), h = work.head0 + slot, F = static_cast<int>(p.F);
   const int head = static_cast<int>(p.heads[h]);
   if (head < 0 || head >= p.H) return;
   const int lane = tile::lane(), warp = tile::warp(), warps = tile::block_threads() / tile::WARP;
   const int g = lane / 4, c = lane % 4;
 
   tile::Shared shared;
-  tile::Vec16* stages = shared.take<tile::Vec16>(STAGES * N::PACKED);
+  tile::Vec16* stages = shared.take<tile::Vec16>(STAGES * N::TILE_VECTORS);
   uint32_t* x = shared.take<uint32_t>(warps * TILE * X_STRIDE) + warp * TILE * X_STRIDE;
   float* ends = shared.take<float>(2 * WARPS * TILE);     // by parity of the tile: each warp's running sums, from zero
   uint32_t* passages = shared.take<uint32_t>(2 * WARPS);  // by parity of the chunk: product of each warp's gates
   uint32_t* gates = shared.take<uint32_t>(warps * ROWS) + warp * ROWS;
-  int* full = shared.take<int>(2);  // by parity of the time: when a buffer was last nearly full
-  Candidates<ROWS> buffer;
-  buffer.capacity = work.capacity;
-  buffer.keys = shared.take<int>(warps * work.capacity * buffer.STRIDE) + warp * work.capacity * buffer.STRIDE;
-  buffer.features = shared.take<int>(warps * work.capacity * buffer.STRIDE) + warp * work.capacity * buffer.STRIDE;
+  int* full = shared.take<int>(2);            // by parity of the time: when a buffer was last nearly full
+  int* again = shared.take<int>(1);           // the time of the last chunk that has to be done again
+  float* lowest = shared.take<float>(WARPS);  // of the tokens each warp selected for last, the lowest k-th largest
+  const int bytes = Candidates<ROWS>::bytes(work.capacity, F > WIDE);  // a warp
+  const Candidates<ROWS> buffer = {SharedBytes(shared.take<char>(warps * bytes) + warp * bytes), work.capacity, F > WIDE};
   uint32_t* held = nullptr;
   if constexpr (!N::HELD) held = shared.take<uint32_t>(warps * N::HELD_WORDS) + warp * N::HELD_WORDS;
   if (tile::thread() < 2) full[tile::thread()] = -1;
+  if (tile::thread() == 0) *again = -1;
 
   const int64_t block_slot = int64_t{tile::block_x()} * work.heads + slot;
   const float* carry_in = p.carry_in == nullptr ? nullptr : p.carry_in + (segment.n * p.Hs + h) * F;
-  float* carry = segment.final ? p.carry_out + (segment.n * p.Hs + h) * F : work.carries + block_slot * F;
+  float* const carry =
+      work.carries != nullptr ? work.carries + block_slot * 2 * F : p.carry_out + (segment.n * p.Hs + h) * F;
   const bool begins = segment.first == 0;
   const float reach = begins ? 1.0f : work.reach[block_slot];
   const Stream stream(p, segment, head, begins ? nullptr : work.states + block_slot * p.K * p.V, work.unit);
-  for (int f = tile::thread(); f < F; f += tile::block_threads())
+  const int tile0 = tile::block_z() * work.part, tile1 = work.tiles < tile0 + work.part ? work.tiles : tile0 + work.part;
+  const int f0 = tile0 * TILE, f1 = F < tile1 * TILE ? F : tile1 * TILE;
+  const int k = static_cast<int>(p.k < f1 - f0 ? p.k : f1 - f0);
+  const int half = k + (work.capacity - k) / 2, enough = half < work.capacity - TILE ? half : work.capacity - TILE;
+  for (int f = f0 + tile::thread(); f < f1; f += tile::block_threads())
     carry[f] = carry_in != nullptr ? carry_in[f] * reach : 0.0f;
-  if (stream.rows() == 0) return;  // an empty sequence
+  if (stream.rows() == 0) {  // an empty sequence
+    finish(p, work, carry);
+    return;
+  }
 
-  const int rank = static_cast<int>(p.rank), steps = work.tiles * rank;
+  const int rank = static_cast<int>(p.rank), steps = (tile1 - tile0) * rank;
   const int chunks = (stream.rows() + warps * ROWS - 1) / (warps * ROWS);
-  const tile::Vec16* const dictionary = work.dictionary + int64_t{slot} * steps * N::PACKED + tile::thread();
+  const tile::Vec16* const dictionary =
+      work.dictionary + (int64_t{slot} * work.tiles + tile0) * rank * N::TILE_VECTORS + tile::thread();
   const tile::Vec16* next = dictionary;
-  int to_fetch = chunks * steps, fetch_step = 0, fetch_stage = 0;
-  const auto fetch = [&] {  // the next tile, if there is one; the dictionary comes round again with every chunk
-    if (to_fetch > 0) {
-      tile::Vec16* to = stages + fetch_stage * N::PACKED + tile::thread();
-      if (warps == WARPS) {
-        constexpr int THREADS = WARPS * tile::WARP;
-        static_assert(N::TILE_VECTORS % THREADS == 0, "");
+  int fetch_step = 0, fetch_stage = 0;
+  const auto fetch = [&] {  // the next tile; the dictionary comes round again with every chunk
+    tile::Vec16* to = stages + fetch_stage * N::TILE_VECTORS + tile::thread();
+    if (warps == WARPS) {
+      constexpr int THREADS = WARPS * tile::WARP;
+      static_assert(N::TILE_VECTORS % THREADS == 0, "");
 #pragma unroll
-        for (int i = 0; i < N::TILE_VECTORS; i += THREADS) tile::copy_16(to + i, next + i);
-      } else {
-        for (int i = tile::thread(); i < N::TILE_VECTORS; i += tile::block_threads())
-          tile::copy_16(to + i - tile::thread(), next + i - tile::thread());
-      }
-      if (tile::thread() < N::PACKED - N::TILE_VECTORS) tile::copy_16(to + N::TILE_VECTORS, next + N::TILE_VECTORS);
+      for (int i = 0; i < N::TILE_VECTORS; i += THREADS) tile::copy_16(to + i, next + i);
+    } else {
+      for (int i = tile::thread(); i < N::TILE_VECTORS; i += tile::block_threads())
+        tile::copy_16(to + i - tile::thread(), next + i - tile::thread());
     }
     tile::commit_copies();
-    to_fetch--;
-    next += N::PACKED;
+    next += N::TILE_VECTORS;
     if (++fetch_step == steps) fetch_step = 0, next = dictionary;
     fetch_stage = fetch_stage + 1 == STAGES ? 0 : fetch_stage + 1;
   };
   for (int i = 0; i < STAGES - 1; i++) fetch();
 
   int stage = 0, time = 0;
+  int carry_from = 0, carry_to = 0;  // the first chunk may overwrite what it starts from: nothing does it again
+  bool repeat = false;               // the chunk is done again,
+  uint32_t redo = 0xffffffffu;       // for these tokens of the warp
   Operands<P, D> operands(held);
-  for (int chunk = 0; chunk < chunks; chunk++) {
+  for (int chunk = 0; chunk < chunks;) {
     // ---- rows ------------------------------------------------------------------------------------------------------
     Row mine = {Row::none, 0, 0, 1.0f, false};
     if (lane < ROWS) mine = stream.row((chunk * warps + warp) * ROWS + lane);
-    const bool active = mine.whole;
+    const bool active = mine.whole && (redo >> lane & 1u) != 0;
     const int place = active ? (segment.origin + mine.token) * static_cast<int>(p.Hs) + h : -1;
     const uint32_t exist = tile::ballot(mine.kind != Row::none || lane >= ROWS);
 #pragma unroll
@@ -247,18 +272,25 @@ __global__ void __launch_bounds__(WARPS* tile::WARP, 2) encode_kernel(EncodePara
     if (lane == 3) passages[chunk % 2 * WARPS + warp] = tile::float_to_bits(whole);
 
     Bar bar = {tile::bits_to_float(0x7fffffffu), false, 0};
+    if constexpr (TOPK) {
+      if (chunk > 0 && !repeat) {
+        for (int w = 0; w < warps; w++) bar.height = lowest[w] >= bar.height ? bar.height : lowest[w];
+        const float height = bar.height < 0 ? -bar.height : bar.height;
+        bar.height -= GUESS * height + 1e-30f;  // NaN where it is infinite, or no token ended there
+      }
+    }
     if (work.mode == Mode::at && active) {
       const int64_t* at = p.at + int64_t{place} * p.m + work.m0;
       for (int i = 0; i < work.m; i++) {
         const bool known = at[i] >= 0 && at[i] < F;
-        buffer.features[i * buffer.STRIDE + lane] = known ? static_cast<int>(at[i]) : -1;
+        buffer.values()[i * buffer.STRIDE + lane] = known ? static_cast<uint32_t>(at[i]) : 0xffffffffu;
         if (!known) p.values[int64_t{place} * p.m + work.m0 + i] = tile::bits_to_float(0x7fffffffu);
       }
     }
 
     // ---- features --------------------------------------------------------------------------------------------------
     float product[2][SPAN], inflow[2] = {}, start[2] = {}, bias[2] = {};
-    for (int j = 0, rank_at = 0, step = 0; step <= steps; step++) {
+    for (int j = tile0, rank_at = 0, step = 0; step <= steps; step++) {
       if (step < steps) tile::wait_copies<STAGES - 2>();
       tile::sync();  // this tile is there; all have read the stage before, and know the ends of the tile before
       if (step < steps) fetch();
@@ -285,21 +317,21 @@ __global__ void __launch_bounds__(WARPS* tile::WARP, 2) encode_kernel(EncodePara
           uint32_t* to = x + (8 * i + g) * X_STRIDE + SPAN * c;
           store_span(to, out);
           const int f = (j - 1) * TILE + 8 * i + g;
-          if (warp == warps - 1 && c == 3 && f < F) carry[f] = a;
+          if (warp == warps - 1 && c == 3 && f < F) carry[carry_to + f] = a;
         }
         tile::sync_warp();
         const int first = (j - 1) * TILE, width = F - first < TILE ? F - first : TILE;
         const uint32_t* column = x + (lane < ROWS ? lane : 0);
-        if (work.mode == Mode::topk) {
+        if constexpr (TOPK) {
           // All warps empty their buffers at once, when one asks for it: one at a time they would wait for each other.
-          if (full[(time + 1) % 2] == time - 1 && tile::ballot(bar.count > k + (work.capacity - k) / 2) != 0)
+          if (full[(time + 1) % 2] == time - 1 && any(bar.count > enough))
             bar = keep_largest(buffer, k, SLACK, active, bar);
-          take_tile(buffer, column, X_STRIDE, first, width, k, active, bar);
-          const bool nearly = tile::ballot(bar.count > work.capacity - TILE / 2) != 0;
+          take_tile(buffer, column, X_STRIDE, first, width, active && !bar.closed, bar);
+          const bool nearly = any(bar.count > work.capacity - TILE);
           if (nearly && lane == 0) tile::atomic_max(full + time % 2, time);
         } else if (active && work.mode == Mode::at) {
           for (int i = 0; i < work.m; i++) {
-            const int at = buffer.features[i * buffer.STRIDE + lane] - first;
+            const int at = static_cast<int>(buffer.values()[i * buffer.STRIDE + lane]) - first;
             if (at >= 0 && at < width)
               p.values[int64_t{place} * p.m + work.m0 + i] = tile::bits_to_float(column[at * X_STRIDE]);
           }
@@ -320,15 +352,14 @@ __global__ void __launch_bounds__(WARPS* tile::WARP, 2) encode_kernel(EncodePara
       }
       if (step == steps) break;
 
-      const tile::Vec16* packed = stages + stage * N::PACKED;
+      const tile::Vec16* packed = stages + stage * N::TILE_VECTORS;
       if (rank_at == 0) {
         time++;
-        const auto* biases = reinterpret_cast<const uint32_t*>(packed + N::TILE_VECTORS);
 #pragma unroll
         for (int i = 0; i < 2; i++) {
           const int f = j * TILE + 8 * i + g;
-          start[i] = f < F ? carry[f] : 0.0f;
-          bias[i] = tile::bits_to_float(biases[8 * i + g]);
+          start[i] = f < F ? carry[carry_from + f] : 0.0f;
+          bias[i] = p.b_enc != nullptr && f < F ? p.b_enc[int64_t{h} * F + f] + 0.0f : 0.0f;  // + 0: no -0
         }
       }
       float large[2][COLUMNS][4] = {}, small[2][COLUMNS][4] = {};
@@ -398,16 +429,49 @@ __global__ void __launch_bounds__(WARPS* tile::WARP, 2) encode_kernel(EncodePara
     }
 
     // ---- results of the chunk ----------------------------------------------------------------------------------------
-    if (work.mode == Mode::topk) {
-      bar = keep_largest(buffer, k, 0, active, bar);
-      tile::sync_warp();
-      put_largest(buffer, k, place, p.values, p.indices);
-      tile::sync_warp();  // the buffer is filled again
+    if constexpr (TOPK) {
+      const bool first = !repeat;
+      redo = 0;
+      float least = tile::bits_to_float(0x7f800000u);
+      const uint32_t selected = tile::ballot(active);
+      if (selected != 0) {
+        bar = keep_largest(buffer, k, 0, active, bar);
+        const bool done = active && bar.count >= k;
+        redo = tile::ballot(active && !done);
+        WRITESAE_COUNT(chunks, 1);
+        WRITESAE_COUNT(redone, first ? 0 : 1);
+        WRITESAE_COUNT(tokens, first ? tile::count_bits(selected) : 0);
+        WRITESAE_COUNT(tokens_redone, tile::count_bits(redo));
+        least = done && bar.height < least ? bar.height : least;
+        least = -tile::warp_max(-least);
+        sort_entries(buffer, k, done);
+        tile::sync_warp();
+        Selected to = {p.values, p.indices, nullptr, nullptr};
+        if (work.parts > 1) {
+          const int64_t offset = tile::block_z() * p.B * p.T * work.heads * p.k;
+          to = {nullptr, nullptr, work.part_keys + offset, work.part_features + offset};
+        }
+        const int row = work.parts > 1 ? place / static_cast<int>(p.Hs) * work.heads + slot : place;
+        put_entries(buffer, static_cast<int>(p.k), k, done ? row : -1, to);
+      }
+      if (lane == 0) {
+        lowest[warp] = first || least < lowest[warp] ? least : lowest[warp];
+        if (redo != 0) tile::atomic_max(again, time);
+      }
+      tile::sync();  // and the buffer is filled again
+      repeat = any(*again == time);
     } else if (work.mode == Mode::count && active) {
       work.counts[place] = bar.count;
     }
+    if (repeat) continue;
+    redo = 0xffffffffu;
+    chunk++;
+    carry_from = carry_to;
+    carry_to = F - carry_to;
   }
   tile::wait_copies<0>();
+  tile::sync();
+  finish(p, work, carry + carry_from);
 }
 
 // What a launch needs to know of an instance.
@@ -417,8 +481,8 @@ struct Instance {
   // Bytes of shared memory with `warps` warps, but for the candidates.
   static int fixed_shared(int warps) {
     const auto piece = [](int bytes) { return static_cast<int>(tile::shared_piece(bytes)); };
-    return piece(N::STAGES * N::PACKED * 16) + piece(warps * TILE * (N::ROWS + 4) * 4) + piece(2 * WARPS * TILE * 4) +
-           piece(2 * WARPS * 4) + piece(warps * N::ROWS * 4) + 128 + piece(warps * N::HELD_WORDS * 4) + 2 * 128;
+    return piece(N::STAGES * N::TILE_VECTORS * 16) + piece(warps * TILE * (N::ROWS + 4) * 4) + piece(2 * WARPS * TILE * 4) +
+           piece(2 * WARPS * 4) + piece(warps * N::ROWS * 4) + 3 * 128 + piece(warps * N::HELD_WORDS * 4) + 128;
   }
 };
 

@@ -13,6 +13,9 @@ void pack_dictionary(const EncodeParams& p, const EncodeWork& work, const Encode
 void segment_states(const EncodeParams& p, const EncodeWork& work, const EncodePlan& plan, float* states, float* reach,
                     tile::Stream stream);
 
+// Of what the parts of a launch selected, the k largest of each token.
+void merge_parts(const EncodeParams& p, const EncodeWork& work, tile::Stream stream);
+
 // From activations without bias, sums [B][count][Hs][F], of the tokens first .. first + count - 1 of every batch row.
 void select_from(const EncodeParams& p, const EncodeWork& work, const float* sums, int first, int count,
                  tile::Stream stream);
@@ -30,27 +33,23 @@ struct Kernel {
   void (*run)(EncodeParams, EncodeWork);
   Traits traits;
 };
-Kernel encode_kernel_bf16(int depth);
-Kernel encode_kernel_tf32(int depth);
-Kernel encode_kernel_fp32(int depth);
+Kernel encode_kernel_bf16(int depth, bool topk);
+Kernel encode_kernel_tf32(int depth, bool topk);
+Kernel encode_kernel_fp32(int depth, bool topk);
+
+template <Precision P, int D>
+Kernel encode_kernel_of(bool topk) {
+  using N = Numbers<P, D>;
+  return {topk ? encode_kernel<P, D, true> : encode_kernel<P, D, false>,
+          {N::ROWS, N::TILE_VECTORS * 16, Instance<P, D>::fixed_shared, Candidates<N::ROWS>::bytes}};
+}
 
 template <Precision P>
-Kernel encode_kernel_of(int depth) {
-#define WRITESAE_KERNEL(D)                                                                                 \
-  {                                                                                                        \
-    encode_kernel<P, D>, { Numbers<P, D>::ROWS, Numbers<P, D>::PACKED * 16, Instance<P, D>::fixed_shared } \
-  }
-  switch (depth) {
-    case 32:
-      return WRITESAE_KERNEL(32);
-    case 64:
-      return WRITESAE_KERNEL(64);
-    case 128:
-      return WRITESAE_KERNEL(128);
-    default:
-      return WRITESAE_KERNEL(256);
-  }
-#undef WRITESAE_KERNEL
+Kernel encode_kernel_of(int depth, bool topk) {
+  return depth == 32    ? encode_kernel_of<P, 32>(topk)
+         : depth == 64  ? encode_kernel_of<P, 64>(topk)
+         : depth == 128 ? encode_kernel_of<P, 128>(topk)
+                        : encode_kernel_of<P, 256>(topk);
 }
 
 }  // namespace writesae::cuda

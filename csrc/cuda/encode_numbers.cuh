@@ -16,10 +16,10 @@ struct Numbers {
   static constexpr int PLANES = P == Precision::fp32 ? 3 : 1;
   static constexpr int STEP = P == Precision::tf32 ? 8 : 16;  // of the contraction, in one product
   static constexpr int STEPS = D / STEP;
-  static constexpr int BYTES = P == Precision::bf16 ? 2 : P == Precision::tf32 ? 4 : 6;   // an element
-  static constexpr int TILE = 16;                                                         // features
-  static constexpr int TILE_BYTES = TILE * 2 * D * BYTES;                                 // v and w
-  static constexpr int TILE_VECTORS = TILE_BYTES / 16, PACKED = TILE_VECTORS + TILE / 4;  // and then 16 biases
+  static constexpr int BYTES = P == Precision::bf16 ? 2 : P == Precision::tf32 ? 4 : 6;  // an element
+  static constexpr int TILE = 16;                                                        // features
+  static constexpr int TILE_BYTES = TILE * 2 * D * BYTES;                                // v and w
+  static constexpr int TILE_VECTORS = TILE_BYTES / 16;
   // Operands of a warp's rows stay in registers, at most 128 of them; where not even 8 rows fit, in shared memory.
   static constexpr bool HELD = D * BYTES <= 1024;
   static constexpr int FIT = HELD ? 1024 / (D * BYTES) : 1;

@@ -154,14 +154,14 @@ __global__ void combine_gates_kernel(EncodeWork work, int segments, float* reach
 }
 
 // A tile of 16 features: for v, then w, for each step of the product, plane and lane, the lane's four registers of the left
-// operand (shares as in tile_device.cuh); then the biases. Zeros past F, K and V. A block has a tile and a rank.
+// operand (shares as in tile_device.cuh). Zeros past F, K and V. A block has a tile and a rank.
 template <Precision P>
 __global__ void pack_kernel(EncodeParams p, EncodeWork work, int depth, tile::Vec16* out) {
   constexpr int PLANES = P == Precision::fp32 ? 3 : 1, STEP = P == Precision::tf32 ? 8 : 16;
   const int steps = depth / STEP, rank = static_cast<int>(p.rank), slot = tile::block_y();
   const int j = tile::block_x() / rank, x = tile::block_x() % rank;
   const int vectors = 2 * steps * PLANES * tile::WARP;
-  out += (int64_t{slot} * work.tiles * rank + tile::block_x()) * (vectors + TILE / 4);
+  out += (int64_t{slot} * work.tiles * rank + tile::block_x()) * vectors;
   for (int i = tile::thread(); i < 2 * steps * tile::WARP; i += tile::block_threads()) {
     const int lane = i % tile::WARP, step = i / tile::WARP % steps, side = i / tile::WARP / steps;
     const View& from = side == 0 ? p.v_enc : p.w_enc;
@@ -180,15 +180,6 @@ __global__ void pack_kernel(EncodeParams p, EncodeWork work, int depth, tile::Ve
     }
     for (int plane = 0; plane < PLANES; plane++)
       out[((side * steps + step) * PLANES + plane) * tile::WARP + lane] = shares[plane];
-  }
-  for (int i = tile::thread(); i < TILE / 4; i += tile::block_threads()) {
-    tile::Vec16 biases;
-    for (int r = 0; r < 4; r++) {
-      const int64_t f = j * TILE + 4 * i + r;
-      const bool there = p.b_enc != nullptr && f < p.F;
-      biases.x[r] = tile::float_to_bits(there ? p.b_enc[(work.head0 + slot) * p.F + f] + 0.0f : 0.0f);  // + 0: no -0
-    }
-    out[vectors + i] = biases;
   }
 }
 

@@ -1,9 +1,15 @@
 // Selection. A lane owns a token: it looks at the token's 16 activations of each feature tile, keeps those above its bar in
 // its column of a buffer in shared memory, and when that fills, raises the bar to about the k-th largest so far and closes
 // the gaps. All lanes work on their own columns at once, no two in one bank.
-// Exact: the bar is a value that at least k earlier (lower) features reach, so what does not exceed it cannot be among the k
-// largest, ties going to the lowest index; and the buffer is emptied before it could overflow, whatever comes.
+//
+// Exact: a bar that was raised is a value that at least k earlier (lower) features reach, so what does not exceed it cannot
+// be among the k largest, ties going to the lowest index; and the buffer is emptied before it could overflow, whatever comes.
+// A bar may also begin as a guess. Then everything above it is kept as long as nothing better is known, so that a token with
+// k candidates at the end has its k largest among them; one with fewer has to be done again without a guess.
 #pragma once
+
+#include <cstddef>
+#include <utility>
 
 #include "encode_numbers.cuh"
 #include "tile.cuh"
@@ -13,8 +19,9 @@ namespace writesae::cuda {
 enum class Mode : int { topk, count, fill, at };
 
 constexpr int TILE = 16;
-constexpr int SLACK = 4;  // how many more than k may stay when the bar is raised: a few steps fewer
+constexpr int SLACK = 16;  // how many more than k may stay when the bar is raised: fewer steps
 constexpr int NAN_KEY = 0x7fffffff;
+constexpr int LAST_KEY = static_cast<int>(0x80000000u);  // below the key of every number
 
 // Integers in the order of floats, every NaN the largest, all alike; no -0 comes in.
 __device__ __forceinline__ int to_key(float x) {
@@ -25,124 +32,355 @@ __device__ __forceinline__ float from_key(int key) {
   return tile::bits_to_float(static_cast<uint32_t>(key ^ ((key >> 31) & 0x7fffffff)));
 }
 
-// The candidates of a warp's tokens: entry i of lane l is at [i * STRIDE + l].
+// What selection did, for tests: on the host twin alone, warps and their chunks, not lanes.
+#if defined(__CUDACC__)
+#define WRITESAE_COUNT(what, n)
+#else
+struct SelectionCounts {
+  int64_t chunks = 0, redone = 0;  // passes of a warp through the features; those that were a second time
+  int64_t tokens = 0, tokens_redone = 0;
+  int64_t raises = 0, probes = 0;           // of bars; what they count to find one
+  int64_t tiles = 0, rounds = 0, kept = 0;  // tiles taken in, rounds of two appended a lane, and entries
+};
+inline SelectionCounts selection_counts;
+#define WRITESAE_COUNT(what, n) (tile::lane() == 0 ? void(selection_counts.what += (n)) : void())
+#endif
+
+// A pointer to shared memory that functions which are not inlined take: 32 bits, and the compiler sees what it points to.
+class SharedBytes {
+ public:
+#if defined(__CUDA_ARCH__)
+  __device__ __forceinline__ explicit SharedBytes(void* p) : at_(static_cast<uint32_t>(__cvta_generic_to_shared(p))) {}
+  template <class T>
+  __device__ __forceinline__ T* get(int bytes = 0) const {
+    return static_cast<T*>(__cvta_shared_to_generic(at_ + bytes));
+  }
+
+ private:
+  uint32_t at_;
+#else
+  explicit SharedBytes(void* p) : at_(static_cast<char*>(p)) {}
+  template <class T>
+  T* get(int bytes = 0) const {
+    return reinterpret_cast<T*>(at_ + bytes);
+  }
+
+ private:
+  char* at_;
+#endif
+};
+
+// The largest x of the warp.
+__device__ __forceinline__ int largest(int x) {
+#if defined(__CUDA_ARCH__)
+  return __reduce_max_sync(0xffffffffu, x);
+#else
+  for (int step = 1; step < tile::WARP; step *= 2) {
+    const int other = tile::shuffle_xor(x, step);
+    x = other > x ? other : x;
+  }
+  return x;
+#endif
+}
+
+// Whether x holds in any lane of the warp: one instruction, where a ballot that is compared takes three.
+__device__ __forceinline__ bool any(bool x) {
+#if defined(__CUDA_ARCH__)
+  return __any_sync(0xffffffffu, x);
+#else
+  return tile::ballot(x) != 0;
+#endif
+}
+
+// Place of the highest bit that is set; x is not zero.
+__device__ __forceinline__ int highest_bit(uint32_t x) {
+#if defined(__CUDA_ARCH__)
+  return 31 - __clz(static_cast<int>(x));
+#else
+  return 31 - __builtin_clz(x);
+#endif
+}
+
+// bits * 2 + (x < height), without a predicate; false where one is NaN: the device's subtraction then gives 0x7fffffff.
+__device__ __forceinline__ uint32_t append_below(uint32_t bits, float x, float height) {
+#if defined(__CUDA_ARCH__)
+  return __funnelshift_l(__float_as_uint(x - height), bits, 1);
+#else
+  return bits << 1 | (x < height ? 1u : 0u);
+#endif
+}
+
+// The candidates of a warp's tokens: entry i of lane l is at [i * STRIDE + l], in the order of features.
 template <int ROWS>
 struct Candidates {
   static constexpr int STRIDE = ROWS + 1;  // odd: a column read by a whole warp does not meet in one bank
-  int* keys;
-  int* features;
-  int capacity;
+  SharedBytes memory;                      // a warp's
+  int capacity;                            // a multiple of 8
+  bool wide;                               // F is over 65536: 16 bits do not name a feature
+
+  __host__ __device__ static constexpr int bytes(int capacity, bool wide) { return STRIDE * capacity * (wide ? 8 : 6); }
+  // Bits of the activations.
+  __device__ __forceinline__ uint32_t* values() const { return memory.template get<uint32_t>(); }
+  // Low halves of the features.
+  __device__ __forceinline__ uint16_t* features() const { return memory.template get<uint16_t>(4 * STRIDE * capacity); }
+  // Their high halves, where `wide`.
+  __device__ __forceinline__ uint16_t* highs() const { return memory.template get<uint16_t>(6 * STRIDE * capacity); }
 };
 
 // Of one lane.
 struct Bar {
-  float height;  // NaN: none yet, everything passes
+  float height;  // the least that passes; NaN: none yet, everything does
   bool closed;   // k NaNs are there already: nothing passes
   int count;     // entries in the buffer
 };
 
-// Keeps the k largest entries of each lane (`slack` more may stay), in their order, and raises the bar. Together in a warp.
+// Keeps the k largest entries of each lane (`slack` more may stay), in their order, and raises the bar; of a lane that has
+// fewer, nothing changes. Together in a warp: all lanes go through as many entries as the fullest has.
 template <int ROWS>
 __device__ WRITESAE_NOINLINE Bar keep_largest(Candidates<ROWS> buffer, int k, int slack, bool active, Bar bar) {
-  constexpr int STRIDE = Candidates<ROWS>::STRIDE;
-  int* const keys = buffer.keys + tile::lane();
-  int* const features = buffer.features + tile::lane();
+  constexpr int STRIDE = Candidates<ROWS>::STRIDE, STEP = 8;
+  const int own = tile::lane() < ROWS ? tile::lane() : 0;
+  uint32_t* const values = buffer.values() + own;
+  uint16_t* const features = buffer.features() + own;
   const int count = bar.count;
   active = active && count >= k;
-  // As unsigned: at least k entries reach `low`, fewer than k exceed `high`.
-  const auto unsigned_key = [](int key) { return static_cast<uint32_t>(key) ^ 0x80000000u; };
-  uint32_t low = 0xffffffffu, high = 0;
-  int reach_low = count;
-  if (active) {
-    for (int i = 0; i < count; i++) {
-      const uint32_t x = unsigned_key(keys[i * STRIDE]);
-      low = x < low ? x : low;
-      high = x > high ? x : high;
+  const int most = (largest(active ? count : 0) + STEP - 1) / STEP * STEP;
+  if (most == 0) return bar;
+  WRITESAE_COUNT(raises, 1);
+  // Keys from here on: at least k entries reach `low`, fewer than k exceed `high`.
+  const bool writes = ROWS == tile::WARP || tile::lane() < ROWS;
+  int low = NAN_KEY, high = LAST_KEY;
+  float sum = 0.0f;
+  for (int i = 0; i < most; i += STEP) {
+#pragma unroll
+    for (int u = 0; u < STEP; u++) {
+      const float x = tile::bits_to_float(values[(i + u) * STRIDE]);
+      const bool there = i + u < count;
+      const int key = there ? to_key(x) : LAST_KEY;
+      sum += there ? x : 0.0f;
+      low = there && key < low ? key : low;
+      high = key > high ? key : high;
+      if (writes) values[(i + u) * STRIDE] = static_cast<uint32_t>(key);
     }
   }
+  int reach_low = count, probe = 0;
   bool searching = active && count > k + slack && low != high;
-  while (tile::ballot(searching) != 0) {
-    if (!searching) continue;
-    const uint32_t gap = high - low, middle = low + gap / 2 + (gap & 1u);
+  const float lowest = from_key(low), scale = sum / static_cast<float>(count) - lowest;
+  while (any(searching)) {
+    WRITESAE_COUNT(probes, 1);
+    // Tails are about exponential: ln(reach / wanted) times the mean excess further up; every other time halve, which ends.
+    const uint32_t gap = static_cast<uint32_t>(high) - static_cast<uint32_t>(low);
+    int middle = static_cast<int>(static_cast<uint32_t>(low) + gap / 2 + (gap & 1u));
+    if (probe++ % 2 == 0) {
+      const float wanted = static_cast<float>(k + slack / 2), reach = static_cast<float>(reach_low);
+      const float up = 2.0f * (reach - wanted) / (reach + wanted);  // about ln(reach / wanted)
+      const int there = to_key(from_key(low) + scale * up);
+      if (there > low && there <= high) middle = there;
+    }
     int reach = 0;
-#pragma unroll 4
-    for (int i = 0; i < count; i++) reach += unsigned_key(keys[i * STRIDE]) >= middle;
-    if (reach >= k) {
+    for (int i = 0; i < most; i += STEP) {
+#pragma unroll
+      for (int u = 0; u < STEP; u++) reach += static_cast<int>(values[(i + u) * STRIDE]) >= middle ? 1 : 0;
+    }
+    if (searching && reach >= k) {
       low = middle;
       reach_low = reach;
-    } else {
+    } else if (searching) {
       high = middle - 1;
     }
-    searching = reach_low > k + slack && low != high;
+    searching = searching && reach_low > k + slack && low != high;
   }
-  if (!active) return bar;
-  int ties = count;  // how many that equal `low` may stay
-  if (reach_low > k + slack) {
+  // Closing the gaps: what an entry is written over has been read. Lanes that take no part keep all of theirs.
+  if (!active) low = LAST_KEY;
+  const bool cut = active && reach_low > k + slack;  // of those that equal `low`, only so many may stay
+  int ties = most;
+  if (any(cut)) {
     int above = 0;
-    for (int i = 0; i < count; i++) above += unsigned_key(keys[i * STRIDE]) > low;
-    ties = k - above;
+    for (int i = 0; i < most; i++) above += static_cast<int>(values[i * STRIDE]) > low ? 1 : 0;
+    if (cut) ties = k - above;
+  }
+  const auto keeps = [&](int key, int& left) {
+    const int tie = static_cast<int>(key == low), stays = static_cast<int>(key > low) | (tie & static_cast<int>(left > 0));
+    left -= tie;
+    return stays * STRIDE;
+  };
+  if (buffer.wide && writes) {
+    uint16_t* const highs = buffer.highs() + own;
+    for (int i = 0, to = 0, left = ties; i < most; i++) {
+      highs[to] = highs[i * STRIDE];
+      to += keeps(static_cast<int>(values[i * STRIDE]), left);
+    }
   }
   int to = 0;
-  for (int i = 0; i < count; i++) {
-    const int key = keys[i * STRIDE], feature = features[i * STRIDE];
-    const uint32_t x = unsigned_key(key);
-    if (x < low || (x == low && ties-- <= 0)) continue;
-    keys[to * STRIDE] = key;
-    features[to * STRIDE] = feature;
-    to++;
+  for (int i = 0; i < most; i += STEP) {
+    int key[STEP];
+    uint16_t feature[STEP];
+#pragma unroll
+    for (int u = 0; u < STEP; u++)
+      key[u] = static_cast<int>(values[(i + u) * STRIDE]), feature[u] = features[(i + u) * STRIDE];
+#pragma unroll
+    for (int u = 0; u < STEP; u++) {
+      if (writes) values[to] = tile::float_to_bits(from_key(key[u])), features[to] = feature[u];
+      to += keeps(key[u], ties);
+    }
   }
-  const int key = static_cast<int>(low ^ 0x80000000u);
-  return {from_key(key), key == NAN_KEY, to};
+  if (!active) return bar;
+  const int infinity = to_key(tile::bits_to_float(0x7f800000u));
+  return {from_key(low < infinity ? low + 1 : infinity), low == NAN_KEY, to / STRIDE};
 }
 
 // Takes in a tile: activations x of features first .. first + 15, of which `width` exist, feature j of the lane's token at
-// x[j * stride]. Together in a warp.
+// x[j * stride]. `open`: the lane has a token that takes any. There must be room for 16 more. Together in a warp.
 template <int ROWS>
 __device__ __forceinline__ void take_tile(const Candidates<ROWS>& buffer, const uint32_t* x, int stride, int first,
-                                          int width, int k, bool active, Bar& bar) {
+                                          int width, bool open, Bar& bar) {
   constexpr int STRIDE = Candidates<ROWS>::STRIDE;
-  uint32_t pass = 0;
-  if (active && !bar.closed) {
+  uint32_t below[2] = {};  // two chains of half the length
 #pragma unroll
-    for (int j = 0; j < TILE; j++)
-      pass |= (tile::bits_to_float(x[j * stride]) <= bar.height ? 0u : 1u) << j;  // a NaN passes
-    pass &= 0xffffu >> (TILE - width);
-  }
-  if (tile::ballot(bar.count + tile::count_bits(pass) > buffer.capacity) != 0)
-    bar = keep_largest(buffer, k, SLACK, active, bar);
-  int* key = buffer.keys + bar.count * STRIDE + tile::lane();
-  int* feature = buffer.features + bar.count * STRIDE + tile::lane();
+  for (int j = 0; j < TILE / 2; j++)
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+      below[i] = append_below(below[i], tile::bits_to_float(x[(TILE / 2 * i + j) * stride]), bar.height);
+  const uint32_t exist = open ? 0xffffu << (TILE - width) & 0xffffu : 0u;
+  uint32_t pass = ~(below[0] << 8 | below[1]) & exist;  // the first feature's bit is the highest
+  uint32_t* value = buffer.values() + bar.count * STRIDE + tile::lane();
+  uint16_t* feature = buffer.features() + bar.count * STRIDE + tile::lane();
+  const int before = bar.count;
   bar.count += tile::count_bits(pass);
-  while (tile::ballot(pass != 0) != 0) {
-    if (pass == 0) continue;
-    const int j = tile::lowest_bit(pass);
-    pass &= pass - 1;
-    *key = to_key(tile::bits_to_float(x[j * stride]));
-    *feature = first + j;
-    key += STRIDE, feature += STRIDE;
+  WRITESAE_COUNT(kept, bar.count - before);
+  WRITESAE_COUNT(tiles, 1);
+  while (any(pass != 0)) {  // two at a time: their loads are under way together
+    WRITESAE_COUNT(rounds, 1);
+    const bool one = pass != 0;
+    const int i = one ? highest_bit(pass) : 0;
+    pass ^= one ? 1u << i : 0u;
+    const bool two = pass != 0;
+    const int j = two ? highest_bit(pass) : 0;
+    pass ^= two ? 1u << j : 0u;
+    const uint32_t first_bits = x[(TILE - 1 - i) * stride], second_bits = x[(TILE - 1 - j) * stride];
+    if (one) value[0] = first_bits, feature[0] = static_cast<uint16_t>(first + TILE - 1 - i);
+    if (two) value[STRIDE] = second_bits, feature[STRIDE] = static_cast<uint16_t>(first + TILE - 1 - j);
+    value += 2 * STRIDE, feature += 2 * STRIDE;
   }
+  if (buffer.wide)
+    for (int i = before; i < bar.count; i++)
+      buffer.highs()[i * STRIDE + tile::lane()] = static_cast<uint16_t>(static_cast<uint32_t>(first) >> 16);
 }
 
-// Writes the k entries of each token of the warp, descending, ties to the lowest index (they lie in the order of features).
-// `place` is of each lane's token, negative for none.
+// Where selected entries go: results, or with `keys` what another kernel merges.
+struct Selected {
+  float* values;
+  int64_t* indices;
+  int* keys;
+  int* features;
+};
+
+// A key and a feature in one number, the larger the earlier in the result.
+__device__ __forceinline__ uint64_t to_pair(int key, uint32_t feature) {
+  return static_cast<uint64_t>(static_cast<uint32_t>(key) ^ 0x80000000u) << 32 | static_cast<uint32_t>(~feature);
+}
+
+// Batcher's network of exchanges that sorts N, a power of two.
+template <int N>
+struct Network {
+  static constexpr int MOST = 4 * N * (N < 32 ? 4 : 6);
+  int size = 0, low[MOST] = {}, high[MOST] = {};
+  constexpr Network() {
+    for (int p = 1; p < N; p *= 2)
+      for (int k = p; k >= 1; k /= 2)
+        for (int j = k % p; j + k < N; j += 2 * k)
+          for (int i = 0; i < k && i + j + k < N; i++)
+            if ((i + j) / (2 * p) == (i + j + k) / (2 * p)) low[size] = i + j, high[size] = i + j + k, size++;
+  }
+};
+
+template <int A, int B, int N>
+__device__ __forceinline__ void exchange(uint64_t (&x)[N]) {
+  const uint64_t first = x[A], second = x[B];
+  const bool swap = first < second;
+  x[A] = swap ? second : first;
+  x[B] = swap ? first : second;
+}
+
+template <int N>
+constexpr Network<N> NETWORK = {};
+
+template <int N, size_t... I>
+__device__ __forceinline__ void sort_descending(uint64_t (&x)[N], std::index_sequence<I...>) {
+  (exchange<NETWORK<N>.low[I], NETWORK<N>.high[I]>(x), ...);
+}
+
+// Sorts the k entries of each lane, descending, ties to the lowest feature; their values become keys. Together in a warp.
 template <int ROWS>
-__device__ WRITESAE_NOINLINE void put_largest(Candidates<ROWS> buffer, int k, int place, float* values, int64_t* indices) {
-  constexpr int STRIDE = Candidates<ROWS>::STRIDE;
-  for (int token = 0; token < ROWS; token++) {
-    const int64_t to = tile::shuffle(place, token);
-    if (to < 0) continue;
-    const int* keys = buffer.keys + token;
-    for (int i = tile::lane(); i < k; i += tile::WARP) {
-      const int key = keys[i * STRIDE];
-      int rank = 0;
-#pragma unroll 4
-      for (int j = 0; j < k; j++) {
-        const int other = keys[j * STRIDE];
-        rank += other > key || (other == key && j < i);
+__device__ WRITESAE_NOINLINE void sort_entries(Candidates<ROWS> buffer, int k, bool active) {
+  constexpr int STRIDE = Candidates<ROWS>::STRIDE, N = 32;
+  const int own = active ? tile::lane() : 0;
+  uint32_t* const values = buffer.values() + own;
+  uint16_t* const features = buffer.features() + own;
+  if (k <= N && !buffer.wide) {  // in registers
+    uint64_t x[N];
+#pragma unroll
+    for (int i = 0; i < N; i++)
+      x[i] = i < k ? to_pair(to_key(tile::bits_to_float(values[i * STRIDE])), features[i * STRIDE]) : 0;
+    sort_descending(x, std::make_index_sequence<NETWORK<N>.size>());
+#pragma unroll
+    for (int i = 0; i < N; i++)
+      if (i < k && active) {
+        values[i * STRIDE] = static_cast<uint32_t>(x[i] >> 32) ^ 0x80000000u;
+        features[i * STRIDE] = static_cast<uint16_t>(~x[i]);
       }
-      const float value = from_key(key);
-      values[to * k + rank] = value < 0 ? 0.0f : value;  // a NaN stays
-      indices[to * k + rank] = buffer.features[token + i * STRIDE];
+    return;
+  }
+  if (!active) return;
+  uint16_t* const highs = buffer.wide ? buffer.highs() + own : nullptr;
+  const auto load = [&](int i) {
+    const uint32_t feature = features[i * STRIDE] | (buffer.wide ? highs[i * STRIDE] : 0u) << 16;
+    return to_pair(static_cast<int>(values[i * STRIDE]), feature);
+  };
+  const auto store = [&](int i, uint64_t pair) {
+    values[i * STRIDE] = static_cast<uint32_t>(pair >> 32) ^ 0x80000000u;
+    features[i * STRIDE] = static_cast<uint16_t>(~pair);
+    if (buffer.wide) highs[i * STRIDE] = static_cast<uint16_t>(~pair >> 16);
+  };
+  for (int i = 0; i < k; i++) values[i * STRIDE] = static_cast<uint32_t>(to_key(tile::bits_to_float(values[i * STRIDE])));
+  int top = 1;
+  while (2 * top < k) top *= 2;
+  for (int p = top; p >= 1; p /= 2)  // Batcher's merge exchange, of any length (Knuth, 5.2.2, algorithm M)
+    for (int q = top, r = 0, d = p;;) {
+      for (int i = 0; i + d < k; i++) {
+        if ((i & p) != r) continue;
+        const uint64_t first = load(i), second = load(i + d);
+        if (first < second) store(i, second), store(i + d, first);
+      }
+      if (q == p) break;
+      d = q - p, q /= 2, r = p;
+    }
+}
+
+// Writes the sorted entries of each token of the warp, k a token, of which `found` exist. `place` is of each lane's token,
+// negative for none.
+template <int ROWS>
+__device__ WRITESAE_NOINLINE void put_entries(Candidates<ROWS> buffer, int k, int found, int place, Selected to) {
+  constexpr int STRIDE = Candidates<ROWS>::STRIDE;
+  const uint32_t* const values = buffer.values();
+  const uint16_t* const features = buffer.features();
+#pragma unroll 4
+  for (int token = 0; token < ROWS; token++) {
+    const int64_t row = tile::shuffle(place, token);
+    if (row < 0) continue;
+    for (int i = tile::lane(); i < k; i += tile::WARP) {
+      const int at = i * STRIDE + token;
+      const int key = i < found ? static_cast<int>(values[at]) : LAST_KEY;
+      int feature = i < found ? features[at] : -1;
+      if (buffer.wide && i < found) feature |= buffer.highs()[at] << 16;
+      if (to.keys != nullptr) {
+        to.keys[row * k + i] = key;
+        to.features[row * k + i] = feature;
+      } else {
+        const float value = from_key(key);
+        to.values[row * k + i] = value < 0 ? 0.0f : value;  // a NaN stays
+        to.indices[row * k + i] = feature;
+      }
     }
   }
 }

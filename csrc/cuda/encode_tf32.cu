@@ -3,6 +3,6 @@
 
 namespace writesae::cuda {
 
-Kernel encode_kernel_tf32(int depth) { return encode_kernel_of<Precision::tf32>(depth); }
+Kernel encode_kernel_tf32(int depth, bool topk) { return encode_kernel_of<Precision::tf32>(depth, topk); }
 
 }  // namespace writesae::cuda

@@ -5,6 +5,9 @@
 #include "encode.h"
 #include "operators.h"
 #include "schemas.h"
+#if WRITESAE_SIDE == 2
+#include "cuda/encode_select.cuh"
+#endif
 
 namespace writesae {
 
@@ -41,6 +44,31 @@ int64_t encode_segment(int64_t tokens) {
   return tokens;
 }
 
+// Blocks that share the features of a segment in encode from now on; 0 for the kernel's own choice.
+int64_t encode_parts(int64_t parts) {
+  cuda::encode_force_parts(static_cast<int>(parts));
+  return parts;
+}
+
+// How encode cuts a top-k call with one write a token: tokens of a segment, blocks that share its features, heads at a time,
+// blocks at once, candidates kept a token, and millionths of those blocks that work.
+std::vector<int64_t> encode_plan(int64_t B, int64_t T, int64_t heads, int64_t K, int64_t V, int64_t F, int64_t k,
+                                 std::string precision) {
+  EncodeParams p = {};
+  p.B = p.N = B, p.T = T, p.Hl = p.H = p.Hs = heads, p.R = p.rank = 1, p.K = K, p.V = V, p.F = F, p.k = k;
+  const auto found = cuda::encode_outline(p, precision == "bf16"   ? Precision::bf16
+                                             : precision == "tf32" ? Precision::tf32
+                                                                   : Precision::fp32);
+  return {found.segment, found.parts, found.heads, found.slots, found.capacity, static_cast<int64_t>(1e6 * found.busy)};
+}
+
+// What encode's selection did since the last call, see SelectionCounts.
+std::vector<int64_t> encode_selection() {
+  const auto c = cuda::selection_counts;
+  cuda::selection_counts = {};
+  return {c.chunks, c.redone, c.tokens, c.tokens_redone, c.raises, c.probes, c.tiles, c.rounds, c.kept};
+}
+
 }  // namespace
 #endif
 
@@ -58,6 +86,9 @@ STABLE_TORCH_LIBRARY(writesae_twin, m) {
   writesae::define_device_operators(m);
   writesae::define_prototypes(m);
   m.def("encode_segment(int tokens) -> int");
+  m.def("encode_parts(int parts) -> int");
+  m.def("encode_plan(int B, int T, int heads, int K, int V, int F, int k, str precision) -> int[]");
+  m.def("encode_selection() -> int[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(writesae_twin, CPU, m) {
@@ -67,6 +98,9 @@ STABLE_TORCH_LIBRARY_IMPL(writesae_twin, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(writesae_twin, CompositeExplicitAutograd, m) {
   m.impl("encode_segment", TORCH_BOX(&writesae::encode_segment));
+  m.impl("encode_parts", TORCH_BOX(&writesae::encode_parts));
+  m.impl("encode_plan", TORCH_BOX(&writesae::encode_plan));
+  m.impl("encode_selection", TORCH_BOX(&writesae::encode_selection));
 }
 
 #endif

@@ -161,7 +161,7 @@ void check(const Case& c, Precision precision, double tolerance) {
   std::vector<float> first_values, first_carry;
   std::vector<int64_t> first_indices;
   for (Schedule schedule : {Schedule::forward, Schedule::reverse}) {
-    tile::twin::schedule = schedule;
+    tile::twin::settings.schedule = schedule;
     // top k
     std::vector<float> values = test::poison(places * c.k);
     std::vector<int64_t> indices(places * c.k, -1);
@@ -222,7 +222,7 @@ void check(const Case& c, Precision precision, double tolerance) {
       fail(c, "the result depends on the schedule");
     }
   }
-  tile::twin::schedule = Schedule::forward;
+  tile::twin::settings.schedule = Schedule::forward;
   cuda::encode_force_segment(0);
 }
 
@@ -238,7 +238,7 @@ void check_order(Precision precision) {
   d.p.values = values.data(), d.p.indices = indices.data();
   const auto expect = [&](const char* what, const std::function<int64_t(int64_t)>& want) {
     for (Schedule schedule : {Schedule::forward, Schedule::reverse}) {
-      tile::twin::schedule = schedule;
+      tile::twin::settings.schedule = schedule;
       run(d, precision, EncodeMode::topk, {});
       for (int64_t at = 0; at < places; at++)
         for (int64_t i = 0; i < c.k; i++)
@@ -246,7 +246,7 @@ void check_order(Precision precision) {
             fail(c, std::string(what) + ": place " + std::to_string(i) + " has " + std::to_string(indices[at * c.k + i]) +
                         ", expected " + std::to_string(want(i)));
     }
-    tile::twin::schedule = Schedule::forward;
+    tile::twin::settings.schedule = Schedule::forward;
   };
   std::fill(d.v.begin(), d.v.end(), 0.0f);
   std::fill(d.b.begin(), d.b.end(), 0.0f);

@@ -89,13 +89,14 @@ void check(const Case& c) {
   const int64_t bytes = cuda::gated_delta_rule::forward_workspace(p, c.plan);
   auto* workspace = static_cast<char*>(std::aligned_alloc(256, bytes));
   std::memset(workspace, 0xff, bytes);
-  tile::twin::statistics = {};
+  tile::twin::statistics.clear();
   cuda::gated_delta_rule::forward(p, workspace, nullptr, c.plan);
   std::free(workspace);
-  if (tile::twin::statistics.conflicts != 0) {
-    std::fprintf(stderr, "matrix loads: %ld bank conflicts\n", static_cast<long>(tile::twin::statistics.conflicts));
-    std::exit(1);
-  }
+  for (const auto& [launch, counts] : tile::twin::statistics)
+    if (counts.conflicts != 0) {
+      std::fprintf(stderr, "%s: %ld bank conflicts of matrix loads\n", launch.c_str(), static_cast<long>(counts.conflicts));
+      std::exit(1);
+    }
   if (c.type != Element::f32) o = widen(narrow_o, c.type);
   const Expected expected = plain(p, sequences);
   expect_close("o", o, expected.o, tolerance);
@@ -164,7 +165,7 @@ int main() {
       {f16, 1, 1, 1, 96, 16, {150}, 4, true, true, false},
   };
   for (tile::twin::Schedule schedule : {tile::twin::Schedule::forward, tile::twin::Schedule::reverse}) {
-    tile::twin::schedule = schedule;
+    tile::twin::settings.schedule = schedule;
     for (const Case& c : cases) check(c);
   }
   std::printf("gated_delta_rule on CUDA, host twin: %zu cases agree in both orders\n", cases.size());

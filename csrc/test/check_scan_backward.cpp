@@ -282,7 +282,7 @@ int main() {
   for (const Rule& rule : RULES) {
     if (rule.on_cuda == nullptr) continue;
     for (const auto schedule : {tile::twin::Schedule::forward, tile::twin::Schedule::reverse}) {
-      tile::twin::schedule = schedule;
+      tile::twin::settings.schedule = schedule;
       for (const Case& c : cases) check(rule, false, c, 0);
     }
     std::printf("%s_backward, CUDA kernels under the host twin: %zu cases agree\n", rule.name, cases.size());

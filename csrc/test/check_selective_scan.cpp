@@ -216,7 +216,7 @@ int main() {
     std::printf("selective_scan, %s: %zu cases agree\n", name.c_str(), cases.size());
   });
   for (auto schedule : {tile::twin::Schedule::forward, tile::twin::Schedule::reverse}) {
-    tile::twin::schedule = schedule;
+    tile::twin::settings.schedule = schedule;
     for (const Case& c : cases)
       check(c, [&](const SelectiveScanBackwardParams& p) {
         namespace kernels = cuda::selective_scan;

@@ -73,25 +73,27 @@ def _hooked(peer: str, options: Options) -> Iterator[Row]:
 
     for what, layers, target, aim in arms:
         sites = shape.dictionaries(layers)
-        ours, theirs = [], []
+        ours, read, theirs = [], [], []
         began = time.perf_counter()
         while len(ours) < FEWEST or len(ours) < ROUNDS and time.perf_counter() - began < PATIENCE and not gpu.dry:
             theirs.append(_wall(gpu, plain))
             with writesae.attach(model, sites, accelerate=True, self_test=False, precision="bf16") as tap:
-                ours.append(_wall(gpu, forward, lambda tap=tap: len(tap.firings)))
+                ours.append(_wall(gpu, forward))
                 logits = forward().float()
+                tap.clear()
+                read.append(_wall(gpu, forward, lambda tap=tap: tap.firings.activation.sum()))
         expected = plain().float()
         error = float((logits - expected).square().mean().sqrt() / expected.square().mean().sqrt())
         if not error <= 5e-2:
             raise Disagree(f"{what}: hooked logits differ from the plain model's by {error:.1e} (limit 5e-2)")
-        row = ratio_row(f"{name}: {what} hooked", peer, "x time", ours[2:], theirs[2:], target, aim)
-        if not gpu.dry:
+        for taken, then, asked in ((ours, "", (target, aim)), (read, ", every firing read on the host", (None, None))):
+            row = ratio_row(f"{name}: {what} hooked{then}", peer, "x time", taken[2:], theirs[2:], *asked)
             row.note = f"{1e3 * row.seconds:.0f} ms against {1e3 * row.peer_seconds:.0f}, {len(ours) - 2} rounds"
-        yield gpu.honest(row)
+            yield gpu.honest(row)
 
 
 def _wall(gpu: Gpu, run, after=lambda: None) -> float:
-    """Seconds until the device is done and what `after` reads has come over."""
+    """Seconds until the device is done, and `after` with what it reads."""
     gpu.synchronize()
     start = time.perf_counter()
     run()

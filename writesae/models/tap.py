@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,18 +16,17 @@ from .. import ops
 from ..edits import Edits
 from ..firings import Firings
 from ..ops._transforms import transformed
-from ..ops.nonfinite import place_of
 from ..policies import Policy, PolicyReport
 from ..writes import Writes
 from .binding import LayerSite
 from .carries import Carries, Carry
+from .finite import Check, Checks
 from .frame import Frame
 from .gather import Gathered
 from .grid import Grid, Tokens, check_activations, feature_bits, rounded
 from .planned_edits import PlannedEdits
 from .policy_sites import Group, GroupCodes, Listener, PolicySites
 from .sites import device_of
-from .transfer import ToHost
 
 DENSE_KINDS = ("matrix", "flat")  # their encoder reads whole states
 _DENSE_BLOCK = 64  # states held at a time on that path
@@ -65,7 +64,7 @@ class Tap:
         self._encoding = {"backend": options["backend"], "precision": options["precision"]}
         self._lock = threading.Lock()
         self._gathered = Gathered()
-        self._checks: list[_Checks] = []
+        self._checks: list[Checks] = []
         self._groups: dict[int, list[Group]] = {}
         self._fire_per_token = 0  # of all layers, top-k alone
         self._dense: dict[int, dict[int, Any]] = {}
@@ -254,7 +253,7 @@ class Tap:
         Args:
             first: `[B]` where it stands, as `RuleOutput.first_nonfinite`.
         """
-        check = _Check(first, writes.shape[2], frame.site.layer_index, frame.start, writes.cu_seqlens)
+        check = Check(first, writes.shape[2], frame.site.layer_index, frame.start, writes.cu_seqlens)
         if first.device.type == "cpu":
             check.require(first)
             return
@@ -377,14 +376,14 @@ class _Pending:
         self.tap = tap
         self.gathered = Gathered()
         self.carries: list[tuple[Any, tuple[int, int], Carry]] = []  # cache, (layer, group)
-        self.checks: list[_Check] = []
+        self.checks: list[Check] = []
         self.called: list[tuple[int, Writes | None, int | None]] = []  # layer, writes and start of the call before
         self.applied: list[tuple[int, Tensor]] = []  # layer, which of its edits
         self.acted: list[tuple[int, tuple[int, int], int, int]] = []  # policy, site, tokens seen, tokens acted at
 
     def keep(self) -> None:
         """The call has come to its end."""
-        checks = [_Checks(self.checks)] if self.checks else []
+        checks = [Checks(self.checks)] if self.checks else []
         with self.tap._lock:
             self.tap._gathered.extend(self.gathered)
             self.tap._checks.extend(checks)
@@ -418,45 +417,6 @@ def without_tangents(writes: Writes) -> Writes:
     names = ("decay", "left", "right", "beta", "initial_state")
     given = {name: getattr(writes, name) for name in names}
     return replace(writes, **{n: forward_mode.unpack_dual(x).primal for n, x in given.items() if x is not None})
-
-
-@dataclass(eq=False)
-class _Check:
-    """Whether one call of a layer wrote only finite numbers, and where its tokens stand, for saying where not."""
-
-    first: Tensor  # [B], as `RuleOutput.first_nonfinite`
-    heads: int
-    layer: int
-    start: int
-    cu_seqlens: Tensor | None
-
-    def require(self, first: Tensor) -> None:
-        """first: the same on the host. Raises ValueError where it says that a state broke."""
-        place = place_of(first, self.heads)
-        if place is None:
-            return
-        row, token, head = place
-        position = token + self.start
-        if self.cu_seqlens is not None:
-            offsets = self.cu_seqlens.cpu()
-            row = int(torch.searchsorted(offsets, torch.tensor(token), right=True)) - 1
-            position = token - int(offsets[row])
-        raise ValueError(
-            f"model: NaN or infinity in the state of layer {self.layer}, first at row {row}, position {position}, head "
-            f"{head}"
-        )
-
-
-class _Checks:
-    """Those of all layers in one call of the model, on their way to the host."""
-
-    def __init__(self, checks: Sequence[_Check]):
-        self._checks = checks
-        self._transfer = ToHost([check.first for check in checks])
-
-    def require(self) -> None:
-        for check, first in zip(self._checks, self._transfer.get(), strict=True):  # in the order of layers
-            check.require(first)
 
 
 def _above(codes, heads: list[int], tokens: Tokens, layer: int) -> Firings:
