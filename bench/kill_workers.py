@@ -61,6 +61,11 @@ def documents(folder: Path, size: int, length: int = 3000) -> None:
                 return
 
 
+def count(out: Path) -> int:
+    """Units that are done."""
+    return len(list((out / "done").glob("unit-*.json")))
+
+
 def forked(run) -> int:
     """The number of a process that does `run` and ends with status 0 if that ended well."""
     pid = os.fork()
@@ -164,12 +169,15 @@ def main() -> None:
                 workers = Workers(runs)
             else:
                 workers = cluster.begin(command, out, settings(mode))
+            done = 0
             while workers.running() and len(moments) < args.kills:
+                while cluster is not None and workers.running() and count(out) == done:
+                    time.sleep(0.05)  # Ray's workers load the model anew: not before one has done a unit since
                 after = rng.uniform(0, seconds / 3)  # so that several fall into one collection
                 deadline = time.monotonic() + after
                 while workers.running() and time.monotonic() < deadline:
                     time.sleep(0.01)
-                done = len(list((out / "done").glob("unit-*.json")))
+                done = count(out)
                 killed = workers.kill(rng)
                 if killed is not None:
                     moments.append({"mode": mode, "killed": killed, "seconds": round(after, 2), "units_done": done})
