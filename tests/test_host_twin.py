@@ -124,13 +124,14 @@ def test_the_machine_decides_what_is_split():
 
 @pytest.mark.parametrize("precision, each", [("bf16", 1), ("tf32", 1), ("fp32", 6)])
 def test_products_of_encode(precision, each):
-    """2 (K + V) F FLOP a token, and of fp32 six times that: nothing is multiplied twice."""
+    """2 (K + V) F FLOP a token, and of fp32 six times that; again for the chunks whose guessed bars were too high."""
     T, F, K, V, heads = 256, 128, 128, 128, 2
     writes = make_writes(torch.Generator().manual_seed(0), 1, T, heads, heads, K, V).to(torch.float32)
     v, w, b = (x.float() for x in dictionary(torch.Generator().manual_seed(1), heads, F, K, V))
-    with host_twin.counted() as counts:
+    with host_twin.counted() as counts, host_twin.set_to(multiprocessors=1):  # or sequences are split, at a price
         encode(writes, v, w, b, k=8, precision=precision, backend="twin")
-    assert counts["encode"]["multiply_adds"] == each * heads * T * F * (K + V)
+    once = each * heads * T * F * (K + V)
+    assert once <= counts["encode"]["multiply_adds"] <= 1.125 * once
     if precision == "bf16":
         assert counts["encode"]["products"] == heads * 2 * F * (K + V) * T // (16 * 8 * 16 * 2)
 
@@ -140,7 +141,7 @@ def test_launches_of_encode():
         gen = torch.Generator().manual_seed(0)
         writes = make_writes(gen, 1, T, heads, heads, 16, 8).to(torch.float32)
         v, w, b = (x.float() for x in dictionary(gen, heads, F, 16, 8))
-        with host_twin.counted() as counts:
+        with host_twin.counted() as counts, host_twin.set_to(multiprocessors=1):
             encode(writes, v, w, b, k=4, backend="twin")
         return {name: found["launches"] for name, found in counts.items()}
 

@@ -8,7 +8,7 @@
 //    the running sum of P Q          within a lane; across the four lanes of a feature; across warps, one barrier later
 //    a + b, through shared memory    so that a lane has a token, and selects (encode_select.cuh)
 // The second half of a tile runs after the next barrier, so that a tile costs one. Running sums at the end of a chunk are
-// carried in device memory, F floats a block.
+// carried in device memory, F floats a block, in two places by turns: a chunk may be done again from what it began with.
 #pragma once
 
 #include "encode_numbers.cuh"
