@@ -324,8 +324,7 @@ __global__ void __launch_bounds__(WARPS* tile::WARP, 2) encode_kernel(EncodePara
         const uint32_t* column = x + (lane < ROWS ? lane : 0);
         if constexpr (TOPK) {
           // All warps empty their buffers at once, when one asks for it: one at a time they would wait for each other.
-          if (full[(time + 1) % 2] == time - 1 && any(bar.count > enough))
-            bar = keep_largest(buffer, k, SLACK, active, bar);
+          if (full[(time + 1) % 2] == time - 1 && any(bar.count > enough)) bar = keep_largest(buffer, k, SLACK, active, bar);
           take_tile(buffer, column, X_STRIDE, first, width, active && !bar.closed, bar);
           const bool nearly = any(bar.count > work.capacity - TILE);
           if (nearly && lane == 0) tile::atomic_max(full + time % 2, time);
