@@ -7,7 +7,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/
 # The CUDA kernels take minutes to compile: here they are built only for a torch that can run them (cuda-check builds all).
 HAS_CUDA = $(shell $(BIN)/python -c 'import torch; print(int(torch.version.cuda is not None))')
 
-.PHONY: demo test test-libraries fuzz bench sanitize cuda-check lint format docs info clean
+.PHONY: demo test test-libraries scale-demo fuzz bench sanitize cuda-check lint format docs info clean
 
 demo: $(VENV)/.built
 	$(BIN)/writesae demo
@@ -22,6 +22,11 @@ test: $(VENV)/.built
 LIBRARIES ?= fla mamba-ssm transformers
 test-libraries: $(VENV)/.built
 	$(BIN)/python scripts/test_libraries.py $(LIBRARIES)
+
+# A Ray cluster of three nodes on this machine fills a store, one of them killed midway; then verified, compared and merged.
+scale-demo: $(VENV)/.built
+	$(PIP) install -q -c constraints.txt "ray[client]"
+	$(BIN)/python scripts/scale_demo.py
 
 # Random and hostile inputs for so many minutes; what is found can be seen again from its seed.
 MINUTES ?= 1

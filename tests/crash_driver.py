@@ -12,8 +12,7 @@ import sys
 import pyarrow.parquet as pq
 from fake_source import FakeSource, words
 
-import writesae.collect.finish
-import writesae.collect.run  # noqa: F401  (loaded before forking)
+import writesae.collect.session  # loaded before forking
 from writesae.collect import Corpus, collect
 
 DIED = 57
@@ -44,13 +43,13 @@ def instrument(crash: int) -> list[int]:
 
 def child(job: dict, answer: int) -> None:
     calls = instrument(job["crash"])
-    before, finish = [0], writesae.collect.run.finish
+    before, finish = [0], writesae.collect.session.finish
 
     def counted(*args):
         before[0] = calls[0]
         finish(*args)
 
-    writesae.collect.run.finish = counted
+    writesae.collect.session.finish = counted
     collect(Corpus.from_path(job["corpus"]), words, FakeSource(), job["out"], **job["collect"])
     os.write(answer, json.dumps({"calls": calls[0], "before": before[0]}).encode())
     os._exit(0)

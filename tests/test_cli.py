@@ -44,7 +44,20 @@ def test_every_option_says_what_it_is_and_its_default(name, action):
     if takes_value and not action.required and (name, action.dest) not in ALTERNATIVES and action.dest != "run":
         assert "default" in shown, f"no default in {shown!r}"
     assert "(default: None)" not in shown and "(default: False)" not in shown and "(default: )" not in shown
-    bare = ("seed", "layer", "head", "k", "rank", "lr", "lr_end", "aux", "penalty")
+    bare = (
+        "seed",
+        "text_seed",
+        "layer",
+        "head",
+        "k",
+        "rank",
+        "atom_rank",
+        "world_size",
+        "lr",
+        "lr_end",
+        "aux",
+        "penalty",
+    )
     if action.type in (int, float) and action.dest not in bare:
         units = "tokens|passages|firings|atoms|steps|states|rounds|threads|times|bytes"
         assert re.search(units, shown), f"no unit in {shown!r}"

@@ -22,7 +22,7 @@ from writesae.collect import Corpus, Store, collect
 from writesae.collect import files as store_files
 from writesae.collect.estimate import batches
 from writesae.collect.modes import Columns, Selection, random_priority, top_priority
-from writesae.collect.run import _shards
+from writesae.collect.session import shards as shards_of
 from writesae.firings import Firings
 from writesae.text.passages import Cursor, Passage
 
@@ -524,7 +524,7 @@ def test_token_that_never_fires(tmp_path):
 def test_shards_close_with_their_last_passage(text):
     from writesae.text.passages import passages
 
-    shards = list(_shards(passages(Corpus.from_path(text), words, 32), 0, 13))
+    shards = list(shards_of(passages(Corpus.from_path(text), words, 32), 0, 13))
     assert [len(s.passages) for s in shards] == [13, 13, 13, 3]
     assert [s.last for s in shards] == [False] * 3 + [True]
     assert sum(len(s.ends) for s in shards) == 8

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from writesae.files import discard_left_over, left_over, sha256, whole_file, whole_folder, write_json
+from writesae.files import discard_left_over, left_over, sha256, whole_file, whole_folder, write_first, write_json
 
 
 def names(folder) -> list[str]:
@@ -38,6 +38,25 @@ def test_left_over_files(tmp_path):
     discard_left_over(tmp_path)
     discard_left_over(tmp_path / "nowhere")
     assert names(tmp_path) == ["mine.tmp"]
+
+
+def test_of_many_who_write_at_once_one_does(tmp_path):
+    """Each its own content, in processes of their own; the loser's is nowhere, nor a temporary file."""
+    path, readers = tmp_path / "x.json", []
+    for number in range(8):
+        read, write = os.pipe()
+        if not os.fork():
+            os.write(write, b"%d" % write_first(path, str(number).encode()))
+            os._exit(0)
+        os.close(write)
+        readers.append(read)
+    first = [os.read(read, 1) == b"1" for read in readers]
+    for _ in readers:
+        os.wait()
+    assert first.count(True) == 1 and path.read_text() == str(first.index(True)) and names(tmp_path) == ["x.json"]
+    (tmp_path / "link").symlink_to(path)
+    with pytest.raises(ValueError, match="is a symbolic link"):
+        write_first(tmp_path / "link", b"other")
 
 
 def test_a_folder_takes_the_place_of_another(tmp_path):

@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "interrupt": set(),
     "untrusted": set(),
     "options": {"_library", "default", "sae"},
+    "ranks": set(),
     "ops": {"writes", "firings", "edits", "_library", "_arguments", "_autocast"},
     "text": {"default", "files", "untrusted"},
     "sae": {
@@ -46,6 +47,7 @@ MAY_IMPORT = {
         "text",
         "_arguments",
         "options",
+        "ranks",
         "untrusted",
         "_library",
     },
@@ -87,8 +89,19 @@ MAY_IMPORT = {
     },
     "report": {"firings", "files", "collect", "untrusted"},
 }
-EXTRAS = {"scipy", "statsmodels", "sklearn", "matplotlib", "datasets", "jinja2", "pandas", "duckdb", "plotly",
-          "transformer_lens"}  # fmt: skip
+EXTRAS = {
+    "scipy",
+    "statsmodels",
+    "sklearn",
+    "matplotlib",
+    "datasets",
+    "jinja2",
+    "pandas",
+    "duckdb",
+    "plotly",
+    "transformer_lens",
+    "accelerate",
+}
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -147,7 +148,8 @@ def test_a_models_path_does_not_leave_this_machine(folder, tmp_path):
         (lambda x: (x / "L9H4" / "sae.safetensors").unlink(), "L9H4 is not finished: without sae.safetensors"),
         (lambda x: (x / "L1H1").mkdir(), "L1H1 is not finished: without cfg.json, sae.safetensors"),
         (lambda x: dictionary(training={"steps": 50, "done": 2}).save_pretrained(x / "L9H4"), "2 of 50 steps are done"),
-        (lambda x: dictionary(3, 3).save_pretrained(x / "L9H4"), "is not whole: metrics.json tells of L9H4"),
+        (lambda x: dictionary(3, 3).save_pretrained(x / "L9H4"), "L9H4 holds the dictionary of L3H3"),
+        (lambda x: shutil.rmtree(x / "L9H4"), "run is not whole: metrics.json tells of L9H4"),
         (lambda x: (x / "checkpoint.pt").write_bytes(b"x"), "checkpoint.pt: not a training checkpoint"),
         (lambda x: (x / "metrics.json").rename(x / "checkpoint.pt"), "is not finished: checkpoint.pt, but no metrics"),
         (lambda x: (x / "metrics.json").write_text('{"metrics": NaN}'), "metrics.json: not JSON: NaN"),
@@ -166,7 +168,7 @@ def test_a_run_that_was_gone_on_with(folder):
     from writesae.sae.resume import write_checkpoint
 
     identity = {"config": {}, "tokens": "ab" * 32, "passages": 3}
-    content = {"identity": identity, "done": 50, "history": [], "lengths": [], "trainers": []}
+    content = {"identity": identity, "done": 50, "history": [], "lengths": [], "place": {}, "trainers": []}
     write_checkpoint(folder / "checkpoint.pt", content)
     _, text = prepare(folder, REPO, license="mit")
     assert f"| tokens | `{'ab' * 32}` |" in text and "| passages |" not in text
@@ -175,6 +177,35 @@ def test_a_run_that_was_gone_on_with(folder):
         ValueError, match="L2H5 is not finished: the run went on to step 60, its dictionary is of step 50"
     ):
         prepare(folder, REPO, license="mit")
+
+
+def test_variants_and_ranks(hub, folder, tmp_path):
+    """As `writesae train` leaves several dictionaries a site, by several processes."""
+    from writesae.sae.resume import write_checkpoint
+
+    out = tmp_path / "out"
+    for name in ("k4", "k8"):
+        dictionary(9, 4, 1 if name == "k4" else 2).save_pretrained(out / name / "L9H4")
+        dictionary(2, 5).save_pretrained(out / name / "L2H5")
+    everything = {f"{name}/{site}": {} for name in ("k4", "k8") for site in ("L9H4", "L2H5")}
+    (out / "metrics.json").write_text(json.dumps({"metrics": everything}))
+    (out / "training.svg").write_text("<svg/>")
+    content = {"identity": {"tokens": "ab" * 32}, "done": 50, "history": [], "lengths": [], "place": {}, "trainers": []}
+    for rank in range(2):
+        (out / f"rank-{rank}-of-2").mkdir()
+        write_checkpoint(out / f"rank-{rank}-of-2" / "checkpoint.pt", content)
+        (out / f"rank-{rank}-of-2" / "metrics.json").write_text("{}")
+    push_to_hub(out, REPO, license="mit")
+    assert [x.folder for x in available(REPO)] == ["k4/L2H5", "k8/L2H5", "k4/L9H4", "k8/L9H4"]
+    assert same(SAE.from_pretrained(REPO, "k8/L9H4"), dictionary(9, 4, 2))
+    card = hub.files(REPO)["README.md"].decode()
+    assert "saes = {(2, 5): sae}" in card and "load_set" not in card and "ab" * 32 in card
+    (out / "rank-1-of-2" / "metrics.json").unlink()
+    with pytest.raises(ValueError, match="rank-1-of-2 is not finished: checkpoint.pt, but no metrics.json"):
+        push_to_hub(out, REPO, license="mit")
+    (out / "k4" / "notes.txt").write_text("x")
+    with pytest.raises(ValueError, match="k4, got 'notes.txt' too"):
+        push_to_hub(out, REPO, license="mit")
 
 
 @pytest.mark.parametrize(

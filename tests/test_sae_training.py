@@ -296,9 +296,9 @@ def test_every_token_of_a_block_is_drawn_once_before_any_twice():
         batch = run.batch(step)[SITE]
         seen[batch.rows, batch.positions] += 1
     assert bool((seen == 1).all())
-    first = set(run._rows_of_block(0).tolist())
-    assert not first & set(run._rows_of_block(1).tolist())
-    assert set(run._rows_of_block(2).tolist()) | set(run._rows_of_block(3).tolist()) == set(range(64))
+    first = set(run.order.rows(0).tolist())
+    assert not first & set(run.order.rows(1).tolist())
+    assert set(run.order.rows(2).tolist()) | set(run.order.rows(3).tolist()) == set(range(64))
 
 
 def test_interrupt_stops_between_steps_with_a_checkpoint(tmp_path):

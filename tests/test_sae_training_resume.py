@@ -183,7 +183,7 @@ def test_a_checkpoint_that_carries_code_is_refused(finished, monkeypatch):
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (lambda c: c.pop("trainers"), "expected identity, done, history, lengths, trainers"),
+        (lambda c: c.pop("trainers"), "expected identity, done, history, lengths, place, trainers"),
         (lambda c: c.update(done=10**6), "after at most 40 steps, got 1 after 1000000"),
         (lambda c: c["identity"]["config"].update(steps="40"), "of another run"),
         (lambda c: c["identity"].update(config=3), "of another run"),

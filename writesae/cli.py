@@ -78,6 +78,15 @@ COMMANDS = {
         "such collection.",
         "writesae verify runs/notes",
     ),
+    "merge": Command(
+        "writesae.collect.merge",
+        "make one collection of several that were collected apart, or end one that several workers filled",
+        "Of the same model, dictionaries, tokenizer and options, and of other text each. Writes a collection to OUT, "
+        "its documents numbered in the order given; interrupted, the same command goes on. Exit status: 0 done, 2 "
+        "stores that cannot be merged.",
+        "writesae merge runs/notes runs/letters runs/all",
+        _GOES_ON,
+    ),
     "replace": Command(
         "writesae.experiments.command",
         "run the replacement test: a write against the atom, its deletion and a random matrix",

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import stat
 import time
@@ -73,29 +74,36 @@ def make_folder(root: Path, *names: str, argument: str = "out") -> Path:
 
 
 @contextmanager
-def whole_file(path: Path, root: Path | None = None, argument: str = "out") -> Iterator[Path]:
+def whole_file(path: Path, root: Path | None = None, argument: str = "out", first: bool = False) -> Iterator[Path]:
     """Yields a temporary name beside `path`; on success it becomes `path` in one rename, on any error it is removed.
 
     Args:
         path: the file; what stands there is replaced.
         root: the folder the user named, default the file's own. Nothing from it down to the file may be a link.
         argument: what a refusal names.
+        first: replace nothing: of several who write at once, on whatever machine, one succeeds.
 
     Raises:
         ValueError: `path`, or a folder between `root` and it, is a symbolic link.
+        FileExistsError: with `first`, another file stands there.
         OSError: the disk is full; nothing half-written is left.
     """
     path = Path(path)
     for part in _below(path, path.parent if root is None else Path(root)):
         refuse_link(part, argument)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # as `left_over` knows it
+    # As `left_over` knows it; process numbers repeat on other machines, which may write to the same folder.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}{secrets.randbelow(10**6):06}.tmp")
     try:
         # Made here, exclusively, so that nothing that waits under this name is ever opened.
         discard(temporary)
         os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666))
         yield temporary
         _sync(temporary)
-        os.replace(temporary, path)
+        if first:
+            os.link(temporary, path)
+            discard(temporary)
+        else:
+            os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
         discard(temporary)
@@ -188,6 +196,16 @@ def write_bytes(path: Path, data: bytes, root: Path | None = None, argument: str
     """Writes a file, whole or not at all, through no link."""
     with whole_file(path, root, argument) as temporary:
         temporary.write_bytes(data)
+
+
+def write_first(path: Path, data: bytes, root: Path | None = None) -> bool:
+    """Writes a file where none stands, whole or not at all; of several who do so at once, one does. Whether it was."""
+    try:
+        with whole_file(path, root, first=True) as temporary:
+            temporary.write_bytes(data)
+    except FileExistsError:
+        return False
+    return True
 
 
 def write_text(path: Path, text: str, root: Path | None = None, argument: str = "out") -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
+_COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
@@ -125,3 +127,16 @@ def size(text: str) -> int:
         return int(float(number.removesuffix(unit)) * _UNITS[unit])
     except (ValueError, OverflowError):
         raise argparse.ArgumentTypeError(f"expected a size such as 500MB or 2GB, got {text!r}") from None
+
+
+def count(text: str) -> int:
+    """A whole number >= 0, of a number such as 200k, 100M or 1.5B; a type for argparse."""
+    number = text.strip().lower()
+    unit = number[-1:] if number[-1:] in "kmbt" else ""
+    try:
+        value = Decimal(number.removesuffix(unit)) * _COUNTS[unit]
+    except (InvalidOperation, ValueError):
+        value = Decimal(-1)
+    if value.is_nan() or not 0 <= value < 10**18 or value != int(value):
+        raise argparse.ArgumentTypeError(f"expected a whole number such as 5000, 200k, 100M or 1.5B, got {text!r}")
+    return int(value)

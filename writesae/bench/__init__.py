@@ -10,7 +10,7 @@ than yield a ratio where their result is not the peer's.
 # In the order of the table.
 STEMS = (
     "gated_delta_rule", "backward", "ssd", "dplr", "selective_scan", "causal_conv", "rms_norm", "encode", "model",
-    "policy", "collect", "replace", "sae_training", "accuracy",
+    "policy", "collect", "replace", "sae_training", "training_sites", "accuracy",
 )  # fmt: skip
 MODULES = tuple(f"writesae.bench.bench_{stem}" for stem in STEMS)
 

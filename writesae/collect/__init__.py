@@ -10,10 +10,12 @@ from .store import Context, Store
 
 _LATER = {
     "collect": "collect.run",
+    "collect_on_ray": "collect.on_ray",
     "Corpus": "text.corpus",
     "ModelSource": "collect.source",
     "Site": "collect.source",
     "build_index": "collect.finish",
+    "merge": "collect.merge",
 }
 
 __all__ = ["Context", "Store", *_LATER]

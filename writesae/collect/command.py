@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+from functools import partial
 
 from ..files import SEAL
 from ..interrupt import INTERRUPTED
@@ -12,6 +14,8 @@ from ..options import add_device, add_dictionaries, add_model, dictionaries, req
 from ..text.arguments import NAMED, add_options, named, tell_empty
 from .estimate import Estimate, readable
 from .manifest import MODES
+
+_PATHS = ("corpus", "model", "sae", "out")  # arguments that may name a file here
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -42,16 +46,74 @@ def configure(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--limit", type=size, default="1GB", metavar="SIZE",
                       help="bytes on disk above which to ask first")  # fmt: skip
     what.add_argument("--yes", action="store_true", help="do not ask, whatever the size")
+    many = parser.add_argument_group(
+        "several workers", "They fill one folder that all of them see. One may die: the others, or the same command "
+        "again, do what it left. Nothing is missing then, and nothing there twice.",
+    )  # fmt: skip
+    many.add_argument("--rank", type=int, help="this worker's number, from 0 (default: there is one alone)")
+    many.add_argument("--world-size", type=int, help="how many workers share the passages (default: one)")
+    many.add_argument("--distributed", action="store_true", help="take rank and world size from the environment that "
+                      "torchrun, srun or mpirun made")  # fmt: skip
+    many.add_argument("--unit", type=size, metavar="SIZE", help="bytes of text, at least, given to a worker at a time; "
+                      "a document is never cut (default: four shards' worth where there are several workers)"
+                      )  # fmt: skip
+    many.add_argument("--engine", metavar="ENGINE", help="have Ray give units to workers: ray (the cluster that runs "
+                      "here, else one of this machine) or ray://HOST:PORT; needs writesae[ray] (default: none)"
+                      )  # fmt: skip
+    many.add_argument("--worker-cpus", type=float, default=1, help="what a worker takes of the CPUs of --engine, its "
+                      "threads; with --device cuda it takes a GPU too")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
     """Collects, prints the summary as JSON. Returns 0 done, 1 disk full or declined, 130 interrupted (resumable)."""
+    rank, world_size = _place(args)
+    settings = {
+        "mode": args.mode, "n": args.n, "seed": args.seed, "context": args.context, "batch": args.batch,
+        "max_tokens": args.max_tokens, "bos": not args.no_bos, "shard_passages": args.shard_passages,
+        "unit": args.unit,
+    }  # fmt: skip
+
+    def confirm(estimate: Estimate) -> bool:
+        return _confirm(estimate, args.limit, args.yes)
+
+    corpus = None
+    try:
+        if args.engine is None:
+            from .run import collect
+
+            corpus, tokenizer, source = prepare(args, args.device)
+            summary = collect(
+                corpus, tokenizer, source, args.out, rank=rank, world_size=world_size, confirm=confirm, progress=True,
+                **settings,
+            )  # fmt: skip
+        else:
+            from .on_ray import collect_on_ray
+
+            summary = collect_on_ray(
+                partial(prepare, _absolute(args)), args.out, engine=args.engine, device=args.device,
+                cpus=args.worker_cpus, confirm=confirm, progress=True, **settings,
+            )  # fmt: skip
+    except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        print(f"writesae collect: {error}", file=sys.stderr)
+        return 1
+    shown = {name: x for name, x in summary.items() if name not in ("integrity", "layout", SEAL)}
+    if corpus is not None:
+        shown["left_out"] = tell_empty(corpus)
+    print(json.dumps(shown, indent=2))
+    if summary.get("declined"):
+        return 1
+    return 0 if summary["complete"] else INTERRUPTED
+
+
+def prepare(args: argparse.Namespace, device: str) -> tuple:
+    """(corpus, tokenizer, source) of the command's arguments, on a device; also called by workers of an engine."""
     corpus = named(args)
-    require_device(args.device)
+    require_device(device)
     from ..models import load
     from ..models.identity import loaded_digest, model_files
     from . import files
-    from .run import collect
     from .source import ModelSource
 
     files.one_heap()
@@ -59,25 +121,36 @@ def run(args: argparse.Namespace) -> int:
     before = model_files(args.model)
     model, tokenizer = load(args.model, trust_remote_code=args.trust_remote_code)
     source = ModelSource(
-        model.to(args.device), saes, accelerate=args.accelerate, any_model=args.any_model, name=args.model,
+        model.to(device), saes, accelerate=args.accelerate, any_model=args.any_model, name=args.model,
         digest=loaded_digest(model, args.model, before),
     )  # fmt: skip
-    try:
-        summary = collect(
-            corpus, tokenizer, source, args.out, mode=args.mode, n=args.n, seed=args.seed, context=args.context,
-            batch=args.batch, max_tokens=args.max_tokens, bos=not args.no_bos, shard_passages=args.shard_passages,
-            confirm=lambda estimate: _confirm(estimate, args.limit, args.yes), progress=True,
-        )  # fmt: skip
-    except OSError as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        print(f"writesae collect: {error}", file=sys.stderr)
-        return 1
-    shown = {name: x for name, x in summary.items() if name not in ("integrity", SEAL)}
-    print(json.dumps({**shown, "left_out": tell_empty(corpus)}, indent=2))
-    if summary.get("declined"):
-        return 1
-    return 0 if summary["complete"] else INTERRUPTED
+    return corpus, tokenizer, source
+
+
+def _absolute(args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments, paths in them as another process in another folder finds them."""
+
+    def whole(value):
+        if isinstance(value, list):
+            return [whole(one) for one in value]
+        return os.path.abspath(value) if isinstance(value, str) and os.path.exists(value) else value
+
+    return argparse.Namespace(**{name: whole(x) if name in _PATHS else x for name, x in vars(args).items()})
+
+
+def _place(args: argparse.Namespace) -> tuple[int, int | None]:
+    """(rank, world size or None)."""
+    if args.distributed:
+        if (args.rank, args.world_size, args.engine) != (None, None, None):
+            raise ValueError("distributed: expected it alone, got --rank, --world-size or --engine too")
+        from .distribute import from_environment
+
+        return from_environment()
+    if args.engine is not None and args.rank is not None:
+        raise ValueError("engine: expected it, or --rank and --world-size, got both")
+    if (args.rank is None) != (args.world_size is None):
+        raise ValueError(f"rank, world_size: expected both or neither, got {args.rank} and {args.world_size}")
+    return args.rank or 0, args.world_size
 
 
 def _confirm(estimate: Estimate, limit: int, yes: bool) -> bool:

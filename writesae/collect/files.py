@@ -151,6 +151,16 @@ def checked(table: pa.Table) -> pa.Table:
     return table
 
 
+def shifted(table: pa.Table, **by: int) -> pa.Table:
+    """The table with numbers added to its columns."""
+    for name, number in by.items():
+        if number:
+            at = table.schema.get_field_index(name)
+            column = pa.array(table[name].to_numpy() + number, table.schema.field(at).type)
+            table = table.set_column(at, table.schema.field(at), column)
+    return table
+
+
 def row_groups(file: pq.ParquetFile, **ranges: tuple[int, int] | None) -> list[int]:
     """Row groups whose statistics allow every column to be within its range, both ends included. None is any value."""
     asked = [(file.schema_arrow.get_field_index(name), *r) for name, r in ranges.items() if r is not None]
@@ -166,13 +176,51 @@ def row_groups(file: pq.ParquetFile, **ranges: tuple[int, int] | None) -> list[i
 
 
 @contextmanager
-def locked(folder: Path, argument: str = "out") -> Iterator[None]:
+def locked(folder: Path, argument: str = "out", shared: bool = False) -> Iterator[None]:
     """Holds the folder's lock. The system lets go of it when the process ends, however it ends.
+
+    Args:
+        shared: with others that hold it shared.
 
     Raises:
         ValueError: another process holds it, or `.lock` is a link or no plain file of its own.
     """
-    path = folder / ".lock"
+    with os.fdopen(_open_lock(folder / ".lock", argument), "r+") as file:
+        if not _lock(file.fileno(), shared):
+            holder = file.read(64).strip() or "unknown"
+            raise ValueError(f"{argument}: another process ({holder}) is collecting into {folder}")
+        file.truncate(0)
+        file.write("several workers\n" if shared else f"pid {os.getpid()}\n")
+        file.flush()
+        yield
+
+
+@contextmanager
+def claimed(path: Path, wait: bool = False) -> Iterator[bool]:
+    """Whether this process now holds the lock file `path`, which is made where it is missing.
+
+    The system lets go of it when the process ends, however it ends, so that no claim outlives who made it. Between
+    machines it holds where the file system has locks across them (NFS 4, Lustre with flock, CephFS, GPFS).
+
+    Raises:
+        ValueError: the file is a link, or no plain file of its own.
+    """
+    descriptor = _open_lock(path, "out")
+    try:
+        yield _lock(descriptor, wait=wait)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, shared: bool = False, wait: bool = False) -> bool:
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _open_lock(path: Path, argument: str) -> int:
     try:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         descriptor = os.open(path, flags, 0o666)
@@ -184,17 +232,7 @@ def locked(folder: Path, argument: str = "out") -> Iterator[None]:
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
         os.close(descriptor)
         raise ValueError(f"{argument}: {path} is not a plain file of its own, so nothing is written to it")
-    with os.fdopen(descriptor, "r+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"{argument}: another process ({file.read(64).strip() or 'unknown'}) is collecting into {folder}"
-            ) from None
-        file.truncate(0)
-        file.write(f"pid {os.getpid()}\n")
-        file.flush()
-        yield
+    return descriptor
 
 
 @contextmanager

@@ -1,8 +1,13 @@
-"""The last step of a collection: all documents in one table, totals of every feature, and the index of each site."""
+"""The last step of a collection: all documents in one table, totals of every feature, and the index of each site.
+
+It takes the collection in pieces: one process's shards, the units of several workers, or stores made apart. Of each
+piece it reads what was kept, and of that a range of features at a time, so that memory does not grow with the text.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +17,7 @@ import pyarrow.parquet as pq
 from ..files import make_folder, whole_file
 from . import files
 from .marks import damaged, mark, marked, part_name
-from .modes import Columns, Features, Selection, Totals
+from .modes import ONE_CORPUS, Columns, Features, Selection, Totals
 from .shard import Progress, firings_table
 from .source import Site
 
@@ -30,7 +35,7 @@ def finish(progress: Progress, top: int, step: Callable[[], None]) -> None:
     Done again when interrupted, but for the sites whose index stands: whole, and made from these shards.
     """
     out = progress.out
-    write_documents(out, [out / "documents" / part_name(i) for i in range(progress.shards)])
+    write_documents(out, [(out / "documents" / part_name(i), 0, 0) for i in range(progress.shards)])
     files.release_memory()  # the model's own working memory is no longer needed
     write_features(out, progress.features, progress.totals)
     left = [site for site in progress.features.sites if not index_stands(progress, site)]
@@ -41,11 +46,88 @@ def finish(progress: Progress, top: int, step: Callable[[], None]) -> None:
             write_selection(progress, site)
             step()
         else:
-            _write_index(path, parts, progress.features, site, progress.totals.count, top, step, out)
+            _write_index(path, parts, progress.features, site, progress.totals.count, Selecting(top), step, out)
         mark(out, path.stem, [path], progress.manifest, shards=progress.digest)
 
 
-def index_stands(progress: Progress, site: Site) -> bool:
+@dataclass(frozen=True)
+class Selecting:
+    """How an index is chosen, see `modes.Selection`; "all" indexes the largest."""
+
+    n: int
+    mode: str = "all"
+    seed: int = 0
+    corpora: tuple = ONE_CORPUS
+
+    @classmethod
+    def of(cls, content: dict) -> Selecting:
+        """Of a manifest. Stores of older releases have no salt."""
+        corpora = content.get("corpora", [(0, content.get("salt", 0))])
+        return cls(content["n"], content["mode"], content["seed"], tuple((first, salt) for first, salt, *_ in corpora))
+
+    def new(self, total: int) -> Selection:
+        return Selection(self.n, total, "top" if self.mode == "all" else self.mode, self.seed, self.corpora)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of a collection, whole in itself: a unit, or a store that is merged with others.
+
+    Attributes:
+        documents, features: its tables.
+        index: the table that holds what was kept of a site, sorted by feature.
+        passages: its passages.
+        first_document: what its documents' numbers grow by.
+    """
+
+    documents: Path
+    features: Path
+    index: Callable[[Site], Path]
+    passages: int
+    first_document: int = 0
+
+
+@dataclass
+class Assembled:
+    """What `assemble` puts together, for `finish`'s marker and the summary.
+
+    Attributes:
+        out, features: the folder, and its sites' features. manifest: digest of the folder's manifest.
+        digest: of all that the pieces are made of.
+    """
+
+    out: Path
+    features: Features
+    manifest: str
+    digest: str
+
+
+def assemble(state: Assembled, pieces: list[Piece], how: Selecting, step: Callable[[], None]) -> Totals:
+    """`finish` from pieces, in the order of their documents: exactly what one process would have left.
+
+    Raises:
+        ValueError: a table of a piece is damaged.
+    """
+    out, features = state.out, state.features
+    firsts = np.cumsum([0, *(piece.passages for piece in pieces)]).tolist()
+    write_documents(out, [(p.documents, p.first_document, first) for p, first in zip(pieces, firsts, strict=False)])
+    totals = Totals(features.total)
+    for piece in pieces:
+        table = files.read_table(piece.features, files.FEATURES)
+        c = {name: table[name].to_numpy() for name in table.column_names}
+        totals.add(features.known(c["layer"], c["head"], c["feature"]), c["count"], c["sum"], c["max"])
+        step()
+    write_features(out, features, totals)
+
+    for site in features.sites:
+        path = index_path(out, site.layer, site.head)
+        if not index_stands(state, site):
+            _write_index(path, pieces, features, site, totals.count, how, step, out)
+            mark(out, path.stem, [path], state.manifest, shards=state.digest)
+    return totals
+
+
+def index_stands(progress: Progress | Assembled, site: Site) -> bool:
     """Whether a site's index is what a finished run of these shards left."""
     path = index_path(progress.out, site.layer, site.head)
     try:
@@ -56,24 +138,33 @@ def index_stands(progress: Progress, site: Site) -> bool:
     return whole and not damaged(progress.out, made)
 
 
-def write_documents(out: Path, parts: list[Path]) -> None:
-    """Writes documents.parquet, the shards' tables of documents end to end, holding one row group of it at a time."""
-    with whole_file(out / "documents.parquet") as temporary:
+def write_documents(out: Path, parts: Iterable[tuple[Path, int, int]], root: Path | None = None) -> None:
+    """Writes documents.parquet, tables of documents end to end, holding one row group of it at a time.
+
+    Args:
+        out: the folder. root: the one the user named, default `out`.
+        parts: (table, what its documents' numbers grow by, what the numbers of their passages grow by).
+    """
+    with whole_file(out / "documents.parquet", root) as temporary:
         with pq.ParquetWriter(temporary, files.DOCUMENTS, **files.parquet_options(files.DOCUMENTS)) as writer:
             held = files.DOCUMENTS.empty_table()
-            for part in parts:
-                held = pa.concat_tables([held, files.read_table(part, files.DOCUMENTS)])
+            for part, document, passage in parts:
+                table = files.shifted(files.read_table(part, files.DOCUMENTS), document=document, first_passage=passage)
+                held = pa.concat_tables([held, table])
                 if len(held) >= files.ROW_GROUP:
                     writer.write_table(held)
                     held = files.DOCUMENTS.empty_table()
             writer.write_table(held.combine_chunks())
 
 
-def write_features(out: Path, features: Features, totals: Totals) -> None:
-    """Writes features.parquet: one row for every feature of every site, silent ones with count 0."""
-    layer, head, feature = features.split(np.arange(features.total))
-    table = pa.table([layer, head, feature, totals.count, totals.sum, totals.max], schema=files.FEATURES)
-    files.write_table(out / "features.parquet", table)
+def write_features(
+    out: Path, features: Features, totals: Totals, root: Path | None = None, silent: bool = True
+) -> None:
+    """Writes features.parquet: one row for every feature of every site, silent ones (unless left out) with count 0."""
+    key = np.arange(features.total) if silent else np.flatnonzero(totals.count)
+    layer, head, feature = features.split(key)
+    columns = [layer, head, feature, totals.count[key], totals.sum[key], totals.max[key]]
+    files.write_table(out / "features.parquet", pa.table(columns, schema=files.FEATURES), root=root)
 
 
 def write_selection(progress: Progress, site: Site) -> None:
@@ -81,9 +172,7 @@ def write_selection(progress: Progress, site: Site) -> None:
     features, kept = progress.features, progress.selection.kept
     s = features.sites.index(site)
     low, high = np.searchsorted(kept.key, features.first[s : s + 2])
-    part = kept.take(slice(low, high))
-    order = np.lexsort((part.position, part.row, part.document, -part.activation, part.key))
-    table = firings_table(part.take(order), features)
+    table = firings_table(kept.take(slice(low, high)).by_activation(), features)
     files.write_table(index_path(progress.out, site.layer, site.head), table, INDEX_ROWS, progress.out)
 
 
@@ -108,21 +197,29 @@ def build_index(
     features = Features(sites)
     make_folder(out, "index")
     for site in sites:
-        _write_index(index_path(out, site.layer, site.head), parts, features, site, counts, top, step, out)
+        path = index_path(out, site.layer, site.head)
+        _write_index(path, parts, features, site, counts, Selecting(top), step, out)
 
 
-def _write_index(path, parts, features: Features, site: Site, counts, top: int, step, root: Path) -> None:
+def _write_index(path, parts, features: Features, site: Site, counts, how: Selecting, step, root: Path) -> None:
+    """Args: parts: shards, or pieces."""
     s = features.sites.index(site)
     count = counts[features.first[s] : features.first[s + 1]]
     with whole_file(path, root) as temporary:
         writer = pq.ParquetWriter(temporary, files.FIRINGS, **files.parquet_options(files.FIRINGS))
         with writer:
-            for low, high in _ranges(np.minimum(count, top)):
-                selection = Selection(top, features.total)
+            for low, high in _ranges(np.minimum(count, how.n)):
+                selection = how.new(features.total)
                 for part in parts:
-                    selection.add(read_features(part, features, site, low, high))
+                    if isinstance(part, Piece):
+                        found = read_features(part.index(site), features, site, low, high)
+                        found.document = found.document + np.int32(part.first_document)
+                    else:
+                        found = read_features(part, features, site, low, high)
+                    # Of two with one random number the first in the text is to be met first.
+                    selection.add(found.by_place() if how.mode == "reservoir" else found)
                     step()
-                writer.write_table(firings_table(selection.kept, features), row_group_size=INDEX_ROWS)
+                writer.write_table(firings_table(selection.kept.by_activation(), features), row_group_size=INDEX_ROWS)
                 files.release_memory()
 
 

@@ -17,10 +17,11 @@ from ..files import (
     read_json,
     read_sealed,
     refuse_file,
+    sealed,
     sha256,
     stamp,
     write_bytes,
-    write_sealed,
+    write_first,
 )
 from ..untrusted import is_integer
 from .files import digest_bar
@@ -67,7 +68,7 @@ def read(path: Path) -> dict:
         raise ValueError(f"{path}: expected format {FORMAT} 1 or {VERSION}, got {version!r}: of a newer writesae?")
     if manifest.get("mode") not in MODES:
         raise ValueError(f"{path}: mode: expected one of {', '.join(MODES)}, got {manifest.get('mode')!r}")
-    for name in ("context", "n", "shard_passages"):
+    for name in ("context", "n", "shard_passages", *(("unit",) if "unit" in manifest else ())):
         if not is_integer(manifest.get(name), 1, _MOST):
             raise ValueError(f"{path}: {name}: expected a whole number >= 1, got {manifest.get(name)!r}")
     sites = manifest.get("sites")
@@ -79,8 +80,19 @@ def read(path: Path) -> dict:
 
 
 def make(out: Path, content: dict) -> None:
-    """Writes a new manifest. `restore` copies it."""
-    write_sealed(out / "manifest.json", {"format": FORMAT, "version": VERSION, **content})
+    """Writes a new manifest, one for several workers unless another was first. `restore` copies it."""
+    write = write_first if "unit" in content else write_bytes
+    write(out / "manifest.json", sealed({"format": FORMAT, "version": VERSION, **content}).encode(), out)
+
+
+def in_units(out: Path) -> bool:
+    """Whether a folder's manifest says that it is filled by units."""
+    for path in (out / "manifest.json", out / COPY):
+        try:
+            return "unit" in read(path)
+        except ValueError:
+            pass
+    return False
 
 
 def begun(out: Path) -> bool:

@@ -1,9 +1,11 @@
 """Which firings are kept: all, the top N of each feature, or a uniform sample of N of each feature.
 
 Top N and the reservoir are one thing: keep the N firings of lowest priority. The top's priority is the activation
-turned round; the reservoir's is a hash of the seed and the firing's place, which is what drawing a random number for
-each firing and keeping the N smallest comes to (Efraimidis and Spirakis, *Weighted random sampling with a reservoir*,
-2006, at equal weights). So a sample has no state but itself, and does not depend on where a run was interrupted.
+turned round; the reservoir's is a hash of the seed, the corpus and the firing's place, which is what drawing a random
+number for each firing and keeping the N smallest comes to (Efraimidis and Spirakis, *Weighted random sampling with a
+reservoir*, 2006, at equal weights). So a sample has no state but itself, does not depend on where a run was
+interrupted, and what parts of a text kept is all that is needed to keep the same of the whole: who is among the N
+smallest of all is among the N smallest of its part.
 """
 
 from __future__ import annotations
@@ -35,6 +37,14 @@ class Columns:
 
     def take(self, index) -> Columns:
         return Columns(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
+
+    def by_activation(self) -> Columns:
+        """Sorted by (feature, -activation, place), as an index holds them."""
+        return self.take(np.lexsort((self.position, self.row, self.document, -self.activation, self.key)))
+
+    def by_place(self) -> Columns:
+        """Sorted by (feature, place), as a shard holds them."""
+        return self.take(np.lexsort((self.position, self.row, self.document, self.key)))
 
     @classmethod
     def cat(cls, parts: list[Columns]) -> Columns:
@@ -112,10 +122,21 @@ def top_priority(columns: Columns) -> np.ndarray:
     return _NONE - columns.activation.view(np.uint32).astype(np.uint64)
 
 
-def random_priority(columns: Columns, seed: int) -> np.ndarray:
-    """`[n]` uint64 below 2^32, from the seed and the firing's place alone (splitmix64)."""
-    x = np.full(len(columns), seed, np.uint64)
-    for part in (columns.key, columns.document, columns.row, columns.position):
+# Of one collection: (its first document's number, a number drawn from its corpus, 0 in stores without one).
+ONE_CORPUS = ((0, 0),)
+
+
+def random_priority(columns: Columns, seed: int, corpora=ONE_CORPUS) -> np.ndarray:
+    """`[n]` uint64 below 2^32, from the seed, the corpus and the firing's place in it alone (splitmix64).
+
+    Args:
+        corpora: (number of the first document, salt) of each corpus, in the order of their documents. Where stores are
+            merged, a firing so keeps the priority it had, and those of two corpora have nothing to do with each other.
+    """
+    first, salt = (np.array(x) for x in zip(*((a, b & 0xFFFFFFFFFFFFFFFF) for a, b in corpora), strict=True))
+    at = np.searchsorted(first, columns.document, side="right") - 1
+    x = np.uint64(seed) ^ salt.astype(np.uint64)[at]
+    for part in (columns.key, columns.document - first[at], columns.row, columns.position):
         x = (x ^ part.astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -129,8 +150,8 @@ class Selection:
     Memory: 28 bytes for each of at most N x features firings.
     """
 
-    def __init__(self, n: int, total: int, mode: str = "top", seed: int = 0):
-        self.n, self.mode, self.seed = n, mode, seed
+    def __init__(self, n: int, total: int, mode: str = "top", seed: int = 0, corpora=ONE_CORPUS):
+        self.n, self.mode, self.seed, self.corpora = n, mode, seed, corpora
         self.kept = Columns.empty()
         self.priority = np.empty(0, np.uint64)
         self.bound = np.full(total, _NONE + np.uint64(1))  # a firing must be below to get in
@@ -140,7 +161,10 @@ class Selection:
 
         Returns: `[n]` bool, which of them are now kept.
         """
-        priority = top_priority(columns) if self.mode == "top" else random_priority(columns, self.seed)
+        if self.mode == "top":
+            priority = top_priority(columns)
+        else:
+            priority = random_priority(columns, self.seed, self.corpora)
         asked = np.flatnonzero(priority < self.bound[columns.key])
         new = np.zeros(len(columns), bool)
         if not len(asked):

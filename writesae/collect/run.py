@@ -4,33 +4,47 @@ from __future__ import annotations
 
 import os
 import sys
-import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from .._installed import version_of
-from ..files import entry, make_folder, read_sealed, refuse_links, sync_folder, write_bytes, write_sealed
-from ..interrupt import Stop, finishing
+from ..files import (
+    discard,
+    entry,
+    left_over,
+    make_folder,
+    read_sealed,
+    refuse_links,
+    sync_folder,
+    write_bytes,
+    write_sealed,
+)  # fmt: skip
+from ..interrupt import finishing
 from ..models.identity import shown_name, tokenizer_digest
 from ..text.corpus import Corpus
-from ..text.passages import Cursor, Passage, passages
+from ..text.passages import Passage, passages
 from ..text.tokens import tokenizing
 from . import files, manifest
-from .estimate import Estimate, batches, estimate
-from .finish import finish
+from .estimate import Estimate, estimate
+from .finish import Selecting
 from .manifest import MODES, Watched, tokenizer_files
 from .marks import PARTS, damaged, mark, marked
 from .modes import Features, Selection
-from .shard import Progress, Shard, Writer
-from .source import Source, begin
+from .session import Session
+from .shard import Progress, Shard
+from .source import Source
 from .verify import verify
 
 INDEX_TOP = 100
 _SHARD_FIRINGS = 500_000
-_RELEASE_SECONDS = 1.0
+_UNIT_SHARDS = 4
+_TOKEN_BYTES = 4  # of text
+DEFAULTS: dict = {"mode": "all", "n": None, "seed": 0, "context": 512, "batch": 4, "max_tokens": None, "bos": True,
+                  "shard_passages": None, "unit": None}  # fmt: skip
 
 
 def collect(
@@ -47,10 +61,16 @@ def collect(
     max_tokens: int | None = None,
     bos: bool = True,
     shard_passages: int | None = None,
+    unit: int | None = None,
+    rank: int = 0,
+    world_size: int | None = None,
     confirm: Callable[[Estimate], bool] | None = None,
     progress: bool = False,
 ) -> dict:
     """Collects the firings of a corpus. The same call again goes on where the last one ended, however it ended.
+
+    With `world_size` several processes, on one machine or many that see the same folder, fill it together: the corpus
+    is cut into units, see `plan`, of which any worker does any once; see `units`. One worker leaves the same tables.
 
     Every file is compared with its digest first; a damaged or missing one is made again, in a finished collection too.
 
@@ -67,7 +87,10 @@ def collect(
         batch: passages run together. More of them take more memory, and pay off on a GPU only.
         max_tokens: stop after this many.
         bos: put `text.tokens.first_token` before each document, where there is one.
-        shard_passages: passages a shard, the unit of work that is redone after a kill; default about 500,000 firings.
+        shard_passages: passages a shard, what is redone after a kill; default about 500,000 firings.
+        unit: bytes of text a unit, at least (a document is never cut); default, where there are several workers or the
+            folder was begun by some, four shards' worth; otherwise all is one.
+        rank, world_size: of this worker among how many; it does the units of its rank first, then what others left.
         confirm: asked with the size estimate before anything is written; returning False ends the run.
         progress: show a bar.
 
@@ -81,15 +104,80 @@ def collect(
             arguments, another model, dictionary, tokenizer or corpus; a corpus that changes meanwhile; text not UTF-8.
         OSError: the disk is full. What is finished stays, and the same call resumes.
     """
+    settings = {"mode": mode, "n": n, "seed": seed, "context": context, "batch": batch, "max_tokens": max_tokens,
+                "bos": bos, "shard_passages": shard_passages, "unit": unit}  # fmt: skip
+    if world_size is not None and not 0 <= rank < world_size:
+        raise ValueError(f"rank: expected 0 <= rank < world_size, got {rank} of {world_size}")
+    with opened(corpus, tokenizer, source, out, settings, world_size is not None, confirm, progress) as job:
+        if isinstance(job, Estimate):
+            return {"complete": False, "declined": True, **job.to_json()}
+        if job.content.get("unit") is None:
+            return _alone(job)
+        from .distribute import collect_units
+
+        return collect_units(job, rank, world_size or 1)
+
+
+@dataclass
+class Job:
+    """A collection's folder, open, and all that it takes to fill it.
+
+    Attributes:
+        content, digest: the manifest and its digest.
+        watched: the corpus's files, which must stay as they are.
+    """
+
+    corpus: Corpus
+    tokenizer: object
+    source: Source
+    out: Path
+    content: dict
+    digest: str
+    watched: Watched
+    features: Features
+    session: Session
+    progress: bool
+
+    @property
+    def n(self) -> int:
+        return self.content["n"]
+
+    @property
+    def mode(self) -> str:
+        return self.content["mode"]
+
+    def selection(self) -> Selection | None:
+        return None if self.mode == "all" else Selecting.of(self.content).new(self.features.total)
+
+
+@contextmanager
+def opened(
+    corpus: Corpus,
+    tokenizer,
+    source: Source,
+    out: str | os.PathLike,
+    settings: dict,
+    several: bool,
+    confirm: Callable[[Estimate], bool] | None = None,
+    progress: bool = False,
+) -> Iterator[Job | Estimate]:
+    """The folder of a collection, begun or taken up, and held: by one process, or shared by those that do its units.
+
+    Args: settings: of `collect`, by name; several: whether this is one of several workers.
+
+    Yields: the job; the estimate, if `confirm` declined it.
+
+    Raises: as `collect`.
+    """
+    asked = dict(settings)
+    mode, context, batch, limit = (asked[name] for name in ("mode", "context", "batch", "max_tokens"))
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
-    n = (INDEX_TOP if mode == "all" else 1000) if n is None else n
-    for name, value in (("n", n), ("context", context), ("batch", batch), ("max_tokens", max_tokens),
-                        ("shard_passages", shard_passages)):  # fmt: skip
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
-    tokenize, first = tokenizing(tokenizer, bos, getattr(source, "model", None))
-    features = Features(source.sites)
+    n = (INDEX_TOP if mode == "all" else 1000) if asked["n"] is None else asked["n"]
+    for name in ("n", "context", "batch", "max_tokens", "shard_passages", "unit"):
+        if asked[name] is not None and asked[name] < 1:
+            raise ValueError(f"{name}: expected at least 1, got {asked[name]}")
+    tokenize, first = tokenizing(tokenizer, asked["bos"], getattr(source, "model", None))
     out = Path(out)
     manifest.refuse_foreign(out)
     refuse_links(out)
@@ -99,54 +187,66 @@ def collect(
             raise ValueError("corpus: expected text, got documents without any")
         if confirm is not None:
             with source:
-                measured = estimate(corpus, tokenize, source, context, batch, max_tokens, mode, n)
+                measured = estimate(corpus, tokenize, source, context, batch, limit, mode, n)
             if not confirm(measured):
-                return {"complete": False, "declined": True, **measured.to_json()}
+                yield measured
+                return
     watched = Watched(corpus, progress)
     pinned = {
-        "mode": mode, "n": n, "seed": seed, "context": context, "batch": batch, "max_tokens": max_tokens, "bos": first,
-        "corpus": watched.pinned, "source": source.fingerprint,
+        "mode": mode, "n": n, "seed": asked["seed"], "context": context, "batch": batch, "max_tokens": limit,
+        "bos": first, "corpus": watched.pinned, "source": source.fingerprint,
         "tokenizer": {"sha256": tokenizer_digest(tokenizer, tokenize)},
         "sites": [list(vars(site).values()) for site in source.sites],
     }  # fmt: skip
     make_folder(out)
-    with files.locked(out):
+    shared = several or asked["unit"] is not None or manifest.in_units(out)
+    with files.locked(out, shared=shared):
         manifest.refuse_foreign(out)
         refuse_links(out)
         if not manifest.begun(out):
-            _create(out, pinned, shard_passages, source, context, measured, _named(source, tokenizer))
-        for folder in (*PARTS, "done", "index"):
+            sizes = {"shard_passages": asked["shard_passages"], "unit": asked["unit"] or (0 if shared else None)}
+            _create(out, pinned, sizes, source, measured, _named(source, tokenizer))
+        for folder in ("units", "done", "index") if shared else (*PARTS, "done", "index"):
             make_folder(out, folder)
         manifest.restore(out)
-        asked = pinned if shard_passages is None else {**pinned, "shard_passages": shard_passages}
-        content, digest = manifest.check(out, asked)
-        if (out / "summary.json").exists():
-            found = verify(out)
-            for line in found.lines() if progress else ():
-                tqdm.write(f"{out}: {line}", file=sys.stderr)
-            if not (found.damaged or found.missing):
-                _remove_spent(out, mode)
-                return read_sealed(out / "summary.json")
-            # What the collection ended with is made again, from the shards that are sound.
-            (out / "summary.json").unlink()
-            sync_folder(out)
-        _keep_tokenizer(out, tokenizer, digest)
-        selection = None if mode == "all" else Selection(n, features.total, mode, seed)
-        session = _Session(tokenize, first, source, context, batch, max_tokens, progress)
-        state = Progress(out, features, selection, digest, lambda shard: _check_text(watched, shard))
-        repaired = session.load(corpus, state, content["shard_passages"])
-        with finishing("shard") as stop:
-            session.run(corpus, state, content["shard_passages"], (content["estimate"] or {}).get("tokens"), stop)
-            if stop or not state.last:
-                return session.summary(state, False, repaired)
-            session.finish(state, n, stop)
-        summary = session.summary(state, True, repaired)
-        left = [out / "documents.parquet", out / "features.parquet"]
-        entries = {path.name: entry(path) for path in left}
-        integrity = {"manifest": digest, "shards": state.digest, "files": entries}
-        write_sealed(out / "summary.json", {**summary, "integrity": integrity})
-        _remove_spent(out, mode)
-        return read_sealed(out / "summary.json")
+        pinned |= {name: asked[name] for name in ("shard_passages", "unit") if asked[name] is not None}
+        content, digest = manifest.check(out, pinned)
+        if shared and content.get("unit") is None:
+            raise ValueError(f"out: {out} holds a collection of one process; several workers need another folder")
+        session = Session(tokenize, first, source, context, batch, limit, progress)
+        job = Job(corpus, tokenizer, source, out, content, digest, watched, Features(source.sites), session, progress)
+        yield job
+
+
+def _alone(job: Job) -> dict:
+    """Fills a folder that no other process fills."""
+    out, session, content = job.out, job.session, job.content
+    if (out / "summary.json").exists():
+        found = verify(out)
+        for line in found.lines() if job.progress else ():
+            tqdm.write(f"{out}: {line}", file=sys.stderr)
+        if not (found.damaged or found.missing):
+            _remove_spent(out, job.mode)
+            return read_sealed(out / "summary.json")
+        # What the collection ended with is made again, from the shards that are sound.
+        (out / "summary.json").unlink()
+        sync_folder(out)
+    keep_tokenizer(job)
+    state = Progress(out, job.features, job.selection(), job.digest, lambda shard: _check_text(job.watched, shard))
+    repaired = session.load(job.corpus, state, content["shard_passages"])
+    with finishing("shard") as stop:
+        expected = (content["estimate"] or {}).get("tokens")
+        session.run(job.corpus, state, content["shard_passages"], expected, stop)
+        if stop or not state.last:
+            return session.summary(state, False, repaired)
+        session.finish(state, job.n, stop)
+    summary = session.summary(state, True, repaired)
+    left = [out / "documents.parquet", out / "features.parquet"]
+    entries = {path.name: entry(path) for path in left}
+    integrity = {"manifest": job.digest, "shards": state.digest, "files": entries}
+    write_sealed(out / "summary.json", {**summary, "integrity": integrity})
+    _remove_spent(out, job.mode)
+    return read_sealed(out / "summary.json")
 
 
 def _check_text(watched: Watched, shard: Shard) -> None:
@@ -158,156 +258,17 @@ def _check_text(watched: Watched, shard: Shard) -> None:
         watched.check_all()
 
 
-class _Session:
-    """One run's way through the corpus, with its clock."""
-
-    def __init__(self, tokenize, bos, source, context, batch, max_tokens, progress):
-        self.tokenize, self.bos, self.source = tokenize, bos, source
-        self.context, self.batch, self.max_tokens, self.progress = context, batch, max_tokens, progress
-        self.began = time.perf_counter()
-        self.forward = self.write = self.wait = 0.0
-        self.tokens = 0
-
-    def run(self, corpus: Corpus, state: Progress, shard_passages: int, expected: int | None, stop: Stop) -> None:
-        if state.last:
-            return
-        bar = tqdm(
-            total=expected or self.max_tokens, initial=state.tokens, unit="tok", unit_scale=True,
-            disable=not self.progress, desc="collecting",
-        )  # fmt: skip
-        writer = Writer(state)
-        entered, released = False, 0.0
-        ahead = int(getattr(self.source, "asynchronous", False))
-        try:
-            with ExitStack() as stack:
-                stack.enter_context(bar)
-                for shard in _shards(self._events(corpus, state.cursor), state.shards, shard_passages):
-                    under_way: list = []  # on a device, the batch before: fetched once the next one runs
-                    for rows, tokens, mask in batches(shard.passages, self.batch, self.context):
-                        if not entered:  # what is left may be ends of documents only, and a source wants to run
-                            stack.enter_context(self.source)
-                            entered = True
-                        writer.check()
-                        began = time.perf_counter()
-                        under_way.append((rows, begin(self.source, tokens, mask)))
-                        if len(under_way) > ahead:
-                            _fetch(shard, under_way.pop(0))
-                        released = _release(released)
-                        self.forward += time.perf_counter() - began
-                        real = int(mask.sum())
-                        self.tokens += real
-                        bar.update(real)
-                    began = time.perf_counter()
-                    for batch in under_way:
-                        _fetch(shard, batch)
-                    released = _release()  # the writer is about to take some
-                    self.forward += time.perf_counter() - began
-                    writer.submit(shard)
-                    if stop:
-                        break
-                writer.close()
-        except BaseException:
-            writer.abandon()
-            raise
-        finally:
-            self.write, self.wait = writer.seconds, writer.waited
-
-    def load(self, corpus: Corpus, state: Progress, shard_passages: int) -> list[str]:
-        """Takes up the shards that stand, making damaged ones again. Returns what was wrong with those."""
-        with ExitStack() as stack:
-            entered = False
-
-            def remake(wrong: str) -> Shard:
-                nonlocal entered
-                if self.progress:
-                    tqdm.write(f"made again: {wrong}", file=sys.stderr)
-                stored = state.stored()
-                shard = next(_shards(self._events(corpus, state.cursor), state.shards, shard_passages))
-                shard.stored = stored
-                if stored is None:
-                    if not entered:
-                        stack.enter_context(self.source)
-                        entered = True
-                    for rows, tokens, mask in batches(shard.passages, self.batch, self.context):
-                        _fetch(shard, (rows, begin(self.source, tokens, mask)))
-                return shard
-
-            return state.load(remake)
-
-    def _events(self, corpus: Corpus, cursor: Cursor | None):
-        return passages(corpus, self.tokenize, self.context, self.bos, self.max_tokens, cursor)
-
-    def finish(self, state: Progress, n: int, stop: Stop) -> None:
-        bar = tqdm(unit="shard", disable=not self.progress, desc="indexing")
-
-        def step() -> None:
-            bar.update()
-            stop.check()
-
-        with bar:
-            finish(state, n, step)
-
-    def summary(self, state: Progress, complete: bool, repaired: list[str]) -> dict:
-        # What is removed once the summary stands does not count, nor does the copy of the tokenizer.
-        spent = (*manifest.spent("all" if state.selection is None else state.selection.mode), "tokenizer")
-        size = sum(
-            file.stat().st_size
-            for file in state.out.rglob("*")
-            if file.is_file() and file.relative_to(state.out).parts[0] not in spent
-        )
-        kept = state.firings if state.selection is None else len(state.selection.kept)
-        seconds = time.perf_counter() - self.began
-        return {
-            "complete": complete, "shards": state.shards, "documents": state.documents, "tokens": state.tokens,
-            "firings": state.firings, "kept": kept, "bytes": size, "bytes_per_firing": size / max(kept, 1),
-            "seconds": seconds, "tokens_per_second": self.tokens / max(self.forward + self.wait, 1e-9),
-            "forward_seconds": self.forward, "write_seconds": self.write, "wait_seconds": self.wait,
-            "repaired": repaired,
-        }  # fmt: skip
-
-
-def _release(last: float = 0.0) -> float:
-    """Gives freed memory back if the last time is a while ago; the last time, as of now.
-
-    Batches differ in shape, and what one frees the next can't always use. Between two little is in use, so most can go.
-    """
-    now = time.perf_counter()
-    if now - last < _RELEASE_SECONDS:
-        return last
-    files.release_memory()
-    return now
-
-
-def _fetch(shard: Shard, batch) -> None:
-    rows, firings = batch
-    shard.found.add(rows, firings())
-
-
-def _shards(events, number: int, size: int):
-    """Groups passages into shards of `size`; a document's end goes to the shard of what came right before, or the next.
-
-    A shard closes with its last passage, so that where it ends depends on nothing behind it.
-    """
-    shard = Shard(number)
-    for event in events:
-        if isinstance(event, Passage):
-            shard.passages.append(event)
-        else:
-            shard.ends.append(event)
-        if len(shard.passages) == size:
-            yield shard
-            shard = Shard(shard.number + 1)
-    shard.last = True
-    yield shard
-
-
-def _create(out: Path, pinned: dict, shard_passages: int | None, source: Source, context: int, measured, more) -> None:
+def _create(out: Path, pinned: dict, sizes: dict, source: Source, measured, more) -> None:
+    """Args: sizes: shard_passages, None for the usual; unit: bytes, 0 for the usual, None: all is one."""
     rate = measured.firings_per_token if measured else sum(s.k or s.features / 16 for s in source.sites)
     # A shard counts every feature once, so it should hold several firings a feature.
     wanted = max(_SHARD_FIRINGS, 8 * sum(s.features for s in source.sites))
-    size = shard_passages or max(1, round(wanted / max(rate * context, 1)))
-    estimated = None if measured is None else measured.to_json()
-    manifest.make(out, {"shard_passages": size, "estimate": estimated, "named": more, **pinned})
+    size = sizes["shard_passages"] or max(1, round(wanted / max(rate * pinned["context"], 1)))
+    unit = _UNIT_SHARDS * _TOKEN_BYTES * size * pinned["context"] if sizes["unit"] == 0 else sizes["unit"]
+    more = {"estimate": None if measured is None else measured.to_json(), "named": more}
+    if pinned["mode"] == "reservoir":
+        more["salt"] = int(pinned["corpus"]["sha256"][:15], 16)
+    manifest.make(out, {"shard_passages": size, **({} if unit is None else {"unit": unit}), **more, **pinned})
 
 
 def _named(source, tokenizer) -> dict:
@@ -317,22 +278,23 @@ def _named(source, tokenizer) -> dict:
     return found | {name: version_of(name) for name in ("writesae", "torch", "transformers", "pyarrow")}
 
 
-def _keep_tokenizer(out: Path, tokenizer, digest: str) -> None:
+def keep_tokenizer(job: Job) -> None:
     """Writes the tokenizer's files and their marker, unless they stand."""
+    out = job.out
     try:
-        made = marked(out, "tokenizer", digest)
+        made = marked(out, "tokenizer", job.digest)
         if not damaged(out, made):
             return
     except ValueError:
         pass
     folder = make_folder(out, "tokenizer")
-    content = tokenizer_files(tokenizer)
+    content = tokenizer_files(job.tokenizer)
     for path in folder.iterdir():
-        if path.name not in content:
-            path.unlink()
+        if path.name not in content and left_over(path) is None:  # which another worker may be writing
+            discard(path)
     for name, data in content.items():
         write_bytes(folder / name, data, out)
-    mark(out, "tokenizer", [folder / name for name in content], digest)
+    mark(out, "tokenizer", [folder / name for name in content], job.digest)
 
 
 def _remove_spent(out: Path, mode: str) -> None:

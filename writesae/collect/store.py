@@ -3,7 +3,8 @@
 Names, as in `Firings`: `document` counts the corpus's documents from 0, `row` the passages of a document, `position`
 the tokens of a passage. Token `row * context + position` of the document (its beginning-of-text token included) is
 meant. The same columns stand in every Parquet file, for any other reader: `pandas.read_parquet(store / "firings")`
-reads all firings of mode "all", `store / "index"` those of the other modes (and the top ones of mode "all").
+reads all firings of mode "all", `store / "index"` those of the other modes (and the top ones of mode "all"). A store
+that several workers filled has its firings in `units/*/firings`, as `docs/store.md` says.
 
 A file is compared with its digest when it is first needed, so that a damaged one is named rather than believed.
 """
@@ -23,9 +24,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..files import problem, read_json, read_sealed, sha256
+from ..untrusted import is_integer
 from . import manifest
-from .files import DOCUMENTS, FEATURES, FIRINGS, TOKENS, checked, parquet, read_table, row_groups
-from .marks import entries_sound, marked, shard_marker, shard_numbers
+from .files import DOCUMENTS, FEATURES, FIRINGS, TOKENS, checked, parquet, read_table, row_groups, shifted
+from .marks import entries_sound, marked, part_name, shard_marker, shard_numbers
+from .unit_marks import unit_marker, unit_numbers
 
 _PLACE = ("document", "row", "position")
 
@@ -53,6 +56,20 @@ class Context:
     after: str | None
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Shards of one folder: of the whole store (""), or of a unit ("units/000000-…/")."""
+
+    folder: str
+    shards: int
+    passages: int
+    shard_passages: int
+    unit: int | None = None
+
+    def names(self, table: str) -> list[str]:
+        return [f"{self.folder}{table}/{part_name(number)}" for number in range(self.shards)]
+
+
 class Store:
     """A folder that `writesae collect` made.
 
@@ -78,6 +95,7 @@ class Store:
         self.complete = (self.path / "summary.json").exists()
         self._sealed = self.manifest["version"] > 1
         self._known: set[str] = set()
+        self._units: dict[int, dict] = {}  # markers read
         if not self._sealed:
             warnings.warn(f"{self.path} was made by an older writesae: its files have no digests", stacklevel=2)
         if not self.complete and self.mode != "all":
@@ -90,9 +108,12 @@ class Store:
         """The run's summary; of an unfinished collection the sums of its finished shards."""
         if self.complete:
             return dict(self._summary)
-        markers = [self._marker(number) for number in range(self._shards)]
+        if self._in_units:
+            markers = [self._unit(number) for number in unit_numbers(self.path)]
+        else:
+            markers = [self._marker(number) for number in range(self._shards)]
         sums = {name: sum(m[name] for m in markers) for name in ("tokens", "firings", "documents")}
-        return {"complete": False, "shards": len(markers), **sums}
+        return {"complete": False, "shards": self._shards, **sums}
 
     def verify(self):
         """Compares every file with its digest; returns what is wrong, see `collect.verify.Verified`."""
@@ -104,6 +125,13 @@ class Store:
     def documents(self) -> pa.Table:
         """document, source, sha256, tokens, passages, first_passage: one row for each document that ended."""
         # documents.parquet is there when the collection is finished.
+        if self._in_units and not self.complete:
+            parts = zip(self.pieces, self._first_passages.tolist(), strict=False)
+            tables = [
+                shifted(self._read(f"{piece.folder}documents.parquet", DOCUMENTS), first_passage=first)
+                for piece, first in parts
+            ]
+            return _concat(tables, DOCUMENTS)
         names = ["documents.parquet"] if self.complete else self._parts("documents")
         return _concat([self._read(name, DOCUMENTS) for name in names], DOCUMENTS)
 
@@ -188,7 +216,7 @@ class Store:
         names = self._parts("firings") if self.mode == "all" else [self._index(*site) for site in self.sites]
         wanted = {"layer": layer, "head": head, "feature": feature}
         for name in names:
-            with parquet(self._file(name), FIRINGS) as file:
+            with parquet(self.file(name), FIRINGS) as file:
                 groups = _groups(file, **wanted)
                 for part in file.iter_batches(batch, row_groups=groups) if groups else ():
                     table = _where(checked(pa.Table.from_batches([part])), **wanted)
@@ -217,8 +245,8 @@ class Store:
 
         names = self._parts("firings") if self.mode == "all" else [self._index(*site) for site in self.sites]
         views = {
-            "firings": lambda: [self._file(name) for name in names],
-            "tokens": lambda: [self._file(name) for name in self._parts("tokens")],
+            "firings": lambda: [self.file(name) for name in names],
+            "tokens": lambda: [self.file(name) for name in self._parts("tokens")],
             "documents": lambda: self.documents,
             "features": self.counts if self.complete else None,
         }
@@ -235,7 +263,7 @@ class Store:
             return np.empty(0, np.int32)
         first = record["first_passage"]
         names = dict.fromkeys(self._part("tokens", first + row) for row in range(record["passages"]))
-        tables = [_tokens(self._file(name), [{"document": document}]) for name in names]
+        tables = [_tokens(self.file(name), [{"document": document}]) for name in names]
         found = _numpy(_where(pa.concat_tables(tables), document=document)["token"])
         if len(found) != record["tokens"]:
             raise ValueError(
@@ -285,7 +313,7 @@ class Store:
             sources[document] = record["source"]
             shards.setdefault(self._part("tokens", record["first_passage"] + row), []).append((document, row))
         for name, places in shards.items():
-            table = _tokens(self._file(name), [{"document": document, "row": row} for document, row in places])
+            table = _tokens(self.file(name), [{"document": document, "row": row} for document, row in places])
             key = (_numpy(table["document"]).astype(np.int64) << 32) | _numpy(table["row"])
             token = _numpy(table["token"])
             for document, row in places:
@@ -300,7 +328,7 @@ class Store:
             raise ValueError(f"document: expected one of the {len(numbers)} collected, got {document}")
         record = self.documents.slice(at, 1).to_pylist()[0]
         first, passages = record["first_passage"], record["passages"]
-        most = self._shards * self.manifest["shard_passages"]
+        most = int(self._first_passages[-1])
         if min(first, passages, record["tokens"]) < 0 or first + passages > most:
             raise ValueError(
                 f"{self.path}: by its table document {document} has {passages} passages from number {first} on, which "
@@ -324,7 +352,7 @@ class Store:
         if "tokenizer/tokenizer.json" not in self._tokenizer_files:
             kept = "one that transformers must load" if self._tokenizer_files else "none"
             raise ValueError(f"tokenizer: expected a fast one in {self.path / 'tokenizer'}, got {kept}")
-        path = self._file("tokenizer/tokenizer.json")
+        path = self.file("tokenizer/tokenizer.json")
         try:
             from tokenizers import Tokenizer
         except ImportError as error:
@@ -355,10 +383,61 @@ class Store:
             raise ValueError(f"{path} is damaged: it is of another collection")
         if not isinstance(found, dict) or type(found.get("shards")) is not int or found["shards"] < 0:
             raise ValueError(f"{path}: expected the summary of a collection, with its shards")
+        if self._in_units:
+            self._check_layout(path, found)
+            return found
         markers = 1 + max(shard_numbers(self.path), default=-1)
         if found["shards"] != markers:
             raise ValueError(f"{path}: expected the {markers} shards that have a marker in done, got {found['shards']}")
         return found
+
+    def _check_layout(self, path: Path, found: dict) -> None:
+        layout, units = found.get("layout"), unit_numbers(self.path)
+        sound = isinstance(layout, list) and len(layout) == len(units) and all(
+            isinstance(x, list) and len(x) == 4 and all(map(is_integer, x[1:])) and x[3]
+            and isinstance(x[0], str) and x[0].startswith("units/") and x[0].count("/") == 1 for x in layout
+        )  # fmt: skip
+        if not sound or units != list(range(len(units))):
+            raise ValueError(f"{path}: expected a line for each of the {len(units)} units that have a marker in done")
+
+    @property
+    def _in_units(self) -> bool:
+        return "unit" in self.manifest
+
+    @cached_property
+    def pieces(self) -> list[Piece]:
+        """What holds the shards, in the order of their passages; of an unfinished store what is done."""
+        if not self._in_units:
+            size = self.manifest["shard_passages"]
+            return [Piece("", self._shards, self._shards * size, size)]
+        if self.complete:
+            return [Piece(f"{x[0]}/", *x[1:], unit) for unit, x in enumerate(self._summary["layout"])]
+        made = [self._unit(number) for number in unit_numbers(self.path)]
+        return [Piece(f"{m['folder']}/", m["shards"], m["passages"], m["shard_passages"], m["unit"]) for m in made]
+
+    def counted(self, at: int) -> dict:
+        """What a unit's marker would count of piece `at`."""
+        piece = self.pieces[at]
+        shape = {"shards": piece.shards, "shard_passages": piece.shard_passages}
+        if piece.unit is None:
+            counts = {**self.summary(), "passages": self._marker(self._shards - 1)["next"]["passages"]}
+        else:
+            counts = self._unit(piece.unit)
+        return {**shape, **{name: counts[name] for name in ("passages", "documents", "tokens", "firings", "kept")}}
+
+    def tokenizer_files(self) -> list[str]:
+        """Names of the files in the store's folder `tokenizer`."""
+        return list(self._tokenizer_files)
+
+    @cached_property
+    def _first_passages(self) -> np.ndarray:
+        """`[pieces + 1]` numbers of their first passages, and of one behind the last."""
+        return np.cumsum([0, *(piece.passages for piece in self.pieces)])
+
+    def _unit(self, number: int) -> dict:
+        if number not in self._units:
+            self._units[number] = unit_marker(self.path, number, self._manifest_digest)
+        return self._units[number]
 
     @cached_property
     def _manifest_digest(self) -> str:
@@ -368,6 +447,8 @@ class Store:
     def _shards(self) -> int:
         if self.complete:
             return self._summary["shards"]
+        if self._in_units:
+            return sum(piece.shards for piece in self.pieces)
         return 1 + max(shard_numbers(self.path), default=-1)
 
     def _marker(self, number: int) -> dict:
@@ -375,7 +456,7 @@ class Store:
             return shard_marker(self.path, number, self._manifest_digest)
         return read_json(self.path / "done" / f"part-{number:06d}.json")
 
-    def _file(self, name: str) -> Path:
+    def file(self, name: str) -> Path:
         """A file of the store, compared with its digest when it is first needed.
 
         Raises:
@@ -384,7 +465,9 @@ class Store:
         path = self.path / name
         if self._sealed and name not in self._known:
             stem = Path(name).stem
-            if "/" not in name:
+            if name.startswith("units/"):
+                listed = self._unit(int(name.split("/")[1].split("-")[0]))["files"]
+            elif "/" not in name:
                 listed = self._summary["integrity"]["files"]
             elif stem.startswith("part-"):
                 listed = self._marker(int(stem[5:]))["files"]
@@ -401,13 +484,16 @@ class Store:
         return path
 
     def _read(self, name: str, schema: pa.Schema) -> pa.Table:
-        return read_table(self._file(name), schema)
+        return read_table(self.file(name), schema)
 
-    def _parts(self, folder: str) -> list[str]:
-        return [f"{folder}/part-{i:06d}.parquet" for i in range(self._shards)]
+    def _parts(self, table: str) -> list[str]:
+        return [name for piece in self.pieces for name in piece.names(table)]
 
-    def _part(self, folder: str, passage: int) -> str:
-        return f"{folder}/part-{passage // self.manifest['shard_passages']:06d}.parquet"
+    def _part(self, table: str, passage: int) -> str:
+        at = int(np.searchsorted(self._first_passages, passage, side="right")) - 1
+        piece = self.pieces[at]
+        number = (passage - int(self._first_passages[at])) // piece.shard_passages
+        return f"{piece.folder}{table}/{part_name(number)}"
 
     def _index(self, layer: int, head: int) -> str:
         return f"index/layer-{layer}-head-{head}.parquet"
@@ -417,7 +503,7 @@ class Store:
 
     def _feature(self, name: str, layer: int, head: int, feature: int) -> pa.Table:
         wanted = {"layer": layer, "head": head, "feature": feature}
-        with parquet(self._file(name), FIRINGS) as file:
+        with parquet(self.file(name), FIRINGS) as file:
             return _where(checked(file.read_row_groups(_groups(file, **wanted))), **wanted)
 
     def _check(self, layer: int | None, head: int | None, feature: int | None = None) -> None:

@@ -13,11 +13,13 @@ from pathlib import Path
 
 from ..files import left_over, problem, read_sealed, sha256
 from . import manifest as manifest_file
+from . import unit_marks
 from .files import digest_bar
 from .marks import PARTS, chain, entries_sound, marked, part_name, shard_marker, shard_numbers
 
 TABLES = ("documents.parquet", "features.parquet")
-FOLDERS = ("index", "tokenizer", "done")
+PLAN = "plan.json"
+FOLDERS = ("index", "tokenizer", "done", "units")
 
 
 @dataclass
@@ -72,7 +74,10 @@ def verify(folder: str | os.PathLike, progress: Callable[[int], object] | None =
     _refuse_old(out)
     check = _Check(out, progress)
     check.manifest()
-    check.shards()
+    if check.in_units:
+        check.units()
+    else:
+        check.shards()
     check.rest()
     check.others()
     return check.found
@@ -92,7 +97,8 @@ class _Check:
         self.out, self.progress = out, progress
         self.complete = os.path.lexists(out / "summary.json")
         self.found = Verified(str(out), self.complete)
-        self.known = {".lock"}
+        self.known = {".lock", ".finish"}
+        self.in_units = False
         self.markers: list[dict] = []
         self.sites: list[str] | None = None
         self.mode, self.digest = "top", None  # of what the manifest says; "top" lets most be spent
@@ -114,7 +120,7 @@ class _Check:
         self.known.add("summary.json")
         if content is None:
             return
-        self.mode = content["mode"]
+        self.mode, self.in_units = content["mode"], "unit" in content
         self.sites = [f"layer-{site[0]}-head-{site[1]}" for site in content["sites"]]
         if not self.complete:
             return
@@ -155,6 +161,33 @@ class _Check:
                     continue  # the files written at the end took its place
                 self._compare(file, expected)
 
+    def units(self) -> None:
+        numbers = set(unit_marks.unit_numbers(self.out))
+        if self.summary is not None and isinstance(self.summary.get("layout"), list):
+            numbers |= set(range(len(self.summary["layout"])))
+        elif os.path.lexists(self.out / PLAN):
+            try:
+                if read_sealed(self.out / PLAN).get("manifest") != self.digest:
+                    raise ValueError("of another collection")
+            except ValueError as error:
+                self._bad(PLAN, error)
+            else:
+                self._good(PLAN)
+        for number in sorted(numbers):
+            name = f"done/{unit_marks.marker_name(number)}.json"
+            try:
+                made = unit_marks.unit_marker(self.out, number, self.digest)
+            except ValueError as error:
+                self._bad(name, error)
+                continue
+            self._good(name)
+            self.markers.append(made)
+            self.found.shards += made["shards"]
+            for file, expected in made["files"].items():
+                if self.complete and file.endswith("/index.parquet") and not os.path.lexists(self.out / file):
+                    continue  # the whole's took its place
+                self._compare(file, expected)
+
     def _spent(self) -> tuple[str, ...]:
         if not self.complete:
             return ()
@@ -179,7 +212,8 @@ class _Check:
         integrity = self.summary["integrity"]
         for file, expected in integrity["files"].items():
             self._compare(file, expected)
-        if not self.found.damaged and not self.found.missing and chain(self.markers) != integrity.get("shards"):
+        digest = (unit_marks.chain if self.in_units else chain)(self.markers)
+        if not self.found.damaged and not self.found.missing and digest != integrity.get("shards"):
             self.found.damaged["summary.json"] = "its digest of the shards' markers is of others"
 
     def others(self) -> None:

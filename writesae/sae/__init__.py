@@ -3,6 +3,7 @@
 from .checkpoint import load_published
 from .evaluate import evaluate, fvu
 from .hub import available, load_set, push_to_hub
+from .pools import Pools
 from .sae import KINDS, SAE, SparseCodes
 from .stream import ModelStream, Passages
 from .threshold import estimate_threshold
@@ -13,6 +14,7 @@ __all__ = [
     "SAE",
     "ModelStream",
     "Passages",
+    "Pools",
     "SparseCodes",
     "TrainConfig",
     "Trainer",

@@ -60,6 +60,7 @@ def card_of(
     if datasets:
         head["datasets"] = list(datasets)
     head["tags"] = ["sparse-autoencoder", "interpretability", "recurrent-state", "writesae"]
+    sites = [None if None in (sae.layer, sae.head) else (sae.layer, sae.head) for _, sae in saes]
     columns = [c for c in _COLUMNS if any(is_number(sae.metrics.get(c[1])) for _, sae in saes)]
     rows = []
     for name, sae in saes:
@@ -73,7 +74,8 @@ def card_of(
         columns=["dictionary", "of", "kind", "atoms", "active", "head", *(c[0] for c in columns)],
         base_model=base_model, base_model_revision=base_model_revision, digests=dict(digests),
         files={f"{name}/" if name else "": sha256(path) for name, path in weights.items()}, datasets=list(datasets),
-        first=saes[0][0], sites=all(sae.layer is not None and sae.head is not None for _, sae in saes),
+        first=saes[0][0], site=(saes[0][1].layer or 0, saes[0][1].head or 0),
+        a_set=None not in sites and len(set(sites)) == len(sites),
         training=_training(saes), version=__version__, license=license,
     )  # fmt: skip
 

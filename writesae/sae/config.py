@@ -47,6 +47,8 @@ class TrainConfig:
             head the loss forms those of a block of tokens), "auto" chooses by the gate and the size of the head.
         prepare: passages of the initial pass that estimates mean, scale and initial atoms.
         seed: of everything.
+        text_seed: of which text each step sees, where that is not `seed`: dictionaries of several seeds can then be
+            trained in one pass, see `variants.py`.
 
     Raises:
         ValueError: a value out of range, naming it.
@@ -81,6 +83,7 @@ class TrainConfig:
     path: str = "auto"
     prepare: int = 256
     seed: int = 0
+    text_seed: int | None = None
 
     def __post_init__(self):
         for name, allowed in (("kind", KINDS), ("init", INITS), ("path", PATHS),
@@ -98,6 +101,8 @@ class TrainConfig:
         for name in ("aux", "warmup", "passages", "resample_until", "seed", "balance", "also_k"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected >= 0, got {getattr(self, name)!r}")
+        if self.text_seed is not None and not self.text_seed >= 0:
+            raise ValueError(f"text_seed: expected >= 0, got {self.text_seed!r}")
         if self.penalty > 10:
             raise ValueError(f"penalty: expected at most 10, got {self.penalty}")
         if self.k > self.F:
@@ -134,6 +139,11 @@ class TrainConfig:
         factored &= gate == "scalar" or (gate == "channel" and self.metric == "frobenius")
         return "factored" if factored and K * V > _DENSE_UP_TO else "dense"
 
+    @property
+    def drawn_by(self) -> int:
+        """Seed of which text each step sees."""
+        return self.seed if self.text_seed is None else self.text_seed
+
     def rate(self, step: int) -> float:
         """Learning rate of a step."""
         if step < self.warmup:
@@ -142,5 +152,5 @@ class TrainConfig:
         return self.lr_end + (self.lr - self.lr_end) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
     def record(self) -> dict:
-        """As checkpoints and result files keep it: `{name: number or string}`."""
+        """As checkpoints and result files keep it: `{name: number, string or None}`."""
         return asdict(self)

@@ -18,11 +18,11 @@ from tqdm import tqdm
 from ..untrusted import is_number, read_json, shown
 from .card import CARD, card_of
 from .checkpoint import CONFIG, WEIGHTS, dictionaries, load_folder, most_bytes, read_config, recorded, weights_size
-from .published import BEST
+from .output import CHECKPOINT, HISTORY, PLOT, RECORD, rank_folders
+from .published import BEST, site_of
 from .repository import Repository, is_repository, told
 from .sae import SAE
 
-RECORD, CHECKPOINT, HISTORY = "metrics.json", "checkpoint.pt", "training.json"  # what `writesae train` leaves beside
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 _MOST = 10_000  # dictionaries of a set
 
@@ -264,36 +264,38 @@ def _checked(folder: Path) -> dict[Path, SAE]:
     """{folder: dictionary, its tensors read and checked} of a finished set, without files that belong to none."""
     if not folder.is_dir():
         raise FileNotFoundError(f"folder: expected a folder of dictionaries, got {folder}, which is not there")
-    beside = {RECORD, CHECKPOINT, HISTORY, CARD}
     found: dict[Path, SAE] = {}
-    at_the_top = (folder / CONFIG).exists() or (folder / WEIGHTS).exists()
-    for path in [folder] if at_the_top else sorted(x for x in folder.iterdir() if x.is_dir()):
+    beside = {RECORD, CHECKPOINT, HISTORY, PLOT, CARD}
+    runs = [folder, *rank_folders(folder)]
+    for path in _places(folder, runs[1:], beside):
         here = {x.name for x in path.iterdir()}
-        known = {CONFIG, WEIGHTS} | (beside if at_the_top else set())
-        _refuse_unknown(path, here - known)
+        _refuse_unknown(path, here - {CONFIG, WEIGHTS} - (beside if path == folder else set()))
         if missing := sorted({CONFIG, WEIGHTS} - here):
             raise ValueError(f"folder: {path} is not finished: without {', '.join(missing)}")
         sae = load_folder(path)
+        if site_of(path) not in (None, (sae.layer, sae.head)):
+            raise ValueError(f"folder: {path} holds the dictionary of {_name_of(sae)}, but its name says another site")
         done, steps = sae.training_record.get("done"), sae.training_record.get("steps")
         if isinstance(done, int) and isinstance(steps, int) and done < steps:
             raise ValueError(f"folder: {path} is not finished: {done} of {steps} steps are done")
         if not all(is_number(x) for x in sae.metrics.values() if isinstance(x, float)):
             raise ValueError(f"folder: {path / CONFIG}: metrics: expected finite numbers: the run diverged")
         found[path] = sae.to("meta")
-    if not at_the_top:
-        _refuse_unknown(folder, {x.name for x in folder.iterdir() if not x.is_dir()} - beside)
     for path in (folder, *found):
         for inside in path.iterdir():
             if inside.is_symlink():
                 raise ValueError(f"folder: {inside} is a symbolic link: put the file there, or take it away")
-    names = {_name_of(sae) for sae in found.values()}
+    for run in runs:
+        if (run / CHECKPOINT).exists() and not (run / RECORD).exists():
+            raise ValueError(
+                f"folder: {run} is not finished: {CHECKPOINT}, but no {RECORD}; end it with train --resume"
+            )
     if (folder / RECORD).exists():
         metrics = read_json(folder / RECORD).get("metrics")
-        trained = set(metrics) if isinstance(metrics, dict) else set()
-        if trained - names:
-            raise ValueError(f"folder: {folder} is not whole: {RECORD} tells of {', '.join(sorted(trained - names))}")
-    elif (folder / CHECKPOINT).exists():
-        raise ValueError(f"folder: {folder} is not finished: {CHECKPOINT}, but no {RECORD}; end it with train --resume")
+        there = {_name(path, folder) for path in found}
+        there |= {f"{_name(path, folder)}/{_name_of(sae)}".lstrip("/") for path, sae in found.items()}
+        if lost := sorted(set(metrics if isinstance(metrics, dict) else ()) - there):
+            raise ValueError(f"folder: {folder} is not whole: {RECORD} tells of {', '.join(lost[:4])}")
     if not found:
         raise ValueError(f"folder: expected dictionaries in {folder}, got none")
     if len(found) > _MOST:
@@ -301,24 +303,42 @@ def _checked(folder: Path) -> dict[Path, SAE]:
     return found
 
 
+def _places(folder: Path, ranks: Sequence[Path], beside: set[str]) -> list[Path]:
+    """Folders of dictionaries of a run: itself, those in it, or a level further down those of its variants."""
+    if (folder / CONFIG).exists() or (folder / WEIGHTS).exists():
+        _refuse_unknown(folder, {x.name for x in folder.iterdir() if x.is_dir() and x not in ranks})
+        return [folder]
+    _refuse_unknown(folder, {x.name for x in folder.iterdir() if not x.is_dir()} - beside)
+    out = []
+    for path in sorted(x for x in folder.iterdir() if x.is_dir() and x not in ranks):
+        below = sorted(x for x in path.iterdir() if x.is_dir())
+        if below:
+            _refuse_unknown(path, {x.name for x in path.iterdir()} - {x.name for x in below})
+        out += below or [path]
+    return out
+
+
 def _pinned(folder: Path, saes: Mapping[Path, SAE]) -> dict[str, str]:
     """{what: sha256} that the run was pinned to (the corpus's tokens, the model's weights, ...); none without a
     checkpoint. A run that was gone on with and has not ended is refused: its checkpoint is ahead of its dictionaries.
     """
-    if not (folder / CHECKPOINT).exists():
-        return {}
     from .resume import read_checkpoint
 
-    saved = read_checkpoint(folder / CHECKPOINT)
-    for path, sae in saes.items():
-        done = sae.training_record.get("done")
-        if done is not None and done != saved["done"]:
-            raise ValueError(
-                f"folder: {path} is not finished: the run went on to step {saved['done']}, its dictionary is of step "
-                f"{shown(done)}; end it with train --resume"
-            )
-    found = saved["identity"].items()
-    return {name: x for name, x in found if isinstance(x, str) and re.fullmatch("[0-9a-f]{64}", x)}
+    pinned: dict[str, str] = {}
+    for run in (folder, *rank_folders(folder)):
+        if not (run / CHECKPOINT).exists():
+            continue
+        saved = read_checkpoint(run / CHECKPOINT)
+        for path, sae in saes.items():
+            done = sae.training_record.get("done")
+            if done is not None and done != saved["done"]:
+                raise ValueError(
+                    f"folder: {path} is not finished: the run went on to step {saved['done']}, its dictionary is of "
+                    f"step {shown(done)}; end it with train --resume"
+                )
+        found = saved["identity"].items()
+        pinned |= {name: x for name, x in found if isinstance(x, str) and re.fullmatch("[0-9a-f]{64}", x)}
+    return pinned
 
 
 def _refuse_unknown(folder: Path, names: set[str]) -> None:
@@ -354,7 +374,7 @@ def _name(folder: Path, root: Path) -> str:
 def _place(folder: Path, root: Path, sae: SAE) -> str:
     """Where in a repository a dictionary goes."""
     if folder != root:
-        return folder.name
+        return _name(folder, root)
     return "" if sae.layer is None or sae.head is None else _name_of(sae)
 
 

@@ -73,7 +73,7 @@ def read_checkpoint(path: Path) -> dict:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a foreign or code-carrying file, whatever torch makes of it
         raise ValueError(f"{path}: not a training checkpoint: {str(error).splitlines()[0]}") from error
-    kinds = {"identity": dict, "done": int, "history": list, "lengths": list, "trainers": list}
+    kinds = {"identity": dict, "done": int, "history": list, "lengths": list, "place": dict, "trainers": list}
     if not isinstance(saved, dict) or any(not isinstance(saved.get(n), kind) for n, kind in kinds.items()):
         raise ValueError(f"{path}: not a training checkpoint: expected {', '.join(kinds)} in it")
     return saved

@@ -1,7 +1,8 @@
 """Where training data come from: text to passages of tokens, passages to the writes of a hooked model.
 
 A stream is anything with `len(stream)` passages, `stream.length` tokens each, and `stream.writes(rows)`, a pure
-function from passage numbers to batches of `{layer: Writes}`, in order; being pure makes a run resumable.
+function from passage numbers to batches of `{layer: Writes}`, in order; being pure makes a run resumable. One that does
+not hold all its text also has `stream.pool(number)`, `stream.state()` and `stream.restore(state)`, as `Pools` has.
 """
 
 from __future__ import annotations
@@ -16,15 +17,13 @@ from tqdm import tqdm
 
 from ..models.identity import config_digest, weights_digest
 from ..text import Corpus
-from ..text.passages import Passage, passages
-from ..text.tokens import check_ids, tokenizing
+from ..text.tokens import check_ids
 from ..writes import Writes
+from .pools import SINGLE, Pools, check_reading, pieces, refuse_short
 from .resume import tokens_digest
 
 if TYPE_CHECKING:
     from ..models import Tap
-
-_PIECE = 1 << 14  # tokens of a document handed over at once; they are joined again
 
 
 class Passages:
@@ -93,30 +92,21 @@ class Passages:
 
     @classmethod
     def _split(cls, corpus, tokenizer, length, one_in, bos, max_tokens, progress) -> tuple[Passages, ...]:
-        if length < 1:
-            raise ValueError(f"length: expected >= 1, got {length}")
-        if max_tokens is not None and max_tokens < 1:
-            raise ValueError(f"max_tokens: expected >= 1, got {max_tokens}")
-        tokenize, first = tokenizing(tokenizer, bos)
-        pieces: tuple[list, list] = ([], [])
-        documents = [0, 0]
+        check_reading(length, max_tokens)
+        parts: tuple[list, list] = ([], [])
+        documents = 0
         with tqdm(desc="tokens", unit=" tokens", unit_scale=True, disable=not progress, leave=False) as bar:
-            for event in passages(corpus, tokenize, _PIECE, first, max_tokens):
-                if isinstance(event, Passage):
-                    if event.row == 0:
-                        part = int(one_in > 0 and sum(documents) % one_in == 0)
-                        documents[part] += 1
-                    pieces[part].append(torch.from_numpy(event.tokens))
-                    bar.update(len(event.tokens))
-        if one_in and sum(documents) < 2:
-            raise ValueError("validation: the corpus is a single document, so none can be held out; name --validation")
+            for piece in pieces(corpus, tokenizer, one_in, bos, max_tokens):
+                documents = piece.documents
+                parts[piece.held_out].append(torch.from_numpy(piece.tokens))
+                bar.update(len(piece.tokens))
+        if one_in and documents < 2:
+            raise ValueError(SINGLE)
+        out = -(-documents // one_in) if one_in else 0
         found = []
-        for tokens, n in zip(pieces[: 1 + (one_in > 0)], documents, strict=False):
+        for tokens, n in zip(parts[: 1 + (one_in > 0)], (documents - out, out), strict=False):
             stream = torch.cat(tokens) if tokens else torch.empty(0, dtype=torch.int32)
-            if len(stream) < length:
-                raise ValueError(
-                    f"corpus: {n} documents with {len(stream)} tokens in all, but one passage takes {length}"
-                )
+            refuse_short(len(stream), n, length)
             rows = len(stream) // length
             found.append(cls(stream[: rows * length].view(rows, length)))
         return tuple(found)
@@ -129,13 +119,37 @@ class Passages:
         """Tokens of a passage."""
         return self.ids.shape[1]
 
+    def pool(self, number: int) -> range:
+        """All passages are pool 0."""
+        return range(0 if number else len(self.ids))
+
+    def take(self, rows: Tensor) -> Tensor:
+        """`[n, length]` tokens of passages `[n]`."""
+        return self.ids[rows]
+
+    @property
+    def total(self) -> int | None:
+        """Passages of the whole corpus."""
+        return len(self.ids)
+
+    def digests(self) -> dict[str, str]:
+        """What a resumed run must find again."""
+        return {"tokens": tokens_digest(self.ids)}
+
+    def state(self) -> dict:
+        """Nothing: all is held."""
+        return {}
+
+    def restore(self, state: dict) -> None:
+        """Nothing to do."""
+
 
 class ModelStream:
     """Writes of some layers of a hooked model over passages. A context manager: hooks are on inside it only.
 
     Args:
         model: any model `writesae.attach` supports, in eval mode.
-        passages: its tokens.
+        passages: its tokens, all of them or a pool at a time.
         sites: (layer, head) pairs; only their layers' writes are kept, and layers above the last are not run.
         batch: passages in one forward pass.
 
@@ -143,7 +157,7 @@ class ModelStream:
         ValueError: a site the model does not have (from attach); a token that it does not embed.
     """
 
-    def __init__(self, model: nn.Module, passages: Passages, sites: Sequence[tuple[int, int]], batch: int = 16):
+    def __init__(self, model: nn.Module, passages: Passages | Pools, sites: Sequence[tuple[int, int]], batch: int = 16):
         check_ids(passages.ids, model)
         self.model, self.passages, self.batch = model, passages, batch
         self.sites = [(int(layer), int(head)) for layer, head in sites]
@@ -160,10 +174,24 @@ class ModelStream:
     def digests(self) -> dict[str, str | None]:
         """sha256 of the model's weights and configuration and of the tokens: what a resumed run must find again."""
         model = self.model
-        return {
-            "weights": weights_digest(model), "model_config": config_digest(model),
-            "tokens": tokens_digest(self.passages.ids),
-        }  # fmt: skip
+        return {"weights": weights_digest(model), "model_config": config_digest(model), **self.passages.digests()}
+
+    def pool(self, number: int) -> range:
+        """The passages of a pool, see `Pools.pool`."""
+        return self.passages.pool(number)
+
+    @property
+    def total(self) -> int | None:
+        """Passages of the whole corpus, where that is known yet."""
+        return self.passages.total
+
+    def state(self) -> dict:
+        """Where the text is, see `Pools.state`."""
+        return self.passages.state()
+
+    def restore(self, state: dict) -> None:
+        """Goes on from `state()`."""
+        self.passages.restore(state)
 
     def __enter__(self) -> ModelStream:
         from ..models import attach, stopping_after
@@ -192,6 +220,8 @@ class ModelStream:
         device = hf_gated_delta.device_of(self.model.get_input_embeddings())
         for part in rows.split(self.batch):
             self._tap.clear()
+            ids = self.passages.take(part)
+            check_ids(ids, self.model)  # those of a later pool are seen here first
             with torch.no_grad(), contextlib.suppress(Stopped):
-                self.model(input_ids=self.passages.ids[part].long().to(device), use_cache=False)
+                self.model(input_ids=ids.long().to(device), use_cache=False)
             yield {layer: self._tap.writes[layer] for layer in {layer for layer, _ in self.sites}}
