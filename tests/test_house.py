@@ -56,6 +56,7 @@ MAY_IMPORT = {
     "collect": {
         "_installed",
         "models",
+        "ranks",
         "sae",
         "firings",
         "edits",

@@ -144,6 +144,22 @@ def test_command_with_variants(model_folder, corpus, tmp_path, capsys):
 # ---- ranks and devices ----------------------------------------------------------------------------------------------
 
 
+def test_rank_and_size_from_launchers(monkeypatch):
+    for first, second in ranks.LAUNCHERS:
+        with monkeypatch.context() as patch:
+            for names in ranks.LAUNCHERS:
+                for name in names:
+                    patch.delenv(name, raising=False)
+            with pytest.raises(ValueError, match="expected RANK and WORLD_SIZE or SLURM_PROCID and"):
+                ranks.from_environment()
+            patch.setenv(first, "3")
+            patch.setenv(second, "8")
+            assert ranks.from_environment() == (3, 8)
+            patch.setenv(second, "eight")
+            with pytest.raises(ValueError, match=f"{first}, {second}: expected whole numbers"):
+                ranks.from_environment()
+
+
 def test_share_and_place(monkeypatch):
     for n in (1, 5, 12, 13):
         parts = [ranks.share(range(n), r, 5) for r in range(5)]

@@ -11,6 +11,7 @@ from functools import partial
 from ..files import SEAL
 from ..interrupt import INTERRUPTED
 from ..options import add_device, add_dictionaries, add_model, dictionaries, require_device, size
+from ..ranks import add_ranks, place
 from ..text.arguments import NAMED, add_options, named, tell_empty
 from .estimate import Estimate, readable
 from .manifest import MODES
@@ -50,10 +51,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "several workers", "They fill one folder that all of them see. One may die: the others, or the same command "
         "again, do what it left. Nothing is missing then, and nothing there twice.",
     )  # fmt: skip
-    many.add_argument("--rank", type=int, help="this worker's number, from 0 (default: there is one alone)")
-    many.add_argument("--world-size", type=int, help="how many workers share the passages (default: one)")
-    many.add_argument("--distributed", action="store_true", help="take rank and world size from the environment that "
-                      "torchrun, srun or mpirun made")  # fmt: skip
+    add_ranks(many)
     many.add_argument("--unit", type=size, metavar="SIZE", help="bytes of text, at least, given to a worker at a time; "
                       "a document is never cut (default: four shards' worth where there are several workers)"
                       )  # fmt: skip
@@ -140,17 +138,9 @@ def _absolute(args: argparse.Namespace) -> argparse.Namespace:
 
 def _place(args: argparse.Namespace) -> tuple[int, int | None]:
     """(rank, world size or None)."""
-    if args.distributed:
-        if (args.rank, args.world_size, args.engine) != (None, None, None):
-            raise ValueError("distributed: expected it alone, got --rank, --world-size or --engine too")
-        from .distribute import from_environment
-
-        return from_environment()
-    if args.engine is not None and args.rank is not None:
-        raise ValueError("engine: expected it, or --rank and --world-size, got both")
-    if (args.rank is None) != (args.world_size is None):
-        raise ValueError(f"rank, world_size: expected both or neither, got {args.rank} and {args.world_size}")
-    return args.rank or 0, args.world_size
+    if args.engine is not None and (args.distributed or args.rank is not None or args.world_size is not None):
+        raise ValueError("engine: expected it, or --rank and --world-size or --distributed, got both")
+    return place(args) if args.distributed or args.rank is not None or args.world_size is not None else (0, None)
 
 
 def _confirm(estimate: Estimate, limit: int, yes: bool) -> bool:

@@ -7,7 +7,6 @@ the folder alone: they may be of different runs, start when they like, and die.
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 import time
@@ -29,32 +28,6 @@ from .units import Worker
 from .verify import verify
 
 _POLL = 0.5  # seconds between two looks at what other workers do
-
-_LAUNCHERS = (
-    ("RANK", "WORLD_SIZE"),  # torchrun
-    ("SLURM_PROCID", "SLURM_NTASKS"),  # srun
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),  # mpirun
-)
-
-
-def from_environment() -> tuple[int, int]:
-    """(rank, world size) that a launcher gave this process.
-
-    Raises:
-        ValueError: none did.
-    """
-    for names in _LAUNCHERS:
-        given = [os.environ[name] for name in names if name in os.environ]
-        if len(given) == 2:
-            try:
-                return int(given[0]), int(given[1])
-            except ValueError:
-                raise ValueError(f"{', '.join(names)}: expected whole numbers, got {', '.join(given)}") from None
-    expected = " or ".join(" and ".join(names) for names in _LAUNCHERS)
-    raise ValueError(
-        f"distributed: expected {expected} in the environment, as torchrun, srun and mpirun set them, got none; "
-        "--rank and --world-size say the same"
-    )
 
 
 def collect_units(job: Job, rank: int = 0, world_size: int = 1) -> dict:
