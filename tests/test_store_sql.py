@@ -68,6 +68,17 @@ def test_of_mode_top_what_was_kept(stores):
     assert store.sql("SELECT count(*) AS n FROM firings").to_pylist() == [{"n": kept}] and kept > 0
 
 
+def test_a_store_of_several_units(stores, tmp_path):
+    collect(
+        Corpus.from_path(stores["all"].parent / "text"), Tokenizer(), FakeSource(), tmp_path / "out", n=20, context=32,
+        shard_passages=7, unit=50,
+    )  # fmt: skip
+    assert len(list((tmp_path / "out" / "units").iterdir())) > 1
+    joined = "firings JOIN tokens USING (document, row, position) JOIN documents USING (document)"
+    query = f"SELECT * FROM {joined} ORDER BY ALL"
+    assert Store(tmp_path / "out").sql(query).equals(Store(stores["all"]).sql(query))
+
+
 def test_only_the_stores_own_files(stores, tmp_path):
     store, here = Store(stores["all"]), pa.table({"x": [1]})
     pq.write_table(here, tmp_path / "other.parquet")
