@@ -41,7 +41,7 @@ SHOWN = (
     "walk<gated_delta_rule::Rule, *, 128, 4, *>", "walk<ssd::Rule, bf16, 128, 4, *>",
     "walk<dplr::LowRankRule, bf16, 64, 4, *>", "prepare<*, bf16, 128>", "prepare_*bf16*",
     "reverse<gated_delta_rule::Rule, *, 128>", "gradients<*, bf16, 64>",
-    "encode_kernel<*, 128>", "encode_backward_kernel<128, 64, true>",
+    "encode_kernel<*, 128, true>", "encode_backward_kernel<128, 64, true>",
 )  # fmt: skip
 
 
