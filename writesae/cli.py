@@ -79,7 +79,7 @@ COMMANDS = {
         "writesae verify runs/notes",
     ),
     "merge": Command(
-        "writesae.collect.merge",
+        "writesae.collect.merging",
         "make one collection of several that were collected apart, or end one that several workers filled",
         "Of the same model, dictionaries, tokenizer and options, and of other text each. Writes a collection to OUT, "
         "its documents numbered in the order given; interrupted, the same command goes on. Exit status: 0 done, 2 "

@@ -15,7 +15,7 @@ _LATER = {
     "ModelSource": "collect.source",
     "Site": "collect.source",
     "build_index": "collect.finish",
-    "merge": "collect.merge",
+    "merge": "collect.merging",
 }
 
 __all__ = ["Context", "Store", *_LATER]

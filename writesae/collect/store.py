@@ -490,6 +490,8 @@ class Store:
         return [name for piece in self.pieces for name in piece.names(table)]
 
     def _part(self, table: str, passage: int) -> str:
+        if not 0 <= passage < self._first_passages[-1]:
+            raise ValueError(f"{self.path}: passage {passage} is asked for, of {int(self._first_passages[-1])} it has")
         at = int(np.searchsorted(self._first_passages, passage, side="right")) - 1
         piece = self.pieces[at]
         number = (passage - int(self._first_passages[at])) // piece.shard_passages
