@@ -337,3 +337,17 @@ def test_the_line_counts_all_workers(text, tmp_path):  # noqa: F811
     assert distribute.Overview(out, found, digest).look() == (1267, 4, 0)
     (out / "done" / "unit-000001.json").unlink()
     assert distribute.Overview(out, found, digest).look()[1:] == (3, 0)
+
+
+def test_what_an_engine_says_stays_out_of_the_answer(tmp_path, monkeypatch, capsys):
+    """Ray tells of nodes that died on the standard output, where the summary is."""
+    from writesae.collect import on_ray
+
+    def noisy(*arguments, **options):
+        print("(raylet) a node died")
+        return {"complete": True, "units": 1}
+
+    monkeypatch.setattr(on_ray, "collect_on_ray", noisy)
+    assert main(["collect", "stdlib:test", "--out", str(tmp_path / "out"), "--engine", "ray"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["units"] == 1 and "raylet" in said.err

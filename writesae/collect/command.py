@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from contextlib import redirect_stdout
 from functools import partial
 
 from ..files import SEAL
@@ -87,10 +88,11 @@ def run(args: argparse.Namespace) -> int:
         else:
             from .on_ray import collect_on_ray
 
-            summary = collect_on_ray(
-                partial(prepare, _absolute(args)), args.out, engine=args.engine, device=args.device,
-                cpus=args.worker_cpus, confirm=confirm, progress=True, **settings,
-            )  # fmt: skip
+            with redirect_stdout(sys.stderr):  # where Ray tells of nodes that die; what is printed here is JSON
+                summary = collect_on_ray(
+                    partial(prepare, _absolute(args)), args.out, engine=args.engine, device=args.device,
+                    cpus=args.worker_cpus, confirm=confirm, progress=True, **settings,
+                )  # fmt: skip
     except OSError as error:
         if isinstance(error, FileNotFoundError):
             raise
