@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
+
 from writesae.files import make_folder, write_json
 
 LONG = Path(__file__).parent / "results" / "long"
@@ -20,6 +22,17 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def model_options(args: argparse.Namespace) -> list[str]:
     """What `add_model` took, for `writesae collect`."""
     return ["--model", args.model, *(x for sae in args.sae for x in ("--sae", sae))]
+
+
+def tables(folder: Path) -> dict:
+    """Every table by name; a unit's folder by its number, whichever machine it was made on."""
+    found = {}
+    for path in sorted(folder.rglob("*.parquet")):
+        parts = list(path.relative_to(folder).parts)
+        if parts[0] == "units":
+            parts[1] = parts[1].split("-")[0]
+        found["/".join(parts)] = pq.read_table(path)
+    return found
 
 
 def row(name: str, value: float, unit: str, target=None, met: bool | None = None, peer=None, spread=None) -> dict:

@@ -21,14 +21,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import pyarrow.parquet as pq
-from common import COLLECT, add_model, end, model_options, row
+from common import COLLECT, add_model, end, model_options, row, tables
 
 MODES = ("all", "top", "reservoir")
-
-
-def tables(folder: Path) -> dict:
-    return {p.relative_to(folder).as_posix(): pq.read_table(p) for p in sorted(folder.rglob("*.parquet"))}
 
 
 def last_shard(out: Path) -> bool:

@@ -25,8 +25,7 @@ import traceback
 from functools import partial
 from pathlib import Path
 
-import pyarrow.parquet as pq
-from common import end, row
+from common import end, row, tables
 
 from writesae import cli
 from writesae.collect import collect
@@ -35,17 +34,6 @@ from writesae.collect.verify import verify
 from writesae.default.corpus import stdlib_files
 
 MODES = ("all", "top", "reservoir")
-
-
-def tables(folder: Path) -> dict:
-    """Every table by name; a unit's folder by its number, whichever machine it was made on."""
-    found = {}
-    for path in sorted(folder.rglob("*.parquet")):
-        parts = list(path.relative_to(folder).parts)
-        if parts[0] == "units":
-            parts[1] = parts[1].split("-")[0]
-        found["/".join(parts)] = pq.read_table(path)
-    return found
 
 
 def documents(folder: Path, size: int, length: int = 3000) -> None:

@@ -22,8 +22,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from common import end, row
-from kill_workers import Workers, documents, tables
+from common import end, row, tables
+from kill_workers import Workers, documents
 
 from writesae import cli
 from writesae.collect import Store, collect, merge

@@ -35,7 +35,8 @@ def main() -> None:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     sys.path.insert(0, str(ROOT / "bench"))
-    from kill_workers import documents, tables
+    from common import tables
+    from kill_workers import documents
     from ray.cluster_utils import Cluster
 
     with tempfile.TemporaryDirectory() as scratch:

@@ -59,8 +59,14 @@ class _Failing(FakeSource):
 
 
 def tables(folder: Path) -> dict:
-    """Every table of a collection, by name."""
-    return {p.relative_to(folder).as_posix(): pq.read_table(p) for p in sorted(folder.rglob("*.parquet"))}
+    """Every table of a collection, by name; a unit's folder by its number, whichever machine made it."""
+    found = {}
+    for path in sorted(Path(folder).rglob("*.parquet")):
+        parts = list(path.relative_to(folder).parts)
+        if parts[0] == "units":
+            parts[1] = parts[1].split("-")[0]
+        found["/".join(parts)] = pq.read_table(path)
+    return found
 
 
 def prepare(scratch: Path) -> dict[tuple[str, str], Path]:

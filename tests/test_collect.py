@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from damage import tables
 from fake_source import FakeSource, words
 
 from writesae.collect import Corpus, Store, collect
@@ -41,17 +42,8 @@ def text(tmp_path):
     return folder
 
 
-def rows(folder) -> dict[str, pa.Table]:
-    """Every table of a finished collection, by name."""
-    folder = Path(folder)
-    found = {}
-    for path in sorted(folder.rglob("*.parquet")):
-        found[path.relative_to(folder).as_posix()] = pq.read_table(path)
-    return found
-
-
 def assert_same(folder, expected) -> None:
-    here = rows(folder)
+    here = tables(folder)
     assert here.keys() == expected.keys()
     for name, table in expected.items():
         assert here[name].equals(table), name
@@ -189,7 +181,7 @@ def test_death_at_any_file_call_changes_nothing(text, tmp_path, driver, mode, ev
     settings = {"mode": mode, "n": 6}
     whole = driver.run(text, tmp_path / "whole", -1, **settings)
     assert whole["status"] == 0 and whole["calls"] > 60
-    expected = rows(tmp_path / "whole")
+    expected = tables(tmp_path / "whole")
     for crash in range(1, whole["calls"] + 1, every):
         out = tmp_path / f"crash-{crash}"
         assert driver.run(text, out, crash, **settings)["status"] == 57, crash
@@ -201,7 +193,7 @@ def test_death_at_any_file_call_changes_nothing(text, tmp_path, driver, mode, ev
 def test_death_at_any_file_call_of_the_finishing(text, tmp_path, driver, mode):
     settings = {"mode": mode, "n": 6, "shard_passages": 30}
     whole = driver.run(text, tmp_path / "whole", -1, **settings)
-    expected, out = rows(tmp_path / "whole"), tmp_path / "out"
+    expected, out = tables(tmp_path / "whole"), tmp_path / "out"
     deaths = range(whole["before"] + 1, whole["calls"] + 1)
     assert len(deaths) > 25
     assert driver.run(text, tmp_path / "ready", deaths[0], **settings)["status"] == 57
@@ -222,7 +214,7 @@ def test_many_deaths_in_one_collection(text, tmp_path, driver):
         deaths += 1
         assert deaths < 100
     assert deaths > 2
-    assert_same(tmp_path / "out", rows(tmp_path / "whole"))
+    assert_same(tmp_path / "out", tables(tmp_path / "whole"))
 
 
 def test_kill_from_outside(text, tmp_path):
@@ -242,7 +234,7 @@ def test_kill_from_outside(text, tmp_path):
     assert process.wait() == -signal.SIGKILL
     collect(Corpus.from_path(text), words, FakeSource(), tmp_path / "whole", **SETTINGS)
     collect(Corpus.from_path(text), words, FakeSource(), tmp_path / "out", **SETTINGS)
-    assert_same(tmp_path / "out", rows(tmp_path / "whole"))
+    assert_same(tmp_path / "out", tables(tmp_path / "whole"))
 
 
 def test_interrupt_finishes_the_shard(text, tmp_path):
@@ -261,7 +253,7 @@ def test_interrupt_finishes_the_shard(text, tmp_path):
     summary = collect(Corpus.from_path(text), words, FakeSource(), tmp_path / "out", **SETTINGS)
     collect(Corpus.from_path(text), words, FakeSource(), tmp_path / "whole", **SETTINGS)
     assert summary["complete"]
-    assert_same(tmp_path / "out", rows(tmp_path / "whole"))
+    assert_same(tmp_path / "out", tables(tmp_path / "whole"))
 
 
 def test_interrupt_in_the_last_shard(text, tmp_path):
@@ -308,7 +300,7 @@ def test_max_tokens(text, tmp_path, driver, limit):
     # Dying behind the last passage, and going on from there, sees the same end of the corpus.
     assert driver.run(text, tmp_path / "b", 30, max_tokens=limit)["status"] == 57
     assert driver.run(text, tmp_path / "b", -1, max_tokens=limit)["status"] == 0
-    assert_same(tmp_path / "b", rows(tmp_path / "out"))
+    assert_same(tmp_path / "b", tables(tmp_path / "out"))
 
 
 def _first_tokens(expected: list[tuple], limit: int) -> set[tuple]:
@@ -365,7 +357,7 @@ def test_damaged_shard_is_made_again(text, tmp_path):
     summary = collect(Corpus.from_path(text), words, FakeSource(), tmp_path / "out", **SETTINGS)
     assert len(summary["repaired"]) == 1 and str(part) in summary["repaired"][0]
     collect(Corpus.from_path(text), words, FakeSource(), tmp_path / "whole", **SETTINGS)
-    assert_same(tmp_path / "out", rows(tmp_path / "whole"))
+    assert_same(tmp_path / "out", tables(tmp_path / "whole"))
 
 
 class _Failing(FakeSource):
@@ -387,7 +379,7 @@ def test_failing_model_keeps_finished_shards(text, tmp_path):
     assert not Store(tmp_path / "out").complete
     collect(Corpus.from_path(text), words, FakeSource(), tmp_path / "out", **SETTINGS)
     collect(Corpus.from_path(text), words, FakeSource(), tmp_path / "whole", **SETTINGS)
-    assert_same(tmp_path / "out", rows(tmp_path / "whole"))
+    assert_same(tmp_path / "out", tables(tmp_path / "whole"))
 
 
 def test_two_runs_on_one_folder(text, tmp_path):
@@ -420,7 +412,7 @@ def test_only_a_device_holds_two_batches(text, tmp_path, asynchronous):
     collect(Corpus.from_path(text), words, source, tmp_path / "out", **SETTINGS)
     assert (source.held, source.most) == (0, 1 + asynchronous)
     collect(Corpus.from_path(text), words, FakeSource(), tmp_path / "plain", **SETTINGS)
-    assert_same(tmp_path / "out", rows(tmp_path / "plain"))
+    assert_same(tmp_path / "out", tables(tmp_path / "plain"))
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
@@ -441,7 +433,7 @@ def test_full_disk(text, tmp_path, monkeypatch, code):
     assert not list((tmp_path / "out").rglob("*.tmp"))
     collect(Corpus.from_path(text), words, FakeSource(), tmp_path / "out", **SETTINGS)
     collect(Corpus.from_path(text), words, FakeSource(), tmp_path / "whole", **SETTINGS)
-    assert_same(tmp_path / "out", rows(tmp_path / "whole"))
+    assert_same(tmp_path / "out", tables(tmp_path / "whole"))
 
 
 def test_write_that_the_system_refuses(tmp_path):

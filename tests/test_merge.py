@@ -13,7 +13,6 @@ from fake_source import FakeSource, words
 
 from writesae.cli import main
 from writesae.collect import Corpus, Store, collect, merge
-from writesae.collect import merge as merge_function
 from writesae.collect.modes import Columns, Selection, random_priority
 from writesae.collect.verify import verify
 
@@ -143,7 +142,7 @@ def test_a_merged_sample_is_uniform():
 def test_an_interrupted_merge_goes_on(made, tmp_path, monkeypatch, at):
     merge(stores(made, "all"), tmp_path / "whole")
     calls = [0]
-    module = sys.modules[merge_function.__module__]
+    module = sys.modules[merge.__module__]
     original = module._renumbered
 
     def fails(*args):

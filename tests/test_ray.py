@@ -10,8 +10,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from damage import tables
 from fake_source import FakeSource, words
-from test_units import SETTINGS, assert_same, make, tables
+from test_units import SETTINGS, assert_same, make
 
 from writesae.collect import Corpus, collect_on_ray
 from writesae.collect import on_ray as module

@@ -6,13 +6,12 @@ import random
 import signal
 import threading
 import time
-from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
-from damage import Tokenizer
+from damage import Tokenizer, tables
 from fake_source import FakeSource, words
 from test_collect import Driver, everything, text  # noqa: F401  (fixtures)
+from test_collect import assert_same as same_tables
 
 from writesae.cli import main
 from writesae.collect import Corpus, Store, collect, distribute, files, plan, run, units
@@ -31,22 +30,8 @@ def driver():
     driver.process.wait(30)
 
 
-def tables(folder) -> dict:
-    """Every table of a collection by name, whichever machine made its units."""
-    found = {}
-    for path in sorted(Path(folder).rglob("*.parquet")):
-        parts = list(path.relative_to(folder).parts)
-        if parts[0] == "units":
-            parts[1] = "-".join(parts[1].split("-")[:1])
-        found["/".join(parts)] = pq.read_table(path)
-    return found
-
-
 def assert_same(folder, expected) -> None:
-    here = tables(folder)
-    assert here.keys() == expected.keys()
-    for name, table in expected.items():
-        assert here[name].equals(table), name
+    same_tables(folder, expected)
     found = verify(folder)
     assert found.sound and found.complete and not found.left_over, found
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from ..files import discard, discard_left_over, entry, problem, write_sealed
+from ..interrupt import Stop
 from . import files
 from .finish import Assembled, Piece, Selecting, assemble
 from .modes import Features
@@ -72,6 +74,21 @@ def conclude(
     }  # fmt: skip
     write_sealed(out / "summary.json", summary)
     sweep(out, content, digest)
+
+
+def put_together(
+    out: Path, content: dict, digest: str, numbers: Iterable[int], own: Callable[[], dict], progress: bool, stop: Stop
+) -> None:
+    """`conclude` of units that are all done, under a bar. own: says it when the pieces are ready."""
+    markers = [unit_marker(out, number, digest) for number in numbers]
+    pieces = [ready(out, made, content) for made in markers]
+    with tqdm(unit="step", disable=not progress, desc="indexing") as bar:
+
+        def step() -> None:
+            bar.update()
+            stop.check()
+
+        conclude(out, content, digest, markers, pieces, own(), step)
 
 
 def _spent(name: str) -> bool:

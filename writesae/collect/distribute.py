@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -20,10 +21,10 @@ from ..files import discard, read_sealed, sync_folder
 from ..interrupt import Stop, finishing
 from ..text.passages import passages
 from . import files, plan
-from .assemble import conclude, ready, sweep
+from .assemble import put_together, sweep
 from .plan import Unit
 from .run import Job, keep_tokenizer
-from .unit_marks import marker_name, unit_marker
+from .unit_marks import marker_path, unit_marker
 from .units import Worker
 from .verify import verify
 
@@ -35,10 +36,7 @@ def collect_units(job: Job, rank: int = 0, world_size: int = 1) -> dict:
     began = time.perf_counter()
     if (found := finished(job)) is not None:
         return found
-    with ExitStack() as stack:
-        worker = open_worker(job, stack)
-        stop = stack.enter_context(finishing("shard"))
-        stack.enter_context(line(job, worker.units))
+    with working(job) as (worker, stop):
         share = [unit for unit in worker.units if unit.number % world_size == rank]
         for unit in share:
             worker.forget_damaged(unit, digests=True)
@@ -48,6 +46,16 @@ def collect_units(job: Job, rank: int = 0, world_size: int = 1) -> dict:
             return so_far(worker, began)
     # The line has ended, and the model has let go of what it took to run.
     return end(worker, began)
+
+
+@contextmanager
+def working(job: Job) -> Iterator[tuple[Worker, Stop]]:
+    """A worker, its interrupts, and the progress line over all workers."""
+    with ExitStack() as stack:
+        worker = open_worker(job, stack)
+        stop = stack.enter_context(finishing("shard"))
+        stack.enter_context(line(job, worker.units))
+        yield worker, stop
 
 
 def open_worker(job: Job, stack: ExitStack) -> Worker:
@@ -142,15 +150,8 @@ def end(worker: Worker, began: float) -> dict:
     with finishing("part of the index") as stop, files.claimed(job.out / ".finish", wait=True):
         if not (job.out / "summary.json").exists():
             numbers = range(len(worker.units))
-            markers = [unit_marker(job.out, number, job.digest) for number in numbers]
-            pieces = [ready(job.out, made, job.content) for made in markers]
-            with tqdm(unit="step", disable=not job.progress, desc="indexing") as bar:
-
-                def step() -> None:
-                    bar.update()
-                    stop.check()
-
-                conclude(job.out, job.content, job.digest, markers, pieces, own(worker, began), step)
+            own_part = partial(own, worker, began)
+            put_together(job.out, job.content, job.digest, numbers, own_part, job.progress, stop)
         else:  # another worker did; this one may have touched locks since
             sweep(job.out, job.content, job.digest)
         return read_sealed(job.out / "summary.json")
@@ -191,7 +192,7 @@ class Overview:
         under_way: set[int] = set()
         tokens = 0
         for unit in self.units:
-            if unit.number not in self._done and (self.out / "done" / f"{marker_name(unit.number)}.json").exists():
+            if unit.number not in self._done and marker_path(self.out, unit.number).exists():
                 try:
                     self._done[unit.number] = unit_marker(self.out, unit.number, self.digest)["tokens"]
                 except ValueError:

@@ -31,14 +31,13 @@ from ..files import (
     write_first,
 )
 from ..interrupt import finishing
-from . import files, manifest, plan
-from .assemble import conclude, ready
+from . import assemble, files, manifest, plan
 from .finish import Piece
 from .manifest import FORMAT, VERSION
 from .marks import damaged, mark, part_name
 from .shard import ROWS
 from .store import Store
-from .unit_marks import mark_unit, marker_name, unit_marker
+from .unit_marks import mark_unit, marker_path, unit_marker
 from .units import machine
 from .verify import verify
 
@@ -90,7 +89,7 @@ def merge(stores: list, out, progress: bool = False) -> dict:
             for store, first in zip(found, firsts, strict=True):
                 markers += _copy(store, out, first, len(markers), digest, step)
                 pieces.append(_piece(store, first))
-            conclude(out, content, digest, markers, pieces, {"seconds": time.perf_counter() - began}, step)
+            assemble.conclude(out, content, digest, markers, pieces, {"seconds": time.perf_counter() - began}, step)
         return Store(out).summary()
 
 
@@ -167,7 +166,7 @@ def _copy(store: Store, out: Path, first: int, number: int, digest: str, step: C
                 continue
         except ValueError:
             pass
-        discard(out / "done" / f"{marker_name(number + at)}.json")
+        discard(marker_path(out, number + at))
         folder = make_folder(out, "units", name)
         written = []
         for kind in ("firings", "tokens") if store.mode == "all" else ("tokens",):
@@ -221,23 +220,20 @@ def put_together(out, progress: bool = False) -> dict:
         if (out / "summary.json").exists():
             return Store(out).summary()
         made = [unit.number for unit in plan.read(out, digest)]
-        left = [number for number in made if not (out / "done" / f"{marker_name(number)}.json").exists()]
+        left = [number for number in made if not marker_path(out, number).exists()]
         if left:
             raise ValueError(
                 f"stores: {len(left)} of the {len(made)} units of {out} are not done (first: {left[0]}): run its "
                 "`writesae collect` again"
             )
-        markers = [unit_marker(out, number, digest) for number in made]
         for name in ("index", "done"):
             make_folder(out, name)
-        with finishing("part of the index") as stop, tqdm(unit="step", disable=not progress, desc="indexing") as bar:
+        with finishing("part of the index") as stop:
 
-            def step() -> None:
-                bar.update()
-                stop.check()
+            def own() -> dict:
+                return {"seconds": time.perf_counter() - began}
 
-            pieces = [ready(out, one, content) for one in markers]
-            conclude(out, content, digest, markers, pieces, {"seconds": time.perf_counter() - began}, step)
+            assemble.put_together(out, content, digest, made, own, progress, stop)
         return Store(out).summary()
 
 

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from ..interrupt import Stop, finishing
-from .distribute import end, finished, line, open_worker, so_far
+from ..interrupt import Stop
+from .distribute import end, finished, open_worker, so_far, working
 from .estimate import Estimate
 from .run import DEFAULTS, opened
 from .units import Worker
@@ -68,10 +68,7 @@ def collect_on_ray(
             return {"complete": False, "declined": True, **job.to_json()}
         if (found := finished(job)) is not None:
             return found
-        with ExitStack() as stack:
-            worker = open_worker(job, stack)
-            stop = stack.enter_context(finishing("shard"))
-            stack.enter_context(line(job, worker.units))
+        with working(job) as (worker, stop):
             do = ray.remote(num_cpus=cpus, num_gpus=int(device != "cpu"), max_retries=RETRIES)(do_unit)
             # What the units share is sent to a node once.
             recipe = ray.put((prepare, device, str(out), settings, job.digest))

@@ -17,6 +17,10 @@ def marker_name(number: int) -> str:
     return f"unit-{number:06d}"
 
 
+def marker_path(out: Path, number: int) -> Path:
+    return out / "done" / f"{marker_name(number)}.json"
+
+
 def unit_marker(out: Path, number: int, manifest: str | None = None) -> dict:
     """The completion marker of a unit.
 
@@ -30,7 +34,7 @@ def unit_marker(out: Path, number: int, manifest: str | None = None) -> dict:
     sound = sound and made["shard_passages"] > 0 and all(name.startswith(f"{folder}/") for name in made["files"])
     sound = sound and {f"{folder}/{x}" for x in TABLES} <= set(made["files"])
     if not sound:
-        raise ValueError(f"{out / 'done' / (marker_name(number) + '.json')} is not the marker of unit {number}")
+        raise ValueError(f"{marker_path(out, number)} is not the marker of unit {number}")
     return made
 
 
@@ -43,7 +47,7 @@ def unit_numbers(out: Path) -> list[int]:
 def mark_unit(out: Path, number: int, folder: str, manifest: str, counted: dict, entries: dict) -> bool:
     """Makes a folder the unit's, unless another one is already. Whether it did."""
     value = {"unit": number, "folder": folder, **counted, "manifest": manifest, "files": entries}
-    return write_first(out / "done" / f"{marker_name(number)}.json", sealed(value).encode(), out)
+    return write_first(marker_path(out, number), sealed(value).encode(), out)
 
 
 def chain(markers: list[dict]) -> str:

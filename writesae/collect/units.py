@@ -28,7 +28,7 @@ from .marks import PARTS, part_name, shard_marker
 from .modes import Features
 from .plan import Range, Unit
 from .shard import Progress, Shard, firings_table, read_columns
-from .unit_marks import TABLES, mark_unit, marker_name, unit_marker
+from .unit_marks import TABLES, mark_unit, marker_path, unit_marker
 
 
 @cache
@@ -73,7 +73,7 @@ class Worker:
 
     def done(self, unit: Unit) -> bool:
         """Whether the unit's marker is there."""
-        path = self.job.out / "done" / f"{marker_name(unit.number)}.json"
+        path = marker_path(self.job.out, unit.number)
         if unit.number not in self._done and path.exists():
             self._done.add(unit.number)
         return unit.number in self._done
@@ -84,7 +84,7 @@ class Worker:
         Args: digests: compare the files' too, not their sizes alone.
         """
         job = self.job
-        path = job.out / "done" / f"{marker_name(unit.number)}.json"
+        path = marker_path(job.out, unit.number)
         if not path.exists():
             return
         with files.claimed(job.out / "units" / f"{unit.name}.lock") as mine:
