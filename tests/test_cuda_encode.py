@@ -202,7 +202,7 @@ def whole(device_target):
     if device_target.kind != "twin":
         pytest.skip("the host twin cuts where a test wants it")
     ops = torch.ops.writesae_twin
-    ops.encode_segment(1 << 20), ops.encode_parts(1), ops.encode_selection()
+    ops.encode_segment(1 << 20), ops.encode_parts(1)
     yield ops
     ops.encode_segment(0), ops.encode_parts(0)
 
@@ -287,14 +287,14 @@ def test_what_is_done_again(whole, device_target):
     gen = torch.Generator().manual_seed(3)
     writes = make_writes(gen, 1, 512, 1, 1, 32, 32, decay=0.1)
     v, w, b = dictionary(gen, 1, 512, 32, 32)
-    run(device_target, encode, *float32(writes, v, w, b), k=16, precision="bf16")
-    ordinary = whole.encode_selection()
-    assert ordinary[2] == 512 and ordinary[3] <= 0.01 * 512
+    with host_twin.counted() as ordinary:
+        run(device_target, encode, *float32(writes, v, w, b), k=16, precision="bf16")
+    assert ordinary.total("tokens") == 512 and ordinary.total("tokens_redone") <= 0.01 * 512
     fallen, v, w, b = steered([100.0 if t < 128 else 1.0 for t in range(256)])
     b *= 0.0
-    codes = run(device_target, encode, *float32(fallen, v, w, b), k=8)
-    again = whole.encode_selection()
-    assert again[2] == 256 and again[3] == 128
+    with host_twin.counted() as again:
+        codes = run(device_target, encode, *float32(fallen, v, w, b), k=8)
+    assert again.total("tokens") == 256 and again.total("tokens_redone") == 128
     assert torch.allclose(codes.values.double(), topk(preactivations(fallen, v, w, [0])[0], 8)[0], rtol=1e-5)
 
 

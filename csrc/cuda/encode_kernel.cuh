@@ -176,7 +176,8 @@ __global__ void __launch_bounds__(WARPS* tile::WARP, 2) encode_kernel(EncodePara
   int* again = shared.take<int>(1);           // the time of the last chunk that has to be done again
   float* lowest = shared.take<float>(WARPS);  // of the tokens each warp selected for last, the lowest k-th largest
   const int bytes = Candidates<ROWS>::bytes(work.capacity, F > WIDE);  // a warp
-  const Candidates<ROWS> buffer = {SharedBytes(shared.take<char>(warps * bytes) + warp * bytes), work.capacity, F > WIDE};
+  const Candidates<ROWS> buffer = {tile::SharedBytes(shared.take<char>(warps * bytes) + warp * bytes), work.capacity,
+                                   F > WIDE};
   uint32_t* held = nullptr;
   if constexpr (!N::HELD) held = shared.take<uint32_t>(warps * N::HELD_WORDS) + warp * N::HELD_WORDS;
   if (tile::thread() < 2) full[tile::thread()] = -1;
@@ -324,9 +325,10 @@ __global__ void __launch_bounds__(WARPS* tile::WARP, 2) encode_kernel(EncodePara
         const uint32_t* column = x + (lane < ROWS ? lane : 0);
         if constexpr (TOPK) {
           // All warps empty their buffers at once, when one asks for it: one at a time they would wait for each other.
-          if (full[(time + 1) % 2] == time - 1 && any(bar.count > enough)) bar = keep_largest(buffer, k, SLACK, active, bar);
+          if (full[(time + 1) % 2] == time - 1 && tile::any(bar.count > enough))
+            bar = keep_largest(buffer, k, SLACK, active, bar);
           take_tile(buffer, column, X_STRIDE, first, width, active && !bar.closed, bar);
-          const bool nearly = any(bar.count > work.capacity - TILE);
+          const bool nearly = tile::any(bar.count > work.capacity - TILE);
           if (nearly && lane == 0) tile::atomic_max(full + time % 2, time);
         } else if (active && work.mode == Mode::at) {
           for (int i = 0; i < work.m; i++) {
@@ -437,10 +439,10 @@ __global__ void __launch_bounds__(WARPS* tile::WARP, 2) encode_kernel(EncodePara
         bar = keep_largest(buffer, k, 0, active, bar);
         const bool done = active && bar.count >= k;
         redo = tile::ballot(active && !done);
-        WRITESAE_COUNT(chunks, 1);
-        WRITESAE_COUNT(redone, first ? 0 : 1);
-        WRITESAE_COUNT(tokens, first ? tile::count_bits(selected) : 0);
-        WRITESAE_COUNT(tokens_redone, tile::count_bits(redo));
+        tally("chunks");
+        tally("redone", first ? 0 : 1);
+        tally("tokens", first ? tile::count_bits(selected) : 0);
+        tally("tokens_redone", tile::count_bits(redo));
         least = done && bar.height < least ? bar.height : least;
         least = -tile::warp_max(-least);
         sort_entries(buffer, k, done);
@@ -458,7 +460,7 @@ __global__ void __launch_bounds__(WARPS* tile::WARP, 2) encode_kernel(EncodePara
         if (redo != 0) tile::atomic_max(again, time);
       }
       tile::sync();  // and the buffer is filled again
-      repeat = any(*again == time);
+      repeat = tile::any(*again == time);
     } else if (work.mode == Mode::count && active) {
       work.counts[place] = bar.count;
     }

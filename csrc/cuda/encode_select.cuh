@@ -32,89 +32,16 @@ __device__ __forceinline__ float from_key(int key) {
   return tile::bits_to_float(static_cast<uint32_t>(key ^ ((key >> 31) & 0x7fffffff)));
 }
 
-// What selection did, for tests: on the host twin alone, warps and their chunks, not lanes.
-#if defined(__CUDACC__)
-#define WRITESAE_COUNT(what, n)
-#else
-struct SelectionCounts {
-  int64_t chunks = 0, redone = 0;  // passes of a warp through the features; those that were a second time
-  int64_t tokens = 0, tokens_redone = 0;
-  int64_t raises = 0, probes = 0;           // of bars; what they count to find one
-  int64_t tiles = 0, rounds = 0, kept = 0;  // tiles taken in, rounds of two appended a lane, and entries
-};
-inline SelectionCounts selection_counts;
-#define WRITESAE_COUNT(what, n) (tile::lane() == 0 ? void(selection_counts.what += (n)) : void())
-#endif
-
-// A pointer to shared memory that functions which are not inlined take: 32 bits, and the compiler sees what it points to.
-class SharedBytes {
- public:
-#if defined(__CUDA_ARCH__)
-  __device__ __forceinline__ explicit SharedBytes(void* p) : at_(static_cast<uint32_t>(__cvta_generic_to_shared(p))) {}
-  template <class T>
-  __device__ __forceinline__ T* get(int bytes = 0) const {
-    return static_cast<T*>(__cvta_shared_to_generic(at_ + bytes));
-  }
-
- private:
-  uint32_t at_;
-#else
-  explicit SharedBytes(void* p) : at_(static_cast<char*>(p)) {}
-  template <class T>
-  T* get(int bytes = 0) const {
-    return reinterpret_cast<T*>(at_ + bytes);
-  }
-
- private:
-  char* at_;
-#endif
-};
-
-// The largest x of the warp.
-__device__ __forceinline__ int largest(int x) {
-#if defined(__CUDA_ARCH__)
-  return __reduce_max_sync(0xffffffffu, x);
-#else
-  for (int step = 1; step < tile::WARP; step *= 2) {
-    const int other = tile::shuffle_xor(x, step);
-    x = other > x ? other : x;
-  }
-  return x;
-#endif
-}
-
-// Whether x holds in any lane of the warp: one instruction, where a ballot that is compared takes three.
-__device__ __forceinline__ bool any(bool x) {
-#if defined(__CUDA_ARCH__)
-  return __any_sync(0xffffffffu, x);
-#else
-  return tile::ballot(x) != 0;
-#endif
-}
-
-// Place of the highest bit that is set; x is not zero.
-__device__ __forceinline__ int highest_bit(uint32_t x) {
-#if defined(__CUDA_ARCH__)
-  return 31 - __clz(static_cast<int>(x));
-#else
-  return 31 - __builtin_clz(x);
-#endif
-}
-
-// bits * 2 + (x < height), without a predicate; false where one is NaN: the device's subtraction then gives 0x7fffffff.
-__device__ __forceinline__ uint32_t append_below(uint32_t bits, float x, float height) {
-#if defined(__CUDA_ARCH__)
-  return __funnelshift_l(__float_as_uint(x - height), bits, 1);
-#else
-  return bits << 1 | (x < height ? 1u : 0u);
-#endif
+// What selection did, for tests: of warps and their chunks, not of lanes.
+__device__ __forceinline__ void tally(const char* what, int n = 1) {
+  if (tile::lane() == 0) tile::count(what, n);
 }
 
 // The candidates of a warp's tokens: entry i of lane l is at [i * STRIDE + l], in the order of features.
 template <int ROWS>
 struct Candidates {
   static constexpr int STRIDE = ROWS + 1;  // odd: a column read by a whole warp does not meet in one bank
-  SharedBytes memory;                      // a warp's
+  tile::SharedBytes memory;                // a warp's
   int capacity;                            // a multiple of 8
   bool wide;                               // F is over 65536: 16 bits do not name a feature
 
@@ -144,9 +71,9 @@ __device__ WRITESAE_NOINLINE Bar keep_largest(Candidates<ROWS> buffer, int k, in
   uint16_t* const features = buffer.features() + own;
   const int count = bar.count;
   active = active && count >= k;
-  const int most = (largest(active ? count : 0) + STEP - 1) / STEP * STEP;
+  const int most = (tile::warp_max(active ? count : 0) + STEP - 1) / STEP * STEP;
   if (most == 0) return bar;
-  WRITESAE_COUNT(raises, 1);
+  tally("raises");
   // Keys from here on: at least k entries reach `low`, fewer than k exceed `high`.
   const bool writes = ROWS == tile::WARP || tile::lane() < ROWS;
   int low = NAN_KEY, high = LAST_KEY;
@@ -166,8 +93,8 @@ __device__ WRITESAE_NOINLINE Bar keep_largest(Candidates<ROWS> buffer, int k, in
   int reach_low = count, probe = 0;
   bool searching = active && count > k + slack && low != high;
   const float lowest = from_key(low), scale = sum / static_cast<float>(count) - lowest;
-  while (any(searching)) {
-    WRITESAE_COUNT(probes, 1);
+  while (tile::any(searching)) {
+    tally("probes");
     // Tails are about exponential: ln(reach / wanted) times the mean excess further up; every other time halve, which ends.
     const uint32_t gap = static_cast<uint32_t>(high) - static_cast<uint32_t>(low);
     int middle = static_cast<int>(static_cast<uint32_t>(low) + gap / 2 + (gap & 1u));
@@ -194,7 +121,7 @@ __device__ WRITESAE_NOINLINE Bar keep_largest(Candidates<ROWS> buffer, int k, in
   if (!active) low = LAST_KEY;
   const bool cut = active && reach_low > k + slack;  // of those that equal `low`, only so many may stay
   int ties = most;
-  if (any(cut)) {
+  if (tile::any(cut)) {
     int above = 0;
     for (int i = 0; i < most; i++) above += static_cast<int>(values[i * STRIDE]) > low ? 1 : 0;
     if (cut) ties = k - above;
@@ -240,22 +167,22 @@ __device__ __forceinline__ void take_tile(const Candidates<ROWS>& buffer, const 
   for (int j = 0; j < TILE / 2; j++)
 #pragma unroll
     for (int i = 0; i < 2; i++)
-      below[i] = append_below(below[i], tile::bits_to_float(x[(TILE / 2 * i + j) * stride]), bar.height);
+      below[i] = tile::append_below(below[i], tile::bits_to_float(x[(TILE / 2 * i + j) * stride]), bar.height);
   const uint32_t exist = open ? 0xffffu << (TILE - width) & 0xffffu : 0u;
   uint32_t pass = ~(below[0] << 8 | below[1]) & exist;  // the first feature's bit is the highest
   uint32_t* value = buffer.values() + bar.count * STRIDE + tile::lane();
   uint16_t* feature = buffer.features() + bar.count * STRIDE + tile::lane();
   const int before = bar.count;
   bar.count += tile::count_bits(pass);
-  WRITESAE_COUNT(kept, bar.count - before);
-  WRITESAE_COUNT(tiles, 1);
-  while (any(pass != 0)) {  // two at a time: their loads are under way together
-    WRITESAE_COUNT(rounds, 1);
+  tally("kept", bar.count - before);
+  tally("tiles");
+  while (tile::any(pass != 0)) {  // two at a time: their loads are under way together
+    tally("rounds");
     const bool one = pass != 0;
-    const int i = one ? highest_bit(pass) : 0;
+    const int i = one ? tile::highest_bit(pass) : 0;
     pass ^= one ? 1u << i : 0u;
     const bool two = pass != 0;
-    const int j = two ? highest_bit(pass) : 0;
+    const int j = two ? tile::highest_bit(pass) : 0;
     pass ^= two ? 1u << j : 0u;
     const uint32_t first_bits = x[(TILE - 1 - i) * stride], second_bits = x[(TILE - 1 - j) * stride];
     if (one) value[0] = first_bits, feature[0] = static_cast<uint16_t>(first + TILE - 1 - i);

@@ -166,6 +166,18 @@ class Shared {
   }
 };
 
+class SharedBytes {
+ public:
+  explicit SharedBytes(void* p) : at_(static_cast<char*>(p)) {}
+  template <class T>
+  T* get(int bytes = 0) const {
+    return reinterpret_cast<T*>(at_ + bytes);
+  }
+
+ private:
+  char* at_;
+};
+
 // ---- barriers -------------------------------------------------------------------------------------------------------
 
 inline void sync(WRITESAE_HERE) { twin::meet(true, "sync", {file, line}, nullptr, nullptr); }
@@ -221,6 +233,15 @@ inline uint32_t ballot(bool x, WRITESAE_HERE) {
 inline int count_bits(uint32_t x) { return __builtin_popcount(x); }
 inline int count_bits(unsigned long long x) { return __builtin_popcountll(x); }
 inline int lowest_bit(uint32_t x) { return __builtin_ctz(x); }
+inline int highest_bit(uint32_t x) { return 31 - __builtin_clz(x); }
+inline bool any(bool x, WRITESAE_HERE) { return ballot(x, file, line) != 0; }
+inline int warp_max(int x, WRITESAE_HERE) {
+  for (int step = 1; step < WARP; step *= 2) {
+    const int other = shuffle_xor(x, step, file, line);
+    x = other > x ? other : x;
+  }
+  return x;
+}
 
 // ---- atomics --------------------------------------------------------------------------------------------------------
 
@@ -270,6 +291,7 @@ inline uint32_t pack_bf16(float low, float high) {
 }
 inline uint32_t pack_f16(float low, float high) { return to_f16(low).bits | static_cast<uint32_t>(to_f16(high).bits) << 16; }
 uint32_t to_tf32(float x);
+inline uint32_t append_below(uint32_t bits, float x, float height) { return bits << 1 | (x < height ? 1u : 0u); }
 inline float exponential(float x) { return std::exp(x); }
 inline float round_to_whole(float x) { return std::rint(x); }
 inline float reciprocal_root(float x) { return 1.0f / std::sqrt(x); }

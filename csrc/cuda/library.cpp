@@ -62,13 +62,6 @@ std::vector<int64_t> encode_plan(int64_t B, int64_t T, int64_t heads, int64_t K,
   return {found.segment, found.parts, found.heads, found.slots, found.capacity, static_cast<int64_t>(1e6 * found.busy)};
 }
 
-// What encode's selection did since the last call, see SelectionCounts.
-std::vector<int64_t> encode_selection() {
-  const auto c = cuda::selection_counts;
-  cuda::selection_counts = {};
-  return {c.chunks, c.redone, c.tokens, c.tokens_redone, c.raises, c.probes, c.tiles, c.rounds, c.kept};
-}
-
 }  // namespace
 #endif
 
@@ -88,7 +81,6 @@ STABLE_TORCH_LIBRARY(writesae_twin, m) {
   m.def("encode_segment(int tokens) -> int");
   m.def("encode_parts(int parts) -> int");
   m.def("encode_plan(int B, int T, int heads, int K, int V, int F, int k, str precision) -> int[]");
-  m.def("encode_selection() -> int[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(writesae_twin, CPU, m) {
@@ -100,7 +92,6 @@ STABLE_TORCH_LIBRARY_IMPL(writesae_twin, CompositeExplicitAutograd, m) {
   m.impl("encode_segment", TORCH_BOX(&writesae::encode_segment));
   m.impl("encode_parts", TORCH_BOX(&writesae::encode_parts));
   m.impl("encode_plan", TORCH_BOX(&writesae::encode_plan));
-  m.impl("encode_selection", TORCH_BOX(&writesae::encode_selection));
 }
 
 #endif

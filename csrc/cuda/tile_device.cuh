@@ -49,6 +49,19 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// A pointer to shared memory that functions which are not inlined take: 32 bits, and the compiler sees what it points to.
+class SharedBytes {
+ public:
+  __device__ __forceinline__ explicit SharedBytes(void* p) : at_(shared_address(p)) {}
+  template <class T>
+  __device__ __forceinline__ T* get(int bytes = 0) const {
+    return static_cast<T*>(__cvta_shared_to_generic(at_ + bytes));
+  }
+
+ private:
+  uint32_t at_;
+};
+
 // ---- barriers -------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void sync() { __syncthreads(); }
@@ -78,6 +91,12 @@ __device__ __forceinline__ int count_bits(uint32_t x) { return __popc(x); }
 __device__ __forceinline__ int count_bits(unsigned long long x) { return __popcll(x); }
 // Place of the lowest bit that is set; x is not zero.
 __device__ __forceinline__ int lowest_bit(uint32_t x) { return __ffs(static_cast<int>(x)) - 1; }
+// Place of the highest.
+__device__ __forceinline__ int highest_bit(uint32_t x) { return 31 - __clz(static_cast<int>(x)); }
+// Whether x holds in any lane of the warp: one instruction, where a ballot that is compared takes three.
+__device__ __forceinline__ bool any(bool x) { return __any_sync(0xffffffffu, x); }
+// The largest x of the warp, in every lane.
+__device__ __forceinline__ int warp_max(int x) { return __reduce_max_sync(0xffffffffu, x); }
 
 // ---- atomics, on shared or global memory; they return the value before ----------------------------------------------
 
@@ -140,6 +159,10 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
 }
 __device__ __forceinline__ float bits_to_float(uint32_t x) { return __uint_as_float(x); }
 __device__ __forceinline__ uint32_t float_to_bits(float x) { return __float_as_uint(x); }
+// bits * 2 + (x < height), without a predicate; false where one is NaN: the subtraction then gives 0x7fffffff.
+__device__ __forceinline__ uint32_t append_below(uint32_t bits, float x, float height) {
+  return __funnelshift_l(__float_as_uint(x - height), bits, 1);
+}
 __device__ __forceinline__ float exponential(float x) { return expf(x); }
 __device__ __forceinline__ float round_to_whole(float x) { return rintf(x); }
 __device__ __forceinline__ float reciprocal_root(float x) { return 1.0f / sqrtf(x); }
