@@ -30,11 +30,12 @@ MAY_IMPORT = {
     "edits": {"_arguments"},
     "files": set(),
     "interrupt": set(),
+    "objects": {"files", "untrusted"},
     "untrusted": set(),
     "options": {"_library", "default", "sae"},
     "ranks": set(),
     "ops": {"writes", "firings", "edits", "_library", "_arguments", "_autocast"},
-    "text": {"default", "files", "untrusted"},
+    "text": {"default", "files", "objects", "untrusted"},
     "sae": {
         "ops",
         "writes",
@@ -55,6 +56,7 @@ MAY_IMPORT = {
     "models": {"ops", "writes", "firings", "edits", "files", "default", "untrusted", "policies"},
     "collect": {
         "_installed",
+        "objects",
         "models",
         "ranks",
         "sae",

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..files import discard, read_sealed, sync_folder
+from ..files import read_sealed, sync_folder
 from ..interrupt import Stop, finishing
 from ..text.passages import passages
 from . import files, plan
@@ -28,8 +28,6 @@ from .unit_marks import marker_path, unit_marker
 from .units import Worker
 from .verify import verify
 
-_POLL = 0.5  # seconds between two looks at what other workers do
-
 
 def collect_units(job: Job, rank: int = 0, world_size: int = 1) -> dict:
     """Does this worker's share of an open collection, then what others left; see `run.collect`."""
@@ -39,7 +37,7 @@ def collect_units(job: Job, rank: int = 0, world_size: int = 1) -> dict:
     with working(job) as (worker, stop):
         share = [unit for unit in worker.units if unit.number % world_size == rank]
         for unit in share:
-            worker.forget_damaged(unit, digests=True)
+            worker.forget_damaged(unit)
         at = share[0].number if share else 0
         others = [unit for unit in (*worker.units[at:], *worker.units[:at]) if unit.number % world_size != rank]
         if not work(worker, [*share, *others], stop):
@@ -69,16 +67,16 @@ def open_worker(job: Job, stack: ExitStack) -> Worker:
 
 def planned(job: Job) -> list[Unit]:
     """The plan, made if there is none; a damaged one is made again, for it follows from the manifest."""
-    path, session, content = job.out / plan.PLAN, job.session, job.content
+    session, content = job.session, job.content
     try:
         return plan.read(job.out, job.digest)
     except ValueError:
-        discard(path)
+        job.where.discard(plan.PLAN)
     limit = content["max_tokens"]
     events = None
     if limit is not None:
         events = passages(job.corpus, session.tokenize, content["context"], session.bos, limit)
-    plan.write(job.out, plan.cut(job.corpus, content["unit"], job.digest, events), job.digest)
+    plan.write(job.where, plan.cut(job.corpus, content["unit"], job.digest, events), job.digest)
     return plan.read(job.out, job.digest)
 
 
@@ -121,7 +119,8 @@ def work(worker: Worker, units: list[Unit], stop: Stop) -> bool:
             if stop:
                 return False
         if not did:
-            time.sleep(_POLL)
+            time.sleep(worker.job.where.poll)
+            worker.look()
 
 
 def finished(job: Job) -> dict | None:
@@ -130,17 +129,17 @@ def finished(job: Job) -> dict | None:
     if not (out / "summary.json").exists():
         return None
     with files.claimed(out / ".finish", wait=True):
-        found = verify(out)
+        found = verify(job.where)
         for problem in found.lines() if job.progress else ():
-            tqdm.write(f"{out}: {problem}", file=sys.stderr)
+            tqdm.write(f"{job.where}: {problem}", file=sys.stderr)
         if not (found.damaged or found.missing):
-            sweep(out, job.content, job.digest)
+            sweep(job.where, job.content, job.digest)
             return read_sealed(out / "summary.json")
-        discard(out / "summary.json")
+        job.where.discard("summary.json")
         sync_folder(out)
         worker = Worker(job, planned(job))
         for unit in worker.units:
-            worker.forget_damaged(unit, digests=True)
+            worker.forget_damaged(unit)
     return None
 
 
@@ -148,12 +147,19 @@ def end(worker: Worker, began: float) -> dict:
     """Puts the units together, or waits for who does."""
     job = worker.job
     with finishing("part of the index") as stop, files.claimed(job.out / ".finish", wait=True):
+        worker.look()
         if not (job.out / "summary.json").exists():
             numbers = range(len(worker.units))
             own_part = partial(own, worker, began)
-            put_together(job.out, job.content, job.digest, numbers, own_part, job.progress, stop)
+            try:
+                put_together(job.where, job.content, job.digest, numbers, own_part, job.progress, stop)
+            except ValueError:
+                # In an object store, where nothing holds others back, one may have ended it, and removed what is spent.
+                worker.look()
+                if not job.where.remote or not (job.out / "summary.json").exists():
+                    raise
         else:  # another worker did; this one may have touched locks since
-            sweep(job.out, job.content, job.digest)
+            sweep(job.where, job.content, job.digest)
         return read_sealed(job.out / "summary.json")
 
 

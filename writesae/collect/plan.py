@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from ..files import read_sealed, sealed, write_first
+from ..files import read_sealed, sealed
 from ..text.corpus import Corpus, Document
 from ..text.passages import Cursor, DocumentEnd
 from ..untrusted import is_integer
@@ -110,9 +110,10 @@ def _bytes(corpus: Corpus, document: Document) -> int:
         return stream.seek(0, 2)
 
 
-def write(out: Path, units: list[Unit], manifest: str) -> None:
-    """Puts the plan down, unless another worker was first: of one manifest they are equal."""
-    write_first(out / PLAN, sealed({"manifest": manifest, "units": [astuple(unit) for unit in units]}).encode(), out)
+def write(where, units: list[Unit], manifest: str) -> None:
+    """Puts the plan down, unless another worker was first: of one manifest they are equal. where: a `mirror.Folder`."""
+    value = {"manifest": manifest, "units": [astuple(unit) for unit in units]}
+    where.write(PLAN, sealed(value).encode(), first=True)
 
 
 def read(out: Path, manifest: str) -> list[Unit]:

@@ -28,6 +28,7 @@ from ..untrusted import is_integer
 from . import manifest
 from .files import DOCUMENTS, FEATURES, FIRINGS, TOKENS, checked, parquet, read_table, row_groups, shifted
 from .marks import entries_sound, marked, part_name, shard_marker, shard_numbers
+from .mirror import folder_of
 from .unit_marks import unit_marker, unit_numbers
 
 _PLACE = ("document", "row", "position")
@@ -71,23 +72,27 @@ class Piece:
 
 
 class Store:
-    """A folder that `writesae collect` made.
+    """A folder that `writesae collect` made, or one in an object store, given by its URL.
 
     Attributes:
-        path: the folder. manifest: what was collected. mode: "all", "top" or "reservoir". context: tokens a passage.
-        sites: (layer, head) in order. complete: whether the collection ended.
+        path: the folder; of a URL, one of this machine's cache, into which files are fetched as they are needed.
+        where: the folder, or what it stands for. manifest: what was collected. mode: "all", "top" or "reservoir".
+        context: tokens a passage. sites: (layer, head) in order. complete: whether the collection ended.
 
     Raises:
         ValueError: not such a folder, or an unfinished one of a mode that stores its firings at the end.
     """
 
     def __init__(self, path):
-        self.path = Path(path)
+        self.where = folder_of(path, "path", "store")
+        self.path = self.where.path
+        with self.where.beginning():
+            pass  # what says where things are is fetched
         try:
             self.manifest = manifest.read(self.path / "manifest.json")
         except ValueError as error:
             raise ValueError(
-                f"path: expected a folder made by `writesae collect`, got {self.path} ({error})"
+                f"path: expected a folder made by `writesae collect`, got {self} ({self._shown(error)})"
             ) from error
         self.mode = self.manifest["mode"]
         self.context = self.manifest["context"]
@@ -97,12 +102,15 @@ class Store:
         self._known: set[str] = set()
         self._units: dict[int, dict] = {}  # markers read
         if not self._sealed:
-            warnings.warn(f"{self.path} was made by an older writesae: its files have no digests", stacklevel=2)
+            warnings.warn(f"{self} was made by an older writesae: its files have no digests", stacklevel=2)
         if not self.complete and self.mode != "all":
             raise ValueError(
-                f"path: the collection in {self.path} is not finished, and mode {self.mode} stores its firings at the "
+                f"path: the collection in {self} is not finished, and mode {self.mode} stores its firings at the "
                 "end: run the same `writesae collect` again"
             )
+
+    def __str__(self) -> str:
+        return str(self.where)
 
     def summary(self) -> dict:
         """The run's summary; of an unfinished collection the sums of its finished shards."""
@@ -119,7 +127,7 @@ class Store:
         """Compares every file with its digest; returns what is wrong, see `collect.verify.Verified`."""
         from .verify import verify
 
-        return verify(self.path)
+        return verify(self.where)
 
     @cached_property
     def documents(self) -> pa.Table:
@@ -142,7 +150,7 @@ class Store:
             ValueError: the collection is not finished, or has no such site.
         """
         if not self.complete:
-            raise ValueError(f"counts: the collection in {self.path} is not finished")
+            raise ValueError(f"counts: the collection in {self} is not finished")
         self._check(layer, head)
         return _where(self._read("features.parquet", FEATURES), layer=layer, head=head)
 
@@ -267,7 +275,7 @@ class Store:
         found = _numpy(_where(pa.concat_tables(tables), document=document)["token"])
         if len(found) != record["tokens"]:
             raise ValueError(
-                f"{self.path}: document {document} has {record['tokens']} tokens by documents.parquet, and "
+                f"{self}: document {document} has {record['tokens']} tokens by documents.parquet, and "
                 f"{len(found)} in {', '.join(names)}"
             )
         return found
@@ -289,7 +297,7 @@ class Store:
             ids, source = passages[f["document"], f["row"]]
             if f["position"] >= len(ids):
                 raise ValueError(
-                    f"{self.path}: a firing of {layer}:{head} feature {feature} is on token {f['position']} of "
+                    f"{self}: a firing of {layer}:{head} feature {feature} is on token {f['position']} of "
                     f"document {f['document']} row {f['row']}, which has {len(ids)}"
                 )
             low = max(f["position"] - width, 0)
@@ -309,7 +317,7 @@ class Store:
             try:
                 record = self._document(document)
             except ValueError as error:
-                raise ValueError(f"{self.path}: a firing is in a document that is not there: {error}") from error
+                raise ValueError(f"{self}: a firing is in a document that is not there: {error}") from error
             sources[document] = record["source"]
             shards.setdefault(self._part("tokens", record["first_passage"] + row), []).append((document, row))
         for name, places in shards.items():
@@ -331,7 +339,7 @@ class Store:
         most = int(self._first_passages[-1])
         if min(first, passages, record["tokens"]) < 0 or first + passages > most:
             raise ValueError(
-                f"{self.path}: by its table document {document} has {passages} passages from number {first} on, which "
+                f"{self}: by its table document {document} has {passages} passages from number {first} on, which "
                 f"{self._shards} shards cannot hold"
             )
         return record
@@ -436,8 +444,15 @@ class Store:
 
     def _unit(self, number: int) -> dict:
         if number not in self._units:
-            self._units[number] = unit_marker(self.path, number, self._manifest_digest)
+            try:
+                self._units[number] = unit_marker(self.path, number, self._manifest_digest)
+            except ValueError as error:
+                raise ValueError(self._shown(error)) from error
         return self._units[number]
+
+    def _shown(self, error: ValueError) -> str:
+        """What an error of a file says, of the file where it lies."""
+        return str(error).replace(str(self.path), str(self))
 
     @cached_property
     def _manifest_digest(self) -> str:
@@ -476,10 +491,12 @@ class Store:
             else:
                 listed = marked(self.path, stem, self._manifest_digest)["files"]
             if name not in listed:
-                raise ValueError(f"{path} is no file of this collection")
+                raise ValueError(f"{self.where.shown(name)} is no file of this collection")
+            self.where.need({"files": listed}, [name])
             found = problem(path, listed[name])
             if found is not None:
-                raise ValueError(f"{path} is {found}" if found == "missing" else f"{path} is damaged: {found}")
+                shown = self.where.shown(name)
+                raise ValueError(f"{shown} is {found}" if found == "missing" else f"{shown} is damaged: {found}")
             self._known.add(name)
         return path
 
@@ -491,7 +508,7 @@ class Store:
 
     def _part(self, table: str, passage: int) -> str:
         if not 0 <= passage < self._first_passages[-1]:
-            raise ValueError(f"{self.path}: passage {passage} is asked for, of {int(self._first_passages[-1])} it has")
+            raise ValueError(f"{self}: passage {passage} is asked for, of {int(self._first_passages[-1])} it has")
         at = int(np.searchsorted(self._first_passages, passage, side="right")) - 1
         piece = self.pieces[at]
         number = (passage - int(self._first_passages[at])) // piece.shard_passages
