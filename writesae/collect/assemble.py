@@ -15,6 +15,7 @@ from . import files
 from .finish import Assembled, Piece, Selecting, assemble
 from .modes import Features
 from .plan import PLAN
+from .shared_digests import FOLDER as DIGESTS
 from .source import Site
 from .unit_marks import TABLES, chain, unit_marker, unit_numbers
 from .units import piece, remove_spent, write_index
@@ -117,5 +118,7 @@ def sweep(out: Path, content: dict, digest: str) -> None:
                     shutil.rmtree(path, ignore_errors=True)
     for path in (out / "units").glob("*.lock"):
         discard(path)
+    shutil.rmtree(out / DIGESTS, ignore_errors=True)
+    discard(out / ".plan")
     for folder in (out, out / "done", out / "index", out / "tokenizer"):
         discard_left_over(folder)

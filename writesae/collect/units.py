@@ -131,14 +131,14 @@ class Worker:
         job, size = self.job, self.job.content["shard_passages"]
         for name in (*PARTS, "done"):
             make_folder(folder, name)
-        corpus = Range(job.corpus, unit)
+        corpus = Range(job.corpus, unit.start, unit.documents)
 
         def unchanged(shard: Shard) -> None:
-            job.watched.check(unit.place[0], corpus.file)
+            job.watched.check(unit.start.place[0], corpus.file)
 
         state = Progress(folder, job.features, job.selection(), job.digest, unchanged)
         state.cursor = unit.start
-        job.session.max_tokens = unit.tokens
+        job.session.max_tokens, job.session.goes_on = unit.tokens, unit.goes_on
         self.repaired += job.session.load(corpus, state, size)
         job.session.run(corpus, state, size, None, stop)
         if state.last:
