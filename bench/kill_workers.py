@@ -168,7 +168,8 @@ def main() -> None:
             while workers.running() and len(moments) < args.kills:
                 while cluster is not None and workers.running() and count(out) == done:
                     time.sleep(0.05)  # Ray's workers load the model anew: not before one has done a unit since
-                after = rng.uniform(0, seconds / 3)  # so that several fall into one collection
+                # So that several fall into one collection.
+                after = rng.uniform(0, seconds / 3 if cluster is None else 2 * seconds / units)
                 deadline = time.monotonic() + after
                 while workers.running() and time.monotonic() < deadline:
                     time.sleep(0.01)
