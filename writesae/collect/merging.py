@@ -199,7 +199,7 @@ def _renumbered(source: Path, path: Path, by: int, schema, root: Path) -> None:
 def _piece(store: Store, first: int) -> Piece:
     return Piece(
         store.file("documents.parquet"), store.file("features.parquet"),
-        lambda site: store.file(f"index/layer-{site.layer}-head-{site.head}.parquet"),
+        lambda site: [store.file(f"index/layer-{site.layer}-head-{site.head}.parquet")],
         sum(store.counted(at)["passages"] for at in range(len(store.pieces))), first,
     )  # fmt: skip
 
