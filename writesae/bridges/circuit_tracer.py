@@ -123,7 +123,8 @@ def _effects(model, ids: Tensor, dictionaries, fired: Firings, targets: Tensor) 
         at = torch.nonzero(fired.layer == layer).flatten()
         if not len(at):
             continue
-        v, w = [], []
+        v: list[Tensor] = []
+        w: list[Tensor] = []
         for n in at.tolist():
             atoms = dictionaries[layer, int(fired.head[n])].atoms()
             for side, x in zip((v, w), atoms, strict=True):
@@ -141,8 +142,8 @@ def _effects(model, ids: Tensor, dictionaries, fired: Firings, targets: Tensor) 
         rights = [right for _, _, right in sides]
         for m, token in enumerate(targets.tolist()):
             grads = torch.autograd.grad(logits[token] - logits.mean(), rights, retain_graph=True)
-            for (again, w, _), grad in zip(sides, grads, strict=True):
-                effects[:, m].index_add_(0, again, fired.activation[again] * (grad * w).sum(-1))
+            for (again, value, _), grad in zip(sides, grads, strict=True):
+                effects[:, m].index_add_(0, again, fired.activation[again] * (grad * value).sum(-1))
     return effects
 
 

@@ -28,11 +28,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     stored = parser.add_argument_group("of a collection")
     add = stored.add_argument
     add("--site", type=_site, action="append", metavar="LAYER:HEAD", help="only this site; repeatable (default: all)")
-    add("--features", type=int, help="neuronpedia, sae-dashboard: of a site at most so many, the most frequent ones, in "
-        "firings (default: all that fired)")  # fmt: skip
+    add("--features", type=int, help="neuronpedia, sae-dashboard: of a site at most so many atoms, the most frequent "
+        "ones (default: all that fired)")  # fmt: skip
     add("--width", type=int, help="neuronpedia, sae-dashboard: tokens shown either side of a firing (default: 16)")
-    add("--splits", type=int, help="delphi: files a site, by ranges of features; it reads one at a time, tokens in each "
-        "(default: 5)")  # fmt: skip
+    add("--splits", type=int, help="delphi: files a site, by ranges of atoms, the tokens in each; it reads one at a "
+        "time (default: 5)")  # fmt: skip
     add("--pad", type=int, help="delphi: token id behind the end of short passages, where no firings are (default: 0)")
     names = parser.add_argument_group("names that the other tool shows")
     add = names.add_argument
@@ -133,6 +133,8 @@ def _circuit_tracer(args: argparse.Namespace, out: Path) -> dict:
     from ..models import load
     from .circuit_tracer import export
 
+    if not args.source:  # before the model is loaded
+        raise ValueError("source: expected the text of a prompt, got none")
     args.model = args.model or "default"
     model, tokenizer = load(args.model, trust_remote_code=args.trust_remote_code)
     options = _given(args, "top", "logits", slug="name", scan="model_id")

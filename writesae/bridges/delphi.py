@@ -84,7 +84,7 @@ def _write_site(
 def _configuration(store: Store, where: Passages, splits: int) -> dict:
     """delphi's CacheConfig, the length under both names that its releases read, and the model."""
     return {
-        "dataset_repo": store.path.name, "dataset_split": "", "dataset_name": "", "dataset_column": "text", "batch_size": 1,
-        "ctx_len": store.context, "cache_ctx_len": store.context, "n_tokens": int(where.tokens.size),
+        "dataset_repo": store.path.name, "dataset_split": "", "dataset_name": "", "dataset_column": "text",
+        "batch_size": 1, "ctx_len": store.context, "cache_ctx_len": store.context, "n_tokens": int(where.tokens.size),
         "n_splits": splits, "model_name": model_name(store),
     }  # fmt: skip

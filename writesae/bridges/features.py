@@ -73,7 +73,8 @@ class Texts:
     """
 
     def __init__(self, decode: Callable[[list[int]], str]):
-        self._decode, self._known = decode, {}
+        self._decode = decode
+        self._known: dict[int, str] = {}
         self._before = next((i for i in range(256) if len(decode([i])) == 1 and "\ufffd" not in decode([i])), None)
 
     def _one(self, token: int) -> str:
@@ -152,7 +153,7 @@ def histogram(values: np.ndarray, low: float | None = 0.0) -> tuple[list[float],
     return [short(x) for x in (edges[:-1] + edges[1:]) / 2], counts.tolist()
 
 
-def short(value: float) -> float:
+def short(value) -> float:
     """Five digits of a number: pages and files show no more."""
     return float(f"{float(value):.5g}")
 
@@ -173,8 +174,9 @@ def _levels(
         values[place[inside] - begin - low] = activation[inside]
         return Shown(texts(where.tokens[passage, low:high].tolist()), [short(x) for x in values], position - low)
 
-    def level(order: np.ndarray, some: np.ndarray, low: float, high: float, is_top: bool) -> Level:
-        return Level(is_top, short(low), short(high), len(order) / len(activation), [shown(int(x)) for x in some])
+    def level(order: np.ndarray, some: np.ndarray, low, high, is_top: bool) -> Level:
+        pieces = [shown(int(x)) for x in some]
+        return Level(is_top, short(low), short(high), len(order) / len(activation), pieces)
 
     best, made = falling[:top], []
     if len(best):

@@ -82,7 +82,8 @@ def export(
         shown_pages = pages(store, found, where, decode, chosen, width=width, promotes=promotes)
         with tqdm(total=len(chosen), desc=folder.name, unit="feature", disable=not progress, leave=False) as bar:
             for number, start in enumerate(range(0, len(chosen), BATCH)):
-                batch = []
+                batch: list[Feature] = []
+                body: dict[str, Any]
                 for _ in chosen[start : start + BATCH]:
                     batch.append(next(shown_pages))
                     bar.update()

@@ -1,4 +1,5 @@
-"""SAELens knows our dictionaries, once this is imported: the architecture `writesae_bilinear`. Needs the extra `saelens`.
+"""SAELens knows our dictionaries once this is imported, as the architecture `writesae_bilinear`. Needs sae-lens, the
+extra `saelens`.
 
     import sae_lens, writesae.bridges.saelens
     sae = sae_lens.SAE.load_from_disk("exported")              # of `writesae export saelens`
@@ -17,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..sae import SAE
-from ..sae.saelens_layout import ARCHITECTURE, FIELDS, configuration
 from ..sae.sae import SparseCodes
+from ..sae.saelens_layout import ARCHITECTURE, FIELDS, configuration
 from ..untrusted import is_integer, shown
 
 try:
@@ -178,7 +179,7 @@ def from_saelens(
     if architecture not in _DENSE:
         raise ValueError(f"sae: expected the architecture {ARCHITECTURE}, {', '.join(_DENSE)}, got {architecture}")
     c = sae.cfg
-    if not is_integer(K, 1) or not is_integer(V, 1) or K * V != c.d_in:
+    if K is None or V is None or not is_integer(K, 1) or not is_integer(V, 1) or K * V != c.d_in:
         raise ValueError(f"K, V: expected sizes whose product is d_in={c.d_in}, got {shown(K)} and {shown(V)}")
     for name, value in (("normalize_activations", "none"), ("reshape_activations", "none")):
         if getattr(c, name) != value:

@@ -106,7 +106,7 @@ def chosen_sites(store: Store, sites: Iterable[tuple[int, int]] | None) -> list[
     Raises:
         ValueError: one that it does not have.
     """
-    wanted = list(dict.fromkeys(tuple(site) for site in sites)) if sites else list(store.sites)
+    wanted = list(dict.fromkeys((layer, head) for layer, head in sites)) if sites else list(store.sites)
     for site in wanted:
         if site not in store.sites:
             names = ", ".join(f"{a}:{b}" for a, b in store.sites[:12])
