@@ -79,7 +79,8 @@ def dictionary(kind: str) -> tuple[writesae.SAE, torch.Tensor]:
         torch.nn.init.uniform_(sae.threshold, 0.2, 0.5)
     if sae.sparsity == "pursuit":
         a = torch.randn(6, 6)
-        sae.metric.copy_(a @ a.T + torch.eye(6))
+        a = a @ a.T
+        sae.metric.copy_((a + a.T) / 2 + torch.eye(6))
         scale = torch.einsum("frk,kj,frj->fr", sae.v_dec, sae.metric, sae.v_dec).rsqrt()
         sae.v_dec.data.mul_(scale[..., None])
     else:
@@ -197,9 +198,9 @@ def test_delphi_reads_a_collection_of_the_embedded_model(tmp_path):
 
     store, (layer, head) = real_store(), SITE
     delphi.export(store, tmp_path)
-    options = ConstructorConfig(example_ctx_len=16, min_examples=20, n_non_activating=5)
-    tokenizer = writesae.load_default()[1]
-    found = loader.LatentDataset(tmp_path, SamplerConfig(n_examples_train=10, n_examples_test=10), options, tokenizer)
+    sampled = SamplerConfig(n_examples_train=2, n_examples_test=2, n_quantiles=2)
+    built = ConstructorConfig(example_ctx_len=16, min_examples=6, n_non_activating=5)
+    found = loader.LatentDataset(tmp_path, sampled, built, writesae.load_default()[1])
     first = dict(zip(*(store.documents[x].to_pylist() for x in ("document", "first_passage")), strict=True))
     mine = sorted(
         (first[f["document"]] + f["row"], f["position"], f["feature"], f["activation"])
