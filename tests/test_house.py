@@ -89,6 +89,19 @@ MAY_IMPORT = {
         "options",
     },
     "report": {"firings", "files", "collect", "untrusted"},
+    "bridges": {
+        "atoms",
+        "collect",
+        "default",
+        "edits",
+        "files",
+        "firings",
+        "models",
+        "options",
+        "sae",
+        "untrusted",
+        "writes",
+    },
 }
 EXTRAS = {
     "scipy",
@@ -101,6 +114,8 @@ EXTRAS = {
     "duckdb",
     "plotly",
     "transformer_lens",
+    "sae_lens",
+    "nnsight",
     "accelerate",
 }
 

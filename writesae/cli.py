@@ -87,6 +87,14 @@ COMMANDS = {
         "writesae merge runs/notes runs/letters runs/all",
         _GOES_ON,
     ),
+    "export": Command(
+        "writesae.bridges.command",
+        "put dictionaries, a collection or a prompt into the format of another tool",
+        "For SAELens, delphi, Neuronpedia, sae-dashboard or circuit-tracer, none of which has to be installed. Writes "
+        "the files to OUT, all or none, and prints what they hold as JSON; sends nothing.",
+        "writesae export delphi runs/notes runs/delphi",
+        "nothing was written; the same command begins anew",
+    ),
     "replace": Command(
         "writesae.experiments.command",
         "run the replacement test: a write against the atom, its deletion and a random matrix",
