@@ -89,6 +89,7 @@ MAY_IMPORT = {
         "options",
     },
     "report": {"firings", "files", "collect", "untrusted"},
+    "browse": {"files", "interrupt"},
 }
 EXTRAS = {
     "scipy",
@@ -102,6 +103,8 @@ EXTRAS = {
     "plotly",
     "transformer_lens",
     "accelerate",
+    "starlette",
+    "uvicorn",
 }
 
 

@@ -1,21 +1,22 @@
 """The server: pages made when they are asked for, the table's columns, and what runs the model.
 
-    /                          the list of features        /data/NAME     its columns
-    /LAYER/HEAD/FEATURE        a feature, for ever         /LxHy/N.html   the same, as an export calls it
-    /text, /try, /about        with a model the first two  /api/text, /api/compare   POST, JSON
+/                          the list of features        /data/NAME     its columns
+/LAYER/HEAD/FEATURE        a feature, for ever         /LxHy/N.html   the same, as an export calls it
+/text, /try, /about        with a model the first two  /api/text, /api/compare   POST, JSON
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import math
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
-from . import link
 from .guard import Guard
+from .links import link
 from .pages import HERE, KINDS, Missing, Pages
 
 KINDS_OF_FILES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -52,13 +53,15 @@ def make_app(atlas: Any, host: str = "127.0.0.1"):
     def page(make: Callable[[], str]) -> Callable:
         return lambda request: HTMLResponse(make())
 
+    def where(request: Request) -> tuple[int, int, int]:
+        return request.path_params["layer"], request.path_params["head"], request.path_params["feature"]
+
     def feature(request: Request) -> Response:
-        where = [int(request.path_params[x]) for x in ("layer", "head", "feature")]
         with one:  # a store's files are read by one thread at a time
-            return HTMLResponse(pages.feature(*where))
+            return HTMLResponse(pages.feature(*where(request)))
 
     def exported(request: Request) -> Response:
-        to = link(*(int(request.path_params[x]) for x in ("layer", "head", "feature")))
+        to = link(*where(request))
         return RedirectResponse(f"../{to}", 301)
 
     def data(request: Request) -> Response:
@@ -81,7 +84,9 @@ def make_app(atlas: Any, host: str = "127.0.0.1"):
         if isinstance(error, Missing):
             return HTMLResponse(pages.error(error.title, error.hint, depth), 404)
         title = "There is no such page"
-        return HTMLResponse(pages.error(title, "A feature’s page is /LAYER/HEAD/NUMBER, such as /5/3/1258.", depth), 404)
+        return HTMLResponse(
+            pages.error(title, "A feature’s page is /LAYER/HEAD/NUMBER, such as /5/3/1258.", depth), 404
+        )
 
     def broken(request: Request, error: Exception) -> Response:
         depth = request.url.path.count("/") - 1
@@ -161,7 +166,7 @@ def _line(event: dict) -> bytes:
     return json.dumps(event).encode() + b"\n"
 
 
-async def _events(start: Callable[[], Iterator[dict]]) -> AsyncIterator[dict]:
+async def _events(start: Callable[[], Iterator[dict]]) -> AsyncGenerator[dict, None]:
     """Events of a generation that runs in a thread of its own; closing this iterator stops it after its next one."""
     loop, queue, stop = asyncio.get_running_loop(), asyncio.Queue[dict | None](), threading.Event()
     room = threading.Semaphore(_AHEAD)
@@ -171,7 +176,7 @@ async def _events(start: Callable[[], Iterator[dict]]) -> AsyncIterator[dict]:
             loop.call_soon_threadsafe(queue.put_nowait, event)
 
     def work() -> None:
-        events = None
+        events: Any = None
         try:
             events = start()
             for event in events:
@@ -233,10 +238,16 @@ def _edit(value: Any) -> dict:
     return out
 
 
+def _finite(x: float) -> float | None:
+    """A number as JSON has it; what is none, None."""
+    return float(x) if math.isfinite(x) else None
+
+
 def _fired(pages: Pages, found: dict) -> dict:
     """What fires on a text, for the page: each feature once, with its largest activation in the store and its link."""
     features: dict[tuple[int, int, int], int] = {}
-    about, firings = [], []
+    about: list[dict] = []
+    firings: list[list] = []
     for x in found["firings"]:
         key = (int(x["layer"]), int(x["head"]), int(x["feature"]))
         if key not in features:
@@ -248,5 +259,5 @@ def _fired(pages: Pages, found: dict) -> dict:
                 "max": largest if 0 < largest < float("inf") else None,
                 "writes": [] if row is None else pages.columns.tokens(row, "promoted")[:3],
             })  # fmt: skip
-        firings.append([int(x["position"]), features[key], float(x["activation"])])
+        firings.append([int(x["position"]), features[key], _finite(x["activation"])])
     return {"tokens": list(found["tokens"]), "features": about, "firings": firings}

@@ -5,6 +5,7 @@
     data/NAME.bin     n * width numbers: uint8, uint16, uint32, float32 or float64
 
 Columns of which nothing is known (all NaN, no token) are left out; the page has no column for them then.
+`linked` is there where not every feature has a page.
 """
 
 from __future__ import annotations
@@ -27,12 +28,21 @@ class Columns:
 
     Attributes:
         n: rows. sites: (layer, head) of each site number. sent: {name: array [n] or [n, width]}.
+        linked: bool [n], whether a row has a page of its own; None where all have.
     """
 
-    def __init__(self, atlas: Any):
+    def __init__(self, atlas: Any, linked: np.ndarray | None = None):
         self.table = atlas.table
         self.sites = [(int(layer), int(head)) for layer, head in atlas.info["sites"]]
         self.n = len(self.table.site)
+        self.linked: np.ndarray | None = None
+        if linked is not None:
+            self.linked = np.zeros(self.n, bool)
+            self.linked[linked] = True
+
+    def is_linked(self, row: int) -> bool:
+        """Whether a row has a page of its own."""
+        return self.linked is None or bool(self.linked[row])
 
     @cached_property
     def _used(self) -> np.ndarray:
@@ -63,6 +73,8 @@ class Columns:
             known &= self._used[np.minimum(place, len(self._used) - 1)] == ids if len(self._used) else False
             if known.any():
                 out[name] = np.where(known, place, self.unknown).astype(self._token_type)
+        if self.linked is not None:
+            out["linked"] = self.linked.astype("u1")
         return out
 
     @property
@@ -152,7 +164,7 @@ class Columns:
         feature = int(self.table.feature[row])
         out: dict[str, Any] = {
             "layer": layer, "head": head, "feature": feature, "name": f"L{layer}H{head}/{feature}",
-            "count": show.count(self.table.count[row]),
+            "linked": self.is_linked(row), "count": show.count(self.table.count[row]),
         }  # fmt: skip
         for name in NUMBERS:
             if name in self.sent:

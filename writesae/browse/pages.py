@@ -11,13 +11,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from . import link, show
+import numpy as np
+
+from . import show
 from .columns import Columns
 from .guard import POLICY
+from .links import link
 
 HERE = Path(__file__).parent
 FIRST_ROWS = 100  # of the list, in the page itself: seen before any script or data has come
-KINDS = {"erase": "take the feature's write away wherever it fires", "scale": "multiply the feature's part of the write",
+KINDS = {"erase": "take the feature's write away wherever it fires",
+         "scale": "multiply the feature's part of the write",
          "install": "add the feature's atom at every token"}  # fmt: skip
 # What a list's column is called, and what it means.
 HEADINGS = {
@@ -50,11 +54,12 @@ class Pages:
     Args:
         atlas: an `Atlas`.
         static: for files: links end in .html, and what needs a model is left out.
+        linked: rows of the table that have a page; None for all.
     """
 
-    def __init__(self, atlas: Any, static: bool = False):
+    def __init__(self, atlas: Any, static: bool = False, linked: np.ndarray | None = None):
         self.atlas, self.static = atlas, static
-        self.columns = Columns(atlas)
+        self.columns = Columns(atlas, linked)
         self.title = show.plain(str(atlas.info.get("title") or "a store"))
         self.live = not static and atlas.live is not None
 
@@ -67,7 +72,13 @@ class Pages:
             trim_blocks=True, lstrip_blocks=True,
         )  # fmt: skip
         made.filters.update(
-            number=show.number, percent=show.percent, count=show.count, token=show.token, plain=show.plain, broken=_broken
+            number=show.number,
+            percent=show.percent,
+            count=show.count,
+            token=show.token,
+            plain=show.plain,
+            broken=_broken,
+            chip=_chip,
         )
         return made
 
@@ -116,13 +127,13 @@ class Pages:
             if contexts:
                 levels.append({**found, "contexts": contexts})
         first, last = self.columns.of_site(layer, head)
-        beside = [self.columns.row(i) if first <= i < last else None for i in (row - 1, row + 1)]
+        before, after = (self._next(rows) for rows in (range(row - 1, first - 1, -1), range(row + 1, last)))
         return self._render(
             "feature", 1 if self.static else 2, me=self.columns.row(row), row=row, of_site=last - first,
             levels=levels, histogram=_histogram(page.get("histogram")), writes=_writes(page.get("writes")),
             answers=_answers(page.get("answers")), neighbours=self._others(page.get("neighbours")),
             cofiring=self._others(page.get("cofiring")), replacement=_replacement(page.get("replacement")),
-            before=beside[0], after=beside[1], largest=largest, count=int(self.atlas.table.count[row]), kinds=KINDS,
+            before=before, after=after, largest=largest, count=int(self.atlas.table.count[row]), kinds=KINDS,
         )  # fmt: skip
 
     def text(self) -> str:
@@ -152,6 +163,11 @@ class Pages:
             f"Its {last - first:,} features have numbers from {numbers[first]} to {numbers[last - 1]}.",
         )
 
+    def _next(self, rows: Iterable[int]) -> dict | None:
+        """The first of these rows that has a page."""
+        found = next((i for i in rows if self.columns.is_linked(i)), None)
+        return None if found is None else self.columns.row(found)
+
     def _context(self, found: Mapping, largest: float) -> dict:
         return {
             "pieces": show.pieces(found["tokens"], found["activations"], found["at"], largest),
@@ -166,7 +182,14 @@ class Pages:
             layer, head, feature = int(x["layer"]), int(x["head"]), int(x["feature"])
             row = self.columns.find(layer, head, feature)
             writes = self.columns.tokens(row, "promoted")[:3] if row is not None else []
-            out.append({**x, "name": f"L{layer}H{head}/{feature}", "known": row is not None, "writes": writes})
+            out.append(
+                {
+                    **x,
+                    "name": f"L{layer}H{head}/{feature}",
+                    "known": row is not None and self.columns.is_linked(row),
+                    "writes": writes,
+                }
+            )
         return out
 
 
@@ -177,15 +200,24 @@ def _broken(text: str):
     return Markup(str(escape(text)).replace("\n", '<span class="nl" aria-hidden="true">⏎</span>\n'))
 
 
+def _chip(text: str):
+    """A token as `show.token` writes it; its leading spaces are faint."""
+    from markupsafe import Markup, escape
+
+    spaces = "␣" * (len(text) - len(text.lstrip("␣")))
+    faint = Markup("<i>") + spaces + Markup("</i>") if spaces else ""
+    return Markup('<bdi class="tok">') + faint + escape(text[len(spaces) :]) + Markup("</bdi>")
+
+
 def _bars(items: Iterable[Mapping]) -> list[dict]:
     """Tokens with a value and the length of its bar, 0 to 100, beside the largest of them."""
-    items = [(str(x["token"]), float(_value(x))) for x in items]
-    sizes = [abs(v) for _, v in items if math.isfinite(v)]
+    pairs = [(str(x["token"]), float(_value(x))) for x in items]
+    sizes = [abs(v) for _, v in pairs if math.isfinite(v)]
     largest = max(sizes, default=0.0) or 1.0
     return [
         {"token": show.token(t), "value": show.number(v),
          "bar": round(_LARGEST_BAR * min(abs(v) / largest, 1.0), 1) if math.isfinite(v) else 0}
-        for t, v in items
+        for t, v in pairs
     ]  # fmt: skip
 
 
