@@ -89,6 +89,20 @@ MAY_IMPORT = {
         "options",
     },
     "report": {"firings", "files", "collect", "untrusted"},
+    # Never ops: pages are read where nothing is compiled. Models and dictionaries load when something is made of them.
+    "browse": {
+        "atoms",
+        "collect",
+        "default",
+        "files",
+        "models",
+        "policies",
+        "report",
+        "sae",
+        "text",
+        "untrusted",
+        "firings",
+    },
 }
 EXTRAS = {
     "scipy",

@@ -1,0 +1,7 @@
+"""The feature browser: a store, its dictionaries and its model as pages."""
+
+from .atlas import Atlas, FeaturePage, link
+from .sample import sample_store
+from .table import FeatureTable
+
+__all__ = ["Atlas", "FeaturePage", "FeatureTable", "link", "sample_store"]
