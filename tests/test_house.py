@@ -89,7 +89,21 @@ MAY_IMPORT = {
         "options",
     },
     "report": {"firings", "files", "collect", "untrusted"},
-    "browse": {"files", "interrupt"},
+    # Never ops: pages are read where nothing is compiled. Models and dictionaries load when something is made of them.
+    "browse": {
+        "atoms",
+        "collect",
+        "default",
+        "files",
+        "interrupt",
+        "models",
+        "policies",
+        "report",
+        "sae",
+        "text",
+        "untrusted",
+        "firings",
+    },
 }
 EXTRAS = {
     "scipy",

@@ -1,5 +1,8 @@
-"""Looking at features: a local web page over a store and its dictionaries, or the same as files to host anywhere."""
+"""The feature browser: a store, its dictionaries and its model as pages."""
 
+from .atlas import Atlas, FeaturePage
 from .links import link
+from .sample import sample_store
+from .table import FeatureTable
 
-__all__ = ["link"]
+__all__ = ["Atlas", "FeaturePage", "FeatureTable", "link", "sample_store"]

@@ -4,8 +4,8 @@
     data/tokens.json  [token]; promoted and answers hold numbers in this list, not those of the tokenizer
     data/NAME.bin     n * width numbers: uint8, uint16, uint32, float32 or float64
 
-Columns of which nothing is known (all NaN, no token) are left out; the page has no column for them then.
-`linked` is there where not every feature has a page.
+Columns of which nothing is known (all NaN, no token) are left out; the page has no column for them then. `linked`
+is there where not every feature has a page.
 """
 
 from __future__ import annotations

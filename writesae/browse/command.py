@@ -18,19 +18,23 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", metavar="STORE", help="a folder that `writesae collect` filled")
     parser.add_argument("--sae", metavar="DIR", help="folder of the dictionaries (default: those the store names)")
     parser.add_argument("--model", metavar="MODEL", help="a model's folder, or default for the embedded one: "
-                        "run your own text, and change features while it writes")  # fmt: skip
+                        "run your own text, and change features while it writes (default: no model)")  # fmt: skip
     parser.add_argument("--results", nargs="+", default=[], metavar="RUN", help="folders of `writesae replace`: what "
-                        "they say of a feature stands on its page")  # fmt: skip
-    parser.add_argument("--cache", metavar="DIR", help="where the table of features is kept (default: in the store)")
+                        "they say of a feature stands on its page (default: none)")  # fmt: skip
+    parser.add_argument("--cache", metavar="DIR", help="where the table of features is kept (default: STORE.browse)")
     serve = parser.add_argument_group("as a server")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on; any but this machine's own lets "
                        "others read the store and run the model, without a password")  # fmt: skip
     serve.add_argument(
-        "--port", type=int, help=f"0 takes a free one (default: {PORT}, or a free one where it is taken)"
+        "--port",
+        type=int,
+        help=f"port to listen on, 0 for a free one (default: {PORT}, or a free one where that is taken)",
     )
     serve.add_argument("--open", action="store_true", help="open a web browser on it")
     files = parser.add_argument_group("as files")
-    files.add_argument("--static", metavar="DIR", help="write the pages there instead, for any host; no server runs")
+    files.add_argument(
+        "--static", metavar="DIR", help="write the pages there instead, for any host (default: serve them)"
+    )
     files.add_argument("--features", type=int, metavar="N", help="pages of the N features of a site that fire most "
                        "(default: all that fired)")  # fmt: skip
 

@@ -179,9 +179,9 @@
       } else if (best[i + 1][j] >= best[i][j + 1]) flag(plain[i++], true);
       else flag(edited[j++], true);
     }
-    // The side that is ahead while both are written is not marked: the other may yet say the same.
-    while (i < n) flag(plain[i++], !stop && n >= m);
-    while (j < m) flag(edited[j++], !stop && m >= n);
+    // The side that is ahead, as long as both are written, is not marked: the other may yet say the same.
+    while (i < n) flag(plain[i++], !stop);
+    while (j < m) flag(edited[j++], !stop);
   }
 
   function facts(done) {
