@@ -27,7 +27,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
                        "others read the store and run the model, without a password")  # fmt: skip
     serve.add_argument(
         "--port",
-        type=int,
+        type=_port,
         help=f"port to listen on, 0 for a free one (default: {PORT}, or a free one where that is taken)",
     )
     serve.add_argument("--open", action="store_true", help="open a web browser on it")
@@ -35,8 +35,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     files.add_argument(
         "--static", metavar="DIR", help="write the pages there instead, for any host (default: serve them)"
     )
-    files.add_argument("--features", type=int, metavar="N", help="pages of the N features of a site that fire most "
+    files.add_argument("--features", type=int, metavar="N", help="pages of the N features of a site with most firings "
                        "(default: all that fired)")  # fmt: skip
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"expected 0 to 65535, got {text!r}")
+    return int(text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,8 +57,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    if args.port is not None and not 0 <= args.port <= 65535:
-        raise ValueError(f"port: expected 0 to 65535, got {args.port}")
     if args.features is not None and not args.static:
         raise ValueError("features: expected together with --static, got it alone")
     if args.features is not None and args.features < 1:
@@ -92,7 +96,7 @@ def _listen(host: str, port: int | None) -> socket.socket:
             return socket.create_server((host, number), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         except socket.gaierror as error:
             raise ValueError(f"host: expected an address of this machine, got {host!r}: {error.strerror}") from error
-        except (OSError, OverflowError) as error:
+        except OSError as error:
             if i + 1 < len(wanted):
                 continue
             raise ValueError(
