@@ -102,6 +102,21 @@ MAY_IMPORT = {
         "untrusted",
         "writes",
     },
+    # Never ops: pages are read where nothing is compiled. Models and dictionaries load when something is made of them.
+    "browse": {
+        "atoms",
+        "collect",
+        "default",
+        "files",
+        "interrupt",
+        "models",
+        "policies",
+        "report",
+        "sae",
+        "text",
+        "untrusted",
+        "firings",
+    },
 }
 EXTRAS = {
     "scipy",
@@ -117,6 +132,8 @@ EXTRAS = {
     "sae_lens",
     "nnsight",
     "accelerate",
+    "starlette",
+    "uvicorn",
 }
 
 

@@ -136,6 +136,13 @@ COMMANDS = {
         "writesae bench 'encode*' --quick",
         _GOES_ON,
     ),
+    "browse": Command(
+        "writesae.browse.command",
+        "look at the features of a store: where they fire, what they write, and what happens without them",
+        "Serves web pages to this machine's own browser until Ctrl-C, and writes a table of the features beside the "
+        "store (STORE.browse) first; with --static it writes the pages to a folder instead, for any host.",
+        "writesae browse runs/notes --model default --open",
+    ),
     "report": Command(
         "writesae.report.command",
         "draw the pictures and the page of a finished run again",
