@@ -47,7 +47,7 @@ def read_scan(path: Path, feature: int) -> dict[str, np.ndarray]:
     found = read_lists(path, feature, _LISTS)
     few = len(found["level"])
     sound = all(len(found[name]) == few for name in ("document", "row", "position", "activation", "around"))
-    sound = sound and len(found["histogram"]) == BINS and (found["around"] >= 0).all()
+    sound = sound and len(found["histogram"]) == BINS and bool((found["around"] >= 0).all())
     sound = sound and len(found["offset"]) == len(found["value"]) == int(found["around"].sum(dtype=np.int64))
     if not sound or (found["level"] >= len(LEVELS)).any():
         raise ValueError(f"cache: {path} is no table of contexts; remove it")
@@ -61,7 +61,7 @@ def levels(store: Store, words: Words, found: Mapping[str, np.ndarray], largest:
     ends = np.cumsum(np.r_[0, found["around"]])
     out = []
     for number, (name, low, high) in enumerate(LEVELS):
-        contexts = []
+        contexts: list[dict[str, Any]] = []
         for i in np.flatnonzero(found["level"] == number):
             tokens, source = passages[int(found["document"][i]), int(found["row"][i])]
             position = int(found["position"][i])

@@ -66,7 +66,7 @@ class Results:
             rate, mean = won / tested, cosine / cosines
         if self._medians:
             places = np.array(list(self._medians))
-            key, mine = _keys(*places.T, sites, first)
+            key, mine = _keys(places[:, 0], places[:, 1], places[:, 2], sites, first)
             mean[key] = np.array(list(self._medians.values()))[mine]
         return rate.astype(np.float32), mean.astype(np.float32)
 
