@@ -185,10 +185,10 @@ class Live:
             differing = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
             if differing is None and len(plain) != len(edited):
                 differing = min(len(plain), len(edited))
+            kl = (usual.exp() * (usual - changed)).sum(-1).clamp_min(0)
             events.put({"done": {
                 "plain": "".join(self.words.split(plain)), "edited": "".join(self.words.split(edited)),
-                "first_difference": differing, "applied": applied, "kl": (usual.exp() * (usual - changed)).sum(-1).tolist(),
-                "prompt": self.words.split(ids),
+                "first_difference": differing, "applied": applied, "kl": kl.tolist(), "prompt": self.words.split(ids),
             }})  # fmt: skip
         except _Cancelled:
             pass
