@@ -16,8 +16,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ..files import (
     SEAL,
     discard,
@@ -31,6 +29,7 @@ from ..files import (
     write_first,
 )
 from ..interrupt import finishing
+from ..progress import tqdm
 from . import assemble, files, manifest, plan
 from .finish import Piece
 from .manifest import FORMAT, VERSION
