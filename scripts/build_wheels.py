@@ -97,7 +97,8 @@ def finished(wheel: Path, kind: str, architecture: str, out: Path) -> Path:
     to = out / "audited"
     excluded = [part for name in TORCH for part in ("--exclude", f"lib{name}.so")]
     plat = f"manylinux_{GLIBC[kind]}_{architecture}"
-    python("-m", "auditwheel", "repair", "--only-plat", "--plat", plat, *excluded, "-w", str(to), str(wheel))
+    asked = plat if architecture == HERE else "auto"  # auditwheel knows by name only what is for its own processor
+    python("-m", "auditwheel", "repair", "--only-plat", "--plat", asked, *excluded, "-w", str(to), str(wheel))
     (made,) = to.glob("*.whl")
     if "-cp310-abi3-" not in made.name or plat not in made.name:
         sys.exit(f"build_wheels.py: expected a wheel named cp310-abi3-{plat}, got {made.name}")
