@@ -31,6 +31,9 @@ MAY_IMPORT = {
     "files": set(),
     "interrupt": set(),
     "objects": {"files", "untrusted"},
+    "progress": set(),
+    "console": set(),
+    "completion": set(),
     "untrusted": set(),
     "options": {"_library", "default", "sae"},
     "ranks": set(),
@@ -43,6 +46,8 @@ MAY_IMPORT = {
         "edits",
         "files",
         "interrupt",
+        "console",
+        "progress",
         "models",
         "default",
         "text",
@@ -64,6 +69,7 @@ MAY_IMPORT = {
         "edits",
         "files",
         "interrupt",
+        "progress",
         "default",
         "text",
         "untrusted",
@@ -84,6 +90,7 @@ MAY_IMPORT = {
         "edits",
         "files",
         "interrupt",
+        "progress",
         "collect",
         "report",
         "default",
@@ -91,6 +98,34 @@ MAY_IMPORT = {
         "options",
     },
     "report": {"firings", "files", "collect", "untrusted"},
+    "bridges": {
+        "atoms",
+        "collect",
+        "default",
+        "edits",
+        "files",
+        "firings",
+        "models",
+        "options",
+        "sae",
+        "untrusted",
+        "writes",
+    },
+    # Never ops: pages are read where nothing is compiled. Models and dictionaries load when something is made of them.
+    "browse": {
+        "atoms",
+        "collect",
+        "default",
+        "files",
+        "interrupt",
+        "models",
+        "policies",
+        "report",
+        "sae",
+        "text",
+        "untrusted",
+        "firings",
+    },
 }
 EXTRAS = {
     "scipy",
@@ -103,7 +138,11 @@ EXTRAS = {
     "duckdb",
     "plotly",
     "transformer_lens",
+    "sae_lens",
+    "nnsight",
     "accelerate",
+    "starlette",
+    "uvicorn",
 }
 
 
@@ -330,7 +369,7 @@ def test_the_two_folders_of_benchmarks():
 
 def test_import_is_light():
     """Importing the package needs no transformers, no extras and no compiled library."""
-    code = "import sys, writesae; print([m for m in ('transformers', 'torch', 'scipy') if m in sys.modules])"
+    code = "import sys, writesae; print([m for m in ('transformers', 'torch', 'scipy', 'rich') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert out.stdout.strip() == "[]"
 

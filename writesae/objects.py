@@ -319,6 +319,13 @@ class RemoteFile(os.PathLike):
     def suffixes(self) -> list[str]:
         return PurePosixPath(self.name).suffixes
 
+    def is_file(self) -> bool:
+        try:
+            self._now()
+        except FileNotFoundError:
+            return False
+        return True
+
     def stat(self) -> SimpleNamespace:
         """st_size, st_mtime_ns, and st_ino, a number that changes with the content."""
         size, at, tag = self._now()

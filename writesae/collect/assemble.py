@@ -6,18 +6,19 @@ import shutil
 from collections.abc import Callable, Iterable
 
 import numpy as np
-from tqdm import tqdm
 
 from ..files import discard, discard_left_over, entry, problem, sealed
 from ..interrupt import Stop
+from ..progress import tqdm
 from . import files
 from .finish import Assembled, Piece, Selecting, assemble
-from .mirror import Folder
+from .mirror import Place
 from .modes import Features
 from .plan import PLAN
+from .shared_digests import FOLDER as DIGESTS
 from .source import Site
 from .unit_marks import TABLES, chain, unit_marker, unit_numbers
-from .units import piece, remove_spent, write_index
+from .units import piece, remove_spent, shards_of
 
 
 def features_of(content: dict) -> Features:
@@ -25,30 +26,32 @@ def features_of(content: dict) -> Features:
     return Features([Site(*site) for site in content["sites"]])
 
 
-def ready(where: Folder, made: dict, content: dict) -> Piece:
-    """A unit's tables, checked; in mode all its index is made again where it is not there any more.
+def ready(where: Place, made: dict, content: dict) -> Piece:
+    """A unit's tables, checked; in mode all its firings, where it has no sound index.
 
     Raises:
         ValueError: one is damaged or missing; names it.
     """
     out, index = where.path, f"{made['folder']}/index.parquet"
-    names = (*(f"{made['folder']}/{table}" for table in TABLES), index)
-    where.need(made, names)
-    for name in names:
+    tables = [f"{made['folder']}/{table}" for table in TABLES]
+    for name in (*tables, index):
+        where.need(name, made["files"].get(name))
+    kept = [index]
+    if content["mode"] == "all" and (index not in made["files"] or problem(out / index, made["files"][index])):
+        kept = shards_of(made)
+        for name in kept:
+            where.need(name, made["files"].get(name))
+    for name in (*tables, *kept):
         found = problem(out / name, made["files"][name]) if name in made["files"] else "missing"
-        if found is None:
-            continue
-        if name != index or content["mode"] != "all":
+        if found is not None:
             raise ValueError(
                 f"{where.shown(name)}: {found}: run the same `writesae collect` again to have it made again"
             )
-        where.need(made, (name for name in made["files"] if "/firings/" in name))
-        write_index(out, out / made["folder"], made["shards"], features_of(content), Selecting.of(content))
-    return piece(out, made)
+    return piece(out, made, [out / name for name in kept])
 
 
 def conclude(
-    where: Folder,
+    where: Place,
     content: dict,
     digest: str,
     markers: list[dict],
@@ -85,7 +88,7 @@ def conclude(
 
 
 def put_together(
-    where: Folder,
+    where: Place,
     content: dict,
     digest: str,
     numbers: Iterable[int],
@@ -110,7 +113,7 @@ def _spent(name: str) -> bool:
     return name.endswith("/index.parquet")
 
 
-def sweep(where: Folder, content: dict, digest: str) -> None:
+def sweep(where: Place, content: dict, digest: str) -> None:
     """Removes what is no part of a finished collection: indexes of units, and what workers that died left."""
     out, named = where.path, {}
     for number in unit_numbers(out):
@@ -131,6 +134,8 @@ def sweep(where: Folder, content: dict, digest: str) -> None:
                     shutil.rmtree(path, ignore_errors=True)
     for path in (out / "units").glob("*.lock"):
         discard(path)
+    shutil.rmtree(out / DIGESTS, ignore_errors=True)
+    discard(out / ".plan")
     for folder in (out, out / "done", out / "index", out / "tokenizer"):
         discard_left_over(folder)
     where.keep_only(set(named))

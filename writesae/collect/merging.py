@@ -16,8 +16,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ..files import (
     SEAL,
     entry,
@@ -30,11 +28,12 @@ from ..files import (
     write_first,
 )
 from ..interrupt import finishing
+from ..progress import tqdm
 from . import assemble, files, manifest, plan
 from .finish import Piece
 from .manifest import FORMAT, VERSION
 from .marks import marker, part_name
-from .mirror import Folder, folder_of
+from .mirror import Place, place_of
 from .shard import ROWS
 from .store import Store
 from .unit_marks import mark_unit, marker_name, marker_path, unit_marker
@@ -57,7 +56,7 @@ def merge(stores: list, out, progress: bool = False) -> dict:
         ValueError: a store is unfinished, damaged, or differs in what must agree, by name; two are of the same text.
     """
     began = time.perf_counter()
-    where = folder_of(out)
+    where = place_of(out)
     out = where.path
     if len(stores) < 2:
         raise ValueError(f"stores: expected at least two, got {len(stores)}")
@@ -113,6 +112,12 @@ def _content(stores: list[Store]) -> tuple[dict, list[int]]:
     """
     first = stores[0].manifest
     for store in stores[1:]:
+        kinds = stores[0].activations, store.activations
+        if kinds[0] != kinds[1]:
+            raise ValueError(
+                f"stores: expected the same activations in all, got {kinds[0]} in {stores[0].path} and {kinds[1]} in "
+                f"{store.path}: collect one of them again with --activations {kinds[0]}"
+            )
         for name in SAME:
             if store.manifest.get(name) != first.get(name):
                 raise ValueError(
@@ -147,7 +152,7 @@ def _short(value) -> str:
     return text if len(text) <= 80 else f"one with SHA-256 {hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
-def _copy_tokenizer(store: Store, where: Folder, digest: str) -> None:
+def _copy_tokenizer(store: Store, where: Place, digest: str) -> None:
     names, out = store.tokenizer_files(), where.path
     folder = make_folder(out, "tokenizer")
     for name in names:
@@ -157,7 +162,7 @@ def _copy_tokenizer(store: Store, where: Folder, digest: str) -> None:
     where.write("done/tokenizer.json", marker(out, [folder / Path(name).name for name in names], digest))
 
 
-def _copy(store: Store, where: Folder, first: int, number: int, digest: str, step: Callable[[], None]) -> list[dict]:
+def _copy(store: Store, where: Place, first: int, number: int, digest: str, step: Callable[[], None]) -> list[dict]:
     """Copies a store's units (one that has none is one), documents numbered from `first` on; returns their markers."""
     out, made = where.path, []
     for at, piece in enumerate(store.pieces):
@@ -206,7 +211,7 @@ def _renumbered(source: Path, path: Path, by: int, schema, root: Path) -> None:
 def _piece(store: Store, first: int) -> Piece:
     return Piece(
         store.file("documents.parquet"), store.file("features.parquet"),
-        lambda site: store.file(f"index/layer-{site.layer}-head-{site.head}.parquet"),
+        lambda site: [store.file(f"index/layer-{site.layer}-head-{site.head}.parquet")],
         sum(store.counted(at)["passages"] for at in range(len(store.pieces))), first,
     )  # fmt: skip
 
@@ -218,7 +223,7 @@ def put_together(out, progress: bool = False) -> dict:
         ValueError: some are not done, or damaged; says how many, or which file.
     """
     began = time.perf_counter()
-    where = folder_of(out)
+    where = place_of(out)
     out = where.path
     with where.beginning():
         content = manifest.read(out / "manifest.json")

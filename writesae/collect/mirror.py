@@ -1,6 +1,6 @@
 """Where a collection lies: a folder, or, for an object store, a folder here that stands for what lies there.
 
-All code writes and reads files of a folder. Of a `Folder` that is all there is to it. A `Mirror` is a folder of this
+All code writes and reads files of a folder. Of a `Place` that is all there is to it. A `Mirror` is a folder of this
 machine's cache, filled from the store as files are asked for; what is made in it is sent, every file before the marker
 that names it, and a marker is here only once it is there. Nothing depends on what the folder holds: what is not there
 is fetched or made again, and what is of another collection is removed.
@@ -15,20 +15,21 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import cast
 
 from ..files import SEAL, discard, make_folder, problem, write_bytes, write_first
-from ..objects import Objects, is_url
+from ..objects import Objects, RemoteFile, is_url
 from . import files
 
 MANIFESTS = ("manifest.json", "done/manifest.json")
 _AT_ONCE = 16  # small objects fetched at the same time
 
 
-class Folder:
+class Place:
     """A folder of this machine, or one that several see.
 
     Attributes:
@@ -52,8 +53,12 @@ class Folder:
     def refresh(self) -> None:
         """Has the markers that others made."""
 
-    def need(self, made: dict, names: Iterable[str]) -> None:
-        """Has these files of a marker, as far as they are there."""
+    def need(self, name: str, expected: dict | None) -> None:
+        """Has a file here of which `entry` was `expected`, if it is there."""
+
+    def opened(self, name: str) -> Path:
+        """What a file is read from in parts: its path, or what stands for it."""
+        return self.path / name
 
     def publish(self) -> None:
         """Has the manifest and its copy be there."""
@@ -102,7 +107,7 @@ class Folder:
         """Of what lies elsewhere, removes folders of units that no marker names, and units' indexes."""
 
 
-class Mirror(Folder):
+class Mirror(Place):
     """A folder that stands for one in an object store.
 
     Args:
@@ -163,7 +168,7 @@ class Mirror(Folder):
         """Removes all that is here if it is of another collection."""
         name = next((name for name in MANIFESTS if name in control), None)
         here = next((self.path / x for x in MANIFESTS if (self.path / x).exists()), None)
-        others = [path for path in self.path.iterdir() if path.name != ".lock"]
+        others = [path for path in self.path.iterdir() if not path.name.startswith(".")]
         same = here is not None and name is not None and self.objects.read(name) == here.read_bytes()
         if same or not others:
             return
@@ -213,15 +218,14 @@ class Mirror(Folder):
             new["summary.json"] = size, 0
         self._fetch(new)
 
-    def need(self, made: dict, names: Iterable[str]) -> None:
-        for name in names:
-            expected = made["files"].get(name)
-            if expected is not None and problem(self.path / name, expected) is None:
-                continue
-            try:
+    def need(self, name: str, expected: dict | None) -> None:
+        if expected is not None and problem(self.path / name, expected) is not None:
+            with suppress(FileNotFoundError):
                 self._get(name)
-            except FileNotFoundError:
-                pass
+
+    def opened(self, name: str) -> Path:
+        here = self.path / name
+        return here if here.exists() else cast(Path, RemoteFile(self.objects, name))
 
     def names(self) -> list[str]:
         self._listed = self.objects.names()
@@ -279,8 +283,8 @@ def scratch(url: str, purpose: str) -> Path:
     return Path(base, f"{purpose}-{hashlib.sha256(url.encode()).hexdigest()[:16]}")
 
 
-def folder_of(place: str | os.PathLike | Folder, argument: str = "out", purpose: str = "collect") -> Folder:
+def place_of(place: str | os.PathLike | Place, argument: str = "out", purpose: str = "collect") -> Place:
     """The folder of a path or URL."""
-    if isinstance(place, Folder):
+    if isinstance(place, Place):
         return place
-    return Mirror(os.fspath(place), argument, purpose) if is_url(place) else Folder(place)
+    return Mirror(os.fspath(place), argument, purpose) if is_url(place) else Place(place)

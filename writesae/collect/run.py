@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from .._installed import version_of
 from ..files import (
     discard,
@@ -25,6 +23,7 @@ from ..files import (
 )  # fmt: skip
 from ..interrupt import finishing
 from ..models.identity import shown_name, tokenizer_digest
+from ..progress import tqdm
 from ..text.corpus import Corpus
 from ..text.passages import Passage, passages
 from ..text.tokens import tokenizing
@@ -33,7 +32,7 @@ from .estimate import Estimate, estimate
 from .finish import Selecting
 from .manifest import MODES, Watched, tokenizer_files
 from .marks import PARTS, marked, marker
-from .mirror import Folder
+from .mirror import Place
 from .modes import Features, Selection
 from .session import Session
 from .shard import Progress, Shard
@@ -52,7 +51,7 @@ def collect(
     corpus: Corpus,
     tokenizer,
     source: Source,
-    out: str | os.PathLike | mirror.Folder,
+    out: str | os.PathLike | mirror.Place,
     *,
     mode: str = "all",
     n: int | None = None,
@@ -132,7 +131,7 @@ class Job:
     corpus: Corpus
     tokenizer: object
     source: Source
-    where: Folder
+    where: Place
     content: dict
     digest: str
     watched: Watched
@@ -161,7 +160,7 @@ def opened(
     corpus: Corpus,
     tokenizer,
     source: Source,
-    out: str | os.PathLike | mirror.Folder,
+    out: str | os.PathLike | mirror.Place,
     settings: dict,
     several: bool,
     confirm: Callable[[Estimate], bool] | None = None,
@@ -184,7 +183,7 @@ def opened(
         if asked[name] is not None and asked[name] < 1:
             raise ValueError(f"{name}: expected at least 1, got {asked[name]}")
     tokenize, first = tokenizing(tokenizer, asked["bos"], getattr(source, "model", None))
-    where = mirror.folder_of(out)
+    where = mirror.place_of(out)
     out = where.path
     several |= where.remote
     with where.beginning():
@@ -200,16 +199,16 @@ def opened(
             if not confirm(measured):
                 yield measured
                 return
-    watched = Watched(corpus, progress)
-    pinned = {
-        "mode": mode, "n": n, "seed": asked["seed"], "context": context, "batch": batch, "max_tokens": limit,
-        "bos": first, "corpus": watched.pinned, "source": source.fingerprint,
-        "tokenizer": {"sha256": tokenizer_digest(tokenizer, tokenize)},
-        "sites": [list(vars(site).values()) for site in source.sites],
-    }  # fmt: skip
     make_folder(out)
     shared = several or asked["unit"] is not None or manifest.in_units(out)
     with files.locked(out, shared=shared):
+        watched = Watched(corpus, progress, out if shared else None)
+        pinned = {
+            "mode": mode, "n": n, "seed": asked["seed"], "context": context, "batch": batch, "max_tokens": limit,
+            "bos": first, "corpus": watched.pinned, "source": source.fingerprint,
+            "tokenizer": {"sha256": tokenizer_digest(tokenizer, tokenize)},
+            "sites": [list(vars(site).values()) for site in source.sites],
+        }  # fmt: skip
         with where.beginning():
             manifest.refuse_foreign(out)
             refuse_links(out)

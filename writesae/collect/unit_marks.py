@@ -9,7 +9,7 @@ from ..files import SEAL, sealed
 from ..untrusted import is_integer
 from .marks import marked
 
-TABLES = ("documents.parquet", "features.parquet")  # and index.parquet, until the whole has its own
+TABLES = ("documents.parquet", "features.parquet")  # and it may have index.parquet, until the whole has its own
 _NUMBERS = ("unit", "shards", "passages", "documents", "tokens", "firings", "kept", "shard_passages")
 
 
@@ -45,7 +45,7 @@ def unit_numbers(out: Path) -> list[int]:
 
 
 def mark_unit(where, number: int, folder: str, manifest: str, counted: dict, entries: dict) -> bool:
-    """Makes a folder the unit's, unless another one is already. Whether it did. where: a `mirror.Folder`."""
+    """Makes a folder the unit's, unless another one is already. Whether it did. where: a `mirror.Place`."""
     value = {"unit": number, "folder": folder, **counted, "manifest": manifest, "files": entries}
     return where.write(f"done/{marker_name(number)}.json", sealed(value).encode(), first=True)
 

@@ -17,11 +17,12 @@ from . import manifest as manifest_file
 from . import unit_marks
 from .files import digest_bar
 from .marks import PARTS, chain, entries_sound, marked, part_name, shard_marker, shard_numbers
-from .mirror import Folder, folder_of
+from .mirror import Place, place_of
 
 TABLES = ("documents.parquet", "features.parquet")
 PLAN = "plan.json"
-FOLDERS = ("index", "tokenizer", "done", "units")
+FOLDERS = ("index", "tokenizer", "done", "units", ".corpus")
+CARD = ("README.md", ".gitattributes")  # what a repository of the Hugging Face hub has beside
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Verified:
 
     Attributes:
         complete: whether it has its summary, sound or not.
+        activations: "exact" or "packed" (rounded), as the manifest says; None where that is damaged.
         shards: shards that are there. files, bytes: checked.
         damaged: {file: what is wrong}; missing, unexpected: files, by name.
         left_over: files of an interrupted run, which the next `collect` removes.
@@ -37,6 +39,7 @@ class Verified:
 
     store: str
     complete: bool
+    activations: str | None = None
     shards: int = 0
     files: int = 0
     bytes: int = 0
@@ -59,7 +62,7 @@ class Verified:
         ]
 
 
-def verify(folder: str | os.PathLike | Folder, progress: Callable[[int], object] | None = None) -> Verified:
+def verify(folder: str | os.PathLike | Place, progress: Callable[[int], object] | None = None) -> Verified:
     """Compares every file of a collection, finished or not, with its digest.
 
     Args:
@@ -68,9 +71,9 @@ def verify(folder: str | os.PathLike | Folder, progress: Callable[[int], object]
     Raises:
         ValueError: no such folder, one that holds no collection, or one made without digests.
     """
-    where = folder_of(folder, "store", "store")
+    where = place_of(folder, "store", "store")
     out = where.path
-    if not isinstance(folder, Folder):
+    if not isinstance(folder, Place):
         with where.beginning():
             pass
     if not out.is_dir():
@@ -89,7 +92,7 @@ def verify(folder: str | os.PathLike | Folder, progress: Callable[[int], object]
     return check.found
 
 
-def _refuse_old(where: Folder) -> None:
+def _refuse_old(where: Place) -> None:
     try:
         version = manifest_file.read(where.path / "manifest.json")["version"]
     except ValueError:
@@ -99,12 +102,12 @@ def _refuse_old(where: Folder) -> None:
 
 
 class _Check:
-    def __init__(self, where: Folder, progress):
+    def __init__(self, where: Place, progress):
         self.where, self.out, self.progress = where, where.path, progress
         self.all = where.names()
         self.complete = where.exists("summary.json")
         self.found = Verified(str(where), self.complete)
-        self.known = {".lock", ".finish"}
+        self.known = {".lock", ".finish", ".plan", *CARD}
         self.in_units = False
         self.markers: list[dict] = []
         self.sites: list[str] | None = None
@@ -128,6 +131,7 @@ class _Check:
         if content is None:
             return
         self.mode, self.in_units = content["mode"], "unit" in content
+        self.found.activations = manifest_file.activations(content)
         self.sites = [f"layer-{site[0]}-head-{site[1]}" for site in content["sites"]]
         if not self.complete:
             return
@@ -282,7 +286,10 @@ def run(args: argparse.Namespace) -> int:
         print(line)
     state = "finished" if found.complete else "unfinished (the same `writesae collect` goes on)"
     if found.sound:
-        print(f"{out}: {state}, {found.shards} shards; {found.files} files, {found.bytes:,} bytes, all as written")
+        print(
+            f"{out}: {state}, {found.shards} shards, activations {found.activations}; {found.files} files, "
+            f"{found.bytes:,} bytes, all as written"
+        )
         return 0
     print(
         f"{out}: {state}; {len(found.damaged)} damaged, {len(found.missing)} missing, {len(found.unexpected)} "
