@@ -25,7 +25,6 @@ test-libraries: $(VENV)/.built
 
 # A Ray cluster of three nodes on this machine fills a store, one of them killed midway; then verified, compared and merged.
 scale-demo: $(VENV)/.built
-	$(PIP) install -q -c constraints.txt "ray[client]"
 	$(BIN)/python scripts/scale_demo.py
 
 # Random and hostile inputs for so many minutes; what is found can be seen again from its seed.
