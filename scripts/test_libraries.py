@@ -32,7 +32,8 @@ _SIGNS = ("tiny_models", "load_default", "models import", "writesae.attach")
 _ONCE = (
     "cli", "house", "quiet", "report", "strangers", "text_commands", "verify", "nulls", "recovered", "replace",
     "sae_gates", "sae_training", "write_dictionary", "families", "binding", "collect_model", "policies", "edits_after",
-    "bridges", "bridges_attach", "bridges_peers", "atoms", "audit", "paper", "paper_analyses", "paper_analyses_of_states", "paper_interventions", "paper_losses",
+    "bridges", "bridges_attach", "bridges_peers",
+    "atoms", "audit", "paper", "paper_analyses", "paper_analyses_of_states", "paper_interventions", "paper_losses",
 )  # fmt: skip
 _OWN = ("transformers", "tokenizers", "huggingface_hub")  # pinned for the environment's own release
 _TRITON = () if find_spec("triton") else ("triton==3.9.0",)
@@ -100,7 +101,8 @@ BRIDGES = Library(
     "bridges", "sae-lens-6.54.12",  # which needs a TransformerLens before 4
     ("sae-lens==6.54.12", "transformer-lens==3.9.0", *_OF_LENS, "simple_parsing==0.1.9", "docstring_parser==0.18.0",
      "tenacity==9.2.1", "python-dotenv==1.2.4", "eai-delphi==0.1.3", "orjson==3.13.0", "asyncer==0.0.18",
-     "sniffio==1.3.1", "sae-dashboard==0.8.0", "neuronpedia==1.2.1", "circuit-tracer==0.5.0", "pydantic==2.14.4",
+     "sniffio==1.3.1", "sae-dashboard==0.8.0", "neuronpedia==1.2.1", "requests==2.34.2", "urllib3==2.8.0",
+     "charset-normalizer==3.5.3", "circuit-tracer==0.5.0", "pydantic==2.14.4",
      "pydantic_core==2.50.5", "annotated-types==0.8.0", "typing-inspection==0.4.5"),
     ("tests/test_bridges_peers.py",),
 )  # fmt: skip

@@ -86,10 +86,8 @@ def test_a_trace_of_nnsight_inside_attach(edited):
 def bridged(name: str, folder):
     """(the bridge, the model inside it, another of the same weights, dictionaries)."""
     needs("transformer_lens")
-    try:
-        from transformer_lens.model_bridge import TransformerBridge
-    except ImportError as error:
-        pytest.skip(f"a TransformerLens without bridges: {error}")
+    from transformer_lens.model_bridge import TransformerBridge
+
     inside, other = MODELS[name](), MODELS[name]()
     inside.save_pretrained(folder)
     bridge = TransformerBridge.boot_transformers(str(folder), hf_model=inside, device="cpu")
