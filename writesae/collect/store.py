@@ -160,7 +160,7 @@ class Store(Folder):
                     before = 0
                 table = self._read(f"{piece.folder}documents.parquet", DOCUMENTS)
                 # A document begun in units that are not all done yet is not there yet.
-                table = table.slice(int((_numpy(table["first_passage"]) < -before).sum()))
+                table = table.slice(int((numbers(table["first_passage"]) < -before).sum()))
                 tables.append(shifted(table, first_passage=int(self._first_passages[at])))
                 before += piece.passages
             return _concat(tables, DOCUMENTS)
