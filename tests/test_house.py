@@ -96,6 +96,34 @@ MAY_IMPORT = {
         "options",
     },
     "report": {"firings", "files", "collect", "untrusted"},
+    "bridges": {
+        "atoms",
+        "collect",
+        "default",
+        "edits",
+        "files",
+        "firings",
+        "models",
+        "options",
+        "sae",
+        "untrusted",
+        "writes",
+    },
+    # Never ops: pages are read where nothing is compiled. Models and dictionaries load when something is made of them.
+    "browse": {
+        "atoms",
+        "collect",
+        "default",
+        "files",
+        "interrupt",
+        "models",
+        "policies",
+        "report",
+        "sae",
+        "text",
+        "untrusted",
+        "firings",
+    },
 }
 EXTRAS = {
     "scipy",
@@ -108,7 +136,11 @@ EXTRAS = {
     "duckdb",
     "plotly",
     "transformer_lens",
+    "sae_lens",
+    "nnsight",
     "accelerate",
+    "starlette",
+    "uvicorn",
 }
 
 

@@ -119,6 +119,14 @@ COMMANDS = {
         _GOES_ON,
         group="collect", then=("writesae browse {out}", "writesae report {out}"),
     ),
+    "export": Command(
+        "writesae.bridges.command",
+        "put dictionaries, a collection or a prompt into the format of another tool",
+        "For SAELens, delphi, Neuronpedia, sae-dashboard or circuit-tracer, none of which has to be installed. Writes "
+        "the files to OUT, all or none, and prints what they hold as JSON; sends nothing.",
+        "writesae export delphi runs/notes runs/delphi",
+        "nothing was written; the same command begins anew",
+    ),
     "replace": Command(
         "writesae.experiments.command",
         "run the replacement test: a write against the atom, its deletion and a random matrix",
@@ -173,6 +181,13 @@ COMMANDS = {
         "$fpath; fish: writesae completion fish > ~/.config/fish/completions/writesae.fish.",
         "writesae completion bash",
         group="measure",
+    ),
+    "browse": Command(
+        "writesae.browse.command",
+        "look at the features of a store: where they fire, what they write, and what happens without them",
+        "Serves web pages to this machine's own browser until Ctrl-C, and writes a table of the features beside the "
+        "store (STORE.browse) first; with --static it writes the pages to a folder instead, for any host.",
+        "writesae browse runs/notes --model default --open",
     ),
     "report": Command(
         "writesae.report.command",
