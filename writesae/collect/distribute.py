@@ -223,10 +223,10 @@ class Overview:
                 with suppress(ValueError):  # damaged: to be done again
                     self._done[number] = unit_marker(self.out, number, self.digest)["tokens"]
         for folder in (self.out / "units").iterdir():
-            number = folder.name.split("-")[0]
-            if not number.isdecimal() or int(number) in self._done or folder.name.endswith(".lock"):
+            begins = folder.name.split("-")[0]
+            if not begins.isdecimal() or int(begins) in self._done or folder.name.endswith(".lock"):
                 continue
-            under_way.add(int(number))
+            under_way.add(int(begins))
             for path in folder.glob("done/part-*.json"):
                 with suppress(ValueError, KeyError):
                     if path not in self._shards:
