@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from ..files import discard, discard_left_over, entry, problem, write_sealed
 from ..interrupt import Stop
+from ..progress import tqdm
 from . import files
 from .finish import Assembled, Piece, Selecting, assemble
 from .modes import Features

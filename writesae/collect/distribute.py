@@ -15,10 +15,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ..files import discard, read_sealed, sync_folder
 from ..interrupt import Stop, finishing
+from ..progress import tqdm
 from ..text.passages import BLOCK, Cursor, passages
 from . import files, plan
 from .assemble import put_together, sweep

@@ -22,7 +22,7 @@ from .shard import Progress, firings_table
 from .source import Site
 
 INDEX_ROWS = 16_384  # a row group of the index: what reading one feature costs
-_HELD = 50_000  # firings held while indexing
+_HELD = 500_000  # firings held while indexing, 14 MB, and some times that to sort them: every range opens all shards
 
 
 def index_path(out: Path, layer: int, head: int) -> Path:
@@ -152,9 +152,9 @@ def write_documents(out: Path, parts: Iterable[tuple[Path, int, int]], root: Pat
                 table = files.shifted(files.read_table(part, files.DOCUMENTS), document=document, first_passage=passage)
                 held = pa.concat_tables([held, table])
                 if len(held) >= files.ROW_GROUP:
-                    writer.write_table(held)
+                    writer.write_table(held, files.DOCUMENT_ROWS)
                     held = files.DOCUMENTS.empty_table()
-            writer.write_table(held.combine_chunks())
+            writer.write_table(held.combine_chunks(), files.DOCUMENT_ROWS)
 
 
 def write_features(

@@ -83,6 +83,12 @@ def read(path: Path) -> dict:
     return manifest
 
 
+def activations(manifest: dict) -> str:
+    """Of a manifest: whether activations are stored "exact" or "packed", rounded."""
+    source = manifest.get("source")
+    return source.get("activations", "exact") if isinstance(source, dict) else "exact"
+
+
 def make(out: Path, content: dict) -> None:
     """Writes a new manifest, one for several workers unless another was first. `restore` copies it."""
     write = write_first if "unit" in content else write_bytes

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from .._installed import version_of
 from ..files import (
     discard,
@@ -25,6 +23,7 @@ from ..files import (
 )  # fmt: skip
 from ..interrupt import finishing
 from ..models.identity import shown_name, tokenizer_digest
+from ..progress import tqdm
 from ..text.corpus import Corpus
 from ..text.passages import Passage, passages
 from ..text.tokens import tokenizing

@@ -6,9 +6,8 @@ import sys
 import time
 from contextlib import ExitStack
 
-from tqdm import tqdm
-
 from ..interrupt import Stop
+from ..progress import tqdm
 from ..text.corpus import Corpus
 from ..text.passages import Cursor, Passage, passages
 from . import files, manifest
