@@ -252,9 +252,7 @@ def line(job: Job, units: list[Unit]) -> Iterator[None]:
             while not ended.wait(pause):
                 began = time.perf_counter()
                 tokens, done, begun = overview.look()
-                pause = max(
-                    1.0, 50 * (time.perf_counter() - began)
-                )  # a large folder on a slow disk is asked less often
+                pause = max(1.0, 50 * (time.perf_counter() - began))  # a slow disk is asked less often
                 bar.set_postfix_str(f"{done} of {len(units)} units, {begun} under way", refresh=False)
                 bar.update(tokens - bar.n)
 
