@@ -251,7 +251,7 @@ def _open_lock(path: Path, argument: str) -> int:
 @contextmanager
 def digest_bar(what: str, size: int, progress: bool) -> Iterator[Callable[[int], object]]:
     """A function to tell bytes to, which moves a bar."""
-    from tqdm import tqdm
+    from ..progress import tqdm
 
     with tqdm(total=size, unit="B", unit_scale=True, disable=not progress, desc=what, leave=False) as bar:
         yield bar.update

@@ -16,8 +16,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ..files import (
     SEAL,
     discard,
@@ -31,6 +29,7 @@ from ..files import (
     write_first,
 )
 from ..interrupt import finishing
+from ..progress import tqdm
 from . import assemble, files, manifest, plan
 from .finish import Piece
 from .manifest import FORMAT, VERSION
@@ -205,7 +204,7 @@ def _renumbered(source: Path, path: Path, by: int, schema, root: Path) -> None:
 def _piece(store: Store, first: int) -> Piece:
     return Piece(
         store.file("documents.parquet"), store.file("features.parquet"),
-        lambda site: store.file(f"index/layer-{site.layer}-head-{site.head}.parquet"),
+        lambda site: [store.file(f"index/layer-{site.layer}-head-{site.head}.parquet")],
         sum(store.counted(at)["passages"] for at in range(len(store.pieces))), first,
     )  # fmt: skip
 

@@ -154,11 +154,15 @@ class Store(Folder):
         """document, source, sha256, tokens, passages, first_passage: one row for each document that ended."""
         # documents.parquet is there when the collection is finished.
         if self._in_units and not self.complete:
-            parts = zip(self.pieces, self._first_passages.tolist(), strict=False)
-            tables = [
-                shifted(self._read(f"{piece.folder}documents.parquet", DOCUMENTS), first_passage=first)
-                for piece, first in parts
-            ]
+            tables, before = [], 0  # passages of the finished units right before one
+            for at, piece in enumerate(self.pieces):
+                if at and self.pieces[at - 1].unit != piece.unit - 1:
+                    before = 0
+                table = self._read(f"{piece.folder}documents.parquet", DOCUMENTS)
+                # A document begun in units that are not all done yet is not there yet.
+                table = table.slice(int((numbers(table["first_passage"]) < -before).sum()))
+                tables.append(shifted(table, first_passage=int(self._first_passages[at])))
+                before += piece.passages
             return _concat(tables, DOCUMENTS)
         names = ["documents.parquet"] if self.complete else self._parts("documents")
         return _concat([self._read(name, DOCUMENTS) for name in names], DOCUMENTS)

@@ -19,7 +19,7 @@ from .marks import PARTS, chain, entries_sound, marked, part_name, shard_marker,
 
 TABLES = ("documents.parquet", "features.parquet")
 PLAN = "plan.json"
-FOLDERS = ("index", "tokenizer", "done", "units")
+FOLDERS = ("index", "tokenizer", "done", "units", ".corpus")
 CARD = ("README.md", ".gitattributes")  # what a repository of the Hugging Face hub has beside
 
 
@@ -100,7 +100,7 @@ class _Check:
         self.out, self.progress = out, progress
         self.complete = os.path.lexists(out / "summary.json")
         self.found = Verified(str(out), self.complete)
-        self.known = {".lock", ".finish", *CARD}
+        self.known = {".lock", ".finish", ".plan", *CARD}
         self.in_units = False
         self.markers: list[dict] = []
         self.sites: list[str] | None = None
