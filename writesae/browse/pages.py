@@ -100,7 +100,9 @@ class Pages:
 
     # ---- pages -------------------------------------------------------------------------------------------------------
 
+    @cached_property
     def index(self) -> str:
+        """The list; the same for everyone, so it is made once."""
         columns = self.columns
         rows = [columns.row(int(i)) for i in columns.order[:FIRST_ROWS]]
         names = [x for x in HEADINGS if x == "feature" or x in columns.sent]
