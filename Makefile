@@ -7,7 +7,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/
 # The CUDA kernels take minutes to compile: here they are built only for a torch that can run them (cuda-check builds all).
 HAS_CUDA = $(shell $(BIN)/python -c 'import torch; print(int(torch.version.cuda is not None))')
 
-.PHONY: demo test test-libraries scale-demo fuzz bench sanitize cuda-check lint format docs info clean
+.PHONY: demo test test-libraries scale-demo fuzz bench sanitize compilers cuda-check lint format docs info clean
 
 demo: $(VENV)/.built
 	$(BIN)/writesae demo
@@ -25,7 +25,6 @@ test-libraries: $(VENV)/.built
 
 # A Ray cluster of three nodes on this machine fills a store, one of them killed midway; then verified, compared and merged.
 scale-demo: $(VENV)/.built
-	$(PIP) install -q -c constraints.txt "ray[client]"
 	$(BIN)/python scripts/scale_demo.py
 
 # Random and hostile inputs for so many minutes; what is found can be seen again from its seed.
@@ -46,6 +45,10 @@ sanitize: $(VENV)/.built
 	  -DWRITESAE_TWIN=$(CURDIR)/build/twin-sanitize
 	cmake --build build/sanitize -j2
 	ctest --test-dir build/sanitize --output-on-failure
+
+# The kernels' C++ checks on 64-bit ARM, under an emulator, and by clang; Debian's qemu-user, g++-aarch64-linux-gnu, clang.
+compilers: $(VENV)/.built
+	$(BIN)/python scripts/check_compilers.py
 
 # What can be proven of the CUDA kernels without a GPU: they compile and link for every architecture, within registers and
 # shared memory; their host twin passes the operators' tests, also under sanitizers. Needs nvcc.

@@ -192,16 +192,9 @@ def _need_extras() -> None:
 
 def _refuse_foreign(out: Path) -> None:
     ours = {
-        "firings",
-        "firings.browse",
-        "parts",
-        "plots",
-        "writes",
-        "recovered",
-        "summary.json",
-        "firings.parquet",
+        "firings", "firings.browse", "parts", "plots", "writes", "recovered", "summary.json", "firings.parquet",
         "report.html",
-    }
+    }  # fmt: skip
     refuse_link(out)
     others = sorted(path.name for path in out.iterdir() if path.name not in ours) if out.is_dir() else [out.name]
     if others:

@@ -222,7 +222,7 @@ class Atlas:
             return None
         from .live import Live
 
-        return Live(self.model, self.load_dictionaries(), self.words)
+        return Live.load(self.model, self.load_dictionaries())
 
     def load_dictionaries(self) -> dict[tuple[int, int], Any]:
         """{(layer, head): SAE} of the sites."""
@@ -385,7 +385,7 @@ class Atlas:
                 from ..models.identity import require_same_model
 
                 require_same_model(model, {site: sae}, False, str(self.model))
-            made, why = promoted.facts(sae, model, *site, len(self.words))
+            made, why = promoted.facts(sae, model, site[0], site[1], len(self.words))
             path = self._atoms_path(i)
             make_folder(self.folder, path.parent.name, argument="cache")
             scan.write(path, made, {"why": why}, self.folder)
@@ -395,11 +395,12 @@ class Atlas:
         found = self.store.counts()
         if len(found) != n:
             raise ValueError(f"store: {self.store.path}: expected {n} rows in features.parquet, got {len(found)}")
-        count, total, largest = (np.from_dlpack(found[x].combine_chunks()) for x in ("count", "sum", "max"))
+        columns = {name: np.from_dlpack(found[name].combine_chunks()) for name in ("count", "sum", "max")}
+        count: np.ndarray = columns["count"]
         win_rate, cosine = self.results.columns(self.sites, self.first)
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
             density = (count / max(1, self._tokens_seen)).astype(np.float32)
-            mean = np.where(count > 0, total / count, 0).astype(np.float32)
+            mean = np.where(count > 0, columns["sum"] / count, 0).astype(np.float32)
         partition, names = tables.partitioned(count, density, cosine)
         tokens = {
             name: np.full((n, tables.SHOWN), tables.UNKNOWN, np.uint32) for name in ("promoted", "suppressed", "token")
@@ -416,8 +417,8 @@ class Atlas:
         made = FeatureTable(
             np.repeat(np.arange(len(self.sites), dtype=np.uint16), self.sizes),
             np.concatenate([np.arange(F, dtype=np.uint32) for F in self.sizes]), count, density, mean,
-            largest, win_rate, cosine, partition, tokens["promoted"], tokens["suppressed"], tokens["token"], self.sites,
-            names, (),
+            columns["max"], win_rate, cosine, partition, tokens["promoted"], tokens["suppressed"], tokens["token"],
+            self.sites, names, (),
         )  # fmt: skip
         made.save(self._table_path, {"why": list(why)[:20]}, self.folder)
 

@@ -12,9 +12,15 @@ import pyarrow.parquet as pq
 
 from ..collect.store import Store
 from ..untrusted import first_line
-from .scan import BINS, LEVELS, ROWS, WIDTH
 from .words import Words
 
+BINS = 32  # of a histogram, from 0 to the feature's largest activation
+# Levels by share of the largest activation, of which firings are drawn; the first is the largest firings themselves.
+LEVELS = (
+    ("top", 0.0, 1.0), ("75-100 %", 0.75, 1.0), ("50-75 %", 0.5, 0.75), ("25-50 %", 0.25, 0.5), ("0-25 %", 0.0, 0.25),
+)  # fmt: skip
+ROWS = 128  # features of a row group: what a page reads
+WIDTH = 48  # tokens either side whose activation is kept
 NEAR = 24  # tokens either side, before the window is widened to whole lines or words
 _LISTS = {
     "histogram": np.int64, "token": np.int32, "token_count": np.int64, "together": np.int32, "together_count": np.int64,
@@ -35,10 +41,12 @@ def read_lists(path: Path, feature: int, kinds: Mapping[str, Any]) -> dict[str, 
             found = {}
             for name, kind in kinds.items():
                 column = table[name].combine_chunks()
-                low, high = column.offsets[feature % ROWS].as_py(), column.offsets[feature % ROWS + 1].as_py()
-                found[name] = column.values[low:high].to_numpy(zero_copy_only=False).astype(kind, copy=False)
+                # Not to_numpy, which loads pandas where there is one: half of what a first page takes.
+                offsets, values = np.from_dlpack(column.offsets), np.from_dlpack(column.values)
+                low, high = offsets[feature % ROWS], offsets[feature % ROWS + 1]
+                found[name] = values[low:high].astype(kind, copy=False)
             return found
-    except (pa.ArrowException, OSError, ValueError, KeyError, IndexError, AttributeError) as error:
+    except (pa.ArrowException, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
         raise ValueError(f"cache: {path} cannot be read: {first_line(error)}; remove it") from error
 
 
@@ -47,7 +55,7 @@ def read_scan(path: Path, feature: int) -> dict[str, np.ndarray]:
     found = read_lists(path, feature, _LISTS)
     few = len(found["level"])
     sound = all(len(found[name]) == few for name in ("document", "row", "position", "activation", "around"))
-    sound = sound and len(found["histogram"]) == BINS and (found["around"] >= 0).all()
+    sound = sound and len(found["histogram"]) == BINS and bool((found["around"] >= 0).all())
     sound = sound and len(found["offset"]) == len(found["value"]) == int(found["around"].sum(dtype=np.int64))
     if not sound or (found["level"] >= len(LEVELS)).any():
         raise ValueError(f"cache: {path} is no table of contexts; remove it")
@@ -61,7 +69,7 @@ def levels(store: Store, words: Words, found: Mapping[str, np.ndarray], largest:
     ends = np.cumsum(np.r_[0, found["around"]])
     out = []
     for number, (name, low, high) in enumerate(LEVELS):
-        contexts = []
+        contexts: list[dict[str, Any]] = []
         for i in np.flatnonzero(found["level"] == number):
             tokens, source = passages[int(found["document"][i]), int(found["row"][i])]
             position = int(found["position"][i])

@@ -5,7 +5,7 @@ gate and its output projection, all layers above, the final norm and the unembed
 weights alone (`atoms.output_map`, `atoms.to_logits`): the norm's weights and the head's part of the output projection,
 the final norm's weights and the unembedding. Left out is what depends on the context: by how much the norm divides, the
 gate, and every layer in between; and the pair has no sign of its own, so what is promoted is so for readers with
-`v . q > 0`. Where a family's output projection is not known, or the model has none, tokens are unknown, with the reason.
+`v . q > 0`. Where a family's output projection is not known tokens are unknown, and it is said why.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def _tokens(model, layer: int, head: int, values, vocabulary: int):
     from ..atoms import output_map, to_logits
 
     out = output_map(model, layer, head)
-    raised, lowered = [], []
+    raised: list = []
+    lowered: list = []
     for part in values.to(out).split(_ROWS):
         logits = to_logits(model, part @ out)[:, :vocabulary]
         score = logits - logits.mean(1, keepdim=True)

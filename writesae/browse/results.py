@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from ..report.load import load_run
 from ..untrusted import read_json
 
 _SHOWN = 12  # firings listed of an atom and run
@@ -34,6 +33,8 @@ class Results:
             if (folder / _PARTITION).is_file():
                 self._medians |= _medians(folder / _PARTITION)
                 continue
+            from ..report.load import load_run
+
             try:
                 summary, columns = load_run(folder)
             except ValueError as error:
@@ -66,7 +67,7 @@ class Results:
             rate, mean = won / tested, cosine / cosines
         if self._medians:
             places = np.array(list(self._medians))
-            key, mine = _keys(*places.T, sites, first)
+            key, mine = _keys(places[:, 0], places[:, 1], places[:, 2], sites, first)
             mean[key] = np.array(list(self._medians.values()))[mine]
         return rate.astype(np.float32), mean.astype(np.float32)
 

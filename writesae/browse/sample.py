@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 
-from ..files import entry, make_folder, write_sealed
+from ..files import entry, make_folder, write_json, write_sealed
 
 HOSTILE = (
     "<script>document.title='ran'</script>", "</script><img src=x onerror=alert(1)>", "\u202egnp.exe\u2066",
@@ -71,7 +70,7 @@ def sample_store(
     manifest.restore(out)
     _, digest = manifest.check(out, {})
     path = out / "tokenizer" / "tokenizer.json"
-    path.write_text(json.dumps(_tokenizer(hostile)))
+    write_json(path, _tokenizer(hostile), out)
     mark(out, "tokenizer", [path], digest)
 
     features = Features([Site(a, b, F, k) for a, b in sites])
@@ -118,7 +117,7 @@ def _tokenizer(hostile: bool) -> dict:
          "special": True} for i, text in enumerate(HOSTILE)
     ] if hostile else []  # fmt: skip
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+    model: dict = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
              "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
              "vocab": vocabulary, "merges": []}  # fmt: skip
     return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,

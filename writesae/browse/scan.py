@@ -20,14 +20,10 @@ from ..collect.files import FIRINGS, TOKENS, checked, parquet, read_table, row_g
 from ..collect.modes import Columns, Selection
 from ..collect.store import Store
 from ..files import whole_file
+from .contexts import BINS, LEVELS, ROWS, WIDTH
 
-BINS = 32  # of a histogram, from 0 to the feature's largest activation
-# Levels by share of the largest activation; firings drawn from each. The first is the largest firings themselves.
-LEVELS = (("top", 0.0, 1.0), ("75-100 %", 0.75, 1.0), ("50-75 %", 0.5, 0.75), ("25-50 %", 0.25, 0.5), ("0-25 %", 0.0, 0.25))  # fmt: skip  # noqa: E501
 TOP, EACH = 8, 4
-WIDTH = 48  # tokens either side whose activation is kept
 TOKENS_KEPT = TOGETHER_KEPT = 10
-ROWS = 128  # features of a row group: what a page reads
 _PAIRS = 2**28  # bytes of counts of pairs held at once
 _FEATURES = 2**16  # features done at once
 _STEPS = 1024  # firings of a token that are paired; a damaged table may say that all are of one token

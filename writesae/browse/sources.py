@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from . import words
 from .words import Words
 
 _BEST = "best.pt"
+_PUBLISHED = re.compile(r"L(\d{1,6})_H(\d{1,6})")
 
 
 def text(x) -> str | None:
@@ -92,17 +94,17 @@ def _inside(folder: Path) -> dict[tuple[int, int], Path]:
     for path in [folder] if own else sorted(x for x in folder.iterdir() if x.is_dir()):
         if (path / "cfg.json").is_file():
             config = read_json(path / "cfg.json")
-            site = config.get("layer"), config.get("head")
+            layer, head = config.get("layer"), config.get("head")
         elif (path / _BEST).is_file():
-            layer, _, head = path.name.removeprefix("L").partition("_H")
-            site = (int(layer), int(head)) if layer.isdecimal() and head.isdecimal() else (None, None)
+            match = _PUBLISHED.fullmatch(path.name)
+            layer, head = (int(match[1]), int(match[2])) if match else (None, None)
         else:
             continue
-        if not all(is_integer(x) for x in site):
+        if layer is None or head is None or not (is_integer(layer) and is_integer(head)):
             raise ValueError(f"sae: {path} does not say its layer and head")
-        if site in found:
-            raise ValueError(f"sae: expected one dictionary a site, got two of {site[0]}:{site[1]}")
-        found[site] = path
+        if (layer, head) in found:
+            raise ValueError(f"sae: expected one dictionary a site, got two of {layer}:{head}")
+        found[layer, head] = path
     return found
 
 

@@ -116,8 +116,8 @@ def _columns(path: Path, group: int | None) -> dict[str, np.ndarray]:
     try:
         with pq.ParquetFile(path) as file:
             table = file.read() if group is None else file.read_row_group(group, use_threads=False)
-            c = {name: table[name].to_numpy() for name in _SCHEMA.names}
-    except (pa.ArrowException, OSError, ValueError, KeyError, IndexError) as error:
+            c = {name: np.from_dlpack(table[name].combine_chunks()) for name in _SCHEMA.names}
+    except (pa.ArrowException, OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise ValueError(f"cache: {path} cannot be read: {first_line(error)}; remove it") from error
     found = {name: c[name] for name in _PLAIN}
     return found | {name: np.stack([c[f"{name}_{i}"] for i in range(SHOWN)], 1) for name in _TOKENS}

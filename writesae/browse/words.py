@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -56,18 +56,23 @@ class Words:
         """All of them, by id."""
         return [self.token(token) for token in range(len(self))]
 
-    def split(self, tokens: Sequence[int]) -> list[str]:
+    def split(self, tokens: Iterable[int]) -> list[str]:
         """The text of tokens, a piece each; joined, they are the text.
 
         A character whose bytes lie in several tokens is in the last of them, so that those before it may be empty.
         What is no UTF-8 (a character cut by the window's edge) is U+FFFD.
         """
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        found = [decoder.decode(self._bytes(int(token))) for token in tokens]
-        rest = decoder.decode(b"", final=True)
+        decode = self.stream()
+        found = [decode(int(token)) for token in tokens]
+        rest = decode(None)
         if found and rest:
             found[-1] += rest
         return found
+
+    def stream(self) -> Callable[[int | None], str]:
+        """`split`, a token at a time; None asks for what is left at the end."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        return lambda token: decoder.decode(b"" if token is None else self._bytes(token), final=token is None)
 
     def array(self) -> pa.Array:
         return self._pieces
