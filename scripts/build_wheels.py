@@ -83,7 +83,9 @@ def environment(architecture: str, work: Path) -> dict[str, str]:
     prefix = f"{architecture}-linux-gnu"
     compiler = f"{prefix}-g++"
     if shutil.which(compiler) is None:
-        sys.exit(f"build_wheels.py: --architectures: expected {compiler} on PATH for {architecture} (apt: g++-{prefix})")
+        sys.exit(
+            f"build_wheels.py: --architectures: expected {compiler} on PATH for {architecture} (apt: g++-{prefix})"
+        )
     stub(f"{prefix}-gcc", interface(), work / f"stub-{architecture}")
     return {
         "CXX": compiler, "CC": f"{prefix}-gcc", "LDSHARED": f"{compiler} -shared", "LDCXXSHARED": f"{compiler} -shared",
@@ -104,7 +106,8 @@ def finished(wheel: Path, kind: str, architecture: str, out: Path) -> Path:
         sys.exit(f"build_wheels.py: expected a wheel named cp310-abi3-{plat}, got {made.name}")
     with zipfile.ZipFile(made) as file:
         names = file.namelist()
-    unwanted = [name for name in names if name.startswith(("tests/", "csrc/", "bench/")) or name.endswith((".pyc", ".o"))]
+    ours = ("tests/", "csrc/", "bench/")
+    unwanted = [name for name in names if name.startswith(ours) or name.endswith((".pyc", ".o"))]
     if unwanted or sum(name.endswith(".so") for name in names) != 1:
         sys.exit(f"build_wheels.py: {made.name}: expected one library and nothing of the repository's, got {unwanted}")
     target = out / made.name
@@ -139,7 +142,7 @@ def cuda_wheel(tree: Path, architecture: str, work: Path, out: Path, library: Pa
     package = folder / "writesae_cuda"
     package.mkdir(exist_ok=True)
     (package / "__init__.py").write_text(
-        f'"""The CUDA kernels of writesae {version[1]}; writesae loads them by itself."""\n\n__version__ = "{version[1]}"\n'
+        f'"""The CUDA kernels of writesae {version[1]}, which loads them."""\n\n__version__ = "{version[1]}"\n'
     )
     (folder / "requirements.txt").write_text(f"writesae=={version[1]}\n")
     shutil.copy(library or cuda_library(tree, architecture, work), package / "_C_cuda.abi3.so")
@@ -156,7 +159,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("dist"))
     parser.add_argument("--only", choices=("cpu", "cuda"))
     parser.add_argument("--architectures", nargs="+", choices=("x86_64", "aarch64"), default=["x86_64", "aarch64"])
-    parser.add_argument("--library", type=Path, help="a CUDA library that setup.py built for the one architecture given")
+    parser.add_argument(
+        "--library", type=Path, help="a CUDA library that setup.py built for the one architecture given"
+    )
     args = parser.parse_args()
     if args.library is not None and (len(args.architectures) != 1 or not args.library.is_file()):
         parser.error(f"--library: expected a file, with one of --architectures, got {args.library}")

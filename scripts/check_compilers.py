@@ -41,9 +41,11 @@ def check(step: str) -> None:
         FileNotFoundError: a program is missing; names it and Debian's package.
         subprocess.CalledProcessError: something did not compile, or a check failed.
     """
-    missing = {name: package for name, package in {"cmake": "cmake", **PROGRAMS[step]}.items() if not shutil.which(name)}
+    programs = {"cmake": "cmake", **PROGRAMS[step]}
+    missing = {name: package for name, package in programs.items() if not shutil.which(name)}
     if missing:
-        raise FileNotFoundError(f"{step}: expected on PATH {', '.join(missing)}: apt install {' '.join(missing.values())}")
+        packages = " ".join(missing.values())
+        raise FileNotFoundError(f"{step}: expected on PATH {', '.join(missing)}: apt install {packages}")
     folder = f"build/{step}"
     run("cmake", "-S", ".", "-B", folder, "-DWRITESAE_CPU_ONLY=ON", "-DWRITESAE_QUICK=ON", *OPTIONS[step])
     run("cmake", "--build", folder, "-j2")
