@@ -14,7 +14,7 @@ from fake_source import FakeSource, words
 
 from writesae import objects
 from writesae.cli import main
-from writesae.collect import Corpus, Store, collect, merge, mirror
+from writesae.collect import Corpus, Store, collect, files, merge, mirror
 from writesae.collect.merging import put_together
 from writesae.collect.verify import verify
 
@@ -226,6 +226,25 @@ def test_damage_is_found_and_made_again(server, text, alone, tmp_path):
     assert_same(server, "out", tmp_path / "here", alone["all"][1])
 
 
+def test_of_large_tables_what_is_asked_for_is_read(server, text, tmp_path, monkeypatch):
+    """In blocks, each compared with its digest; a damaged block is no obstacle to who does not ask for it."""
+    for where in ("writesae.files", "writesae.collect.marks"):
+        monkeypatch.setattr(f"{where}.COMPARED", 256)
+    monkeypatch.setattr(files, "ROW_GROUP", 64)
+    make(text, "s3://bucket/out", shard_passages=1000, unit=10**6)
+    here = Store(server.save("out", tmp_path / "here"))
+    name = next(name for name in server.names("out/units/") if "/firings/" in name)
+    data = server.objects["bucket", name][0]
+    server.put(name, data[:500] + bytes([data[500] ^ 1]) + data[501:])  # in the first row groups
+    store = Store.from_pretrained("s3://bucket/out")
+    assert [t.to_pylist() for t in store.firings(4, 2, 62)] == [t.to_pylist() for t in here.firings(4, 2, 62)] != []
+    assert not (store.path / name.removeprefix("out/")).exists()
+    with pytest.raises(ValueError, match=f"s3://bucket/{name} is damaged: its content and its digest disagree"):
+        list(store.firings())
+    with pytest.raises(ValueError, match="path: expected a store in a folder, got s3://bucket/out"):
+        store.push_to_hub("some/one", license="cc-by-4.0")
+
+
 def test_stores_are_merged_from_and_into_a_bucket(server, text, tmp_path, monkeypatch):
     other = tmp_path / "other"
     other.mkdir()
@@ -265,6 +284,17 @@ def test_errors_say_what_is_wrong_in_one_line(server, text, capsys, monkeypatch)
     ):
         refused("got a URL with credentials or a query in it", url)
         assert main(["verify", url]) == 2 and SECRET not in capsys.readouterr().err
+    for address in ("localhost:9000", f"http://{KEY}:{SECRET}@localhost:9000"):
+        with monkeypatch.context() as patch:
+            patch.setenv("AWS_ENDPOINT_URL", address)
+            objects._file_system.cache_clear()
+            refused("AWS_ENDPOINT_URL: expected http://HOST:PORT or https://HOST", "s3://bucket/y")
+    objects._file_system.cache_clear()
+    server.put("z/manifest.json", b"{}")
+    server.put("z/done/../../../../outside.json", b"{}")
+    refused(
+        "s3://bucket/z holds 'done/../../../../outside.json', which is no file's name", "s3://bucket/z", reading=True
+    )
     with pytest.raises(FileNotFoundError, match="no object s3://bucket/none, nor any below it"):
         Corpus.from_name("s3://bucket/none")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):

@@ -15,6 +15,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from functools import cache
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
@@ -73,11 +74,15 @@ def _file_system(scheme: str, bucket: str):
     from pyarrow import fs
 
     if scheme == "s3":
-        address = urlsplit(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "")
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-        if region is None:
-            region = "us-east-1" if address.netloc else fs.resolve_s3_region(bucket)
-        options = {"endpoint_override": address.netloc, "scheme": address.scheme} if address.netloc else {}
+        server = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        options = {}
+        if server:
+            address = urlsplit(server)
+            if address.scheme not in ("http", "https") or not address.netloc or "@" in server:
+                raise ValueError("AWS_ENDPOINT_URL: expected http://HOST:PORT or https://HOST, got something else")
+            options = {"endpoint_override": address.netloc, "scheme": address.scheme}
+        region = region or ("us-east-1" if server else fs.resolve_s3_region(bucket))
         return fs.S3FileSystem(
             region=region, connect_timeout=10, request_timeout=30, allow_delayed_open=True,
             retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=3), **options,
@@ -116,10 +121,12 @@ class Objects:
                 f"{argument}: {self.url} needs a package that is not installed: {first_line(error)}"
             ) from error
         except ValueError as error:
-            if str(error).startswith(f"{argument}:"):
+            if self.scheme in _BUCKETS:
                 raise
-            raise ValueError(f"{argument}: expected s3://, gs://, hf:// or another store that fsspec knows, got "
-                             f"{self.url}: {first_line(error)}") from error  # fmt: skip
+            raise ValueError(
+                f"{argument}: expected s3://, gs://, hf:// or another store that fsspec knows, got {self.url}: "
+                f"{first_line(error)}"
+            ) from error
 
     def at(self, name: str) -> str:
         return f"{self.root}/{name}" if name else self.root
@@ -153,10 +160,15 @@ class Objects:
         """
 
         def ask():
+            if self.scheme == "s3":  # which says all of it at once
+                with self.fs.open_input_file(self.at(name)) as file:
+                    changed = (file.metadata() or {}).get("Last-Modified", b"1970-01-01T00:00:00Z").decode()
+                    at = datetime.fromisoformat(changed.replace("Z", "+00:00"))
+                    return file.size(), int(at.timestamp()) * 10**9, _content(file)
             found = self.fs.get_file_info(self.at(name))
             if found.size is None:
                 raise FileNotFoundError(2, "no such object", self.shown(name))
-            if self.scheme in _BUCKETS:
+            if self.scheme == "gs":
                 with self.fs.open_input_file(self.at(name)) as file:
                     return found.size, found.mtime_ns or 0, _content(file)
             more = self.fs.handler.fs.info(self.at(name))

@@ -197,6 +197,8 @@ class Mirror(Place):
             list(pool.map(one, wanted.items()))
 
     def _get(self, name: str) -> None:
+        if any(part in ("", ".", "..") for part in name.split("/")):
+            raise ValueError(f"{self.objects.argument}: {self} holds {name!r}, which is no file's name: remove it")
         make_folder(self.path, *name.split("/")[:-1])
         self.objects.fetch(name, self.path / name)
 

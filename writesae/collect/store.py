@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ..objects import is_url
 from .files import DOCUMENTS, FEATURES, FIRINGS, TOKENS, checked, numbers, row_groups, shifted
 from .folder import Documents, Folder
 from .unit_marks import unit_numbers
@@ -70,7 +71,7 @@ class Store(Folder):
         """The store in a folder, or in a dataset repository of the Hugging Face hub, which is downloaded to its cache.
 
         Args:
-            path_or_repo: a folder, or a repository such as "owner/name".
+            path_or_repo: a folder, a URL of an object store, or a repository such as "owner/name".
             revision: branch, tag or commit of a repository.
             firings: download the log of all firings, most of a store of mode "all". Without it `top` (up to the index's
                 n), `contexts`, `counts` and `tokens` answer, and what needs the log says that a file of it is missing.
@@ -80,7 +81,7 @@ class Store(Folder):
             FileNotFoundError, PermissionError, ConnectionError: no such repository, no access, no network.
             ValueError: no store there.
         """
-        if Path(path_or_repo).is_dir():
+        if is_url(path_or_repo) or Path(path_or_repo).is_dir():
             return cls(path_or_repo)
         from .hub import fetch
 
