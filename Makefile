@@ -7,7 +7,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/
 # The CUDA kernels take minutes to compile: here they are built only for a torch that can run them (cuda-check builds all).
 HAS_CUDA = $(shell $(BIN)/python -c 'import torch; print(int(torch.version.cuda is not None))')
 
-.PHONY: demo test test-libraries scale-demo fuzz bench sanitize cuda-check lint format docs info clean
+.PHONY: demo test test-libraries scale-demo fuzz bench sanitize compilers cuda-check lint format docs info clean
 
 demo: $(VENV)/.built
 	$(BIN)/writesae demo
@@ -17,15 +17,15 @@ demo: $(VENV)/.built
 test: $(VENV)/.built
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --twin $$($(BIN)/python scripts/build_twin.py 2> /dev/null) tests
 
-# What a model takes part in: with flash-linear-attention, with mamba-ssm, and under every other release of transformers that
-# is supported, and the newest; each installed beside the environment. LIBRARIES="fla" runs some.
-LIBRARIES ?= fla mamba-ssm transformers
+# What a model takes part in: with flash-linear-attention, with mamba-ssm, with the tools of docs/bridges.md, and under every
+# other release of transformers that is supported, and the newest; each installed beside the environment. LIBRARIES="fla"
+# runs some.
+LIBRARIES ?= fla mamba-ssm bridges transformer-lens transformers
 test-libraries: $(VENV)/.built
 	$(BIN)/python scripts/test_libraries.py $(LIBRARIES)
 
 # A Ray cluster of three nodes on this machine fills a store, one of them killed midway; then verified, compared and merged.
 scale-demo: $(VENV)/.built
-	$(PIP) install -q -c constraints.txt "ray[client]"
 	$(BIN)/python scripts/scale_demo.py
 
 # Random and hostile inputs for so many minutes; what is found can be seen again from its seed.
@@ -47,6 +47,10 @@ sanitize: $(VENV)/.built
 	cmake --build build/sanitize -j2
 	ctest --test-dir build/sanitize --output-on-failure
 
+# The kernels' C++ checks on 64-bit ARM, under an emulator, and by clang; Debian's qemu-user, g++-aarch64-linux-gnu, clang.
+compilers: $(VENV)/.built
+	$(BIN)/python scripts/check_compilers.py
+
 # What can be proven of the CUDA kernels without a GPU: they compile and link for every architecture, within registers and
 # shared memory; their host twin passes the operators' tests, also under sanitizers. Needs nvcc.
 cuda-check: $(VENV)/.built
@@ -61,10 +65,12 @@ format: $(VENV)/.built
 	$(BIN)/ruff format .
 	git ls-files csrc | grep -E '\.(h|cpp|cu|cuh)$$' | xargs $(BIN)/clang-format -i
 
-# The API reference, HTML from docstrings, in build/docs; not kept in the repository.
+# The notebooks, run, and the documentation as a site, in build/docs; a warning is an error. To see it while writing:
+# .venv/bin/mkdocs serve
 docs: $(VENV)/.built
-	$(PIP) install -q -c constraints.txt pdoc
-	$(BIN)/python scripts/api_reference.py
+	$(PIP) install -q -c constraints.txt mkdocs mkdocs-material "mkdocstrings[python]" nbclient nbformat ipykernel
+	$(BIN)/python scripts/run_notebooks.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 info: $(VENV)/.built
 	$(BIN)/writesae info

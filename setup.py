@@ -130,7 +130,7 @@ print("writesae: " + (f"CUDA kernels for {WANTED}, by {CUDA}" if CUDA else
       "the CPU kernels alone; WRITESAE_CUDA=1 builds the CUDA kernels too, with nvcc"), flush=True)  # fmt: skip
 extensions = [extension("_C_cpu", glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp"), 0)]
 if CUDA is not None:
-    sources = [*(f"csrc/{name}" for name in both_sides()), "csrc/cuda/library.cpp"]
+    sources = [*(f"csrc/{name}" for name in both_sides()), "csrc/cuda/library.cpp", "csrc/one_thread.cpp"]
     extensions.append(extension("_C_cuda", sources, 1, libraries=["dl", "rt", "pthread"]))
 setup(
     ext_modules=extensions,

@@ -6,7 +6,7 @@
 Every round collects the same text into a new folder by several workers, killing one of them at a random time and
 starting it again, until the collection completes; rounds go on, through all three modes, until there were enough kills.
 Each folder is then compared, table by table, to what one worker left, and verified. Workers are forked from a process
-that has loaded the embedded model, so that kills fall into their work and not into its loading.
+that has loaded the embedded model, so that kills fall into their work and not into its loading; each has one thread.
 
 With `--engine ray` the units are tasks on a Ray cluster of several nodes on this machine (needs `writesae[ray]`), and
 what is killed is, at random, a worker, a node (another joins) or the driver (which is run again).
@@ -25,6 +25,7 @@ import traceback
 from functools import partial
 from pathlib import Path
 
+import torch
 from common import end, row, tables
 
 from writesae import cli
@@ -52,6 +53,11 @@ def documents(folder: Path, size: int, length: int = 3000) -> None:
 def count(out: Path) -> int:
     """Units that are done."""
     return len(list((out / "done").glob("unit-*.json")))
+
+
+def one_thread() -> None:
+    """To be called before anything is computed: a process forked from one with a pool of threads waits for it."""
+    torch.set_num_threads(1)
 
 
 def forked(run) -> int:
@@ -117,6 +123,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng = random.Random(args.seed)
+    one_thread()
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
         text = scratch / "text"
@@ -161,7 +168,8 @@ def main() -> None:
             while workers.running() and len(moments) < args.kills:
                 while cluster is not None and workers.running() and count(out) == done:
                     time.sleep(0.05)  # Ray's workers load the model anew: not before one has done a unit since
-                after = rng.uniform(0, seconds / 3)  # so that several fall into one collection
+                # So that several fall into one collection.
+                after = rng.uniform(0, seconds / 3 if cluster is None else 2 * seconds / units)
                 deadline = time.monotonic() + after
                 while workers.running() and time.monotonic() < deadline:
                     time.sleep(0.01)

@@ -1,11 +1,13 @@
 """What filling one folder by units costs, how two workers scale, and what merging costs by the number of stores.
 
-    python bench/many_workers.py [--tokens 200000] [--rounds 3] [--ray] [--stores 8 16 32 64]
+    python bench/many_workers.py [--tokens 200000] [--unit BYTES] [--rounds 3] [--ray] [--stores 8 16 32 64]
 
 One process without units, one with, two workers, and with `--ray` two workers of Ray collect the same text, in turns;
-the best of the rounds counts, from the moment that the model is loaded to the end of the index (of Ray: from the first
-unit begun, since its workers load the model first). Every result is compared to one worker's. What units cost is taken
-in seconds of processors too, which mean something on a machine that does other things as well.
+the best of the rounds counts, from the moment that the model is loaded to the end of the index. Ray's workers load the
+model first, so both pairs of workers are also timed from the first finished unit to the end. Every result is compared
+to one worker's. What units cost is taken in seconds of processors too, which mean something on a machine that does
+other things as well, and given for a unit, since those of this text are a small part of what they are by default. A
+worker has one thread.
 
 Then stores of as many parts of a text are merged, 8 to 64 of them; linear means that a store takes as long in each, in
 seconds of a processor.
@@ -23,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 from common import end, row, tables
-from kill_workers import Workers, documents
+from kill_workers import Workers, documents, one_thread
 
 from writesae import cli
 from writesae.collect import Store, collect, merge
@@ -49,7 +51,7 @@ def workers(args: argparse.Namespace, scratch: Path) -> list[dict]:
     command = cli.parser("collect").parse_args(["collect", str(text), "--out", "-"])
     loaded = prepare(command, "cpu")
     shared = {"context": 256, "max_tokens": args.tokens}
-    unit = args.tokens // 4  # bytes: some sixteen units
+    unit = args.unit or args.tokens // 4  # bytes: some sixteen units
     ways = {
         "one": [partial(collect, *loaded, **shared)],
         "units": [partial(collect, *loaded, unit=unit, **shared)],
@@ -57,6 +59,7 @@ def workers(args: argparse.Namespace, scratch: Path) -> list[dict]:
     }
     times: dict[str, list[float]] = {way: [] for way in ways}
     used: dict[str, list[float]] = {way: [] for way in ways}
+    steady: dict[str, list[float]] = {"two": [], "ray": []}
     for number in range(args.rounds):
         for way, runs in ways.items():
             out = scratch / f"{way}-{number}"
@@ -67,6 +70,7 @@ def workers(args: argparse.Namespace, scratch: Path) -> list[dict]:
             times[way].append(time.perf_counter() - began)
             used[way].append(at_work.cpu)
             print(f"{way}: {times[way][-1]:.2f} s, of a processor {used[way][-1]:.2f} s", flush=True)
+        steady["two"].append(since_first(out))
         first, units, two = (scratch / f"{way}-{number}" for way in ways)
         assert same(units, two), "two workers left other tables"
         alike(first, units)
@@ -83,18 +87,29 @@ def workers(args: argparse.Namespace, scratch: Path) -> list[dict]:
         row(f"{what}, two workers, all they use", more[1], "%", "<= 5", more[1] <= 5, "one process"),
         row(f"{what}, two workers, against one", scaling, "x", ">= 1.7", scaling >= 1.7, "one worker", spread["two"]),
     ]  # fmt: skip
+    count = len(list((scratch / "units-0" / "done").glob("unit-*")))
+    found.append(row(f"{what}, a unit's own cost", (least["units"] - least["one"]) / count, "s of a processor"))
     if args.ray:
-        seconds = [on_ray(command, scratch / f"ray-{n}", {**shared, "unit": unit}) for n in range(args.rounds)]
+        for number in range(args.rounds):
+            out = scratch / f"ray-{number}"
+            on_ray(command, out, {**shared, "unit": unit})
+            steady["ray"].append(since_first(out))
+            print(f"ray: {steady['ray'][-1]:.2f} s from the first finished unit on", flush=True)
         assert same(scratch / "ray-0", scratch / "units-0"), "Ray's workers left other tables"
-        cost = min(seconds) / best["two"] - 1
-        spread_of = [min(seconds), float(np.median(seconds)), max(seconds)]
+        cost = min(steady["ray"]) / min(steady["two"]) - 1
+        spread_of = [min(steady["ray"]), float(np.median(steady["ray"])), max(steady["ray"])]
         found.append(row(f"{what}, two workers of Ray, against two with a rank: more time", 100 * cost, "%", "<= 5",
                          cost <= 0.05, "two workers", spread_of))  # fmt: skip
     return found
 
 
-def on_ray(command: argparse.Namespace, out: Path, settings: dict) -> float:
-    """Seconds from the first unit begun to the summary, on a Ray of this machine with two CPUs."""
+def since_first(out: Path) -> float:
+    """Seconds from the first finished unit of a collection to its summary."""
+    return (out / "summary.json").stat().st_mtime - min(p.stat().st_mtime for p in (out / "done").glob("unit-*"))
+
+
+def on_ray(command: argparse.Namespace, out: Path, settings: dict) -> None:
+    """Collects on a Ray of this machine with two CPUs."""
     import ray
 
     from writesae.collect import collect_on_ray
@@ -103,8 +118,6 @@ def on_ray(command: argparse.Namespace, out: Path, settings: dict) -> float:
     if not ray.is_initialized():
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
     collect_on_ray(partial(prepare, command), out, **settings)
-    locks = [path.stat().st_ctime for path in (out / "units").iterdir()]
-    return time.time() - min(locks)
 
 
 def merging(args: argparse.Namespace, scratch: Path) -> list[dict]:
@@ -147,12 +160,14 @@ def merging(args: argparse.Namespace, scratch: Path) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=int, default=200_000)
+    parser.add_argument("--unit", type=int, help="bytes of text a unit (default: some sixteen units)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ray", action="store_true")
     parser.add_argument("--stores", type=int, nargs="*", default=[8, 16, 32, 64])
     parser.add_argument("--only", choices=("workers", "merging"))
     args = parser.parse_args()
     found = []
+    one_thread()
     with tempfile.TemporaryDirectory() as scratch:
         if args.only != "merging":
             found += workers(args, Path(scratch))

@@ -86,7 +86,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer({"error": code or "no"}, status, {"X-Error-Code": code, "X-Error-Message": code or "no"})
 
     def do_GET(self) -> None:
-        path = unquote(urlsplit(self.path).path).strip("/")
+        path = unquote(urlsplit(self.path).path).strip("/").removeprefix("datasets/")
         self.hub.log.append((self.command, path))
         parts = path.split("/")
         name = "/".join(parts[2:4] if parts[0] == "api" else parts[:2])

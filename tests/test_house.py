@@ -30,6 +30,9 @@ MAY_IMPORT = {
     "edits": {"_arguments"},
     "files": set(),
     "interrupt": set(),
+    "progress": set(),
+    "console": set(),
+    "completion": set(),
     "untrusted": set(),
     "options": {"_library", "default", "sae"},
     "ranks": set(),
@@ -42,6 +45,8 @@ MAY_IMPORT = {
         "edits",
         "files",
         "interrupt",
+        "console",
+        "progress",
         "models",
         "default",
         "text",
@@ -62,6 +67,7 @@ MAY_IMPORT = {
         "edits",
         "files",
         "interrupt",
+        "progress",
         "default",
         "text",
         "untrusted",
@@ -82,6 +88,7 @@ MAY_IMPORT = {
         "edits",
         "files",
         "interrupt",
+        "progress",
         "collect",
         "report",
         "default",
@@ -89,12 +96,26 @@ MAY_IMPORT = {
         "options",
     },
     "report": {"firings", "files", "collect", "untrusted"},
+    "bridges": {
+        "atoms",
+        "collect",
+        "default",
+        "edits",
+        "files",
+        "firings",
+        "models",
+        "options",
+        "sae",
+        "untrusted",
+        "writes",
+    },
     # Never ops: pages are read where nothing is compiled. Models and dictionaries load when something is made of them.
     "browse": {
         "atoms",
         "collect",
         "default",
         "files",
+        "interrupt",
         "models",
         "policies",
         "report",
@@ -115,7 +136,11 @@ EXTRAS = {
     "duckdb",
     "plotly",
     "transformer_lens",
+    "sae_lens",
+    "nnsight",
     "accelerate",
+    "starlette",
+    "uvicorn",
 }
 
 
@@ -342,7 +367,7 @@ def test_the_two_folders_of_benchmarks():
 
 def test_import_is_light():
     """Importing the package needs no transformers, no extras and no compiled library."""
-    code = "import sys, writesae; print([m for m in ('transformers', 'torch', 'scipy') if m in sys.modules])"
+    code = "import sys, writesae; print([m for m in ('transformers', 'torch', 'scipy', 'rich') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert out.stdout.strip() == "[]"
 

@@ -84,7 +84,7 @@ def test_a_command_says_how_to_go_on(name, how, monkeypatch, capsys):
     assert cli.main(command.example.replace("'", "").split()[1:]) == 130
     err = capsys.readouterr().err
     assert err == f"writesae {name}: interrupted" + (f": {command.interrupted}\n" if command.interrupted else "\n")
-    assert ("--out" in command.example or name in ("bench", "merge", "push")) == bool(command.interrupted)
+    assert ("--out" in command.example or name in ("bench", "merge", "push", "export")) == bool(command.interrupted)
 
 
 def _loaded(name: str):

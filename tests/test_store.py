@@ -1,6 +1,8 @@
 """`Store`: the same answers as from a plain list of firings, and from any Parquet reader."""
 
+import json
 import random
+import shutil
 import subprocess
 import sys
 
@@ -14,6 +16,7 @@ from writesae.collect import Corpus, Store, build_index, collect, files
 from writesae.collect import finish as finish_module
 from writesae.collect import shard as shard_module
 from writesae.collect.source import Site
+from writesae.collect.verify import verify
 
 
 class Tokenizer:
@@ -117,6 +120,64 @@ def test_firings_by_site_and_feature(made, firings):
         tables = list(store.firings(**wanted, batch=100))
         assert [f for t in tables for f in t.to_pylist()] == expected
         assert max(map(len, tables)) <= 100
+
+
+def test_firings_of_a_document(made, firings, tmp_path):
+    store = Store(made[0])
+    for document in range(6):
+        expected = [f for f in firings if f["document"] == document]
+        assert [f for t in store.firings(document=document) for f in t.to_pylist()] == expected
+    some = [f for t in store.firings(1, 0, document=4) for f in t.to_pylist()]
+    assert some == [f for f in firings if (f["document"], f["layer"], f["head"]) == (4, 1, 0)] and some
+    with pytest.raises(ValueError, match="document: expected one of the 6 collected, got 6"):
+        list(store.firings(document=6))
+
+
+def test_a_rare_feature_comes_from_the_index_alone(made, firings, tmp_path):
+    count = {row["feature"]: row["count"] for row in Store(made[0]).counts(1, 3).to_pylist()}
+    rare = min((f for f in count if count[f]), key=count.get)
+    often = max(count, key=count.get)
+    assert 0 < count[rare] < count[often]
+    collect(Corpus.from_path(made[0].parent / "text"), Tokenizer(), FakeSource(), tmp_path / "store", context=32,
+            n=count[rare] + 1, shard_passages=7)  # fmt: skip
+    shutil.rmtree(tmp_path / "store" / "firings")
+    store = Store(tmp_path / "store")
+    expected = [f for f in firings if (f["layer"], f["head"], f["feature"]) == (1, 3, rare)]
+    assert [f for t in store.firings(1, 3, rare, batch=3) for f in t.to_pylist()] == expected
+    with pytest.raises(ValueError, match="firings/part-000000.parquet is missing"):
+        list(store.firings(1, 3, often))
+
+
+def test_only_what_is_read_is_compared(made, firings, tmp_path, monkeypatch):
+    """With blocks and row groups so small that the tables have many."""
+    for where in ("writesae.files", "writesae.collect.marks"):
+        monkeypatch.setattr(f"{where}.COMPARED", 256)
+    monkeypatch.setattr(files, "ROW_GROUP", 64)
+    monkeypatch.setattr(files, "DOCUMENT_ROWS", 2)
+    out = tmp_path / "out"
+    collect(Corpus.from_path(made[0].parent / "text"), Tokenizer(), FakeSource(), out, n=20, context=32,
+            shard_passages=1000)  # fmt: skip
+    assert verify(out).sound and Store(out).documents.equals(Store(made[0]).documents)
+    path = out / "firings" / "part-000000.parquet"
+    file = pq.ParquetFile(path)
+    assert file.num_row_groups > 20 and len(json.loads((out / "done/part-000000.json").read_text())["files"][
+        "firings/part-000000.parquet"]["blocks"]) > 20  # fmt: skip
+    column = file.metadata.row_group(0).column(6)
+    data = bytearray(path.read_bytes())
+    data[column.data_page_offset + column.total_compressed_size // 2] ^= 1
+    path.write_bytes(data)
+    store = Store(out)
+    last = [f for f in firings if (f["layer"], f["head"], f["feature"]) == (4, 2, 62)]
+    assert [f for t in store.firings(4, 2, 62) for f in t.to_pylist()] == last and len(last) > 20
+    for question in (lambda: list(store.firings()), lambda: store.at(0, 3), lambda: store.top(1, 0, 0, 10**6)):
+        with pytest.raises(ValueError, match=f"{path} is damaged: its content and its digest disagree"):
+            question()
+    assert verify(out).damaged == {"firings/part-000000.parquet": "its content and its digest disagree"}
+    path.write_bytes(data[:-1])
+    with pytest.raises(ValueError, match=f"{path} is damaged: expected {len(data)} bytes, got {len(data) - 1}"):
+        next(Store(out).firings())
+    for document in range(6):
+        assert np.array_equal(store.tokens(document), Store(made[0]).tokens(document))
 
 
 def test_tokens_and_documents(made):

@@ -1,21 +1,29 @@
 """Several workers on one folder: whatever they are, and however they die, the tables are those of one."""
 
+import argparse
 import json
 import multiprocessing
+import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
+import torch
 from damage import Tokenizer, tables
 from fake_source import FakeSource, words
 from test_collect import Driver, everything, text  # noqa: F401  (fixtures)
 from test_collect import assert_same as same_tables
 
+from writesae import ranks
 from writesae.cli import main
 from writesae.collect import Corpus, Store, collect, distribute, files, plan, run, units
 from writesae.collect.verify import verify
+from writesae.text import passages as text_passages
 from writesae.text.passages import DocumentEnd, passages
 
 SETTINGS = {"context": 32, "batch": 4, "shard_passages": 6, "unit": 100, "n": 6}
@@ -73,7 +81,11 @@ def test_the_plan_covers_the_corpus_once(text, tmp_path):  # noqa: F811
     for size in (1, 33, 100, 10**6):
         found = plan.cut(corpus, size, "m")
         assert [unit.number for unit in found] == list(range(len(found)))
-        numbers = [d.number for u in found for d in plan.Range(corpus, u).documents(u.place, u.document)]
+        numbers = [
+            d.number
+            for u in found
+            for d in plan.Range(corpus, u.start, u.documents).documents(u.start.place, u.start.document)
+        ]
         assert numbers == list(range(8))
         assert all(unit.tokens is None for unit in found)
     assert len(plan.cut(corpus, 10**6, "m")) == 1
@@ -93,7 +105,7 @@ def test_a_unit_reads_records_from_its_own_on(tmp_path):
     parts = [
         (e.document, e.source, e.sha256, e.tokens)
         for unit in units_of
-        for e in passages(plan.Range(corpus, unit), words, 4, start=unit.start)
+        for e in passages(plan.Range(corpus, unit.start, unit.documents), words, 4, start=unit.start)
         if isinstance(e, DocumentEnd)
     ]
     assert parts == [(e.document, e.source, e.sha256, e.tokens) for e in whole]
@@ -211,8 +223,6 @@ def test_a_late_second_is_the_loser(text, tmp_path, monkeypatch):  # noqa: F811
 
 
 def test_an_interrupted_worker_says_how_far_it_came(text, tmp_path):  # noqa: F811
-    import os
-
     class Interrupting(FakeSource):
         def firings(self, tokens, mask):
             if self.calls == 6:
@@ -318,10 +328,9 @@ def test_the_line_counts_all_workers(text, tmp_path):  # noqa: F811
     from writesae.files import sha256
 
     digest = sha256(out / "manifest.json")
-    found = plan.read(out, digest)
-    assert distribute.Overview(out, found, digest).look() == (1267, 4, 0)
+    assert distribute.Overview(out, digest).look() == (1267, 4, 0)
     (out / "done" / "unit-000001.json").unlink()
-    assert distribute.Overview(out, found, digest).look()[1:] == (3, 0)
+    assert distribute.Overview(out, digest).look()[1:] == (3, 1)
 
 
 def test_what_an_engine_says_stays_out_of_the_answer(tmp_path, monkeypatch, capsys):
@@ -336,3 +345,166 @@ def test_what_an_engine_says_stays_out_of_the_answer(tmp_path, monkeypatch, caps
     assert main(["collect", "stdlib:test", "--out", str(tmp_path / "out"), "--engine", "ray"]) == 0
     said = capsys.readouterr()
     assert json.loads(said.out)["units"] == 1 and "raylet" in said.err
+
+
+def test_a_launcher_starts_two(tmp_path):
+    """The line of docs/collecting.md, as torchrun starts it; any of them ends it."""
+    out = tmp_path / "out"
+    line = ["collect", "stdlib:test", "--max-tokens", "3000", "--unit", "3kB", "--context", "128", "--distributed"]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
+         "writesae.cli", *line, "--yes", "--out", str(out)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = Store(out)
+    assert found.complete and found.summary()["units"] == 2 and found.summary()["tokens"] == 3000
+    assert verify(out).sound
+
+
+def test_a_process_takes_its_own_gpu(monkeypatch):
+    taken: list[int] = []
+    for name in ranks.LOCAL:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    assert ranks.take_gpu() is None
+    monkeypatch.setenv("RANK", "14")
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    monkeypatch.setenv("LOCAL_RANK", "6")
+    args = argparse.Namespace(distributed=True, rank=None, world_size=None, device="cuda")
+    assert ranks.place(args) == (14, 16) and taken == [2]
+    args.device = "cpu"
+    assert ranks.place(args) == (14, 16) and taken == [2]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert ranks.take_gpu() is None
+
+
+# ---- a document cut into units ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def long(tmp_path, monkeypatch):
+    """Documents of which two are cut: blocks of 64 bytes stand for those of 256 KiB."""
+    monkeypatch.setattr(text_passages, "BLOCK", 64)
+    folder = tmp_path / "text"
+    folder.mkdir()
+    rng = random.Random(2)
+    for i, size in enumerate((40, 1500, 90, 30, 900, 10)):
+        (folder / f"{i}.txt").write_text("".join(rng.choice("abcdefg hij\n") for _ in range(size)))
+    return folder
+
+
+@pytest.mark.parametrize("limit", [None, 40, 700, 1539, 1540, 1541, 10_000])
+def test_a_long_document_is_cut_between_passages(long, tmp_path, limit):
+    """What is left is what one process leaves: rows, first passages, digests of documents."""
+    make(long, tmp_path / "one", max_tokens=limit, unit=None)
+    summary = make(long, tmp_path / "units", max_tokens=limit)
+    assert summary["units"] > (15 if limit in (None, 10_000) else 0)
+    one, several = Store(tmp_path / "one"), Store(tmp_path / "units")
+    assert everything(one) == everything(several) and one.documents.equals(several.documents)
+    assert summary["tokens"] == one.summary()["tokens"]
+    for document in one.documents["document"].to_pylist():
+        assert one.tokens(document).tolist() == several.tokens(document).tolist()
+        last = len(one.tokens(document)) - 1
+        assert one.at(document, last).equals(several.at(document, last))
+    assert_same(tmp_path / "units", tables(tmp_path / "units"))
+
+
+def test_workers_share_one_document(long, tmp_path):
+    for path in sorted(long.iterdir()):
+        if path.name != "1.txt":
+            path.unlink()
+    make(long, tmp_path / "one")
+    processes, answers = spawn(long, tmp_path / "out", 3, delay=0.01)
+    assert sorted(answers.get(timeout=60) for _ in processes) == [(0, True), (1, True), (2, True)]
+    for process in processes:
+        process.join(30)
+    assert_same(tmp_path / "out", tables(tmp_path / "one"))
+    assert Store(tmp_path / "out").summary()["units"] > 8
+
+
+def test_a_document_of_which_a_part_is_missing_is_not_shown(long, tmp_path):
+    out = tmp_path / "out"
+    make(long, out)
+    whole = Store(out).documents.to_pylist()
+    made = plan.read(out, Store(out)._manifest_digest)
+    middle = next(u.number for u in made if u.start.row and u.goes_on and u.start.document == 1)
+    (out / "done" / f"unit-{middle:06d}.json").unlink()
+    (out / "summary.json").unlink()
+    store = Store(out)
+    assert [d["document"] for d in store.documents.to_pylist()] == [0, 2, 3, 4, 5]
+    for document in (0, 2, 3, 5):
+        assert len(store.tokens(document)) == whole[document]["tokens"]
+
+
+def test_packed_documents_are_whole(tmp_path, monkeypatch):
+    import gzip
+
+    monkeypatch.setattr(text_passages, "BLOCK", 64)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt.gz").write_bytes(gzip.compress(random.Random(1).randbytes(2000).hex().encode()))
+    assert make(tmp_path / "text", tmp_path / "out")["units"] == 1
+
+
+def test_a_plan_of_another_release_is_not_mixed_with_this_one(long, tmp_path):
+    """A damaged plan is made again; units done by one that cut elsewhere are done again, whoever is asked."""
+    out = tmp_path / "out"
+    make(long, tmp_path / "one")
+    with pytest.MonkeyPatch.context() as patch:
+        cut = plan.cut
+        patch.setattr(plan, "cut", lambda corpus, size, manifest, read, limit: cut(corpus, size, manifest))
+        patch.setattr(distribute, "end", lambda worker, began: {})
+        make(long, out)
+    before = len(list((out / "done").glob("unit-*.json")))
+    (out / "plan.json").write_text("{}")
+    source = FakeSource()
+    assert make(long, out, source, rank=1, world_size=2)["units"] > before
+    assert source.calls > 0
+    assert_same(out, tables(tmp_path / "one"))
+
+
+def test_more_workers_than_units(text, tmp_path, capsys):  # noqa: F811
+    make(text, tmp_path / "out", rank=0, world_size=7, progress=True)
+    said = capsys.readouterr().err
+    assert "3 of 7 workers will find nothing to do: the corpus is 4 units" in said
+    make(text, tmp_path / "few", rank=0, world_size=4, progress=True)
+    assert "nothing to do" not in capsys.readouterr().err
+
+
+# ---- the corpus's digests --------------------------------------------------------------------------------------------
+
+
+def test_workers_digest_a_corpus_once(text, tmp_path, monkeypatch):  # noqa: F811
+    """By size and times, whatever machine they are on; a file that shows other times is read again."""
+    from writesae import files as whole_files
+    from writesae.collect import shared_digests
+
+    monkeypatch.setattr(whole_files, "_RACY_SECONDS", -60.0)
+    monkeypatch.setattr(shared_digests, "_GROUP", 100)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    read: list[str] = []
+    digest = whole_files.sha256
+    monkeypatch.setattr(whole_files, "sha256", lambda path, *rest: read.append(path.name) or digest(path, *rest))
+    named = [(path, path.name) for path in sorted(text.iterdir())]
+    expected = {name: digest(path) for path, name in named}
+    told: list[int] = []
+    assert shared_digests.shared_digests(tmp_path / "out", named, told.append) == expected
+    assert sorted(read) == [name for _, name in named] and sum(told) == sum(p.stat().st_size for p, _ in named)
+    assert len(list((tmp_path / "out" / ".corpus").glob("*.json"))) > 2
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "of another machine"))
+    read.clear()
+    assert shared_digests.shared_digests(tmp_path / "out", named, told.append) == expected and not read
+    (text / "1.txt").write_text("a" * 31)
+    expected["1.txt"] = digest(text / "1.txt")
+    assert shared_digests.shared_digests(tmp_path / "out", named, told.append) == expected and read == ["1.txt"]
+    (tmp_path / "out" / ".corpus" / "000000.json").write_text("{}")
+    assert shared_digests.shared_digests(tmp_path / "out", named, told.append) == expected
+
+
+def test_a_collection_that_died_at_its_digests_goes_on(text, tmp_path):  # noqa: F811
+    (tmp_path / "out" / ".corpus").mkdir(parents=True)
+    (tmp_path / "out" / ".corpus" / "000000.lock").touch()
+    assert make(text, tmp_path / "out")["complete"]
+    assert not (tmp_path / "out" / ".corpus").exists() and not (tmp_path / "out" / ".plan").exists()
+    assert verify(tmp_path / "out").sound

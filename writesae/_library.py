@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
 import torch
 
+from . import __version__
+
 _FOLDER = Path(__file__).parent
+CUDA_PACKAGE, CUDA_DISTRIBUTION = "writesae_cuda", "writesae-cuda13"
 
 
-def _load(stem: str) -> str | None:
-    """Loads `writesae/_<stem>*.so`; returns None when loaded, else the reason it is not."""
-    files = [f for suffix in ("so", "dylib", "pyd") for f in sorted(_FOLDER.glob(f"{stem}*.{suffix}"))]
+def _load(stem: str, folder: Path = _FOLDER) -> str | None:
+    """Loads `<folder>/<stem>*.so`; returns None when loaded, else the reason it is not."""
+    files = [f for suffix in ("so", "dylib", "pyd") for f in sorted(folder.glob(f"{stem}*.{suffix}"))]
     if not files:
-        return f"not built: no {stem}*.so in {_FOLDER} (build it with `pip install .`, which needs a C++ compiler)"
+        return f"not built: no {stem}*.so in {folder} (build it with `pip install .`, which needs a C++ compiler)"
     try:
         torch.ops.load_library(str(files[0]))
     except OSError as error:
@@ -21,14 +25,34 @@ def _load(stem: str) -> str | None:
     return None
 
 
+def _cuda_folder() -> Path | str:
+    """Where the CUDA library lies, built here or in the package of its own; else why there is none."""
+    if list(_FOLDER.glob("_C_cuda*")):
+        return _FOLDER
+    try:
+        package = import_module(CUDA_PACKAGE)
+    except ModuleNotFoundError:
+        return (
+            f"not installed: pip install {CUDA_DISTRIBUTION}=={__version__}, or build it where nvcc is: "
+            "WRITESAE_CUDA=1 pip install ."
+        )
+    if package.__version__ != __version__:
+        return (
+            f"{CUDA_DISTRIBUTION}: expected version {__version__}, as writesae has, got {package.__version__}: "
+            f"pip install {CUDA_DISTRIBUTION}=={__version__}"
+        )
+    return Path(package.__path__[0])
+
+
 def _load_cuda() -> str | None:
-    if not list(_FOLDER.glob("_C_cuda*")):
-        return "not built: only built when asked for (WRITESAE_CUDA=1 pip install . where nvcc is)"
+    folder = _cuda_folder()
+    if isinstance(folder, str):
+        return folder
     if torch.version.cuda is None:
         return f"built, but this torch ({torch.__version__}) has no CUDA"
     if CPU_ERROR is not None:
         return f"built, but needs the CPU library, which is not usable: {CPU_ERROR}"
-    return _load("_C_cuda")
+    return _load("_C_cuda", folder)
 
 
 CPU_ERROR = _load("_C_cpu")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from pathlib import Path
 
 SEAL = "sha256"
 _BLOCK = 1 << 20
+COMPARED = 1 << 18  # bytes that are compared with a digest of their own
 _LARGEST_JSON = 1 << 28
 _TEMPORARY = re.compile(r"(.+)\.\d+\.tmp")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -303,8 +305,15 @@ def sha256(path: Path, progress: Callable[[int], object] | None = None, size: in
 
 
 def entry(path: Path) -> dict:
-    """{bytes, sha256} of a file: what `problem` compares."""
-    return {"bytes": path.stat().st_size, SEAL: sha256(path)}
+    """{bytes, sha256} of a file, what `problem` compares; of one larger than `COMPARED` also blocks, the digest of each
+    `COMPARED` bytes, what `ComparedFile` compares."""
+    whole, blocks, size = hashlib.sha256(), [], 0
+    with open_plain(path) as file:
+        while piece := file.read(COMPARED):
+            whole.update(piece)
+            blocks.append(hashlib.sha256(piece).hexdigest())
+            size += len(piece)
+    return {"bytes": size, SEAL: whole.hexdigest(), **({"blocks": blocks} if len(blocks) > 1 else {})}
 
 
 def problem(path: Path, expected: dict, progress: Callable[[int], object] | None = None) -> str | None:
@@ -321,6 +330,70 @@ def problem(path: Path, expected: dict, progress: Callable[[int], object] | None
     except ValueError:
         return "not a plain file"
     return None if got == expected[SEAL] else "its content and its digest disagree"
+
+
+class ComparedFile(io.RawIOBase):
+    """A file for reading, of which what is read is compared first: in blocks of `COMPARED` bytes, each once.
+
+    Args:
+        path: the file. expected: what `entry` said of it, with blocks.
+        sound: numbers of blocks already compared, to which more are added; kept by who opens the file again.
+
+    Raises:
+        ValueError: here, another size; from `read`, another content. OSError: as `open`.
+    """
+
+    _HELD = 4  # blocks in memory: a reader asks for the columns of a row group one after the other
+
+    def __init__(self, path: Path, expected: dict, sound: set[int]):
+        super().__init__()
+        self._size, self._blocks, self._sound = expected["bytes"], expected["blocks"], sound
+        self._at = 0
+        self._held: dict[int, bytes] = {}
+        size = path.stat().st_size
+        if size != self._size:
+            raise ValueError(f"expected {self._size} bytes, got {size}")
+        self._file = open_plain(path)
+
+    def close(self) -> None:
+        if not self.closed and hasattr(self, "_file"):
+            self._file.close()
+        super().close()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence])
+        return self._at
+
+    def read(self, size: int | None = -1) -> bytes:
+        end = self._size if size is None or size < 0 else min(self._at + size, self._size)
+        if end <= self._at:
+            return b""
+        first, last = self._at // COMPARED, (end - 1) // COMPARED
+        text = b"".join(self._block(number) for number in range(first, last + 1))
+        found = text[self._at - first * COMPARED : end - first * COMPARED]
+        self._at = end
+        return found
+
+    def _block(self, number: int) -> bytes:
+        if number not in self._held:
+            self._file.seek(number * COMPARED)
+            block = self._file.read(COMPARED)
+            if number not in self._sound and hashlib.sha256(block).hexdigest() != self._blocks[number]:
+                raise ValueError("its content and its digest disagree")
+            self._sound.add(number)
+            while len(self._held) >= self._HELD:
+                del self._held[next(iter(self._held))]
+            self._held[number] = block
+        return self._held[number]
 
 
 def stamp(path: Path) -> tuple:

@@ -15,6 +15,9 @@ LAUNCHERS = (
 )
 
 
+LOCAL = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")  # among the processes of one machine
+
+
 def add_ranks(parser: argparse._ActionsContainer) -> None:
     """Adds --rank, --world-size and --distributed, for `place(args)`."""
     add = parser.add_argument
@@ -26,6 +29,8 @@ def add_ranks(parser: argparse._ActionsContainer) -> None:
 def place(args: argparse.Namespace) -> tuple[int, int]:
     """(rank, world size) of the arguments of `add_ranks`; (0, 1) without.
 
+    Of several processes that a launcher started on a machine each takes a GPU of its own as "cuda", see `take_gpu`.
+
     Raises:
         ValueError: one without the other, both ways at once, none in the environment, or out of range.
     """
@@ -33,6 +38,8 @@ def place(args: argparse.Namespace) -> tuple[int, int]:
         if (args.rank, args.world_size) != (None, None):
             raise ValueError("distributed: expected it, or --rank and --world-size, got both")
         rank, size = from_environment()
+        if getattr(args, "device", "cpu") == "cuda":
+            take_gpu()
     elif args.rank is None and args.world_size is None:
         return 0, 1
     elif args.rank is None or args.world_size is None:
@@ -59,6 +66,21 @@ def from_environment() -> tuple[int, int]:
                 raise ValueError(f"{', '.join(names)}: expected whole numbers, got {given}") from None
     expected = " or ".join(" and ".join(names) for names in LAUNCHERS)
     raise ValueError(f"distributed: expected {expected} in the environment, as torchrun, srun and mpirun set them")
+
+
+def take_gpu() -> int | None:
+    """Makes "cuda" the GPU of this process's number on its machine, of those that it sees; which, or None of none.
+
+    srun can show a process its own GPU alone, and then this is that; torchrun shows each all of them.
+    """
+    import torch
+
+    count = torch.cuda.device_count()
+    number = next((os.environ[name] for name in LOCAL if os.environ.get(name, "").isdecimal()), None)
+    if number is None or not count:
+        return None
+    torch.cuda.set_device(int(number) % count)
+    return int(number) % count
 
 
 def share(items: Sequence[T], rank: int, size: int) -> list[T]:

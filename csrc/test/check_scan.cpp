@@ -150,7 +150,7 @@ int main() {
     for (const Rule& rule : RULES) {
       for (bool channels : {false, true})
         for (const Case& c : cases)
-          for (int thread_count : {1, 3})
+          for (int thread_count : thread_counts())
             if (channels || !rule.low_rank) check(rule, channels, c, thread_count);
       check_halves(rule);
       std::printf("%s, %s: %zu cases agree%s a gate of each channel\n", rule.name, name.c_str(), cases.size(),

@@ -6,15 +6,19 @@
 #include <cstring>
 #include <memory>
 
-#include "cuda/tile.cuh"
 #include "dplr.h"
 #include "gated_delta_rule.h"
 #include "scan_plain.h"
 #include "ssd.h"
+#ifndef WRITESAE_CPU_ONLY
+#include "cuda/tile.cuh"
+#define ON_CUDA(rule) cuda::rule::backward_workspace, cuda::rule::backward
+#else
+#define ON_CUDA(rule) nullptr, nullptr
+#endif
 
 using namespace writesae;
 using namespace writesae::test;
-namespace tile = writesae::tile;
 
 namespace {
 
@@ -27,9 +31,8 @@ struct Rule {
 };
 
 const Rule RULES[] = {
-    {"gated_delta_rule", true, false, cpu::gated_delta_rule::backward, cuda::gated_delta_rule::backward_workspace,
-     cuda::gated_delta_rule::backward},
-    {"ssd", false, false, cpu::ssd::backward, cuda::ssd::backward_workspace, cuda::ssd::backward},
+    {"gated_delta_rule", true, false, cpu::gated_delta_rule::backward, ON_CUDA(gated_delta_rule)},
+    {"ssd", false, false, cpu::ssd::backward, ON_CUDA(ssd)},
     {"dplr", false, false, cpu::dplr::backward, nullptr, nullptr},
     {"dplr with an erase", false, true, cpu::dplr::backward, nullptr, nullptr},
 };
@@ -273,12 +276,13 @@ int main() {
     for (const Rule& rule : RULES) {
       for (bool channels : {false, true})
         for (const Case& c : cases)
-          for (int thread_count : {1, 3})
+          for (int thread_count : thread_counts())
             if (channels || !rule.low_rank) check(rule, channels, c, thread_count);
       std::printf("%s_backward, %s: %zu cases agree%s a gate of each channel\n", rule.name, name.c_str(), cases.size(),
                   rule.low_rank ? ", all with" : ", and as many with");
     }
   });
+#ifndef WRITESAE_CPU_ONLY
   for (const Rule& rule : RULES) {
     if (rule.on_cuda == nullptr) continue;
     for (const auto schedule : {tile::twin::Schedule::forward, tile::twin::Schedule::reverse}) {
@@ -287,4 +291,5 @@ int main() {
     }
     std::printf("%s_backward, CUDA kernels under the host twin: %zu cases agree\n", rule.name, cases.size());
   }
+#endif
 }

@@ -26,6 +26,15 @@ inline Parallel threads(int count) {
           }};
 }
 
+// Numbers of threads to check with; an emulator takes its time over each.
+inline std::vector<int> thread_counts() {
+#ifdef WRITESAE_QUICK
+  return {3};
+#else
+  return {1, 3};
+#endif
+}
+
 inline std::mt19937& generator() {
   static std::mt19937 g(0);
   return g;

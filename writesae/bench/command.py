@@ -7,6 +7,7 @@ import fnmatch
 import sys
 from pathlib import Path
 
+from ..console import table
 from . import GPU_MODULES, MODULES
 
 ROOT = Path(__file__).parents[2]
@@ -53,8 +54,8 @@ def run(args: argparse.Namespace, modules=None) -> int:
     out = args.out or default_out(args.quick)
     if args.list:
         took = {r["case"]: r.get("seconds") for r in read_records(out)} if out.is_dir() else {}
-        for case in cases:
-            print(f"{case.name:24} {case.title}" + (f"  ({took[case.name]:.0f} s)" if took.get(case.name) else ""))
+        seconds = [f"{took[case.name]:.0f}" if took.get(case.name) else None for case in cases]
+        table(("case", "what it measures", "s"), [(x.name, x.title, s) for x, s in zip(cases, seconds, strict=True)])
         return 0
     bad = 0
     if not args.show:

@@ -1,6 +1,7 @@
 """The feature browser: a store, its dictionaries and its model as pages."""
 
-from .atlas import Atlas, FeaturePage, link
+from .atlas import Atlas, FeaturePage
+from .links import link
 from .sample import sample_store
 from .table import FeatureTable
 

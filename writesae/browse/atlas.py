@@ -29,16 +29,12 @@ from ..files import cached_digests, sha256, whole_file
 from ..untrusted import is_integer
 from . import contexts, native, promoted, sources
 from . import table as tables
+from .links import link
 from .results import Results
 from .table import FeatureTable
 from .words import Words
 
 _VERSION = 1  # of what is kept
-
-
-def link(layer: int, head: int, feature: int) -> str:
-    """Where a feature's page is below the browser's root: a permanent name, without a slash at either end."""
-    return f"{layer}/{head}/{feature}"
 
 
 @dataclass(frozen=True)

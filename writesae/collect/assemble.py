@@ -7,17 +7,18 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from ..files import discard, discard_left_over, entry, problem, write_sealed
 from ..interrupt import Stop
+from ..progress import tqdm
 from . import files
 from .finish import Assembled, Piece, Selecting, assemble
 from .modes import Features
 from .plan import PLAN
+from .shared_digests import FOLDER as DIGESTS
 from .source import Site
 from .unit_marks import TABLES, chain, unit_marker, unit_numbers
-from .units import piece, remove_spent, write_index
+from .units import piece, remove_spent, shards_of
 
 
 def features_of(content: dict) -> Features:
@@ -26,20 +27,20 @@ def features_of(content: dict) -> Features:
 
 
 def ready(out: Path, made: dict, content: dict) -> Piece:
-    """A unit's tables, checked; in mode all its index is made again where it is not there any more.
+    """A unit's tables, checked; in mode all its firings, where it has no sound index.
 
     Raises:
         ValueError: one is damaged or missing; names it.
     """
     index = f"{made['folder']}/index.parquet"
-    for name in (*(f"{made['folder']}/{table}" for table in TABLES), index):
+    kept = [index]
+    if content["mode"] == "all" and (index not in made["files"] or problem(out / index, made["files"][index])):
+        kept = shards_of(made)
+    for name in (*(f"{made['folder']}/{table}" for table in TABLES), *kept):
         found = problem(out / name, made["files"][name]) if name in made["files"] else "missing"
-        if found is None:
-            continue
-        if name != index or content["mode"] != "all":
+        if found is not None:
             raise ValueError(f"{out / name}: {found}: run the same `writesae collect` again to have it made again")
-        write_index(out, out / made["folder"], made["shards"], features_of(content), Selecting.of(content))
-    return piece(out, made)
+    return piece(out, made, [out / name for name in kept])
 
 
 def conclude(
@@ -117,5 +118,7 @@ def sweep(out: Path, content: dict, digest: str) -> None:
                     shutil.rmtree(path, ignore_errors=True)
     for path in (out / "units").glob("*.lock"):
         discard(path)
+    shutil.rmtree(out / DIGESTS, ignore_errors=True)
+    discard(out / ".plan")
     for folder in (out, out / "done", out / "index", out / "tokenizer"):
         discard_left_over(folder)

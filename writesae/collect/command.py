@@ -8,12 +8,14 @@ import os
 import sys
 from contextlib import redirect_stdout
 from functools import partial
+from pathlib import Path
 
 from ..files import SEAL
 from ..interrupt import INTERRUPTED
 from ..options import add_device, add_dictionaries, add_model, dictionaries, require_device, size
 from ..ranks import add_ranks, place
 from ..text.arguments import NAMED, add_options, named, tell_empty
+from . import manifest
 from .estimate import Estimate, readable
 from .manifest import MODES
 
@@ -41,6 +43,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--n", type=int, help="firings kept of a feature in the modes top and reservoir (default: 1000), "
                       "firings of a feature in the index in mode all (default: 100)")  # fmt: skip
     what.add_argument("--seed", type=int, default=0, help="seed of the random sample")
+    what.add_argument("--activations", choices=("packed", "exact"), help="packed: rounded, which takes 1.4 bytes a "
+                      "firing less; the relative error is at most 2^-13 with 4,096 features, 2^-9 with 65,536 "
+                      "(default: packed, exact for dictionaries of more than 65,536 features)")  # fmt: skip
     what.add_argument("--context", type=int, default=512, help="tokens a passage")
     what.add_argument("--batch", type=int, default=4, help="passages run together; more pay off on a GPU only")
     what.add_argument("--max-tokens", type=int, help="stop after this many tokens (default: the whole corpus)")
@@ -122,9 +127,28 @@ def prepare(args: argparse.Namespace, device: str) -> tuple:
     model, tokenizer = load(args.model, trust_remote_code=args.trust_remote_code)
     source = ModelSource(
         model.to(device), saes, accelerate=args.accelerate, any_model=args.any_model, name=args.model,
-        digest=loaded_digest(model, args.model, before),
+        digest=loaded_digest(model, args.model, before), activations=_activations(args, saes),
     )  # fmt: skip
     return corpus, tokenizer, source
+
+
+def _activations(args: argparse.Namespace, saes) -> str:
+    """What is asked for; else what a folder that was begun has; else what the help says."""
+    if args.activations is not None:
+        return args.activations
+    for path in (Path(args.out, "manifest.json"), Path(args.out, manifest.COPY)):
+        try:
+            return manifest.activations(manifest.read(path))
+        except ValueError:
+            continue
+    from ..models.grid import check_activations
+
+    try:
+        for sae in saes.values():
+            check_activations("packed", sae.F)
+    except ValueError:
+        return "exact"
+    return "packed"
 
 
 def _absolute(args: argparse.Namespace) -> argparse.Namespace:

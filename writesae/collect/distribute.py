@@ -11,20 +11,19 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ..files import discard, read_sealed, sync_folder
 from ..interrupt import Stop, finishing
-from ..text.passages import passages
+from ..progress import tqdm
+from ..text.passages import BLOCK, Cursor, passages
 from . import files, plan
 from .assemble import put_together, sweep
 from .plan import Unit
 from .run import Job, keep_tokenizer
-from .unit_marks import marker_path, unit_marker
+from .unit_marks import marker_path, unit_marker, unit_numbers
 from .units import Worker
 from .verify import verify
 
@@ -37,6 +36,8 @@ def collect_units(job: Job, rank: int = 0, world_size: int = 1) -> dict:
     if (found := finished(job)) is not None:
         return found
     with working(job) as (worker, stop):
+        if job.progress and rank == 0:
+            tell_idle(len(worker.units), world_size)
         share = [unit for unit in worker.units if unit.number % world_size == rank]
         for unit in share:
             worker.forget_damaged(unit, digests=True)
@@ -68,18 +69,43 @@ def open_worker(job: Job, stack: ExitStack) -> Worker:
 
 
 def planned(job: Job) -> list[Unit]:
-    """The plan, made if there is none; a damaged one is made again, for it follows from the manifest."""
-    path, session, content = job.out / plan.PLAN, job.session, job.content
+    """The plan, made by one worker while others wait; a damaged one is made again, for it follows from the manifest."""
     try:
         return plan.read(job.out, job.digest)
     except ValueError:
-        discard(path)
-    limit = content["max_tokens"]
-    events = None
-    if limit is not None:
-        events = passages(job.corpus, session.tokenize, content["context"], session.bos, limit)
-    plan.write(job.out, plan.cut(job.corpus, content["unit"], job.digest, events), job.digest)
+        with files.claimed(job.out / ".plan", wait=True):
+            return _plan(job)
+
+
+def _plan(job: Job) -> list[Unit]:
+    try:
+        return plan.read(job.out, job.digest)  # another worker was first
+    except ValueError:
+        discard(job.out / plan.PLAN)
+    session, content = job.session, job.content
+
+    def read(corpus, limit: int | None, start: Cursor):
+        return passages(corpus, session.tokenize, content["context"], session.bos, limit, start)
+
+    units = plan.cut(job.corpus, content["unit"], job.digest, read, content["max_tokens"])
+    names = {unit.number: unit.name for unit in units}
+    for number in unit_numbers(job.out):
+        with suppress(ValueError):  # damaged: it will be found out
+            if not unit_marker(job.out, number)["folder"].startswith(f"units/{names.get(number)}-"):
+                discard(marker_path(job.out, number))  # done by the plan of another release, which cut elsewhere
+    plan.write(job.out, units, job.digest)
     return plan.read(job.out, job.digest)
+
+
+def tell_idle(units: int, workers: int) -> None:
+    """Says so where there are more workers than units."""
+    if workers > units:
+        tqdm.write(
+            f"writesae collect: {workers - units} of {workers} workers will find nothing to do: the corpus is {units} "
+            f"{'unit' if units == 1 else 'units'} (a smaller --unit gives more; a document that is packed, or shorter "
+            f"than {BLOCK // 1024} KiB, is never cut)",
+            file=sys.stderr,
+        )
 
 
 class Held:
@@ -182,8 +208,8 @@ def so_far(worker: Worker, began: float) -> dict:
 class Overview:
     """What all workers have done so far, by the folder; files are read once."""
 
-    def __init__(self, out: Path, units: list[Unit], digest: str):
-        self.out, self.units, self.digest = out, units, digest
+    def __init__(self, out: Path, digest: str):
+        self.out, self.digest = out, digest
         self._done: dict[int, int] = {}  # tokens of finished units
         self._shards: dict[Path, int] = {}  # and of shards of the others
 
@@ -191,23 +217,20 @@ class Overview:
         """(tokens, units done, units begun and not done)."""
         under_way: set[int] = set()
         tokens = 0
-        for unit in self.units:
-            if unit.number not in self._done and marker_path(self.out, unit.number).exists():
-                try:
-                    self._done[unit.number] = unit_marker(self.out, unit.number, self.digest)["tokens"]
-                except ValueError:
-                    continue  # damaged: to be done again
-        for path in (self.out / "units").glob("*/done/part-*.json"):
-            number = path.parts[-3].split("-")[0]
-            if not number.isdecimal() or int(number) in self._done:
+        for number in unit_numbers(self.out):
+            if number not in self._done:
+                with suppress(ValueError):  # damaged: to be done again
+                    self._done[number] = unit_marker(self.out, number, self.digest)["tokens"]
+        for folder in (self.out / "units").iterdir():
+            begins = folder.name.split("-")[0]
+            if not begins.isdecimal() or int(begins) in self._done or folder.name.endswith(".lock"):
                 continue
-            under_way.add(int(number))
-            try:
-                if path not in self._shards:
-                    self._shards[path] = int(read_sealed(path)["tokens"])
-                tokens += self._shards[path]
-            except (ValueError, KeyError):
-                continue
+            under_way.add(int(begins))
+            for path in folder.glob("done/part-*.json"):
+                with suppress(ValueError, KeyError):
+                    if path not in self._shards:
+                        self._shards[path] = int(read_sealed(path)["tokens"])
+                    tokens += self._shards[path]
         return tokens + sum(self._done.values()), len(self._done), len(under_way)
 
 
@@ -218,13 +241,18 @@ def line(job: Job, units: list[Unit]) -> Iterator[None]:
         yield
         return
     expected = job.content["max_tokens"] or (job.content["estimate"] or {}).get("tokens")
-    overview, ended = Overview(job.out, units, job.digest), threading.Event()
-    with tqdm(total=expected, unit="tok", unit_scale=True, desc="collecting") as bar:
+    overview, ended = Overview(job.out, job.digest), threading.Event()
+    # What is left takes as long as what all did since this worker came, not as their last few seconds: shards come in
+    # bursts.
+    with tqdm(total=expected, unit="tok", unit_scale=True, desc="collecting", smoothing=0) as bar:
         bar.n = bar.initial = overview.look()[0]
 
         def follow() -> None:
-            while not ended.wait(1.0):
+            pause = 1.0
+            while not ended.wait(pause):
+                began = time.perf_counter()
                 tokens, done, begun = overview.look()
+                pause = max(1.0, 50 * (time.perf_counter() - began))  # a slow disk is asked less often
                 bar.set_postfix_str(f"{done} of {len(units)} units, {begun} under way", refresh=False)
                 bar.update(tokens - bar.n)
 

@@ -22,7 +22,7 @@ from .shard import Progress, firings_table
 from .source import Site
 
 INDEX_ROWS = 16_384  # a row group of the index: what reading one feature costs
-_HELD = 50_000  # firings held while indexing
+_HELD = 500_000  # firings held while indexing, 14 MB, and some times that to sort them: every range opens all shards
 
 
 def index_path(out: Path, layer: int, head: int) -> Path:
@@ -75,14 +75,14 @@ class Piece:
 
     Attributes:
         documents, features: its tables.
-        index: the table that holds what was kept of a site, sorted by feature.
+        index: the tables that hold what was kept of a site, each sorted by feature, in the order of their documents.
         passages: its passages.
         first_document: what its documents' numbers grow by.
     """
 
     documents: Path
     features: Path
-    index: Callable[[Site], Path]
+    index: Callable[[Site], list[Path]]
     passages: int
     first_document: int = 0
 
@@ -152,9 +152,9 @@ def write_documents(out: Path, parts: Iterable[tuple[Path, int, int]], root: Pat
                 table = files.shifted(files.read_table(part, files.DOCUMENTS), document=document, first_passage=passage)
                 held = pa.concat_tables([held, table])
                 if len(held) >= files.ROW_GROUP:
-                    writer.write_table(held)
+                    writer.write_table(held, files.DOCUMENT_ROWS)
                     held = files.DOCUMENTS.empty_table()
-            writer.write_table(held.combine_chunks())
+            writer.write_table(held.combine_chunks(), files.DOCUMENT_ROWS)
 
 
 def write_features(
@@ -205,17 +205,19 @@ def _write_index(path, parts, features: Features, site: Site, counts, how: Selec
     """Args: parts: shards, or pieces."""
     s = features.sites.index(site)
     count = counts[features.first[s] : features.first[s + 1]]
+    kept = [
+        (table, part.first_document if isinstance(part, Piece) else 0)
+        for part in parts
+        for table in (part.index(site) if isinstance(part, Piece) else [part])
+    ]
     with whole_file(path, root) as temporary:
         writer = pq.ParquetWriter(temporary, files.FIRINGS, **files.parquet_options(files.FIRINGS))
         with writer:
             for low, high in _ranges(np.minimum(count, how.n)):
                 selection = how.new(features.total)
-                for part in parts:
-                    if isinstance(part, Piece):
-                        found = read_features(part.index(site), features, site, low, high)
-                        found.document = found.document + np.int32(part.first_document)
-                    else:
-                        found = read_features(part, features, site, low, high)
+                for table, first_document in kept:
+                    found = read_features(table, features, site, low, high)
+                    found.document = found.document + np.int32(first_document)
                     # Of two with one random number the first in the text is to be met first.
                     selection.add(found.by_place() if how.mode == "reservoir" else found)
                     step()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from ..files import (
@@ -25,6 +26,8 @@ from ..files import (
 )
 from ..untrusted import is_integer
 from .files import digest_bar
+from .shared_digests import FOLDER as DIGESTS
+from .shared_digests import shared_digests
 
 FORMAT, VERSION = "writesae-firings", 2
 COPY = "done/manifest.json"  # from which a damaged or missing one is restored
@@ -44,7 +47,8 @@ def refuse_foreign(out: Path) -> None:
     if not out.is_dir() or begun(out):
         return
     manifest = out / "manifest.json"
-    others = sorted(path.name for path in out.iterdir() if path.name != ".lock" and left_over(path) != manifest)
+    ours = (".lock", DIGESTS)
+    others = sorted(path.name for path in out.iterdir() if path.name not in ours and left_over(path) != manifest)
     if others:
         raise ValueError(
             f"out: expected a new or empty folder or a collection of writesae, got {out} with {', '.join(others[:5])} "
@@ -77,6 +81,12 @@ def read(path: Path) -> dict:
     ):  # fmt: skip
         raise ValueError(f"{path}: sites: expected lists of layer, head, features and k")
     return manifest
+
+
+def activations(manifest: dict) -> str:
+    """Of a manifest: whether activations are stored "exact" or "packed", rounded."""
+    source = manifest.get("source")
+    return source.get("activations", "exact") if isinstance(source, dict) else "exact"
 
 
 def make(out: Path, content: dict) -> None:
@@ -152,19 +162,25 @@ def _differences(stored: dict, asked: dict, prefix: str = "") -> list[str]:
 class Watched:
     """A corpus whose files must stay as they are: their digests, and whether a file is still the one that had it.
 
+    Args: out: the folder of several workers, who share the reading.
+
     Attributes:
         pinned: what the manifest keeps of the corpus.
     """
 
-    def __init__(self, corpus, progress: bool = False):
+    def __init__(self, corpus, progress: bool = False, out: Path | None = None):
         self._files = [(path, name) for path, name, *_ in getattr(corpus, "files", ())]
         if len({name for _, name in self._files}) < len(self._files):
             self._files = [(path, str(path)) for path, _ in self._files]
         self._stamps = {name: stamp(path) for path, name in self._files}
         with digest_bar("reading the corpus", sum(s[3] for s in self._stamps.values()), progress) as tell:
-            self._digests = cached_digests(self._files, tell) if self._files else _digest(corpus, tell)
+            if not self._files:
+                self._digests = _digest(corpus, tell)
+            else:
+                of_all = cached_digests if out is None else partial(shared_digests, out)
+                self._digests = of_all(self._files, tell)
         whole = hashlib.sha256(json.dumps(sorted(self._digests.items())).encode()).hexdigest()
-        self.pinned = {**corpus.fingerprint(), "sha256": whole}
+        self.pinned = {**(corpus.totals() if self._files else corpus.fingerprint()), "sha256": whole}
         if len(self._digests) <= _FEW_FILES:
             self.pinned["digests"] = self._digests
         self.check_all()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from ..files import SEAL, entry, problem, read_sealed, write_sealed
+from ..files import COMPARED, SEAL, entry, problem, read_sealed, write_sealed
 from ..untrusted import is_integer
 
 PARTS = ("firings", "tokens", "documents", "counts")
@@ -83,6 +83,13 @@ def entries_sound(files) -> bool:
     if not isinstance(files, dict):
         return False
     sound = all(
-        isinstance(x, dict) and is_integer(x.get("bytes")) and isinstance(x.get(SEAL), str) for x in files.values()
+        isinstance(x, dict) and is_integer(x.get("bytes")) and isinstance(x.get(SEAL), str) and _blocks_sound(x)
+        for x in files.values()
     )
     return sound and not any(Path(name).is_absolute() or ".." in Path(name).parts for name in files)
+
+
+def _blocks_sound(x: dict) -> bool:
+    """Whether a file's blocks, where it has any, are one for each piece of it."""
+    blocks = x.get("blocks", [])
+    return "blocks" not in x or (isinstance(blocks, list) and len(blocks) == -(-x["bytes"] // COMPARED))

@@ -16,8 +16,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ..files import (
     SEAL,
     discard,
@@ -31,6 +29,7 @@ from ..files import (
     write_first,
 )
 from ..interrupt import finishing
+from ..progress import tqdm
 from . import assemble, files, manifest, plan
 from .finish import Piece
 from .manifest import FORMAT, VERSION
@@ -110,6 +109,12 @@ def _content(stores: list[Store]) -> tuple[dict, list[int]]:
     """
     first = stores[0].manifest
     for store in stores[1:]:
+        kinds = stores[0].activations, store.activations
+        if kinds[0] != kinds[1]:
+            raise ValueError(
+                f"stores: expected the same activations in all, got {kinds[0]} in {stores[0].path} and {kinds[1]} in "
+                f"{store.path}: collect one of them again with --activations {kinds[0]}"
+            )
         for name in SAME:
             if store.manifest.get(name) != first.get(name):
                 raise ValueError(
@@ -199,7 +204,7 @@ def _renumbered(source: Path, path: Path, by: int, schema, root: Path) -> None:
 def _piece(store: Store, first: int) -> Piece:
     return Piece(
         store.file("documents.parquet"), store.file("features.parquet"),
-        lambda site: store.file(f"index/layer-{site.layer}-head-{site.head}.parquet"),
+        lambda site: [store.file(f"index/layer-{site.layer}-head-{site.head}.parquet")],
         sum(store.counted(at)["passages"] for at in range(len(store.pieces))), first,
     )  # fmt: skip
 

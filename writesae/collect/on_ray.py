@@ -7,6 +7,7 @@ that are done, and a task whose worker was thought lost but lives does no harm.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from ..interrupt import Stop
-from .distribute import end, finished, open_worker, so_far, working
+from .distribute import end, finished, open_worker, so_far, tell_idle, working
 from .estimate import Estimate
 from .run import DEFAULTS, opened
 from .units import Worker
@@ -69,6 +70,8 @@ def collect_on_ray(
         if (found := finished(job)) is not None:
             return found
         with working(job) as (worker, stop):
+            if progress:
+                tell_idle(len(worker.units), _places(ray, cpus, device))
             do = ray.remote(num_cpus=cpus, num_gpus=int(device != "cpu"), max_retries=RETRIES)(do_unit)
             # What the units share is sent to a node once.
             recipe = ray.put((prepare, device, str(out), settings, job.digest))
@@ -94,10 +97,17 @@ def _ray(engine: str):
     if not ray.is_initialized():
         address = None if engine == "ray" else engine
         try:
-            ray.init(address=address, log_to_driver=False, logging_level="error")
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ImportError) as error:
             raise ValueError(f"engine: cannot connect to {engine}: {error}") from error
     return ray
+
+
+def _places(ray, cpus: float, device: str) -> int:
+    """Workers that the cluster has room for as it stands."""
+    has = ray.cluster_resources()
+    places = has.get("CPU", 0) / cpus if cpus else float("inf")
+    return int(min(places, has.get("GPU", 0) if device != "cpu" else places, 1e9))
 
 
 def _wait(ray, tasks: list, stop: Stop) -> bool:

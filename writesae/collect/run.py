@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from .._installed import version_of
 from ..files import (
     discard,
@@ -25,6 +23,7 @@ from ..files import (
 )  # fmt: skip
 from ..interrupt import finishing
 from ..models.identity import shown_name, tokenizer_digest
+from ..progress import tqdm
 from ..text.corpus import Corpus
 from ..text.passages import Passage, passages
 from ..text.tokens import tokenizing
@@ -191,16 +190,16 @@ def opened(
             if not confirm(measured):
                 yield measured
                 return
-    watched = Watched(corpus, progress)
-    pinned = {
-        "mode": mode, "n": n, "seed": asked["seed"], "context": context, "batch": batch, "max_tokens": limit,
-        "bos": first, "corpus": watched.pinned, "source": source.fingerprint,
-        "tokenizer": {"sha256": tokenizer_digest(tokenizer, tokenize)},
-        "sites": [list(vars(site).values()) for site in source.sites],
-    }  # fmt: skip
     make_folder(out)
     shared = several or asked["unit"] is not None or manifest.in_units(out)
     with files.locked(out, shared=shared):
+        watched = Watched(corpus, progress, out if shared else None)
+        pinned = {
+            "mode": mode, "n": n, "seed": asked["seed"], "context": context, "batch": batch, "max_tokens": limit,
+            "bos": first, "corpus": watched.pinned, "source": source.fingerprint,
+            "tokenizer": {"sha256": tokenizer_digest(tokenizer, tokenize)},
+            "sites": [list(vars(site).values()) for site in source.sites],
+        }  # fmt: skip
         manifest.refuse_foreign(out)
         refuse_links(out)
         if not manifest.begun(out):

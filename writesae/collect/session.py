@@ -6,9 +6,8 @@ import sys
 import time
 from contextlib import ExitStack
 
-from tqdm import tqdm
-
 from ..interrupt import Stop
+from ..progress import tqdm
 from ..text.corpus import Corpus
 from ..text.passages import Cursor, Passage, passages
 from . import files, manifest
@@ -26,6 +25,7 @@ class Session:
     def __init__(self, tokenize, bos, source, context, batch, max_tokens, progress):
         self.tokenize, self.bos, self.source = tokenize, bos, source
         self.context, self.batch, self.max_tokens, self.progress = context, batch, max_tokens, progress
+        self.goes_on = False  # whether the document that max_tokens fall in is another session's to end
         self.began = time.perf_counter()
         self.forward = self.write = self.wait = 0.0
         self.tokens = 0
@@ -98,7 +98,10 @@ class Session:
             return state.load(remake)
 
     def _events(self, corpus: Corpus, cursor: Cursor | None):
-        return passages(corpus, self.tokenize, self.context, self.bos, self.max_tokens, cursor)
+        events = passages(corpus, self.tokenize, self.context, self.bos, self.max_tokens, cursor)
+        if not self.goes_on:
+            return events
+        return (event for event in events if isinstance(event, Passage) or event.sha256 is not None)
 
     def finish(self, state: Progress, n: int, stop: Stop) -> None:
         bar = tqdm(unit="shard", disable=not self.progress, desc="indexing")

@@ -6,12 +6,11 @@ meant. The same columns stand in every Parquet file, for any other reader: `pand
 reads all firings of mode "all", `store / "index"` those of the other modes (and the top ones of mode "all"). A store
 that several workers filled has its firings in `units/*/firings`, as `docs/store.md` says.
 
-A file is compared with its digest when it is first needed, so that a damaged one is named rather than believed.
+What is read of a file is compared with its digest, so that a damaged one is named rather than believed, see `folder`.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,12 +22,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..files import problem, read_json, read_sealed, sha256
-from ..untrusted import is_integer
-from . import manifest
-from .files import DOCUMENTS, FEATURES, FIRINGS, TOKENS, checked, parquet, read_table, row_groups, shifted
-from .marks import entries_sound, marked, part_name, shard_marker, shard_numbers
-from .unit_marks import unit_marker, unit_numbers
+from .files import DOCUMENTS, FEATURES, FIRINGS, TOKENS, checked, numbers, row_groups, shifted
+from .folder import Documents, Folder
+from .unit_marks import unit_numbers
 
 _PLACE = ("document", "row", "position")
 
@@ -56,53 +52,75 @@ class Context:
     after: str | None
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Shards of one folder: of the whole store (""), or of a unit ("units/000000-…/")."""
-
-    folder: str
-    shards: int
-    passages: int
-    shard_passages: int
-    unit: int | None = None
-
-    def names(self, table: str) -> list[str]:
-        return [f"{self.folder}{table}/{part_name(number)}" for number in range(self.shards)]
-
-
-class Store:
+class Store(Folder):
     """A folder that `writesae collect` made.
 
     Attributes:
         path: the folder. manifest: what was collected. mode: "all", "top" or "reservoir". context: tokens a passage.
         sites: (layer, head) in order. complete: whether the collection ended.
+        activations: "exact", or "packed": rounded, F features by at most 2^-(25 - ceil(log2 F)) of the activation.
 
     Raises:
         ValueError: not such a folder, or an unfinished one of a mode that stores its firings at the end.
     """
 
-    def __init__(self, path):
-        self.path = Path(path)
-        try:
-            self.manifest = manifest.read(self.path / "manifest.json")
-        except ValueError as error:
-            raise ValueError(
-                f"path: expected a folder made by `writesae collect`, got {self.path} ({error})"
-            ) from error
-        self.mode = self.manifest["mode"]
-        self.context = self.manifest["context"]
-        self.sites = [tuple(site[:2]) for site in self.manifest["sites"]]
-        self.complete = (self.path / "summary.json").exists()
-        self._sealed = self.manifest["version"] > 1
-        self._known: set[str] = set()
-        self._units: dict[int, dict] = {}  # markers read
-        if not self._sealed:
-            warnings.warn(f"{self.path} was made by an older writesae: its files have no digests", stacklevel=2)
-        if not self.complete and self.mode != "all":
-            raise ValueError(
-                f"path: the collection in {self.path} is not finished, and mode {self.mode} stores its firings at the "
-                "end: run the same `writesae collect` again"
-            )
+    @classmethod
+    def from_pretrained(cls, path_or_repo, revision: str | None = None, firings: bool = True, progress: bool = True):
+        """The store in a folder, or in a dataset repository of the Hugging Face hub, which is downloaded to its cache.
+
+        Args:
+            path_or_repo: a folder, or a repository such as "owner/name".
+            revision: branch, tag or commit of a repository.
+            firings: download the log of all firings, most of a store of mode "all". Without it `top` (up to the index's
+                n), `contexts`, `counts` and `tokens` answer, and what needs the log says that a file of it is missing.
+            progress: show bars.
+
+        Raises:
+            FileNotFoundError, PermissionError, ConnectionError: no such repository, no access, no network.
+            ValueError: no store there.
+        """
+        if Path(path_or_repo).is_dir():
+            return cls(path_or_repo)
+        from .hub import fetch
+
+        return cls(fetch(path_or_repo, revision, firings, progress))
+
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        license: str,
+        base_model: str | None = None,
+        private: bool = True,
+        revision: str | None = None,
+        message: str | None = None,
+        replace: bool = False,
+    ) -> str:
+        """Uploads the store to a dataset repository, in one commit with a generated card; returns its address.
+
+            store.push_to_hub("owner/firings", license="cc-by-4.0")
+
+        What goes there is the store's files, so also its tokens, which are the text, and the names of its documents.
+
+        Args:
+            repo: owner/name; made if it is not there.
+            license: an identifier of the hub such as "cc-by-4.0"; the text's has a say in it.
+            base_model: the model's repository, for the card, where the store knows the model by a folder's name.
+            private: of a repository that is made; one that is there stays as it is.
+            revision: a branch, made if it is not there. None: main.
+            message: of the commit.
+            replace: take what the repository holds away; otherwise files there are refused.
+
+        Raises:
+            ValueError: an unfinished or damaged store, files in the repository, or a bad argument.
+            FileNotFoundError, PermissionError, ConnectionError: as `from_pretrained`.
+        """
+        from .hub import push
+
+        return push(
+            self, repo, license=license, base_model=base_model, private=private, revision=revision, message=message,
+            replace=replace,
+        )  # fmt: skip
 
     def summary(self) -> dict:
         """The run's summary; of an unfinished collection the sums of its finished shards."""
@@ -115,6 +133,16 @@ class Store:
         sums = {name: sum(m[name] for m in markers) for name in ("tokens", "firings", "documents")}
         return {"complete": False, "shards": self._shards, **sums}
 
+    def counted(self, at: int) -> dict:
+        """What a unit's marker would count of piece `at`."""
+        piece = self.pieces[at]
+        shape = {"shards": piece.shards, "shard_passages": piece.shard_passages}
+        if piece.unit is None:
+            counts = {**self.summary(), "passages": self._marker(self._shards - 1)["next"]["passages"]}
+        else:
+            counts = self._unit(piece.unit)
+        return {**shape, **{name: counts[name] for name in ("passages", "documents", "tokens", "firings", "kept")}}
+
     def verify(self):
         """Compares every file with its digest; returns what is wrong, see `collect.verify.Verified`."""
         from .verify import verify
@@ -126,11 +154,15 @@ class Store:
         """document, source, sha256, tokens, passages, first_passage: one row for each document that ended."""
         # documents.parquet is there when the collection is finished.
         if self._in_units and not self.complete:
-            parts = zip(self.pieces, self._first_passages.tolist(), strict=False)
-            tables = [
-                shifted(self._read(f"{piece.folder}documents.parquet", DOCUMENTS), first_passage=first)
-                for piece, first in parts
-            ]
+            tables, before = [], 0  # passages of the finished units right before one
+            for at, piece in enumerate(self.pieces):
+                if at and self.pieces[at - 1].unit != piece.unit - 1:
+                    before = 0
+                table = self._read(f"{piece.folder}documents.parquet", DOCUMENTS)
+                # A document begun in units that are not all done yet is not there yet.
+                table = table.slice(int((numbers(table["first_passage"]) < -before).sum()))
+                tables.append(shifted(table, first_passage=int(self._first_passages[at])))
+                before += piece.passages
             return _concat(tables, DOCUMENTS)
         names = ["documents.parquet"] if self.complete else self._parts("documents")
         return _concat([self._read(name, DOCUMENTS) for name in names], DOCUMENTS)
@@ -163,7 +195,7 @@ class Store:
         if n > indexed and self.mode == "top":
             raise ValueError(f"n: expected at most {indexed}, the firings kept a feature, got {n}")
         name = self._index(layer, head)
-        if self.complete or (self.path / "done" / f"{Path(name).stem}.json").exists():
+        if self._indexed(name):
             found = self._feature(name, layer, head, feature)
             if n <= indexed or len(found) < indexed:
                 return found.slice(0, n)
@@ -205,18 +237,42 @@ class Store:
         )
 
     def firings(
-        self, layer: int | None = None, head: int | None = None, feature: int | None = None, batch: int = 65_536
+        self,
+        layer: int | None = None,
+        head: int | None = None,
+        feature: int | None = None,
+        batch: int = 65_536,
+        document: int | None = None,
     ) -> Iterator[pa.Table]:
-        """Stored firings in tables of at most `batch` rows, narrowed to a layer, head or feature.
+        """Stored firings in tables of at most `batch` rows, narrowed to a layer, head, feature or document.
 
         Mode "all": shard by shard, each by (layer, head, feature, document, row, position). Otherwise site by site, by
-        (feature, descending activation). Only row groups that may hold what is asked for are read.
+        (feature, descending activation). Only row groups that may hold what is asked for are read, of a document only
+        its shards; a feature that the index holds whole is read from there.
+
+        Raises:
+            ValueError: no such site, feature or document.
         """
         self._check(layer, head, feature if None not in (layer, head) else None)
-        names = self._parts("firings") if self.mode == "all" else [self._index(*site) for site in self.sites]
-        wanted = {"layer": layer, "head": head, "feature": feature}
+        wanted = {"layer": layer, "head": head, "feature": feature, "document": document}
+        of_one = None not in (layer, head, feature)
+        sites = [site for site in self.sites if layer in (None, site[0]) and head in (None, site[1])]
+        if document is not None:
+            record = self._document(document)
+        if self.mode != "all":
+            names = [self._index(*site) for site in sites]
+        elif document is not None:
+            names = self._parts_of("firings", record)
+        else:
+            if of_one and (found := self._whole(layer, head, feature)) is not None:
+                yield from _slices(found, batch)
+                return
+            names = self._parts("firings")
         for name in names:
-            with parquet(self.file(name), FIRINGS) as file:
+            if of_one:
+                yield from _slices(_where(self._feature(name, layer, head, feature), document=document), batch)
+                continue
+            with self._table(name, FIRINGS) as file:
                 groups = _groups(file, **wanted)
                 for part in file.iter_batches(batch, row_groups=groups) if groups else ():
                     table = _where(checked(pa.Table.from_batches([part])), **wanted)
@@ -261,10 +317,9 @@ class Store:
         record = self._document(document)
         if not record["passages"]:
             return np.empty(0, np.int32)
-        first = record["first_passage"]
-        names = dict.fromkeys(self._part("tokens", first + row) for row in range(record["passages"]))
-        tables = [_tokens(self.file(name), [{"document": document}]) for name in names]
-        found = _numpy(_where(pa.concat_tables(tables), document=document)["token"])
+        names = self._parts_of("tokens", record)
+        tables = [self._tokens(name, [{"document": document}]) for name in names]
+        found = numbers(_where(pa.concat_tables(tables), document=document)["token"])
         if len(found) != record["tokens"]:
             raise ValueError(
                 f"{self.path}: document {document} has {record['tokens']} tokens by documents.parquet, and "
@@ -313,32 +368,47 @@ class Store:
             sources[document] = record["source"]
             shards.setdefault(self._part("tokens", record["first_passage"] + row), []).append((document, row))
         for name, places in shards.items():
-            table = _tokens(self.file(name), [{"document": document, "row": row} for document, row in places])
-            key = (_numpy(table["document"]).astype(np.int64) << 32) | _numpy(table["row"])
-            token = _numpy(table["token"])
+            table = self._tokens(name, [{"document": document, "row": row} for document, row in places])
+            key = (numbers(table["document"]).astype(np.int64) << 32) | numbers(table["row"])
+            token = numbers(table["token"])
             for document, row in places:
                 low, high = np.searchsorted(key, ((document << 32) | row, ((document << 32) | row) + 1))
                 found[document, row] = (token[low:high], sources[document])
         return found
 
+    def _parts_of(self, table: str, record: dict) -> list[str]:
+        """The files that a document's passages are in."""
+        first = record["first_passage"]
+        return list(dict.fromkeys(self._part(table, first + row) for row in range(record["passages"])))
+
+    def _whole(self, layer: int | None, head: int | None, feature: int | None) -> pa.Table | None:
+        """All firings of a feature by place, where the index has all of them, else None."""
+        name = self._index(layer, head)
+        if not self._indexed(name):
+            return None
+        found = self._feature(name, layer, head, feature)
+        if len(found) >= self.manifest["n"]:
+            return None
+        return found.sort_by([(column, "ascending") for column in _PLACE])
+
     def _document(self, document: int) -> dict:
-        numbers = self._document_numbers
-        at = int(np.searchsorted(numbers, document))
-        if at == len(numbers) or numbers[at] != document:
-            raise ValueError(f"document: expected one of the {len(numbers)} collected, got {document}")
-        record = self.documents.slice(at, 1).to_pylist()[0]
-        first, passages = record["first_passage"], record["passages"]
+        found = self._documents.find(document)
+        if found is None:
+            raise ValueError(f"document: expected one of the {self._documents.count} collected, got {document}")
+        first, passages = found["first_passage"], found["passages"]
         most = int(self._first_passages[-1])
-        if min(first, passages, record["tokens"]) < 0 or first + passages > most:
+        if min(first, passages, found["tokens"]) < 0 or first + passages > most:
             raise ValueError(
                 f"{self.path}: by its table document {document} has {passages} passages from number {first} on, which "
                 f"{self._shards} shards cannot hold"
             )
-        return record
+        return found
 
     @cached_property
-    def _document_numbers(self) -> np.ndarray:
-        return _numpy(self.documents["document"])
+    def _documents(self) -> Documents:
+        if self.complete:
+            return Documents(lambda: self._table("documents.parquet", DOCUMENTS))
+        return Documents(None, self.documents)
 
     def tokenizer(self):
         """What decodes the store's token ids: a function from a list of ids to text.
@@ -368,145 +438,31 @@ class Store:
         usable = "tokenizer/tokenizer.json" in self._tokenizer_files and find_spec("tokenizers") is not None
         return self.tokenizer() if usable else None
 
-    @cached_property
-    def _tokenizer_files(self) -> dict:
-        return marked(self.path, "tokenizer", self._manifest_digest)["files"] if self._sealed else {}
+    def _indexed(self, name: str) -> bool:
+        return self.complete or (self.path / "done" / f"{Path(name).stem}.json").exists()
 
-    @cached_property
-    def _summary(self) -> dict:
-        path = self.path / "summary.json"
-        found = read_sealed(path) if self._sealed else read_json(path)
-        integrity = found.get("integrity") if isinstance(found, dict) else None
-        if self._sealed and not (isinstance(integrity, dict) and entries_sound(integrity.get("files"))):
-            raise ValueError(f"{path}: expected the summary of a collection")
-        if self._sealed and integrity.get("manifest") != self._manifest_digest:
-            raise ValueError(f"{path} is damaged: it is of another collection")
-        if not isinstance(found, dict) or type(found.get("shards")) is not int or found["shards"] < 0:
-            raise ValueError(f"{path}: expected the summary of a collection, with its shards")
-        if self._in_units:
-            self._check_layout(path, found)
-            return found
-        markers = 1 + max(shard_numbers(self.path), default=-1)
-        if found["shards"] != markers:
-            raise ValueError(f"{path}: expected the {markers} shards that have a marker in done, got {found['shards']}")
-        return found
-
-    def _check_layout(self, path: Path, found: dict) -> None:
-        layout, units = found.get("layout"), unit_numbers(self.path)
-        sound = isinstance(layout, list) and len(layout) == len(units) and all(
-            isinstance(x, list) and len(x) == 4 and all(map(is_integer, x[1:])) and x[3]
-            and isinstance(x[0], str) and x[0].startswith("units/") and x[0].count("/") == 1 for x in layout
-        )  # fmt: skip
-        if not sound or units != list(range(len(units))):
-            raise ValueError(f"{path}: expected a line for each of the {len(units)} units that have a marker in done")
-
-    @property
-    def _in_units(self) -> bool:
-        return "unit" in self.manifest
-
-    @cached_property
-    def pieces(self) -> list[Piece]:
-        """What holds the shards, in the order of their passages; of an unfinished store what is done."""
-        if not self._in_units:
-            size = self.manifest["shard_passages"]
-            return [Piece("", self._shards, self._shards * size, size)]
-        if self.complete:
-            return [Piece(f"{x[0]}/", *x[1:], unit) for unit, x in enumerate(self._summary["layout"])]
-        made = [self._unit(number) for number in unit_numbers(self.path)]
-        return [Piece(f"{m['folder']}/", m["shards"], m["passages"], m["shard_passages"], m["unit"]) for m in made]
-
-    def counted(self, at: int) -> dict:
-        """What a unit's marker would count of piece `at`."""
-        piece = self.pieces[at]
-        shape = {"shards": piece.shards, "shard_passages": piece.shard_passages}
-        if piece.unit is None:
-            counts = {**self.summary(), "passages": self._marker(self._shards - 1)["next"]["passages"]}
-        else:
-            counts = self._unit(piece.unit)
-        return {**shape, **{name: counts[name] for name in ("passages", "documents", "tokens", "firings", "kept")}}
-
-    def tokenizer_files(self) -> list[str]:
-        """Names of the files in the store's folder `tokenizer`."""
-        return list(self._tokenizer_files)
-
-    @cached_property
-    def _first_passages(self) -> np.ndarray:
-        """`[pieces + 1]` numbers of their first passages, and of one behind the last."""
-        return np.cumsum([0, *(piece.passages for piece in self.pieces)])
-
-    def _unit(self, number: int) -> dict:
-        if number not in self._units:
-            self._units[number] = unit_marker(self.path, number, self._manifest_digest)
-        return self._units[number]
-
-    @cached_property
-    def _manifest_digest(self) -> str:
-        return sha256(self.path / "manifest.json")
-
-    @cached_property
-    def _shards(self) -> int:
-        if self.complete:
-            return self._summary["shards"]
-        if self._in_units:
-            return sum(piece.shards for piece in self.pieces)
-        return 1 + max(shard_numbers(self.path), default=-1)
-
-    def _marker(self, number: int) -> dict:
-        if self._sealed:
-            return shard_marker(self.path, number, self._manifest_digest)
-        return read_json(self.path / "done" / f"part-{number:06d}.json")
-
-    def file(self, name: str) -> Path:
-        """A file of the store, compared with its digest when it is first needed.
-
-        Raises:
-            ValueError: it is damaged or missing; names it.
-        """
-        path = self.path / name
-        if self._sealed and name not in self._known:
-            stem = Path(name).stem
-            if name.startswith("units/"):
-                listed = self._unit(int(name.split("/")[1].split("-")[0]))["files"]
-            elif "/" not in name:
-                listed = self._summary["integrity"]["files"]
-            elif stem.startswith("part-"):
-                listed = self._marker(int(stem[5:]))["files"]
-            elif name.startswith("tokenizer/"):
-                listed = self._tokenizer_files
-            else:
-                listed = marked(self.path, stem, self._manifest_digest)["files"]
-            if name not in listed:
-                raise ValueError(f"{path} is no file of this collection")
-            found = problem(path, listed[name])
-            if found is not None:
-                raise ValueError(f"{path} is {found}" if found == "missing" else f"{path} is damaged: {found}")
-            self._known.add(name)
-        return path
-
-    def _read(self, name: str, schema: pa.Schema) -> pa.Table:
-        return read_table(self.file(name), schema)
-
-    def _parts(self, table: str) -> list[str]:
-        return [name for piece in self.pieces for name in piece.names(table)]
-
-    def _part(self, table: str, passage: int) -> str:
-        if not 0 <= passage < self._first_passages[-1]:
-            raise ValueError(f"{self.path}: passage {passage} is asked for, of {int(self._first_passages[-1])} it has")
-        at = int(np.searchsorted(self._first_passages, passage, side="right")) - 1
-        piece = self.pieces[at]
-        number = (passage - int(self._first_passages[at])) // piece.shard_passages
-        return f"{piece.folder}{table}/{part_name(number)}"
-
-    def _index(self, layer: int, head: int) -> str:
+    def _index(self, layer: int | None, head: int | None) -> str:
         return f"index/layer-{layer}-head-{head}.parquet"
 
     def _log(self, layer: int, head: int, feature: int) -> pa.Table:
         return _concat([self._feature(name, layer, head, feature) for name in self._parts("firings")], FIRINGS)
 
-    def _feature(self, name: str, layer: int, head: int, feature: int) -> pa.Table:
+    def _tokens(self, name: str, places: list[dict[str, int]]) -> pa.Table:
+        """document, row, token of the row groups that may hold one of the places."""
+        with self._table(name, TOKENS) as file:
+            groups = sorted({group for place in places for group in _groups(file, **place)})
+            return checked(file.read_row_groups(groups, ["document", "row", "token"], use_threads=False))
+
+    def _feature(self, name: str, layer: int | None, head: int | None, feature: int | None) -> pa.Table:
+        """A feature's firings in one file. What takes room, place and activation, is read where it fired alone."""
         wanted = {"layer": layer, "head": head, "feature": feature}
-        with parquet(self.file(name), FIRINGS) as file:
-            return _where(checked(file.read_row_groups(_groups(file, **wanted))), **wanted)
+        with self._table(name, FIRINGS) as file:
+            groups = np.array(_groups(file, **wanted), np.int64)
+            which = checked(file.read_row_groups(groups.tolist(), list(wanted), use_threads=False))
+            fired = np.logical_and.reduce([numbers(which[name]) == value for name, value in wanted.items()])
+            ends = np.cumsum([file.metadata.row_group(g).num_rows for g in groups.tolist()])
+            groups = groups[np.unique(np.searchsorted(ends, np.flatnonzero(fired), side="right"))]
+            return _where(checked(file.read_row_groups(groups.tolist(), use_threads=False)), **wanted)
 
     def _check(self, layer: int | None, head: int | None, feature: int | None = None) -> None:
         if not any(layer in (None, a) and head in (None, b) for a, b in self.sites):
@@ -522,25 +478,17 @@ def _concat(tables: list[pa.Table], schema: pa.Schema) -> pa.Table:
     return pa.concat_tables(tables) if tables else schema.empty_table()
 
 
-def _numpy(column: pa.ChunkedArray) -> np.ndarray:
-    # Not to_numpy, which loads pandas where there is one: 0.3 to 0.6 s, most of what a first question takes.
-    return np.from_dlpack(column.combine_chunks())
-
-
 def _where(table: pa.Table, **wanted: int | None) -> pa.Table:
     for name, value in wanted.items():
         if value is not None:
             # Not pc.equal nor pa.array, which load pandas where there is one.
-            rows = np.flatnonzero(_numpy(table[name]) == value)
+            rows = np.flatnonzero(numbers(table[name]) == value)
             table = table.take(pa.Array.from_buffers(pa.int64(), len(rows), [None, pa.py_buffer(rows)]))
     return table
 
 
-def _tokens(path: Path, places: list[dict[str, int]]) -> pa.Table:
-    """document, row, token of the row groups that may hold one of the places."""
-    with parquet(path, TOKENS) as file:
-        groups = sorted({group for place in places for group in _groups(file, **place)})
-        return checked(file.read_row_groups(groups, ["document", "row", "token"], use_threads=False))
+def _slices(table: pa.Table, batch: int) -> Iterator[pa.Table]:
+    return (table.slice(at, batch) for at in range(0, len(table), batch))
 
 
 def _groups(file: pq.ParquetFile, **wanted: int | None) -> list[int]:

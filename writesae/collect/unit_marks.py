@@ -9,7 +9,7 @@ from ..files import SEAL, sealed, write_first
 from ..untrusted import is_integer
 from .marks import marked
 
-TABLES = ("documents.parquet", "features.parquet")  # and index.parquet, until the whole has its own
+TABLES = ("documents.parquet", "features.parquet")  # and it may have index.parquet, until the whole has its own
 _NUMBERS = ("unit", "shards", "passages", "documents", "tokens", "firings", "kept", "shard_passages")
 
 

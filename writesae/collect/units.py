@@ -3,7 +3,8 @@
     plan.json                                the units, see `plan`
     units/000007-1a2b3c4d5e6f.lock           held by who does unit 7; empty, gone at the end
     units/000007-1a2b3c4d5e6f-9f8e7d6c/      what a worker of machine 9f8e7d6c made of it: firings/, tokens/,
-                                             documents.parquet, features.parquet, index.parquet
+                                             documents.parquet, features.parquet, index.parquet (where it is smaller
+                                             than the firings)
     done/unit-000007.json                    its completion marker, written last: which folder counts, and its files
 
 Nothing is ever moved into place. Files are written whole into a folder that one machine alone writes to, and the marker
@@ -19,6 +20,8 @@ import shutil
 import uuid
 from functools import cache
 from pathlib import Path
+
+import numpy as np
 
 from ..files import discard, entry, make_folder, problem
 from ..interrupt import Stop
@@ -41,13 +44,15 @@ def machine() -> str:
     return hashlib.sha256(name.encode()).hexdigest()[:8]
 
 
-def piece(out: Path, made: dict) -> Piece:
-    """A unit, for `finish.assemble`."""
+def piece(out: Path, made: dict, kept: list[Path]) -> Piece:
+    """A unit, for `finish.assemble`. kept: the tables that hold what is kept of it."""
     folder = out / made["folder"]
-    return Piece(
-        folder / "documents.parquet", folder / "features.parquet", lambda site: folder / "index.parquet",
-        made["passages"],
-    )  # fmt: skip
+    return Piece(folder / "documents.parquet", folder / "features.parquet", lambda site: kept, made["passages"])
+
+
+def shards_of(made: dict) -> list[str]:
+    """Names of the tables of a unit's firings, of mode all."""
+    return [f"{made['folder']}/firings/{part_name(number)}" for number in range(made["shards"])]
 
 
 def write_index(out: Path, folder: Path, shards: int, features: Features, how: Selecting) -> None:
@@ -93,7 +98,7 @@ class Worker:
             try:
                 made = unit_marker(job.out, unit.number, job.digest)
                 for name, expected in made["files"].items():
-                    # In mode all it is made again from the shards.
+                    # In mode all the shards take its place.
                     if name.endswith("/index.parquet") and job.mode == "all":
                         continue
                     self._compare(name, expected, digests)
@@ -131,14 +136,14 @@ class Worker:
         job, size = self.job, self.job.content["shard_passages"]
         for name in (*PARTS, "done"):
             make_folder(folder, name)
-        corpus = Range(job.corpus, unit)
+        corpus = Range(job.corpus, unit.start, unit.documents)
 
         def unchanged(shard: Shard) -> None:
-            job.watched.check(unit.place[0], corpus.file)
+            job.watched.check(unit.start.place[0], corpus.file)
 
         state = Progress(folder, job.features, job.selection(), job.digest, unchanged)
         state.cursor = unit.start
-        job.session.max_tokens = unit.tokens
+        job.session.max_tokens, job.session.goes_on = unit.tokens, unit.goes_on
         self.repaired += job.session.load(corpus, state, size)
         job.session.run(corpus, state, size, None, stop)
         if state.last:
@@ -149,14 +154,18 @@ class Worker:
         numbers = range(state.shards)
         write_documents(folder, [(folder / "documents" / part_name(i), 0, 0) for i in numbers], job.out)
         write_features(folder, job.features, state.totals, job.out, silent=False)
-        write_index(job.out, folder, state.shards, job.features, self.how)
+        tables = list(TABLES)
+        # Where the index would be most of the firings, which mode all keeps anyway, the whole's is made from those.
+        if job.mode != "all" or 2 * np.minimum(state.totals.count, self.how.n).sum() <= state.firings:
+            write_index(job.out, folder, state.shards, job.features, self.how)
+            tables.append("index.parquet")
         kept = ("firings", "tokens") if job.mode == "all" else ("tokens",)
         inside = folder.relative_to(job.out).as_posix()
         entries: dict[str, dict] = {}
         for number in numbers:
             made = shard_marker(folder, number, job.digest)["files"]
             entries |= {f"{inside}/{x}/{part_name(number)}": made[f"{x}/{part_name(number)}"] for x in kept}
-        entries |= {f"{inside}/{name}": entry(folder / name) for name in (*TABLES, "index.parquet")}
+        entries |= {f"{inside}/{name}": entry(folder / name) for name in tables}
         counted = {
             "shards": state.shards, "shard_passages": job.content["shard_passages"],
             "passages": (state.cursor or unit.start).passages, "documents": state.documents, "tokens": state.tokens,

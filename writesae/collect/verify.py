@@ -19,7 +19,8 @@ from .marks import PARTS, chain, entries_sound, marked, part_name, shard_marker,
 
 TABLES = ("documents.parquet", "features.parquet")
 PLAN = "plan.json"
-FOLDERS = ("index", "tokenizer", "done", "units")
+FOLDERS = ("index", "tokenizer", "done", "units", ".corpus")
+CARD = ("README.md", ".gitattributes")  # what a repository of the Hugging Face hub has beside
 
 
 @dataclass
@@ -28,6 +29,7 @@ class Verified:
 
     Attributes:
         complete: whether it has its summary, sound or not.
+        activations: "exact" or "packed" (rounded), as the manifest says; None where that is damaged.
         shards: shards that are there. files, bytes: checked.
         damaged: {file: what is wrong}; missing, unexpected: files, by name.
         left_over: files of an interrupted run, which the next `collect` removes.
@@ -35,6 +37,7 @@ class Verified:
 
     store: str
     complete: bool
+    activations: str | None = None
     shards: int = 0
     files: int = 0
     bytes: int = 0
@@ -97,7 +100,7 @@ class _Check:
         self.out, self.progress = out, progress
         self.complete = os.path.lexists(out / "summary.json")
         self.found = Verified(str(out), self.complete)
-        self.known = {".lock", ".finish"}
+        self.known = {".lock", ".finish", ".plan", *CARD}
         self.in_units = False
         self.markers: list[dict] = []
         self.sites: list[str] | None = None
@@ -121,6 +124,7 @@ class _Check:
         if content is None:
             return
         self.mode, self.in_units = content["mode"], "unit" in content
+        self.found.activations = manifest_file.activations(content)
         self.sites = [f"layer-{site[0]}-head-{site[1]}" for site in content["sites"]]
         if not self.complete:
             return
@@ -274,7 +278,10 @@ def run(args: argparse.Namespace) -> int:
         print(line)
     state = "finished" if found.complete else "unfinished (the same `writesae collect` goes on)"
     if found.sound:
-        print(f"{out}: {state}, {found.shards} shards; {found.files} files, {found.bytes:,} bytes, all as written")
+        print(
+            f"{out}: {state}, {found.shards} shards, activations {found.activations}; {found.files} files, "
+            f"{found.bytes:,} bytes, all as written"
+        )
         return 0
     print(
         f"{out}: {state}; {len(found.damaged)} damaged, {len(found.missing)} missing, {len(found.unexpected)} "

@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..edits import BEFORE, DELETE, REPLACE, Edits
 from ..models.attach import attach
@@ -31,6 +30,7 @@ from ..models.identity import require_same_model
 from ..models.quiet import quiet
 from ..models.sites import layers
 from ..policies import Policy
+from ..progress import tqdm
 from ..sae import SAE
 from ..text import Corpus
 from ..text.tokens import check_ids

@@ -169,7 +169,7 @@ def stream(
     model, sites: Iterable[tuple[int, int]], passages: Sequence[np.ndarray], what: str, progress: bool = False
 ) -> Iterator[tuple[dict[int, Writes], Tensor, Tensor]]:
     """({layer: writes}, mask `[b, T]` of real tokens, their numbers in `passages`, which is its length for padding)."""
-    from tqdm import tqdm
+    from ..progress import tqdm
 
     tokens = sum(map(len, passages))
     with (

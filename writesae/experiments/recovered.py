@@ -20,13 +20,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..interrupt import finishing
 from ..models.hf_gated_delta import RuleHandler, intercept, layers
 from ..models.identity import require_same_model, weights_digest
 from ..models.quiet import quiet
 from ..models.shared_prefix import Stack
+from ..progress import tqdm
 from ..sae import SAE
 from ..sae.resume import tokens_digest
 from ..sae.stream import Passages

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from ..interrupt import finishing
 from ..models.identity import require_same_model, weights_digest
 from ..models.quiet import quiet
+from ..progress import tqdm
 from ..sae import SAE
 from ..text import Corpus
 from ..text.passages import DocumentEnd

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from ..experiments.parts import Parts
 from ..experiments.replace import Passage, passages_of
@@ -18,6 +17,7 @@ from ..firings import Firings
 from ..interrupt import finishing
 from ..models.attach import attach
 from ..models.identity import require_same_model, weights_digest
+from ..progress import tqdm
 from ..sae import SAE
 from ..text import Corpus
 from ..text.tokens import check_vocabulary

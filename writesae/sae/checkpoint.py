@@ -1,4 +1,5 @@
-"""Our own folder of a dictionary, `cfg.json` + `sae.safetensors`, and the door to every other file of one.
+"""Our own folder of a dictionary, `cfg.json` + `sae.safetensors`, and the door to every other file of one (SAELens'
+folder of one of ours goes through the same checks, see `saelens_layout`).
 
 No file runs code, and none is believed: the configuration's types and sizes are checked against the header of the
 weights before a tensor is read, and every tensor's values before it becomes part of a dictionary.
@@ -21,6 +22,7 @@ from torch import Tensor
 from .. import __version__
 from ..files import whole_file, write_text
 from ..untrusted import HEADER_LIMIT, first_line, is_integer, is_number, read_json, safetensors_file, shown
+from . import saelens_layout
 from .published import BESIDE, BEST, assign, load_published, site_of
 from .repository import Repository
 from .sae import SAE
@@ -99,8 +101,9 @@ def load_of(repository: Repository, subfolder: str, batchtopk: str | float | Non
     limits = {}
     if (root / inside(CONFIG)).exists():
         empty, dtype = read_config(root / subfolder)
-        limits[inside(WEIGHTS)] = most_bytes(empty, dtype)
-    root = repository.fetch(*(glob.escape(inside(x)) for x in (WEIGHTS, BEST)), limits=limits, progress=True)
+        limits = dict.fromkeys((inside(WEIGHTS), inside(saelens_layout.WEIGHTS)), most_bytes(empty, dtype))
+    wanted = (WEIGHTS, saelens_layout.WEIGHTS, BEST)
+    root = repository.fetch(*(glob.escape(inside(x)) for x in wanted), limits=limits, progress=True)
     sae = _load_at(root, subfolder, f"{repository.name} ({root / subfolder})", batchtopk)
     return recorded(sae, repository, subfolder)
 
@@ -113,7 +116,7 @@ def recorded(sae: SAE, repository: Repository, folder: str) -> SAE:
 
 def _load_at(path: Path, subfolder: str | None, where: str, batchtopk: str | float | None) -> SAE:
     folder = path / subfolder if subfolder else path
-    own = [name for name in (CONFIG, WEIGHTS) if os.path.lexists(folder / name)]
+    own = [name for name in (CONFIG, _weights(folder)) if os.path.lexists(folder / name)]
     published = os.path.lexists(folder / BEST)
     if own and published:
         raise ValueError(
@@ -176,6 +179,8 @@ def read_config(folder: Path) -> tuple[SAE, torch.dtype]:
     """
     where = folder / CONFIG
     config = read_json(where)
+    if saelens_layout.is_saelens(config):
+        config = saelens_layout.own_configuration(where, config, FORMAT)
     if "format" not in config:
         raise ValueError(f"{where}: not a writesae dictionary (no key format)")
     if not is_integer(config["format"]) or config["format"] != FORMAT:
@@ -216,14 +221,21 @@ def most_bytes(sae: SAE, dtype: torch.dtype) -> int:
 
 
 def load_folder(folder: Path) -> SAE:
-    """A dictionary of our own files.
+    """A dictionary of our own files, or of SAELens' ones.
 
     Raises:
         ValueError: naming the file and what is wrong with it.
     """
     sae, dtype = read_config(folder)
-    with safetensors_file(folder / WEIGHTS) as (header, get):
-        return fill(sae, header, get, folder / WEIGHTS, dtype)
+    path = folder / _weights(folder)
+    with safetensors_file(path) as (header, get):
+        return fill(sae, header, get, path, dtype)
+
+
+def _weights(folder: Path) -> str:
+    """The file of weights: ours, or SAELens' where that is the only one."""
+    theirs = os.path.lexists(folder / saelens_layout.WEIGHTS) and not os.path.lexists(folder / WEIGHTS)
+    return saelens_layout.WEIGHTS if theirs else WEIGHTS
 
 
 def _plain(value) -> str:

@@ -10,10 +10,10 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from ..files import make_folder, read_json, write_json
 from ..options import add_device, add_model, count, require_device
+from ..progress import tqdm
 from ..ranks import add_ranks, place, share
 from ..text import Corpus
 from ..text.arguments import NAMED, add_options, tell_empty, told

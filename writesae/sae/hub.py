@@ -13,8 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tqdm import tqdm
-
+from ..progress import tqdm
 from ..untrusted import is_number, read_json, shown
 from .card import CARD, card_of
 from .checkpoint import CONFIG, WEIGHTS, dictionaries, load_folder, most_bytes, read_config, recorded, weights_size

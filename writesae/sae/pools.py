@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from ..progress import tqdm
 from ..text import Corpus
 from ..text.passages import Cursor, Passage, passages
 from ..text.tokens import tokenizing

@@ -7,9 +7,9 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from tqdm import tqdm
-
+from ..console import table
 from ..files import make_folder, refuse_file, refuse_links
+from ..progress import tqdm
 from ..untrusted import is_number
 
 
@@ -39,14 +39,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([asdict(one) for one in listed], indent=2))
     elif args.out is None:
-        print(f"{'dictionary':16} {'of':7} {'kind':14} {'atoms':>7} {'k':>4} {'FVU':>7} {'L0':>7} {'MB':>8}")
-        for one in listed:
-            fvu, l0 = (one.metrics.get(name) for name in ("fvu", "l0"))
-            print(
-                f"{one.folder or '.':16} {one.target + 's':7} {one.kind:14} {one.F:7,} {one.k:4} "
-                f"{f'{fvu:.4f}' if is_number(fvu) else '':>7} {f'{l0:.1f}' if is_number(l0) else '':>7} "
-                f"{one.bytes / 1e6:8.1f}"
-            )
+        table(("dictionary", "of", "kind", "atoms", "k", "FVU", "L0", "MB"), [_row(one) for one in listed])
     if args.out is None:
         return 0
     refuse_file(args.out)
@@ -59,3 +52,12 @@ def run(args: argparse.Namespace) -> int:
         name = one.folder.rpartition("/")[2] or (f"L{one.layer}H{one.head}" if one.layer is not None else "dictionary")
         sae.save_pretrained(make_folder(args.out, name))
     return 0
+
+
+def _row(one) -> tuple:
+    """What the table says of a dictionary."""
+    fvu, l0 = (one.metrics.get(name) for name in ("fvu", "l0"))
+    return (
+        one.folder or ".", one.target + "s", one.kind, f"{one.F:,}", one.k, f"{fvu:.4f}" if is_number(fvu) else None,
+        f"{l0:.1f}" if is_number(l0) else None, f"{one.bytes / 1e6:.1f}",
+    )  # fmt: skip

