@@ -16,7 +16,6 @@ from tiny_models import tiny_kda, tiny_mamba, tiny_mamba2, tokens
 
 import writesae
 from writesae.bridges import circuit_tracer, delphi, neuronpedia, stored
-from writesae.bridges.features import Texts
 from writesae.cli import main
 from writesae.collect import Corpus, Store, collect
 from writesae.models.sites import layers
@@ -210,7 +209,7 @@ def test_pages_show_what_is_stored(layout, tmp_path):
 def test_promoted_tokens_are_those_of_the_atoms(tmp_path):
     model, tokenizer, _ = writesae.load_default()
     sae = writesae.SAE.from_pretrained("default")
-    neuronpedia.export(real_store(), tmp_path, features=3, writes=(model, tokenizer, {SITE: sae}))
+    neuronpedia.export(real_store(), tmp_path, features=3, writes=(model, {SITE: sae}))
     [path] = (tmp_path / "5-writesae-h3").iterdir()
     for page in json.loads(path.read_text())["features"]:
         for name, least in (("topLogits", False), ("bottomLogits", True)):
@@ -218,29 +217,10 @@ def test_promoted_tokens_are_those_of_the_atoms(tmp_path):
             assert [x["token"] for x in page[name]] == [x.text for x in expected]
             np.testing.assert_allclose([x["value"] for x in page[name]], [x.score for x in expected], rtol=1e-3)
     with pytest.raises(ValueError, match="sae: expected a dictionary for 5:3, got none"):
-        neuronpedia.export(real_store(), tmp_path / "x", writes=(model, tokenizer, {}))
+        neuronpedia.export(real_store(), tmp_path / "x", writes=(model, {}))
     other = {SITE: writesae.SAE(32, 64, F=8, k=4)}
-    with pytest.raises(ValueError, match="of 4096 features, got one of 8"):
-        neuronpedia.export(real_store(), tmp_path / "x", writes=(model, tokenizer, other))
-
-
-def test_texts_of_tokens_make_the_text():
-    """Of bytes as tokens, where a character takes several, and broken ones stay broken."""
-
-    def decode(ids):
-        return bytes(ids).decode(errors="replace")
-
-    texts = Texts(decode)
-    for text in ("plain", "naïve – 日本語", "日", ""):
-        found = texts(list(text.encode()))
-        assert "".join(found) == text and len(found) == len(text.encode())
-    assert texts(list("ï".encode())) == ["ï", ""]
-    assert "".join(texts([0x61, 0xFF, 0x62])) == "a\ufffdb"
-
-    def words_alone(ids):  # as sentencepiece: the first word's space is left out
-        return "".join(("a", " b", " c")[i] for i in ids).removeprefix(" ")
-
-    assert Texts(words_alone)([0, 1, 2]) == ["a", " b", " c"]
+    with pytest.raises(ValueError, match="expected the dictionary of 5:3 that the store was collected with"):
+        neuronpedia.export(real_store(), tmp_path / "x", writes=(model, other))
 
 
 # ---- a prompt -------------------------------------------------------------------------------------------------------

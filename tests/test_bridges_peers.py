@@ -233,8 +233,8 @@ def test_neuronpedia_would_send_what_is_written(tmp_path, monkeypatch):
     from neuronpedia.np_feature import Feature, Logit
     from neuronpedia.requests.feature_request import MAX_FEATURES_PER_BATCH, FeatureRequest
 
-    model, tokenizer, saes = writesae.load_default()
-    writes = (model, tokenizer, {SITE: writesae.SAE.from_pretrained("default")})
+    model = writesae.load_default()[0]
+    writes = (model, {SITE: writesae.SAE.from_pretrained("default")})
     neuronpedia.export(real_store(), tmp_path, features=140, writes=writes)
     files = sorted((tmp_path / "5-writesae-h3").iterdir())
     assert len(files) == 2 and neuronpedia.BATCH == MAX_FEATURES_PER_BATCH

@@ -122,7 +122,7 @@ def _pages(args: argparse.Namespace, out: Path) -> dict:
     if args.model is not None:
         from ..models import load
 
-        writes = (*load(args.model, trust_remote_code=args.trust_remote_code), dictionaries(args))
+        writes = (load(args.model, trust_remote_code=args.trust_remote_code)[0], dictionaries(args))
     elif args.sae:
         raise ValueError("sae: expected it with --model, got it alone")
     options = _given(args, "features", "width", "name", sites="site", model="model_id")
