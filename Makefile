@@ -65,10 +65,12 @@ format: $(VENV)/.built
 	$(BIN)/ruff format .
 	git ls-files csrc | grep -E '\.(h|cpp|cu|cuh)$$' | xargs $(BIN)/clang-format -i
 
-# The API reference, HTML from docstrings, in build/docs; not kept in the repository.
+# The notebooks, run, and the documentation as a site, in build/docs; a warning is an error. To see it while writing:
+# .venv/bin/mkdocs serve
 docs: $(VENV)/.built
-	$(PIP) install -q -c constraints.txt pdoc
-	$(BIN)/python scripts/api_reference.py
+	$(PIP) install -q -c constraints.txt mkdocs mkdocs-material "mkdocstrings[python]" nbclient nbformat ipykernel
+	$(BIN)/python scripts/run_notebooks.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 info: $(VENV)/.built
 	$(BIN)/writesae info
