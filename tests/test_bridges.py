@@ -146,6 +146,20 @@ def test_delphi_has_every_firing_and_token(made, tmp_path, splits):
     assert told["firings"] == total and told["padded"] == tokens.size - store.summary()["tokens"]
 
 
+def test_what_several_workers_filled_gives_the_same(made, tmp_path):
+    """Units, each with shards of its own."""
+    text = Corpus.from_path(made / "text")
+    collect(text, Tokenizer(), FakeSource(), tmp_path / "units", n=20, context=32, shard_passages=3, unit=400)
+    assert len(Store(tmp_path / "units").pieces) > 2
+    for name in ("all", "units"):
+        store = (made if name == "all" else tmp_path) / name
+        delphi.export(store, tmp_path / f"of {name}", sites=[(1, 0)], splits=2)
+    files = sorted(p.name for p in (tmp_path / "of all" / "layers.1.head.0").glob("*.safetensors"))
+    for name in files:
+        a, b = (load_file(tmp_path / f"of {x}" / "layers.1.head.0" / name) for x in ("all", "units"))
+        assert all(np.array_equal(a[column], b[column]) for column in a)
+
+
 def test_what_a_collection_cannot_give_is_refused(made, tmp_path):
     with pytest.raises(ValueError, match="mode all, got mode top"):
         delphi.export(made / "top", tmp_path / "x")
@@ -157,8 +171,11 @@ def test_what_a_collection_cannot_give_is_refused(made, tmp_path):
         delphi.export(made / "all", tmp_path / "x", pad=-1)
     with pytest.raises(ValueError, match="tokenizer: expected"):
         neuronpedia.export(made / "all", tmp_path / "x", model="m")
-    with pytest.raises(ValueError, match="name: expected a name without slashes, got '../x'"):
-        neuronpedia.export(made / "all", tmp_path / "x", model="m", name="../x")
+    for name in ("../x", "", "a/b", ".x"):
+        with pytest.raises(ValueError, match="name: expected letters"):
+            neuronpedia.export(made / "all", tmp_path / "x", model="m", name=name)
+        with pytest.raises(ValueError, match="model: expected letters"):
+            neuronpedia.export(made / "all", tmp_path / "x", model=name)
     unfinished = tmp_path / "unfinished"
     shutil.copytree(made / "all", unfinished)
     (unfinished / "summary.json").unlink()
@@ -262,6 +279,15 @@ def test_that_of_every_gate(tiny):
     torch.testing.assert_close(total, graph.firings.activation, rtol=1e-3, atol=1e-5)
 
 
+def test_an_atom_of_a_write_is_of_its_own_token(traced):
+    model, _, _, before = traced
+    (place, path), *_ = writesae.default.dictionaries("write").items()
+    graph = circuit_tracer.trace(model, before.ids, {place: writesae.SAE.from_pretrained(path)}, logits=1)
+    f = graph.firings
+    assert len(f) and torch.equal(graph.written.sum(1), f.activation)
+    assert torch.equal(graph.written.argmax(1), f.position.long()) and graph.effects.abs().max() > 0
+
+
 def test_effects_are_those_of_small_edits(traced):
     """Of the atoms added a little more of, in a run of their own."""
     model, _, saes, graph = traced
@@ -321,6 +347,20 @@ def test_the_command_writes_all_or_nothing(made, tmp_path, capsys):
         err = capsys.readouterr().err
         assert err.startswith("writesae export: ") and said in err and err.count("\n") == 1, err
         assert sorted(p.name for p in tmp_path.rglob("*")) == before
+
+
+def test_the_command_runs_a_model(tmp_path, capsys):
+    real_store()
+    capsys.readouterr()
+    store, pages, graph = str(real_store().path), str(tmp_path / "pages"), str(tmp_path / "graph")
+    assert main(["export", "neuronpedia", store, pages, "--features", "2", "--model", "default", "--name", "x"]) == 0
+    assert json.loads(capsys.readouterr().out)["features"] == 2
+    body = json.loads((tmp_path / "pages" / "5-x-h3" / "batch-0000.json").read_text())
+    assert body["modelId"] == "default" and len(body["features"][0]["topLogits"]) == 10
+    assert main(["export", "circuit-tracer", "def f(x):", graph, "--top", "3", "--logits", "2", "--name", "g"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    nodes = json.loads((tmp_path / "graph" / "g.json").read_text())["nodes"]
+    assert told["nodes"] == len(nodes) and sum(x["feature_type"] == "logit" for x in nodes) == 2
 
 
 def test_the_command_writes_dictionaries(tmp_path, capsys):

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from .stored import chosen_sites, firings, model_name, open_store, passages
 
 BATCH = 128  # features of one upload, at most
 FORMATS = ("neuronpedia", "sae-dashboard")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}")  # of addresses and folders
 
 
 def source_name(layer: int, head: int, name: str) -> str:
@@ -52,7 +54,7 @@ def export(
         layout: "neuronpedia" or "sae-dashboard".
         sites: (layer, head)s; all by default.
         features: of a site at most so many, the most frequent ones; all that fired by default.
-        model: what Neuronpedia calls the model; by default as the collection calls it.
+        model: what Neuronpedia calls the model; by default as the collection calls it, without its owner.
         name: of the set of dictionaries.
         width: tokens shown either side of a firing.
         writes: (model, {(layer, head): dictionary}), from which the promoted tokens come; None leaves them out.
@@ -69,10 +71,10 @@ def export(
     for argument, value in (("features", 1 if features is None else features), ("width", width)):
         if not is_integer(value, 1, 2**31):
             raise ValueError(f"{argument}: expected a whole number >= 1, got {shown(value)}")
-    model = model_name(store) if model is None else model
+    model = model_name(store).rpartition("/")[2] if model is None else model
     for argument, text in (("model", model), ("name", name)):
-        if not text or "/" in text or text.startswith("."):
-            raise ValueError(f"{argument}: expected a name without slashes, got {shown(text)}")
+        if not _NAME.fullmatch(text):
+            raise ValueError(f"{argument}: expected letters, digits and _ . + -, got {shown(text)}")
     words, where = vocabulary(store), passages(store, progress=progress)
     if not len(words):
         raise ValueError(f"tokenizer: expected one in {store.path}, whose tokens can be shown as text, got none")
