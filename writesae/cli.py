@@ -126,7 +126,7 @@ COMMANDS = {
         "the files to OUT, all or none, and prints what they hold as JSON; sends nothing.",
         "writesae export delphi runs/notes runs/delphi",
         "nothing was written; the same command begins anew",
-        group="share", then=("ls {out}",),
+        group="share", then=("open {out} with {format}",),
     ),
     "replace": Command(
         "writesae.experiments.command",
