@@ -46,12 +46,12 @@ class Live:
         if "refuse" in prompt:
             raise ValueError("prompt: expected at most 10 tokens, got 11")
         try:
-            for i in range(max_new_tokens):
-                time.sleep(self.pause)
-                yield {"side": "plain", "token": WORDS[i % 30], "id": i % 30}
-                j = i % 30 if i < 3 or not edits else (i + 1) % 30
-                yield {"side": "edited", "token": WORDS[j] + self.extra("generated"), "id": j}
-            yield {"done": {"applied": 3, "seconds": 1.25}}
+            for side in ("plain", "edited"):
+                for i in range(max_new_tokens):
+                    time.sleep(self.pause)
+                    j = i % 30 if i < 3 or side == "plain" else (i + 1) % 30
+                    yield {"side": side, "token": WORDS[j] + self.extra("generated"), "id": j}
+            yield {"done": {"applied": [3] + [0] * (len(edits) - 1), "kl": [0.01, 0.5, 0.0], "first_difference": 3}}
         finally:
             self.closed += 1
 

@@ -305,12 +305,15 @@ def test_try_it_beside_the_plain_model(page, served):
     assert page.inner_text("#state") == "done: 6 and 6 tokens, they differ from token 4 on"
     assert page.url.endswith("?edit=erase:5:3:1258&edit=scale:5:3:8:3&prompt=Once+upon&tokens=6")
     assert page.locator("#plain .differs").all_inner_texts() == [" of"] and fits(page)
+    told = page.inner_text("#done").split("\n")
+    assert told == ["erase L5H3/1258", "at 3 tokens", "scale L5H3/8", "never fired", "KL, mean", "0.17 nats",
+                    "KL, largest", "0.50 nats at token 2"]  # fmt: skip
     page.reload()
     assert page.locator("#edits li").count() == 2 and page.input_value("#prompt") == "Once upon"
     closed = served.atlas.live.closed
-    page.fill("#length", "500")
+    page.fill("#length", "200")
     page.click("#go")
-    until(page, "document.querySelectorAll('#edited .new').length > 5")
+    until(page, "document.querySelectorAll('#plain .new').length > 5")
     page.click("#stop")
     until(page, "document.querySelector('#state').textContent.startsWith('stopped')")
     end = time.monotonic() + 5
@@ -545,8 +548,9 @@ def test_files_for_any_host(chromium, tmp_path, capsys):
             page.wait_for_url(re.compile(r"sub/site/L5H\d/\d+\.html"))
             page.hover("mark.here")
             assert page.is_visible("#tip")
-            beside = page.evaluate("document.querySelector('a[rel=next], a[rel=prev]').href")
-            page.keyboard.press("j" if page.locator("a[rel=next]").count() else "k")
+            key, rel = ("j", "next") if page.locator("a[rel=next]").count() else ("k", "prev")
+            beside = page.evaluate(f"document.querySelector('a[rel={rel}]').href")
+            page.keyboard.press(key)
             page.wait_for_url(beside)
             page.mouse.move(1, 1)
             page.keyboard.press("Escape")

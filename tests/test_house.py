@@ -123,6 +123,7 @@ MAY_IMPORT = {
         "text",
         "untrusted",
         "firings",
+        "progress",
     },
 }
 EXTRAS = {

@@ -20,9 +20,10 @@ from .links import link
 
 HERE = Path(__file__).parent
 FIRST_ROWS = 100  # of the list, in the page itself: seen before any script or data has come
-KINDS = {"erase": "take the feature's write away wherever it fires",
-         "scale": "multiply the feature's part of the write",
-         "install": "add the feature's atom at every token"}  # fmt: skip
+KINDS = {"erase": "take the whole write away wherever the feature fires",
+         "scale": "multiply the feature's part of the write by a number wherever it fires",
+         "install": "write the feature's atom, of a strength in units of its activation, at the "
+                    "prompt's last token"}  # fmt: skip
 # What a list's column is called, and what it means.
 HEADINGS = {
     "feature": ("feature", "layer, head and number of the feature; a link to its page"),
@@ -136,7 +137,8 @@ class Pages:
             answers=_answers(page.get("answers")), neighbours=self._others(page.get("neighbours")),
             key_neighbours=self._others((page.get("answers") or {}).get("neighbours")),
             cofiring=self._others(page.get("cofiring")), replacement=_replacement(page.get("replacement")),
-            before=before, after=after, largest=largest, count=int(self.atlas.table.count[row]), kinds=KINDS,
+            before=before, after=after, strength=_strength(largest),
+            count=int(self.atlas.table.count[row]), kinds=KINDS,
         )  # fmt: skip
 
     def text(self) -> str:
@@ -262,6 +264,11 @@ def _histogram(found: Mapping | None) -> dict | None:
     ]  # fmt: skip
     return {"bars": bars, "low": show.number(edges[0]), "high": show.number(edges[-1]), "most": show.count(largest),
             "total": show.count(sum(counts))}  # fmt: skip
+
+
+def _strength(largest: float) -> float:
+    """How much of an atom is installed unless said otherwise: its largest activation, in two digits."""
+    return float(f"{largest:.2g}") if 0 < largest < math.inf else 1.0
 
 
 def _is_fact(x: object) -> bool:
