@@ -26,10 +26,12 @@ from browse_stub import WORDS, Atlas, Live, hostile
 pytest.importorskip("starlette", reason="starlette is not installed: pip install writesae[browse]")
 pytest.importorskip("uvicorn", reason="uvicorn is not installed: pip install writesae[browse]")
 
+from writesae.browse import Atlas as RealAtlas  # noqa: E402
 from writesae.browse import link, sample_store, show  # noqa: E402
 from writesae.browse.columns import Columns  # noqa: E402
 from writesae.browse.command import address, make_server  # noqa: E402
 from writesae.browse.guard import POLICY, Guard  # noqa: E402
+from writesae.browse.pages import Missing, Pages  # noqa: E402
 from writesae.browse.static_site import chosen, write  # noqa: E402
 
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -244,7 +246,7 @@ def test_a_feature_is_read(page, served):
     assert page.inner_text("#tip").endswith(f": {values[1]}")
     page.keyboard.press("Escape")
     assert page.is_hidden("#tip") and page.url.endswith("/1258")
-    assert page.locator(".histogram rect").count() == 30 and "0.93" in page.inner_text(
+    assert page.locator(".histogram rect").count() == 30 and "93.0" in page.inner_text(
         "[aria-labelledby=h-replacement]"
     )
     assert page.locator("table[aria-label='Tokens it makes more likely'] tr").count() == 10 and fits(page)
@@ -679,3 +681,17 @@ def test_links_keep():
     assert link(5, 3, 1258) == "5/3/1258" and link(5, 3, 1258, static=True) == "L5H3/1258.html"
     with pytest.raises(ValueError, match="feature: expected an integer >= 0, got -1"):
         link(5, 3, -1)
+
+
+@pytest.mark.parametrize("hostile", [False, True])
+def test_a_real_store_becomes_pages(hostile, tmp_path):
+    """`Atlas` and the pages together: every feature of a small store, its dictionaries and its text."""
+    store, dictionaries = sample_store(tmp_path, F=24, firings=4000, k=4, hostile=hostile)
+    pages = Pages(RealAtlas.open(store, sae=dictionaries, progress=False))
+    made = [pages.feature(layer, 0, i) for layer in (0, 1) for i in range(24)] + [pages.index, pages.about()]
+    for text in made:
+        assert not re.search(r"<script(?! src=\"[./]*assets/\w+\.js\")|<img|\sonerror|{{", text)
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", text)
+    assert "Nearest atoms" in made[3] and 'class="a10 here"' in made[3] and "Fires together with" in made[3]
+    with pytest.raises(Missing):
+        pages.feature(0, 0, 24)

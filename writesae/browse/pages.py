@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ..report.schema import CONDITIONS
 from . import show
 from .columns import Columns
 from .guard import POLICY
@@ -243,13 +244,19 @@ def _answers(found: Mapping | None) -> dict:
     return {name: _bars((found or {}).get(name) or ()) for name in ("tokens", "keys")}
 
 
-def _replacement(found: Iterable[Mapping] | None) -> tuple[list[str], list[list[str]]] | None:
-    """(names, rows) of what the runs given with --results say of a feature."""
-    rows = list(found or ())
-    if not rows:
-        return None
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    return [x.replace("_", " ") for x in names], [[_fact(row.get(x)) for x in names] for row in rows]
+def _replacement(found: Iterable[Mapping] | None) -> list[dict]:
+    """What each run given with --results says of a feature: a row a condition, the atom first, then by median KL."""
+    out = []
+    for run in found or ():
+        medians, closer = run.get("kl_median") or {}, run.get("closer_than") or {}
+        names = sorted(medians, key=lambda x: (x != "atom", math.inf if medians[x] is None else medians[x]))
+        rows = [
+            {"condition": CONDITIONS.get(x, show.plain(str(x))), "kl": show.number(medians[x]),
+             "closer": show.percent(closer[x]) if x in closer else ""} for x in names
+        ]  # fmt: skip
+        about = {"run": show.plain(str(run.get("run", ""))), "n": show.count(run.get("n") or 0), "rows": rows}
+        out.append({**about, "win_rate": show.percent(run.get("win_rate")), "cosine": show.number(run.get("cosine"))})
+    return out
 
 
 def _histogram(found: Mapping | None) -> dict | None:
