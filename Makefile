@@ -17,9 +17,10 @@ demo: $(VENV)/.built
 test: $(VENV)/.built
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --twin $$($(BIN)/python scripts/build_twin.py 2> /dev/null) tests
 
-# What a model takes part in: with flash-linear-attention, with mamba-ssm, and under every other release of transformers that
-# is supported, and the newest; each installed beside the environment. LIBRARIES="fla" runs some.
-LIBRARIES ?= fla mamba-ssm transformers
+# What a model takes part in: with flash-linear-attention, with mamba-ssm, with the tools of docs/bridges.md, and under every
+# other release of transformers that is supported, and the newest; each installed beside the environment. LIBRARIES="fla"
+# runs some.
+LIBRARIES ?= fla mamba-ssm bridges transformer-lens transformers
 test-libraries: $(VENV)/.built
 	$(BIN)/python scripts/test_libraries.py $(LIBRARIES)
 

@@ -98,6 +98,7 @@ MAY_IMPORT = {
     "report": {"firings", "files", "collect", "untrusted"},
     "bridges": {
         "atoms",
+        "browse",
         "collect",
         "default",
         "edits",

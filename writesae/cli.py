@@ -126,6 +126,7 @@ COMMANDS = {
         "the files to OUT, all or none, and prints what they hold as JSON; sends nothing.",
         "writesae export delphi runs/notes runs/delphi",
         "nothing was written; the same command begins anew",
+        group="share", then=("see docs/bridges.md for how the other tool reads {out}",),
     ),
     "replace": Command(
         "writesae.experiments.command",

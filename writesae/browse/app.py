@@ -43,12 +43,13 @@ def make_app(atlas: Any, host: str = "127.0.0.1"):
         from starlette.applications import Starlette
         from starlette.exceptions import HTTPException
         from starlette.requests import Request
-        from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
+        from starlette.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
         from starlette.routing import Route
     except ImportError as error:
         raise ImportError("starlette is needed to browse: pip install writesae[browse]") from error
 
     pages, files, one = Pages(atlas), assets(), threading.Lock()
+    _ = pages.index, pages.columns.tokens_json  # made now, so that nobody waits for them
 
     def page(make: Callable[[], str]) -> Callable:
         return lambda request: HTMLResponse(make())
@@ -93,8 +94,11 @@ def make_app(atlas: Any, host: str = "127.0.0.1"):
         text = f"{type(error).__name__}: {error}"[:500]
         return HTMLResponse(pages.error("This page could not be made", text, depth), 500)
 
+    def as_json(value: dict, status: int = 200) -> Response:
+        return Response(json.dumps(value), status, media_type="application/json")  # in ASCII: half a surrogate pair too
+
     def refused(error: Exception, status: int = 400) -> Response:
-        return JSONResponse({"error": str(error)}, status)
+        return as_json({"error": str(error)}, status)
 
     async def body_of(request: Request) -> dict:
         whole = b""
@@ -121,7 +125,7 @@ def make_app(atlas: Any, host: str = "127.0.0.1"):
             found = await run_in_threadpool(atlas.live.text, _string(asked, "text"), sites=sites)
         except ValueError as error:
             return refused(error)
-        return JSONResponse(_fired(pages, found))
+        return as_json(_fired(pages, found))
 
     async def compare(request: Request) -> Response:
         try:
@@ -149,7 +153,7 @@ def make_app(atlas: Any, host: str = "127.0.0.1"):
 
     numbers = "{layer:int}/{head:int}/{feature:int}"
     routes = [
-        Route("/", page(pages.index)), Route("/about", page(pages.about)),
+        Route("/", page(lambda: pages.index)), Route("/about", page(pages.about)),
         Route(f"/{numbers}", feature), Route("/L{layer:int}H{head:int}/{feature:int}.html", exported),
         Route("/data/{name}", data), Route("/assets/{name}", asset),
     ]  # fmt: skip

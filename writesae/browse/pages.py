@@ -100,7 +100,9 @@ class Pages:
 
     # ---- pages -------------------------------------------------------------------------------------------------------
 
+    @cached_property
     def index(self) -> str:
+        """The list; the same for everyone, so it is made once."""
         columns = self.columns
         rows = [columns.row(int(i)) for i in columns.order[:FIRST_ROWS]]
         names = [x for x in HEADINGS if x == "feature" or x in columns.sent]
@@ -132,6 +134,7 @@ class Pages:
             "feature", 1 if self.static else 2, me=self.columns.row(row), row=row, of_site=last - first,
             levels=levels, histogram=_histogram(page.get("histogram")), writes=_writes(page.get("writes")),
             answers=_answers(page.get("answers")), neighbours=self._others(page.get("neighbours")),
+            key_neighbours=self._others((page.get("answers") or {}).get("neighbours")),
             cofiring=self._others(page.get("cofiring")), replacement=_replacement(page.get("replacement")),
             before=before, after=after, largest=largest, count=int(self.atlas.table.count[row]), kinds=KINDS,
         )  # fmt: skip
@@ -144,7 +147,8 @@ class Pages:
 
     def about(self) -> str:
         facts = [(name.replace("_", " "), _fact(x)) for name, x in self.atlas.info.items() if _is_fact(x)]
-        return self._render("about", 0, facts=facts, levels=range(1, show.LEVELS + 1))
+        notes = [show.plain(str(x)) for x in self.atlas.info.get("notes") or ()]
+        return self._render("about", 0, facts=facts, notes=notes, levels=range(1, show.LEVELS + 1))
 
     def error(self, title: str, hint: str, depth: int = 0) -> str:
         return self._render("error", depth, title=title, hint=hint)
@@ -211,18 +215,18 @@ def _chip(text: str):
 
 def _bars(items: Iterable[Mapping]) -> list[dict]:
     """Tokens with a value and the length of its bar, 0 to 100, beside the largest of them."""
-    pairs = [(str(x["token"]), float(_value(x))) for x in items]
+    pairs = [(str(x["token"]), _value(x)) for x in items]
     sizes = [abs(v) for _, v in pairs if math.isfinite(v)]
     largest = max(sizes, default=0.0) or 1.0
     return [
-        {"token": show.token(t), "value": show.number(v),
+        {"token": show.token(t), "value": show.count(v) if isinstance(v, int) else show.number(v),
          "bar": round(_LARGEST_BAR * min(abs(v) / largest, 1.0), 1) if math.isfinite(v) else 0}
         for t, v in pairs
     ]  # fmt: skip
 
 
 def _value(item: Mapping) -> float:
-    for name in ("value", "count", "mean", "activation"):
+    for name in ("value", "count", "cosine"):
         if item.get(name) is not None:
             return item[name]
     return math.nan
@@ -233,8 +237,8 @@ def _writes(found: Mapping | None) -> dict:
     return {name: _bars(found.get(name) or ()) for name in ("promoted", "suppressed")} | {"why": found.get("why")}
 
 
-def _answers(found: Mapping | None) -> list[dict]:
-    return _bars((found or {}).get("tokens") or ())
+def _answers(found: Mapping | None) -> dict:
+    return {name: _bars((found or {}).get(name) or ()) for name in ("tokens", "keys")}
 
 
 def _replacement(found: Iterable[Mapping] | None) -> tuple[list[str], list[list[str]]] | None:

@@ -110,7 +110,7 @@ def _claim(out: Path, mine: dict[str, Any]) -> None:
 
 def _shared(pages: Pages) -> Iterator[tuple[str, bytes]]:
     """(name, contents) of all but the features' pages."""
-    yield "index.html", pages.index().encode()
+    yield "index.html", pages.index.encode()
     yield "about.html", pages.about().encode()
     yield "404.html", pages.error("There is no such page", "A feature’s page is L5H3/1258.html or so.").encode()
     for name, (body, _) in assets().items():

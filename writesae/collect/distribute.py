@@ -222,10 +222,10 @@ class Overview:
                 with suppress(ValueError):  # damaged: to be done again
                     self._done[number] = unit_marker(self.out, number, self.digest)["tokens"]
         for folder in (self.out / "units").iterdir():
-            number = folder.name.split("-")[0]
-            if not number.isdecimal() or int(number) in self._done or folder.name.endswith(".lock"):
+            begins = folder.name.split("-")[0]
+            if not begins.isdecimal() or int(begins) in self._done or folder.name.endswith(".lock"):
                 continue
-            under_way.add(int(number))
+            under_way.add(int(begins))
             for path in folder.glob("done/part-*.json"):
                 with suppress(ValueError, KeyError):
                     if path not in self._shards:
@@ -252,9 +252,7 @@ def line(job: Job, units: list[Unit]) -> Iterator[None]:
             while not ended.wait(pause):
                 began = time.perf_counter()
                 tokens, done, begun = overview.look()
-                pause = max(
-                    1.0, 50 * (time.perf_counter() - began)
-                )  # a large folder on a slow disk is asked less often
+                pause = max(1.0, 50 * (time.perf_counter() - began))  # a slow disk is asked less often
                 bar.set_postfix_str(f"{done} of {len(units)} units, {begun} under way", refresh=False)
                 bar.update(tokens - bar.n)
 

@@ -7,6 +7,7 @@ that are done, and a task whose worker was thought lost but lives does no harm.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -96,7 +97,7 @@ def _ray(engine: str):
     if not ray.is_initialized():
         address = None if engine == "ray" else engine
         try:
-            ray.init(address=address, log_to_driver=False, logging_level="error")
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ImportError) as error:
             raise ValueError(f"engine: cannot connect to {engine}: {error}") from error
     return ray

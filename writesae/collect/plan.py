@@ -95,27 +95,31 @@ class Range:
 
 
 class _Cutting:
-    """Units in the making: what the next one holds so far."""
+    """Units in the making: what the next one holds so far, nothing without documents."""
 
     def __init__(self, manifest: str):
-        self.manifest, self.units = manifest, []
-        self.start: Cursor | None = None
+        self.manifest = manifest
+        self.units: list[Unit] = []
+        self.start = Cursor()
         self.documents = self.bytes = self.tokens = 0
 
-    def begin(self, start: Cursor) -> None:
-        self.start = replace(start, passages=0, tokens=0)
-        self.documents = self.bytes = self.tokens = 0
+    def add(self, start: Cursor) -> None:
+        """Another document; where the unit has none it begins at `start`."""
+        if not self.documents:
+            self.start = replace(start, passages=0, tokens=0)
+            self.bytes = self.tokens = 0
+        self.documents += 1
 
     def close(self, tokens: bool = False, goes_on: bool = False) -> None:
         """Args: tokens: the unit ends after as many as it holds."""
-        if self.start is None:
+        if not self.documents:
             return
         number = len(self.units)
         unit = Unit(number, "", self.start, self.documents, self.tokens if tokens else None, goes_on)
         _, _, *what = unit.to_json()
         digest = hashlib.sha256(json.dumps([self.manifest, number, *what]).encode()).hexdigest()
         self.units.append(replace(unit, name=f"{number:06d}-{digest[:12]}"))
-        self.start = None
+        self.documents = 0
 
 
 def cut(corpus: Corpus, size: int, manifest: str, read: Read | None = None, limit: int | None = None) -> list[Unit]:
@@ -127,49 +131,42 @@ def cut(corpus: Corpus, size: int, manifest: str, read: Read | None = None, limi
         limit: of tokens; the last unit ends there.
     """
     made = _Cutting(manifest)
-    whole = None if read is None or limit is None else read(corpus, limit, Cursor())
+    events = None if read is None or limit is None else read(corpus, limit, Cursor())
     for document in corpus.documents():
         length, begin = _bytes(corpus, document), Cursor(document.place, document.number)
-        long = read is not None and length >= 2 * size and length > text.BLOCK and not _packed(corpus, document)
-        events = whole
-        if events is None and long:
-            events = read(Range(corpus, begin, 1), None, begin)
+        long = length >= 2 * size and length > text.BLOCK and not _packed(corpus, document)
         if long:
             made.close()
-        if made.start is None:
-            made.begin(begin)
-        made.documents += 1
+        made.add(begin)
         end = None
         if events is not None:
             end = _follow(made, events, size if long else None)
-            if end is None:  # the limit was at the end of the document before
-                made.documents -= 1
-                break
+        elif read is not None and long:
+            end = _follow(made, read(Range(corpus, begin, 1), None, begin), size)
         made.bytes += length - (made.start.block if made.start.document == document.number else 0)
         if end is not None and end.sha256 is None:
             made.close(tokens=True)
             break
         if made.bytes >= size:
             made.close()
-    if made.documents:
-        made.close()
+    made.close()
     return made.units
 
 
-def _follow(made: _Cutting, events: Iterator, size: int | None) -> DocumentEnd | None:
-    """Takes a document's events, closing units of `size` bytes between its passages; None: there was no document."""
+def _follow(made: _Cutting, events: Iterator, size: int | None) -> DocumentEnd:
+    """Takes a document's events, closing units of `size` bytes (None: none) between its passages; returns the last."""
     behind = None  # a passage that a unit may end with, should another one follow
     for event in events:
         if isinstance(event, DocumentEnd):
             return event
         if behind is not None:
             made.close(tokens=True, goes_on=True)
-            made.begin(behind)
-            made.documents, behind = 1, None
+            made.add(behind)
+            behind = None
         made.tokens += len(event.tokens)
         if size is not None and event.after.block - made.start.block >= size:
             behind = event.after
-    return None
+    raise ValueError("corpus: it changed while it was being cut into units")
 
 
 def _packed(corpus: Corpus, document: Document) -> bool:

@@ -255,6 +255,7 @@ class Store(Folder):
         """
         self._check(layer, head, feature if None not in (layer, head) else None)
         wanted = {"layer": layer, "head": head, "feature": feature, "document": document}
+        of_one = None not in (layer, head, feature)
         sites = [site for site in self.sites if layer in (None, site[0]) and head in (None, site[1])]
         if document is not None:
             record = self._document(document)
@@ -262,12 +263,15 @@ class Store(Folder):
             names = [self._index(*site) for site in sites]
         elif document is not None:
             names = self._parts_of("firings", record)
-        elif None not in (layer, head, feature) and (found := self._whole(layer, head, feature)) is not None:
-            yield from (found.slice(at, batch) for at in range(0, len(found), batch))
-            return
         else:
+            if of_one and (found := self._whole(layer, head, feature)) is not None:
+                yield from _slices(found, batch)
+                return
             names = self._parts("firings")
         for name in names:
+            if of_one:
+                yield from _slices(_where(self._feature(name, layer, head, feature), document=document), batch)
+                continue
             with self._table(name, FIRINGS) as file:
                 groups = _groups(file, **wanted)
                 for part in file.iter_batches(batch, row_groups=groups) if groups else ():
@@ -377,7 +381,7 @@ class Store(Folder):
         first = record["first_passage"]
         return list(dict.fromkeys(self._part(table, first + row) for row in range(record["passages"])))
 
-    def _whole(self, layer: int, head: int, feature: int) -> pa.Table | None:
+    def _whole(self, layer: int | None, head: int | None, feature: int | None) -> pa.Table | None:
         """All firings of a feature by place, where the index has all of them, else None."""
         name = self._index(layer, head)
         if not self._indexed(name):
@@ -437,7 +441,7 @@ class Store(Folder):
     def _indexed(self, name: str) -> bool:
         return self.complete or (self.path / "done" / f"{Path(name).stem}.json").exists()
 
-    def _index(self, layer: int, head: int) -> str:
+    def _index(self, layer: int | None, head: int | None) -> str:
         return f"index/layer-{layer}-head-{head}.parquet"
 
     def _log(self, layer: int, head: int, feature: int) -> pa.Table:
@@ -449,10 +453,16 @@ class Store(Folder):
             groups = sorted({group for place in places for group in _groups(file, **place)})
             return checked(file.read_row_groups(groups, ["document", "row", "token"], use_threads=False))
 
-    def _feature(self, name: str, layer: int, head: int, feature: int) -> pa.Table:
+    def _feature(self, name: str, layer: int | None, head: int | None, feature: int | None) -> pa.Table:
+        """A feature's firings in one file. What takes room, place and activation, is read where it fired alone."""
         wanted = {"layer": layer, "head": head, "feature": feature}
         with self._table(name, FIRINGS) as file:
-            return _where(checked(file.read_row_groups(_groups(file, **wanted))), **wanted)
+            groups = np.array(_groups(file, **wanted), np.int64)
+            which = checked(file.read_row_groups(groups.tolist(), list(wanted), use_threads=False))
+            fired = np.logical_and.reduce([numbers(which[name]) == value for name, value in wanted.items()])
+            ends = np.cumsum([file.metadata.row_group(g).num_rows for g in groups.tolist()])
+            groups = groups[np.unique(np.searchsorted(ends, np.flatnonzero(fired), side="right"))]
+            return _where(checked(file.read_row_groups(groups.tolist(), use_threads=False)), **wanted)
 
     def _check(self, layer: int | None, head: int | None, feature: int | None = None) -> None:
         if not any(layer in (None, a) and head in (None, b) for a, b in self.sites):
@@ -475,6 +485,10 @@ def _where(table: pa.Table, **wanted: int | None) -> pa.Table:
             rows = np.flatnonzero(numbers(table[name]) == value)
             table = table.take(pa.Array.from_buffers(pa.int64(), len(rows), [None, pa.py_buffer(rows)]))
     return table
+
+
+def _slices(table: pa.Table, batch: int) -> Iterator[pa.Table]:
+    return (table.slice(at, batch) for at in range(0, len(table), batch))
 
 
 def _groups(file: pq.ParquetFile, **wanted: int | None) -> list[int]:
