@@ -17,9 +17,10 @@ demo: $(VENV)/.built
 test: $(VENV)/.built
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --twin $$($(BIN)/python scripts/build_twin.py 2> /dev/null) tests
 
-# What a model takes part in: with flash-linear-attention, with mamba-ssm, and under every other release of transformers that
-# is supported, and the newest; each installed beside the environment. LIBRARIES="fla" runs some.
-LIBRARIES ?= fla mamba-ssm transformers
+# What a model takes part in: with flash-linear-attention, with mamba-ssm, with the tools of docs/bridges.md, and under every
+# other release of transformers that is supported, and the newest; each installed beside the environment. LIBRARIES="fla"
+# runs some.
+LIBRARIES ?= fla mamba-ssm bridges transformer-lens transformers
 test-libraries: $(VENV)/.built
 	$(BIN)/python scripts/test_libraries.py $(LIBRARIES)
 
@@ -64,10 +65,12 @@ format: $(VENV)/.built
 	$(BIN)/ruff format .
 	git ls-files csrc | grep -E '\.(h|cpp|cu|cuh)$$' | xargs $(BIN)/clang-format -i
 
-# The API reference, HTML from docstrings, in build/docs; not kept in the repository.
+# The notebooks, run, and the documentation as a site, in build/docs; a warning is an error. To see it while writing:
+# .venv/bin/mkdocs serve
 docs: $(VENV)/.built
-	$(PIP) install -q -c constraints.txt pdoc
-	$(BIN)/python scripts/api_reference.py
+	$(PIP) install -q -c constraints.txt mkdocs mkdocs-material "mkdocstrings[python]" nbclient nbformat ipykernel
+	$(BIN)/python scripts/run_notebooks.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 info: $(VENV)/.built
 	$(BIN)/writesae info

@@ -1,11 +1,11 @@
 """A store of 1 G firings: what finishing it takes, and what each question costs cold, at 100 M, 300 M and 1 G.
 
-    python bench/large_store.py [--sizes 100M 300M 1G] [--tokens 400000] [--folder /var/tmp] [--sae FOLDER]
+    python bench/large_store.py [--sizes 100M 300M 1G] [--tokens 300000] [--pool FOLDER] [--folder /var/tmp]
 
-No model runs for so long here. A real collection (400,000 tokens of the default model and its dictionary) is the pool:
-documents are drawn from it at random, with all that fired in them, every activation changed by about 5 % so that the
-largest are spread over the whole store, and go through the collection's own shard writer. Which features fire where,
-how often and together, and what they take on disk, is so as in the real one; that a document comes again is not.
+No model runs for so long here. The shards of a real collection (default: 300,000 tokens of the default model and its
+dictionary, 2.4 M firings) come again and again as other documents, every activation changed by about 5 % so that the
+largest are spread over the whole store, through the collection's own shard writer (but no fsync). Which features fire
+where, how often and together, and what they take on disk, is so as in the real one; that a text comes again is not.
 The store grows from size to size. At each, another process takes the shards up and finishes (totals, documents, the
 index), as `writesae collect` does after an interruption; then every question is asked by a new process each, of files
 dropped from the page cache.
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -27,13 +26,15 @@ import numpy as np
 from common import COLLECT, add_model, end, model_options, row
 from store_query import drop_cache
 
+from writesae import files as plain
 from writesae.collect import Store, files
 from writesae.collect.assemble import features_of
 from writesae.collect.finish import finish
-from writesae.collect.marks import PARTS, mark
+from writesae.collect.marks import PARTS, mark, part_name
 from writesae.collect.modes import Columns
-from writesae.collect.shard import Progress, Shard
+from writesae.collect.shard import Progress, Shard, read_columns
 from writesae.files import SEAL, entry, make_folder, sha256, write_sealed
+from writesae.models.grid import feature_bits
 from writesae.options import count
 from writesae.text.passages import Cursor, DocumentEnd, Passage
 
@@ -47,7 +48,7 @@ QUESTIONS = {
     "first 1,000 firings of a feature": "len(next(store.firings(layer, head, feature, batch=1000)))",
 }
 ASK = """
-import json, resource, sys, time
+import json, sys, time
 from writesae.collect import Store
 import tokenizers
 began = time.perf_counter(), time.process_time()
@@ -56,95 +57,83 @@ store = Store(sys.argv[1])
 found = {question}
 ended = time.perf_counter(), time.process_time()
 print(json.dumps({{"seconds": ended[0] - began[0], "processor": ended[1] - began[1], "found": found,
-                  "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}}))
+                  "peak": int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024}}))
 """
 
 
-class Pool:
-    """Documents of a real store, and what fired in each."""
-
-    def __init__(self, folder: Path):
-        self.store = Store(folder)
-        self.features = features_of(self.store.manifest)
-        ended = self.store.documents.to_pylist()
-        self.documents = [d["document"] for d in ended if d["sha256"] is not None and d["passages"]]
-        self.records = {d["document"]: d for d in ended}
-        parts = [Columns.empty()]
-        for table in self.store.firings():
-            c = {name: files.numbers(table[name]) for name in table.column_names}
-            key = self.features.key(c["layer"], c["head"], c["feature"])
-            parts.append(Columns(key, c["document"], c["row"], c["position"], c["activation"]))
-        found = Columns.cat(parts)
-        found = found.take(np.argsort(found.document, kind="stable"))
-        at = np.searchsorted(found.document, np.arange(max(self.records) + 2))
-        self.firings = {d: found.take(slice(at[d], at[d + 1])) for d in self.documents}
-        self.tokens = {d: self.store.tokens(d) for d in self.documents}
-
-
 class Filling:
-    """Writes shards until there are as many firings as asked for; goes on from where it was."""
+    """Writes shards until there are as many firings as asked for; goes on from where it was.
 
-    def __init__(self, pool: Pool, out: Path, seed: int = 0):
-        self.pool, self.out = pool, out
+    Args: pool: the real store, of which whole shards are used. out: a new folder.
+    """
+
+    def __init__(self, pool: Store, out: Path, activations: str, seed: int = 0):
         self.random = np.random.default_rng(seed)
-        content = {name: x for name, x in pool.store.manifest.items() if name != SEAL}
+        content = {name: x for name, x in pool.manifest.items() if name != SEAL}
+        content["source"] = {**content["source"], "activations": activations}
+        self.size, self.context = content["shard_passages"], content["context"]
         for name in (*PARTS, "done", "index"):
             make_folder(out, name)
         write_sealed(out / "manifest.json", content)
-        write_sealed(out / "done" / "manifest.json", content)
-        self.digest = sha256(out / "manifest.json")
-        mark(out, "tokenizer", [], self.digest)
-        self.progress = Progress(out, pool.features, None, self.digest)
-        self.size, self.context = content["shard_passages"], content["context"]
-        self.passages = self.documents = self.tokens = 0
-        self.left: list[tuple[Passage, Columns]] = []  # of a document that did not fit in the shard before
+        shutil.copyfile(out / "manifest.json", out / "done" / "manifest.json")
+        mark(out, "tokenizer", [], sha256(out / "manifest.json"))
+        features = features_of(content)
+        self.bits = feature_bits(max(site.features for site in features.sites)) if activations == "packed" else 1
+        self.progress = Progress(out, features, None, sha256(out / "manifest.json"))
+        self.shards = [self._shard(pool, number) for number in range(pool.summary()["shards"] - pool.complete)]
+        self.passages, self.documents = self._ends(pool)
+        self.written = 0
+
+    def _shard(self, pool: Store, number: int) -> tuple[Columns, list]:
+        """(firings, [(document, row, tokens)]) of a shard."""
+        columns = read_columns(pool.file(f"firings/{part_name(number)}"), self.progress.features)
+        table = files.read_table(pool.file(f"tokens/{part_name(number)}"), files.TOKENS)
+        c = {name: files.numbers(table[name]) for name in table.column_names}
+        start = np.flatnonzero(c["position"] == 0)
+        held = np.split(c["token"], start[1:])
+        return columns, list(zip(c["document"][start].tolist(), c["row"][start].tolist(), held, strict=True))
+
+    def _ends(self, pool: Store) -> tuple[int, int]:
+        """Puts each document's row to the shard it ends in, its last one's where it does not; (passages, documents)."""
+        sources = dict(enumerate(pool.documents["source"].to_pylist()))
+        last: dict[int, list] = {}  # shard, tokens, passages, first passage
+        passage = 0
+        for number, (_, passages) in enumerate(self.shards):
+            for document, _, held in passages:
+                found = last.setdefault(document, [number, 0, 0, passage])
+                found[0], found[1], found[2] = number, found[1] + len(held), found[2] + 1
+                passage += 1
+        self.ends: list[list] = [[] for _ in self.shards]
+        for document, (number, *counts) in last.items():
+            self.ends[number].append((document, sources.get(document, "cut.py"), counts))
+        return passage, max(last) + 1
 
     def until(self, firings: int) -> None:
-        while self.progress.firings < firings:
-            self.progress.write(self._shard())
+        while self.progress.firings < firings or self.written % len(self.shards):  # or a document would not end
+            copy, at = divmod(self.written, len(self.shards))
+            self.progress.write(self._copy(copy, at))
+            self.written += 1
 
-    def _shard(self) -> Shard:
-        shard, found = Shard(self.progress.shards), []
-        while len(shard.passages) < self.size:
-            if not self.left:
-                shard.ends.append(self._draw())
-            passage, columns = self.left.pop(0)
-            shard.passages.append(passage)
-            found.append(columns)
-        columns = Columns.cat(found)
-        place = np.repeat(np.arange(len(found)), [len(x) for x in found])
-        order = np.argsort((columns.key * self.size + place) * self.context + columns.position)
-        shard.stored = columns.take(order)
-        jitter = np.exp(self.random.normal(0, 0.05, len(order))).astype(np.float32)
-        shard.stored.activation = shard.stored.activation * jitter
-        if self.pool.store.activations == "packed":
-            from torch import from_numpy
-
-            from writesae.models.grid import rounded
-
-            widest = max(site.features for site in self.pool.features.sites)
-            shard.stored.activation = rounded(from_numpy(shard.stored.activation), widest).numpy()
-        return shard
-
-    def _draw(self) -> DocumentEnd:
-        """Another document into `left`; its row of the table, which may be a shard early."""
-        drawn = int(self.random.choice(self.pool.documents))
-        columns, tokens = self.pool.firings[drawn], self.pool.tokens[drawn]
-        record = self.pool.records[drawn]
-        first = self.passages
-        for at in range(record["passages"]):
-            held = tokens[at * self.context : (at + 1) * self.context]
-            self.passages += 1
-            self.tokens += len(held)
-            after = Cursor(document=self.documents, passages=self.passages, tokens=self.tokens)
-            here = columns.take(columns.row == at)
-            here.document = np.full(len(here), self.documents, np.int32)
-            self.left.append((Passage(self.documents, at, held, after), here))
-        self.documents += 1
-        name = f"{self.documents - 1}/{record['source']}"
-        return DocumentEnd(
-            self.documents - 1, name, record["sha256"], record["tokens"], record["passages"], first
+    def _copy(self, copy: int, at: int) -> Shard:
+        columns, passages = self.shards[at]
+        by, first = copy * self.documents, copy * self.passages
+        jitter = self.random.standard_normal(len(columns), np.float32) * np.float32(0.05)
+        activation = columns.activation * np.exp(jitter)
+        half = (1 << (self.bits - 1)) >> 1
+        rounded = (activation.view(np.int32) + half) & -(1 << (self.bits - 1))
+        shard = Shard(self.written)
+        shard.stored = Columns(
+            columns.key, columns.document + np.int32(by), columns.row, columns.position, rounded.view(np.float32)
         )  # fmt: skip
+        number = self.written * self.size
+        for document, row_, held in passages:
+            number += 1
+            shard.passages.append(Passage(document + by, row_, held, Cursor(passages=number)))
+        shard.ends = [
+            DocumentEnd(document + by, f"{copy}/{source}", "0" * 64, tokens, count_, first_ + first)
+            for document, source, (tokens, count_, first_) in self.ends[at]
+        ]
+        return shard
 
 
 def complete(out: Path) -> dict:
@@ -176,7 +165,8 @@ def complete(out: Path) -> dict:
 
 
 def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Resident bytes at most; not getrusage's, which count the process that started this one."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 
 def questions(out: Path) -> dict:
@@ -198,7 +188,7 @@ def questions(out: Path) -> dict:
             drop_cache(out)
             place = [layer, head, feature, int(documents * 0.7), 0]
             command = [sys.executable, "-c", ASK.format(question=question), str(out), *map(str, place)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             found.setdefault(name, {})[what] = {**json.loads(done.stdout), "fired": int(number[at])}
             print(f"  {name}, {what}: {found[name][what]}", flush=True)
     return found
@@ -207,7 +197,9 @@ def questions(out: Path) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sizes", nargs="+", type=count, default=[10**8, 3 * 10**8, 10**9])
-    parser.add_argument("--tokens", type=int, default=400_000, help="of the real collection")
+    parser.add_argument("--tokens", type=int, default=300_000, help="of the real collection")
+    parser.add_argument("--pool", help="a real collection, finished or not; default: one is made")
+    parser.add_argument("--activations", choices=("packed", "exact"), default="packed")
     parser.add_argument("--folder", help="where the store is made, 5 bytes a firing; removed at the end")
     parser.add_argument("--finish", help=argparse.SUPPRESS)  # what another process is asked for
     add_model(parser)
@@ -218,9 +210,13 @@ def main() -> None:
     scratch = Path(tempfile.mkdtemp(dir=args.folder))
     found = {}
     try:
-        command = [*COLLECT, "stdlib:train", *model_options(args), "--max-tokens", str(args.tokens), "--yes"]
-        subprocess.run([*command, "--out", str(scratch / "pool")], check=True, stdout=subprocess.DEVNULL)
-        filling = Filling(Pool(scratch / "pool"), scratch / "store")
+        pool = args.pool or str(scratch / "pool")
+        if args.pool is None:
+            command = [*COLLECT, "stdlib:train", *model_options(args), "--max-tokens", str(args.tokens), "--yes"]
+            command += ["--activations", "exact", "--out", pool]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        plain._sync = lambda path: None
+        filling = Filling(Store(pool), scratch / "store", args.activations)
         for firings in args.sizes:
             began = time.process_time()
             (scratch / "store" / "summary.json").unlink(missing_ok=True)

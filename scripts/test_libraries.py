@@ -1,11 +1,13 @@
 """Runs the tests that a model takes part in with other libraries, and under other releases of transformers.
 
-    python scripts/test_libraries.py [fla | mamba-ssm | transformers | transformers=VERSION ...] [-- PYTEST ARGUMENTS]
+    python scripts/test_libraries.py [fla | mamba-ssm | bridges | transformer-lens | transformers | transformers=VERSION
+        ...] [-- PYTEST ARGUMENTS]
 
 Each is installed with what it needs into build/NAME-VERSION, beside the environment and not into it. `transformers`:
 every release in `versions.TESTED` but the environment's own, and the newest (VERSION `newest`). No GPU is needed:
 mamba-ssm is installed without its CUDA extension (and causal-conv1d lies there unusable, as on a machine whose GPU is
-gone); Triton comes along where torch has not brought its own. Several run side by side, as many as there are cores.
+gone); Triton comes along where torch has not brought its own. Of the tools of `bridges` what their readers import comes
+along, and no more. Several run side by side, as many as there are cores.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ _SIGNS = ("tiny_models", "load_default", "models import", "writesae.attach")
 _ONCE = (
     "cli", "house", "quiet", "report", "strangers", "text_commands", "verify", "nulls", "recovered", "replace",
     "sae_gates", "sae_training", "write_dictionary", "families", "binding", "collect_model", "policies", "edits_after",
-    "atoms", "audit", "paper", "paper_analyses", "paper_analyses_of_states", "paper_interventions", "paper_losses",
+    "bridges", "bridges_attach", "bridges_peers",
+    "atoms", "audit", "browse_atlas", "browse_web", "notebooks", "library", "paper", "paper_analyses", "paper_analyses_of_states", "paper_interventions", "paper_losses",
 )  # fmt: skip
 _OWN = ("transformers", "tokenizers", "huggingface_hub")  # pinned for the environment's own release
 _TRITON = () if find_spec("triton") else ("triton==3.9.0",)
@@ -90,6 +93,27 @@ MAMBA_SSM = Library(
     ("tests/test_mamba_ssm.py", "tests/test_info_models.py"), ("--no-deps", "--no-build-isolation"),
     {f"{x}_{y}": "TRUE" for x in ("MAMBA", "CAUSAL_CONV1D") for y in ("FORCE_BUILD", "SKIP_CUDA_BUILD")},
 )  # fmt: skip
+_OF_LENS = (
+    "beartype==0.23.1", "better-abc==0.0.3", "einops==0.8.2", "fancy_einsum==0.0.3", "jaxtyping==0.3.11",
+    "typeguard==4.6.1", "wadler_lindig==0.1.8",
+)  # fmt: skip
+BRIDGES = Library(
+    "bridges", "sae-lens-6.54.12",  # which needs a TransformerLens before 4
+    ("sae-lens==6.54.12", "transformer-lens==3.9.0", *_OF_LENS, "simple_parsing==0.1.9", "docstring_parser==0.18.0",
+     "tenacity==9.2.1", "python-dotenv==1.2.4", "eai-delphi==0.1.3", "orjson==3.13.0", "asyncer==0.0.18",
+     "sniffio==1.3.1", "sae-dashboard==0.8.0", "neuronpedia==1.2.1", "requests==2.34.2", "urllib3==2.8.0",
+     "charset-normalizer==3.5.3", "circuit-tracer==0.5.0", "pydantic==2.14.4",
+     "pydantic_core==2.50.5", "annotated-types==0.8.0", "typing-inspection==0.4.5"),
+    ("tests/test_bridges_peers.py",),
+)  # fmt: skip
+TRANSFORMER_LENS = Library(
+    "transformer-lens", "4.3.0",
+    ("transformer-lens==4.3.0", *_OF_LENS, "nnsight==0.8.1", "greenlet==3.5.6", "cloudpickle==3.1.3",
+     "websocket-client==1.9.2", "zstandard==0.25.0", "pydantic==2.14.4", "pydantic_core==2.50.5",
+     "annotated-types==0.8.0", "typing-inspection==0.4.5"),
+    ("tests/test_bridges_attach.py",),
+)  # fmt: skip
+BESIDE = {library.name: library for library in (FLA, MAMBA_SSM, BRIDGES, TRANSFORMER_LENS)}
 
 
 def of_models() -> tuple[str, ...]:
@@ -123,12 +147,12 @@ def transformers(releases: list[str]) -> list[Library]:
 
 def main(arguments: list[str]) -> int:
     split = arguments.index("--") if "--" in arguments else len(arguments)
-    names, options = arguments[:split] or ["fla", "mamba-ssm", "transformers"], arguments[split + 1 :]
+    names, options = arguments[:split] or [*BESIDE, "transformers"], arguments[split + 1 :]
     chosen: list[Library] = []
     for name in names:
         kind, _, release = name.partition("=")
-        if name in ("fla", "mamba-ssm"):
-            chosen.append(FLA if name == "fla" else MAMBA_SSM)
+        if name in BESIDE:
+            chosen.append(BESIDE[name])
             chosen[-1].install()
         elif kind == "transformers":
             chosen += transformers([release] if release else [*TESTED, "newest"])

@@ -86,10 +86,8 @@ def test_a_trace_of_nnsight_inside_attach(edited):
 def bridged(name: str, folder):
     """(the bridge, the model inside it, another of the same weights, dictionaries)."""
     needs("transformer_lens")
-    try:
-        from transformer_lens.model_bridge import TransformerBridge
-    except ImportError as error:
-        pytest.skip(f"a TransformerLens without bridges: {error}")
+    from transformer_lens.model_bridge import TransformerBridge
+
     inside, other = MODELS[name](), MODELS[name]()
     inside.save_pretrained(folder)
     bridge = TransformerBridge.boot_transformers(str(folder), hf_model=inside, device="cpu")
@@ -114,6 +112,29 @@ def test_the_model_inside_a_bridge(name, edited, tmp_path):
         again = inside(input_ids=ids).logits
     torch.testing.assert_close(again, expected, rtol=1e-5, atol=1e-5)
     same(tap.firings, fired)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_generation_inside_a_bridge(name, tmp_path):
+    """Without a cache, as the plain model; with one it is refused, since what the bridge makes of it may be wrong."""
+    bridge, inside, other, saes = bridged(name, tmp_path)
+    ids, own = tokens(1, 12), {"own_layers": True} if name == "qwen3_5" else {}
+    expected = other.generate(input_ids=ids, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    asked = {"max_new_tokens": 4, "do_sample": False, "verbose": False, "return_type": "tokens", "stop_at_eos": False}
+    with transformer_lens.attach(bridge, saes, **own) as tap:
+        assert torch.equal(bridge.generate(ids, use_past_kv_cache=False, **asked), expected)
+        assert {int(x) for x in tap.firings.position} >= {13, 14}
+        tap.clear()
+        with pytest.raises(ValueError, match="expected none inside TransformerLens' bridge.*use_past_kv_cache=False"):
+            bridge.generate(ids, use_past_kv_cache=True, **asked)
+        if name == "qwen3_5":
+            with pytest.raises(ValueError, match="use_cache=False of the model"):
+                inside.generate(input_ids=ids, max_new_tokens=4, do_sample=False)
+        else:
+            again = inside.generate(input_ids=ids, max_new_tokens=4, do_sample=False, eos_token_id=None)
+            assert torch.equal(again, expected)
+        bridge(ids)
+    assert not inside._forward_pre_hooks
 
 
 def test_a_layer_that_the_bridge_computes_itself_is_refused(tmp_path):

@@ -3,7 +3,9 @@ table of the results, and every public name says what it takes."""
 
 from __future__ import annotations
 
+import ast
 import inspect
+import json
 import os
 import re
 import shlex
@@ -23,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "RELEASE.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")),
 ]
 each_page = pytest.mark.parametrize("page", DOCS, ids=lambda p: str(p.relative_to(ROOT)))
 
@@ -33,7 +36,18 @@ MARKS = ("runs", "file", "shown")
 
 
 def text_of(page: Path) -> str:
-    return page.read_text(encoding="utf-8")
+    """A page; a notebook as one, its cells in blocks."""
+    text = page.read_text(encoding="utf-8")
+    if page.suffix != ".ipynb":
+        return text
+    parts = []
+    for cell in json.loads(text)["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] != "markdown":
+            shell = re.findall(r"^!((?:.*\\\n)*.*)$", source, re.MULTILINE)
+            source = f"```python\n{source}\n```" + "".join(f"\n\n```sh\n{line}\n```" for line in shell)
+        parts.append(source)
+    return "\n\n".join(parts)
 
 
 def prose(page: Path) -> str:
@@ -149,7 +163,8 @@ def test_scripts_exist(page):
             assert (ROOT / name).is_file(), f"{page.name}: {shlex.join(words)}"
 
 
-PAGES = [page for page in DOCS if page.name != "README.md" or page.parent != ROOT]  # the README's run in test_readme.py
+# The README's run in test_readme.py, notebooks by scripts/run_notebooks.py.
+PAGES = [page for page in DOCS if page != ROOT / "README.md" and page.suffix == ".md"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -200,6 +215,28 @@ def test_recipes_can_be_followed(name, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(folder)}
     done = subprocess.run(run, cwd=folder / "tests", env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def templates() -> list[str]:
+    """The texts in the package's sources, `…` where a value is put into them; and the Makefile."""
+    found = [text_of(ROOT / "Makefile")]
+    for path in (ROOT / "writesae").rglob("*.py"):
+        for node in ast.walk(ast.parse(text_of(path))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                found.append("".join(x.value if isinstance(x, ast.Constant) else "…" for x in node.values))
+    return found
+
+
+def test_messages_of_the_faq_are_said_by_the_package():
+    quoted = re.findall(r"^### `(.*)`$", text_of(ROOT / "docs" / "faq.md"), re.MULTILINE)
+    assert len(quoted) > 25
+    known = templates()
+    for message in quoted:
+        parts = [re.escape(part) for part in message.split("…")]
+        assert max(map(len, parts)) > 10, f"{message}: too little to look for"
+        assert any(re.search(".*".join(parts), text) for text in known), f"faq.md: nothing says {message}"
 
 
 # ---- docstrings -----------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ def test_a_study_writes_its_statistics_table_and_pictures_and_goes_on_with_the_s
     assert (
         rows[0] == "layer,head,feature,firings,median,shuffled" and len(rows) - 1 == first["statistics"]["all"]["alive"]
     )
-    assert (tmp_path / "partition/plots/partition.png").exists() and (tmp_path / "partition/plots/dark").is_dir()
+    assert (tmp_path / "partition/plots/partition.svg").exists()
     assert {answer["claim"] for answer in first["answers"]} == {claim["key"] for claim in first["claims"]}
     assert main(command) == 0
     again = json.loads((tmp_path / "partition/summary.json").read_text())

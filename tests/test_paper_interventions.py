@@ -50,8 +50,7 @@ def studied(name, tmp_path, *settings):
     assert main(["paper", name, "--quick", *words, "--out", str(tmp_path)]) == 0
     summary = json.loads((tmp_path / name / "summary.json").read_text())
     for figure in summary["figures"]:
-        assert (tmp_path / name / "plots" / f"{figure}.png").stat().st_size > 5000
-        assert (tmp_path / name / "plots" / "dark" / f"{figure}.png").exists()
+        assert (tmp_path / name / "plots" / f"{figure}.svg").stat().st_size > 5000
     assert all(len((tmp_path / name / f"{table}.csv").read_text().splitlines()) == n + 1
                for table, n in summary["tables"].items())  # fmt: skip
     return summary

@@ -95,8 +95,8 @@ def allowed(page):
         assert tag not in ("script", "iframe", "object", "embed", "link", "base", "form", "svg"), tag
         assert not any(name.startswith("on") or name == "style" for name in attributes), attributes
         for name in ("src", "srcset"):
-            assert attributes.get(name, "data:image/png;base64,").startswith("data:image/png;base64,")
-        assert re.fullmatch(r"#[\w-]+", attributes.get("href", "#a"))
+            assert attributes.get(name, "data:image/svg+xml;base64,").startswith("data:image/svg+xml;base64,")
+        assert re.fullmatch(r"#[\w-]+|[\w./-]+\.csv", attributes.get("href", "#a"))
     assert "default-src 'none'" in next(a["content"] for tag, a in tags.found if a.get("http-equiv"))
     return " ".join("".join(tags.text).split())
 
@@ -114,7 +114,8 @@ def test_every_claim_is_told_with_what_was_found(folder, capsys):
                   "Not run: All about never (never)", "sites · 5:3 · share", "rate 0.648", "0.62 to"):  # fmt: skip
         assert words in text, words
     assert text.index("All about second") < text.index("All about first")  # the studies' order, not the alphabet's
-    assert [tag for tag, _ in Tags(page).found].count("img") == 2 == page.count("<source")
+    assert [tag for tag, _ in Tags(page).found].count("img") == 2
+    assert page.count('href="second/rows.csv"') == 1 == page.count('href="first/rows.csv"')
     assert set(paper.VERDICTS) == set(VERDICTS)
 
 
@@ -153,7 +154,7 @@ def test_hostile_words_in_every_field_run_nothing(folder):
     [
         (lambda s: s.update(study="../x"), "summary.json.study: expected a name"),
         (lambda s: s["figures"].update({"../../secret": "x"}), "figures: a key: expected a name"),
-        (lambda s: s["figures"].update(absent="x"), "absent.png: cannot be read"),
+        (lambda s: s["figures"].update(absent="x"), "absent.svg: cannot be read"),
         (lambda s: s["tables"].update(rows="many"), "tables.rows: expected an integer"),
         (lambda s: s["answers"][0].update(verdict="wonderful"), "verdict: expected one of holds"),
         (lambda s: s["answers"].pop(), "answers: expected one for each claim"),
@@ -173,8 +174,8 @@ def test_a_study_that_cannot_be_read_is_named_and_the_others_shown(folder, chang
 
 
 def test_a_picture_that_is_none_is_not_shown(folder):
-    (folder / "first" / "plots" / "curve_0.png").write_text("<svg onload=alert(1)>")
-    assert "expected a PNG picture" in allowed(paper.build(folder).read_text())
+    (folder / "first" / "plots" / "curve_0.svg").write_text("<script>alert(1)</script>")
+    assert "expected an SVG picture" in allowed(paper.build(folder).read_text())
 
 
 def test_a_folder_without_studies_is_refused(folder, tmp_path_factory):

@@ -60,15 +60,18 @@ def folder(tmp_path_factory):
 
 def test_all_figures_are_inlined_and_nothing_is_fetched(folder):
     page = (folder / "report.html").read_text()
-    figures = sorted((folder / "plots").glob("*.png"))
+    figures = sorted((folder / "plots").glob("*.svg"))
     assert {f.stem for f in figures} == {
         "null_models", "kl_scatter", "ratio_densities", "horizon_curve", "feature_win_rates", "win_rate_by_cosine",
         "activation_histogram",
     }  # fmt: skip
     for figure in figures:
         data = figure.read_bytes()
-        assert data.startswith(b"\x89PNG") and base64.b64encode(data).decode() in page
-    rest = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", page)
+        assert data.startswith(b"<svg ") and base64.b64encode(data).decode() in page
+        numbers = figure.with_suffix(".csv").read_text().splitlines()
+        assert len(numbers) > 2 and len({line.count(",") for line in numbers}) == 1
+        assert f'href="plots/{figure.stem}.csv"' in page
+    rest = re.sub(r"data:image/svg\+xml;base64,[A-Za-z0-9+/=]+", "", page)
     assert not re.search(r"https?:|//|<script|<link|@import|url\(", rest)
     assert rest.count("<img") == len(figures)
 

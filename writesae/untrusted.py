@@ -49,11 +49,12 @@ def regular_size(path: Path) -> int:
     return status.st_size
 
 
-def read_json(path: str | Path, limit: int = JSON_LIMIT, strict: bool = True) -> dict:
-    """A JSON object as plain data; if `strict`, with every number finite, no key given twice, and all of it text.
+def read_json(path: str | Path, limit: int = JSON_LIMIT, strict: bool = True, kind: type = dict) -> Any:
+    """A JSON object, or with `kind` list a list, as plain data; if `strict`, with every number finite, no key given
+    twice, and all of it text.
 
     Raises:
-        ValueError: naming the file: too large, not UTF-8, not JSON, nested too deep, not an object.
+        ValueError: naming the file: too large, not UTF-8, not JSON, nested too deep, not of that kind.
     """
     path = Path(path)
     if (size := regular_size(path)) > limit:
@@ -71,14 +72,14 @@ def read_json(path: str | Path, limit: int = JSON_LIMIT, strict: bool = True) ->
         raise ValueError(f"{path}: not JSON that can be read: nested too deep") from error
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {first_line(error)}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {shown(value)}")
+    if not isinstance(value, kind):
+        raise ValueError(f"{path}: expected a JSON {'object' if kind is dict else 'list'}, got {shown(value)}")
     if _deep(value):
         raise ValueError(f"{path}: not JSON that can be read: nested too deep")
     return value
 
 
-def _deep(value: dict) -> bool:
+def _deep(value: Any) -> bool:
     level: list[Any] = [value]
     for _ in range(_DEPTH):
         level = [x for part in level for x in (part.values() if isinstance(part, dict) else part)

@@ -12,6 +12,7 @@ another path, of which `attach` sees nothing: that is refused, unless the model'
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ from ..models import attach as plain_attach
 from ..models.sites import layers
 from ..models.tap import Tap
 
+_CACHES = ("cache", "past_key_values", "cache_params")  # as transformers calls them: the first since 5.24
 _OWN_FORWARD = "GatedDeltaNetBridge"  # TransformerLens' component that computes a layer itself
 
 
@@ -30,7 +32,9 @@ def attach(
     bridge: Any, sites: Mapping[tuple[int, int], object], *, own_layers: bool = False, **options: Any
 ) -> Iterator[Tap]:
     """Within the context, hooked layers of the model inside a `TransformerBridge` run on our op, as by
-    `writesae.attach`, when the bridge or the model itself is called.
+    `writesae.attach`, when the bridge or the model itself is called. Whole sequences only (but for a Mamba model's own
+    `generate`): what TransformerLens' components make of a cache is wrong since transformers 5.24 renamed it. So
+    generate with `use_past_kv_cache=False`, or with a model without a bridge.
 
     Args:
         bridge: a `TransformerBridge`.
@@ -44,7 +48,7 @@ def attach(
 
     Raises:
         ValueError: no bridge (a `HookedTransformer` has no recurrent layers at all), a hooked layer that the bridge
-            computes itself, or what `writesae.attach` raises.
+            computes itself, or what `writesae.attach` raises; from a call within: one with a cache.
     """
     model = getattr(bridge, "original_model", None)
     if not isinstance(model, nn.Module):
@@ -53,7 +57,7 @@ def attach(
             "of transformers in it to attach to, and TransformerLens' own have no recurrent layers"
         )
     hooked = {layer for layer, _ in sites} | set(options.get("edits") or ())
-    hooked |= {layer for policy in options.get("policies") or () for layer, _ in getattr(policy, "sites", ())}
+    hooked |= {layer for policy in options.get("policies") or () for layer, _ in getattr(policy, "sites", None) or ()}
     around = _around(model)
     of_layer = {site.layer_index: around.get(id(site.module)) for site in layers(model)}
     every = options.get("accelerate", False)
@@ -68,7 +72,26 @@ def attach(
     with contextlib.ExitStack() as stack:
         for component in taken:
             stack.enter_context(_calling_its_own(component))
+        count = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+        whole = len(of_layer) == count and not any(x is not None and _computes(x) for x in of_layer.values())
+        refuse = _refuse_unknown_cache if whole else _refuse_cache
+        stack.callback(model.register_forward_pre_hook(refuse, with_kwargs=True).remove)
         yield stack.enter_context(plain_attach(model, sites, **options))
+
+
+def _refuse_cache(model: nn.Module, args: tuple, kwargs: dict) -> None:
+    for name in _CACHES:
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"{name}: expected none inside TransformerLens' bridge, got a {type(kwargs[name]).__name__}: generate "
+                "with use_past_kv_cache=False (use_cache=False of the model), or with a model without a bridge"
+            )
+
+
+def _refuse_unknown_cache(model: nn.Module, args: tuple, kwargs: dict) -> None:
+    """For models whose layers all are called as they are."""
+    known = inspect.signature(type(model).forward).parameters
+    _refuse_cache(model, args, {name: x for name, x in kwargs.items() if name not in known})
 
 
 def _around(model: nn.Module) -> dict[int, nn.Module]:
@@ -88,7 +111,7 @@ def _computes(component: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def _calling_its_own(component: nn.Module) -> Iterator[None]:
+def _calling_its_own(component: Any) -> Iterator[None]:
     """Has a component call the layer it is around, between its hook_in and its hook_out."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -96,7 +119,7 @@ def _calling_its_own(component: nn.Module) -> Iterator[None]:
             kwargs["hidden_states"] = component.hook_in(kwargs["hidden_states"])
         else:
             args = (component.hook_in(args[0]), *args[1:])
-        output = component._modules["_original_component"](*args, **kwargs)  # type: ignore[misc]
+        output = component._modules["_original_component"](*args, **kwargs)
         if isinstance(output, torch.Tensor):
             return component.hook_out(output)
         return (component.hook_out(output[0]), *output[1:])

@@ -43,12 +43,13 @@ def make_app(atlas: Any, host: str = "127.0.0.1"):
         from starlette.applications import Starlette
         from starlette.exceptions import HTTPException
         from starlette.requests import Request
-        from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
+        from starlette.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
         from starlette.routing import Route
     except ImportError as error:
         raise ImportError("starlette is needed to browse: pip install writesae[browse]") from error
 
     pages, files, one = Pages(atlas), assets(), threading.Lock()
+    _ = pages.index, pages.columns.tokens_json  # made now, so that nobody waits for them
 
     def page(make: Callable[[], str]) -> Callable:
         return lambda request: HTMLResponse(make())
@@ -57,8 +58,11 @@ def make_app(atlas: Any, host: str = "127.0.0.1"):
         return request.path_params["layer"], request.path_params["head"], request.path_params["feature"]
 
     def feature(request: Request) -> Response:
-        with one:  # a store's files are read by one thread at a time
-            return HTMLResponse(pages.feature(*where(request)))
+        try:
+            with one:  # a store's files are read by one thread at a time
+                return HTMLResponse(pages.feature(*where(request)))
+        except (ValueError, OSError) as error:  # a damaged file
+            return broken(request, error)
 
     def exported(request: Request) -> Response:
         to = link(*where(request))
@@ -93,8 +97,11 @@ def make_app(atlas: Any, host: str = "127.0.0.1"):
         text = f"{type(error).__name__}: {error}"[:500]
         return HTMLResponse(pages.error("This page could not be made", text, depth), 500)
 
+    def as_json(value: dict, status: int = 200) -> Response:
+        return Response(json.dumps(value), status, media_type="application/json")  # in ASCII: half a surrogate pair too
+
     def refused(error: Exception, status: int = 400) -> Response:
-        return JSONResponse({"error": str(error)}, status)
+        return as_json({"error": str(error)}, status)
 
     async def body_of(request: Request) -> dict:
         whole = b""
@@ -115,18 +122,16 @@ def make_app(atlas: Any, host: str = "127.0.0.1"):
 
         try:
             asked = await body_of(request)
-            sites = asked.get("sites")
-            if sites is not None:
-                sites = [_site(x) for x in sites]
+            sites = None if asked.get("sites") is None else [_site(x) for x in _list(asked, "sites")]
             found = await run_in_threadpool(atlas.live.text, _string(asked, "text"), sites=sites)
         except ValueError as error:
             return refused(error)
-        return JSONResponse(_fired(pages, found))
+        return as_json(_fired(pages, found))
 
     async def compare(request: Request) -> Response:
         try:
             asked = await body_of(request)
-            prompt, edits = _string(asked, "prompt"), [_edit(x) for x in asked.get("edits") or ()]
+            prompt, edits = _string(asked, "prompt"), [_edit(x) for x in _list(asked, "edits")]
             length = asked.get("max_new_tokens", 32)
             if not isinstance(length, int) or isinstance(length, bool):
                 raise ValueError(f"max_new_tokens: expected an integer, got {type(length).__name__}")
@@ -149,7 +154,7 @@ def make_app(atlas: Any, host: str = "127.0.0.1"):
 
     numbers = "{layer:int}/{head:int}/{feature:int}"
     routes = [
-        Route("/", page(pages.index)), Route("/about", page(pages.about)),
+        Route("/", page(lambda: pages.index)), Route("/about", page(pages.about)),
         Route(f"/{numbers}", feature), Route("/L{layer:int}H{head:int}/{feature:int}.html", exported),
         Route("/data/{name}", data), Route("/assets/{name}", asset),
     ]  # fmt: skip
@@ -208,6 +213,13 @@ def _string(asked: dict, name: str) -> str:
     value = asked.get(name)
     if not isinstance(value, str):
         raise ValueError(f"{name}: expected text, got {type(value).__name__}")
+    return value
+
+
+def _list(asked: dict, name: str) -> list:
+    value = asked.get(name)
+    if not isinstance(value, list):
+        raise ValueError(f"{name}: expected a list, got {type(value).__name__}")
     return value
 
 

@@ -95,6 +95,7 @@ class Columns:
         }  # fmt: skip
         return json.dumps(about).encode()
 
+    @cached_property
     def tokens_json(self) -> bytes:
         return json.dumps([self.table.tokens[i] for i in self._used.tolist()]).encode()
 
@@ -111,7 +112,7 @@ class Columns:
         if name == "table.json":
             return self.table_json()
         if name == "tokens.json":
-            return self.tokens_json()
+            return self.tokens_json
         stem, _, ending = name.rpartition(".")
         if ending != "bin":
             raise KeyError(name)

@@ -21,6 +21,7 @@ import numpy as np
 from .. import __version__
 from ..files import make_folder, read_sealed, refuse_link, write_bytes, write_sealed, write_text
 from ..interrupt import INTERRUPTED, finishing
+from ..progress import tqdm
 from .app import assets
 from .links import link
 from .pages import HERE, Pages
@@ -64,8 +65,6 @@ def write(atlas: Any, folder: str | Path, most: int | None = None) -> int:
     Raises:
         ValueError: the folder holds something else.
     """
-    from tqdm import tqdm
-
     rows = chosen(atlas.table, most)
     pages = Pages(atlas, static=True, linked=rows)
     out, mine = Path(folder), identity(pages, most)
@@ -110,7 +109,7 @@ def _claim(out: Path, mine: dict[str, Any]) -> None:
 
 def _shared(pages: Pages) -> Iterator[tuple[str, bytes]]:
     """(name, contents) of all but the features' pages."""
-    yield "index.html", pages.index().encode()
+    yield "index.html", pages.index.encode()
     yield "about.html", pages.about().encode()
     yield "404.html", pages.error("There is no such page", "A feature’s page is L5H3/1258.html or so.").encode()
     for name, (body, _) in assets().items():

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ..objects import is_url
 from .files import DOCUMENTS, FEATURES, FIRINGS, TOKENS, checked, numbers, row_groups, shifted
 from .folder import Documents, Folder
 from .unit_marks import unit_numbers
@@ -53,11 +54,12 @@ class Context:
 
 
 class Store(Folder):
-    """A folder that `writesae collect` made.
+    """A folder that `writesae collect` made, or one in an object store, given by its URL.
 
     Attributes:
-        path: the folder. manifest: what was collected. mode: "all", "top" or "reservoir". context: tokens a passage.
-        sites: (layer, head) in order. complete: whether the collection ended.
+        path: the folder; of a URL, one of this machine's cache, into which files are fetched as they are needed.
+        where: the folder, or what it stands for. manifest: what was collected. mode: "all", "top" or "reservoir".
+        context: tokens a passage. sites: (layer, head) in order. complete: whether the collection ended.
         activations: "exact", or "packed": rounded, F features by at most 2^-(25 - ceil(log2 F)) of the activation.
 
     Raises:
@@ -69,7 +71,7 @@ class Store(Folder):
         """The store in a folder, or in a dataset repository of the Hugging Face hub, which is downloaded to its cache.
 
         Args:
-            path_or_repo: a folder, or a repository such as "owner/name".
+            path_or_repo: a folder, a URL of an object store, or a repository such as "owner/name".
             revision: branch, tag or commit of a repository.
             firings: download the log of all firings, most of a store of mode "all". Without it `top` (up to the index's
                 n), `contexts`, `counts` and `tokens` answer, and what needs the log says that a file of it is missing.
@@ -79,7 +81,7 @@ class Store(Folder):
             FileNotFoundError, PermissionError, ConnectionError: no such repository, no access, no network.
             ValueError: no store there.
         """
-        if Path(path_or_repo).is_dir():
+        if is_url(path_or_repo) or Path(path_or_repo).is_dir():
             return cls(path_or_repo)
         from .hub import fetch
 
@@ -122,6 +124,9 @@ class Store(Folder):
             replace=replace,
         )  # fmt: skip
 
+    def __str__(self) -> str:
+        return str(self.where)
+
     def summary(self) -> dict:
         """The run's summary; of an unfinished collection the sums of its finished shards."""
         if self.complete:
@@ -147,7 +152,7 @@ class Store(Folder):
         """Compares every file with its digest; returns what is wrong, see `collect.verify.Verified`."""
         from .verify import verify
 
-        return verify(self.path)
+        return verify(self.where)
 
     @cached_property
     def documents(self) -> pa.Table:
@@ -174,7 +179,7 @@ class Store(Folder):
             ValueError: the collection is not finished, or has no such site.
         """
         if not self.complete:
-            raise ValueError(f"counts: the collection in {self.path} is not finished")
+            raise ValueError(f"counts: the collection in {self} is not finished")
         self._check(layer, head)
         return _where(self._read("features.parquet", FEATURES), layer=layer, head=head)
 
@@ -255,6 +260,7 @@ class Store(Folder):
         """
         self._check(layer, head, feature if None not in (layer, head) else None)
         wanted = {"layer": layer, "head": head, "feature": feature, "document": document}
+        of_one = None not in (layer, head, feature)
         sites = [site for site in self.sites if layer in (None, site[0]) and head in (None, site[1])]
         if document is not None:
             record = self._document(document)
@@ -262,12 +268,15 @@ class Store(Folder):
             names = [self._index(*site) for site in sites]
         elif document is not None:
             names = self._parts_of("firings", record)
-        elif None not in (layer, head, feature) and (found := self._whole(layer, head, feature)) is not None:
-            yield from (found.slice(at, batch) for at in range(0, len(found), batch))
-            return
         else:
+            if of_one and (found := self._whole(layer, head, feature)) is not None:
+                yield from _slices(found, batch)
+                return
             names = self._parts("firings")
         for name in names:
+            if of_one:
+                yield from _slices(_where(self._feature(name, layer, head, feature), document=document), batch)
+                continue
             with self._table(name, FIRINGS) as file:
                 groups = _groups(file, **wanted)
                 for part in file.iter_batches(batch, row_groups=groups) if groups else ():
@@ -318,7 +327,7 @@ class Store(Folder):
         found = numbers(_where(pa.concat_tables(tables), document=document)["token"])
         if len(found) != record["tokens"]:
             raise ValueError(
-                f"{self.path}: document {document} has {record['tokens']} tokens by documents.parquet, and "
+                f"{self}: document {document} has {record['tokens']} tokens by documents.parquet, and "
                 f"{len(found)} in {', '.join(names)}"
             )
         return found
@@ -340,7 +349,7 @@ class Store(Folder):
             ids, source = passages[f["document"], f["row"]]
             if f["position"] >= len(ids):
                 raise ValueError(
-                    f"{self.path}: a firing of {layer}:{head} feature {feature} is on token {f['position']} of "
+                    f"{self}: a firing of {layer}:{head} feature {feature} is on token {f['position']} of "
                     f"document {f['document']} row {f['row']}, which has {len(ids)}"
                 )
             low = max(f["position"] - width, 0)
@@ -360,7 +369,7 @@ class Store(Folder):
             try:
                 record = self._document(document)
             except ValueError as error:
-                raise ValueError(f"{self.path}: a firing is in a document that is not there: {error}") from error
+                raise ValueError(f"{self}: a firing is in a document that is not there: {error}") from error
             sources[document] = record["source"]
             shards.setdefault(self._part("tokens", record["first_passage"] + row), []).append((document, row))
         for name, places in shards.items():
@@ -377,7 +386,7 @@ class Store(Folder):
         first = record["first_passage"]
         return list(dict.fromkeys(self._part(table, first + row) for row in range(record["passages"])))
 
-    def _whole(self, layer: int, head: int, feature: int) -> pa.Table | None:
+    def _whole(self, layer: int | None, head: int | None, feature: int | None) -> pa.Table | None:
         """All firings of a feature by place, where the index has all of them, else None."""
         name = self._index(layer, head)
         if not self._indexed(name):
@@ -395,7 +404,7 @@ class Store(Folder):
         most = int(self._first_passages[-1])
         if min(first, passages, found["tokens"]) < 0 or first + passages > most:
             raise ValueError(
-                f"{self.path}: by its table document {document} has {passages} passages from number {first} on, which "
+                f"{self}: by its table document {document} has {passages} passages from number {first} on, which "
                 f"{self._shards} shards cannot hold"
             )
         return found
@@ -437,7 +446,7 @@ class Store(Folder):
     def _indexed(self, name: str) -> bool:
         return self.complete or (self.path / "done" / f"{Path(name).stem}.json").exists()
 
-    def _index(self, layer: int, head: int) -> str:
+    def _index(self, layer: int | None, head: int | None) -> str:
         return f"index/layer-{layer}-head-{head}.parquet"
 
     def _log(self, layer: int, head: int, feature: int) -> pa.Table:
@@ -449,10 +458,16 @@ class Store(Folder):
             groups = sorted({group for place in places for group in _groups(file, **place)})
             return checked(file.read_row_groups(groups, ["document", "row", "token"], use_threads=False))
 
-    def _feature(self, name: str, layer: int, head: int, feature: int) -> pa.Table:
+    def _feature(self, name: str, layer: int | None, head: int | None, feature: int | None) -> pa.Table:
+        """A feature's firings in one file. What takes room, place and activation, is read where it fired alone."""
         wanted = {"layer": layer, "head": head, "feature": feature}
         with self._table(name, FIRINGS) as file:
-            return _where(checked(file.read_row_groups(_groups(file, **wanted))), **wanted)
+            groups = np.array(_groups(file, **wanted), np.int64)
+            which = checked(file.read_row_groups(groups.tolist(), list(wanted), use_threads=False))
+            fired = np.logical_and.reduce([numbers(which[name]) == value for name, value in wanted.items()])
+            ends = np.cumsum([file.metadata.row_group(g).num_rows for g in groups.tolist()])
+            groups = groups[np.unique(np.searchsorted(ends, np.flatnonzero(fired), side="right"))]
+            return _where(checked(file.read_row_groups(groups.tolist(), use_threads=False)), **wanted)
 
     def _check(self, layer: int | None, head: int | None, feature: int | None = None) -> None:
         if not any(layer in (None, a) and head in (None, b) for a, b in self.sites):
@@ -475,6 +490,10 @@ def _where(table: pa.Table, **wanted: int | None) -> pa.Table:
             rows = np.flatnonzero(numbers(table[name]) == value)
             table = table.take(pa.Array.from_buffers(pa.int64(), len(rows), [None, pa.py_buffer(rows)]))
     return table
+
+
+def _slices(table: pa.Table, batch: int) -> Iterator[pa.Table]:
+    return (table.slice(at, batch) for at in range(0, len(table), batch))
 
 
 def _groups(file: pq.ParquetFile, **wanted: int | None) -> list[int]:

@@ -184,7 +184,7 @@ def save(study: Study, findings: Findings, folder: Path, record: Mapping[str, An
         writer.writerows(zip(*(np.asarray(column).tolist() for column in table.values()), strict=True))
         write_text(folder / f"{name}.csv", text.getvalue())
     for name, figure in findings.figures.items():
-        plots.draw(folder / "plots" / f"{name}.png", figure.size, figure.paint)
+        plots.draw(folder / "plots" / f"{name}.svg", figure.size, figure.paint)
     summary = {
         "study": study.name, "title": study.title, "what": study.what, **record, "statistics": findings.statistics,
         "claims": [asdict(claim) for claim in study.claims], "answers": [asdict(answer) for answer in findings.answers],

@@ -12,7 +12,7 @@ import numpy as np
 from ..files import make_folder, write_text
 from ..untrusted import is_integer
 from . import plots
-from .html import inlined, template
+from .html import Figure, figure, template
 from .load import is_test, summary_of
 from .paper import shown
 from .schema import COUNT, INTEGER, NUMBER, RATE, TEXT, Check, _fields, _is, _list, _mapping, _one_of, _or_none
@@ -83,7 +83,7 @@ def build(source: str | Path | Mapping, out: str | Path) -> Path:
 
     Args:
         source: the folder of a finished audit, or its summary.
-        out: folder for `report.html` and `plots/*.png`, with twins for dark paper in `plots/dark`.
+        out: folder for `report.html` and `plots/*.svg`, each with its numbers in a .csv beside it.
     Returns:
         Path of the page.
     Raises:
@@ -100,11 +100,11 @@ def render(summary: Mapping, folder: Path) -> str:
     """The page as text; its figures are drawn into `folder`."""
     from markupsafe import Markup
 
-    def pictured(path: Path, caption: str) -> tuple[str, str, str]:
-        return caption, inlined(path), inlined(plots.dark(path))
+    def pictured(path: Path, caption: str) -> tuple[Figure, str]:
+        return figure(path), caption
 
     overview = pictured(
-        costs(summary["edits"], summary["rules"]["harm"], folder / "costs.png"),
+        costs(summary["edits"], summary["rules"]["harm"], folder / "costs.svg"),
         "How much the perplexity of the rest grows, with 95 % intervals over passages. The dashed line is the rule’s: "
         "what lies right of it altogether is harmful.",
     )
@@ -113,13 +113,13 @@ def render(summary: Mapping, folder: Path) -> str:
         figures = []
         if edit["does"] == "something":
             figures = [
-                pictured(curves(edit, "kl", folder / f"kl_{i}.png"), "Mean KL of each later prediction, with 95 % "
+                pictured(curves(edit, "kl", folder / f"kl_{i}.svg"), "Mean KL of each later prediction, with 95 % "
                          "intervals. 0 is the prediction of the first edited token itself."),
-                pictured(decay(edit, summary["grid"], folder / f"decay_{i}.png"), "Size of the change of the edited "
+                pictured(decay(edit, summary["grid"], folder / f"decay_{i}.svg"), "Size of the change of the edited "
                          "layer’s state, |δS|, as a share of what it is at first; medians, exact."),
-                pictured(curves(edit, "flip", folder / f"flip_{i}.png"), "Share of later predictions whose most "
+                pictured(curves(edit, "flip", folder / f"flip_{i}.svg"), "Share of later predictions whose most "
                          "likely token is another one."),
-                pictured(spread(edit, summary["layers"], summary["grid"], folder / f"spread_{i}.png"), "How far every "
+                pictured(spread(edit, summary["layers"], summary["grid"], folder / f"spread_{i}.svg"), "How far every "
                          "layer’s memory is moved, as a share of its norm; medians of the edit."),
             ]  # fmt: skip
         sections.append({"edit": edit, "figures": figures})
@@ -157,7 +157,7 @@ def costs(edits: Sequence[Mapping], harm: float, path: Path) -> Path:
         axes.axvline(0, color=colours["line"], lw=0.8)
         axes.axvline(100 * np.expm1(harm), color=colours["line"], lw=0.9, linestyle=(0, (4, 3)))
         axes.set_xscale("symlog", linthresh=0.1)
-        axes.set_yticks(range(len(edits)), [_short(edit["name"]) for edit in edits])
+        axes.set_yticks(range(len(edits)), [plots.plain(shown(edit["name"])) for edit in edits])
         axes.set(ylim=(len(edits) - 0.5, -0.5), xlabel="change of the perplexity of the rest")
         most = max(np.abs(ends).max(), 2.0)
         ticks = [x for x in (0, 0.1, 1, 10, 100, 1000, 1e4) if x <= 2 * most]
@@ -166,13 +166,13 @@ def costs(edits: Sequence[Mapping], harm: float, path: Path) -> Path:
         axes.grid(False, axis="y")
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, ncols=3, columnspacing=1.2)
 
-    return plots.draw(path, (7.2, 1.2 + 0.55 * len(edits)), paint)
-
-
-def _short(name: str) -> str:
-    """A name for an axis; what matplotlib would take for mathematics is taken as it is."""
-    name = shown(name).replace("$", r"\$")
-    return name if len(name) <= 32 else name[:31] + "…"
+    data: dict[str, list] = {"edit": [], "arm": [], "change": [], "low": [], "high": []}
+    for edit in edits:
+        for arm in ARMS:
+            rise = edit["arms"][arm]["perplexity_rise"]
+            for name, value in zip(data, (edit["name"], arm, rise["share"], *rise["ci95"]), strict=True):
+                data[name].append(value)
+    return plots.draw(path, (7.2, 1.2 + 0.55 * len(edits)), paint, data)
 
 
 def curves(edit: Mapping, what: str, path: Path) -> Path:
@@ -203,7 +203,10 @@ def curves(edit: Mapping, what: str, path: Path) -> Path:
         axes.set(xlabel="tokens after the first edit")
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, ncols=3, columnspacing=1.0)
 
-    return plots.draw(path, (5.4, 3.4), paint)
+    arms = {arm: edit["arms"][arm][what] for arm in ARMS}
+    data = {"tokens_after": range(len(arms["edit"]["mean"]))}
+    data |= {f"{arm}_{x}": curve[x] for arm, curve in arms.items() for x in ("n", "mean", "low", "high")}
+    return plots.draw(path, (5.4, 3.4), paint, data)
 
 
 def decay(edit: Mapping, grid: Sequence[int], path: Path) -> Path:
@@ -222,7 +225,8 @@ def decay(edit: Mapping, grid: Sequence[int], path: Path) -> Path:
         axes.set_ylim(bottom=min(max(least / 3, _FADED / 2), 0.1))
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, ncols=3, columnspacing=1.0)
 
-    return plots.draw(path, (5.4, 3.4), paint)
+    data = {"tokens_after": grid, **{arm: edit["arms"][arm]["decay"] for arm in ARMS}}
+    return plots.draw(path, (5.4, 3.4), paint, data)
 
 
 def spread(edit: Mapping, layers: Sequence[int], grid: Sequence[int], path: Path) -> Path:
@@ -241,7 +245,8 @@ def spread(edit: Mapping, layers: Sequence[int], grid: Sequence[int], path: Path
         axes.set(xlabel="tokens after the first edit", ylabel="layer")
         axes.grid(False)
 
-    return plots.draw(path, (5.4, 1.2 + 0.28 * min(max(len(layers), 4), 12)), paint)
+    data = {"layer": layers, **{f"after_{h}": share[:, x] for x, h in enumerate(grid)}}
+    return plots.draw(path, (5.4, 1.2 + 0.28 * min(max(len(layers), 4), 12)), paint, data)
 
 
 def _share(x: float) -> str:

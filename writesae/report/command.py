@@ -6,16 +6,20 @@ import argparse
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="folder of a run of replace, loss-recovered, audit or paper")
-    parser.add_argument("--out", metavar="DIR", help="folder to write to (default: the run's own)")
+    parser.add_argument("run", metavar="RUN", help="folder of a run of collect, train, replace, loss-recovered, audit, "
+                        "paper or demo")  # fmt: skip
+    parser.add_argument("--out", metavar="DIR", help="folder to write to (default: the run's own; of collect and train "
+                        "a folder NAME-report beside it, as theirs are checked file by file)")  # fmt: skip
+    parser.add_argument("--browse", metavar="URL", help="where atoms named in the report are shown: the address of a "
+                        "`writesae browse`, or the folder that its --static wrote (default: atoms stay text)"
+                        )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the page's path. Returns 0."""
-    from . import audit, paper, recovered
-    from .html import build
+    from .kinds import build
 
-    kinds = (recovered, audit, paper)
-    make = next((kind.build for kind in kinds if kind.is_run(args.run)), build)
-    print(make(args.run, args.out or args.run))
+    page = build(args.run, args.out, args.browse)
+    args.out = str(page.parent)  # for what comes next
+    print(page)
     return 0

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 
 from ..files import make_folder, write_text
 from . import plots
+from .links import Links
 from .load import load_run
 from .schema import CONDITIONS, METRICS, NATIVES, READS, SCALES, check_run, curve, curves, headline
 from .style import STYLE
@@ -29,12 +33,13 @@ _NEAR_PERCENT = round(100 * (NEAR - 1))
 _TOKEN = 200  # characters shown of one token
 
 
-def build(source: str | Path | tuple[Mapping, Mapping], out: str | Path) -> Path:
+def build(source: str | Path | tuple[Mapping, Mapping], out: str | Path, browse: str | None = None) -> Path:
     """Draws the figures and writes `report.html` into `out`.
 
     Args:
         source: the folder of a finished run, or (summary, firings) as `load_run` returns them.
-        out: folder for `report.html` and `plots/*.png`, with the figures' twins for dark paper in `plots/dark`.
+        out: folder for `report.html` and `plots/*.svg`, each with its numbers in a .csv beside it.
+        browse: where its atoms' pages are, see `links.Links`.
     Returns:
         Path of the page.
     Raises:
@@ -45,36 +50,37 @@ def build(source: str | Path | tuple[Mapping, Mapping], out: str | Path) -> Path
     else:
         summary, table = source
         check_run(summary, table)
+    links = Links(browse, Path(out))
     out = make_folder(Path(out))
     figures = draw(summary, table, out / "plots")
     page = out / "report.html"
-    write_text(page, render(summary, table, figures))
+    write_text(page, render(summary, table, figures, links))
     return page
 
 
 def draw(summary: Mapping, table: Mapping[str, np.ndarray], folder: Path) -> dict[str, Path]:
-    """The figures that a run has data for, as {name: PNG file}."""
+    """The figures that a run has data for, as {name: SVG file}."""
     head = summary["headline"]
     columns = {c: table[curve(head, c)] for c in curves(summary)}
     kl = {name: column[:, 1:].mean(1) for name, column in columns.items()}
     won = kl["atom"] < kl["delete"]
-    out = {"null_models": plots.null_models(_shares(summary), folder / "null_models.png")}
-    out["kl_scatter"] = plots.kl_scatter(kl["atom"], kl["delete"], folder / "kl_scatter.png")
+    out = {"null_models": plots.null_models(_shares(summary), folder / "null_models.svg")}
+    out["kl_scatter"] = plots.kl_scatter(kl["atom"], kl["delete"], folder / "kl_scatter.svg")
     if "random" in kl:
-        path = folder / "ratio_densities.png"
+        path = folder / "ratio_densities.svg"
         out["ratio_densities"] = plots.ratio_densities(kl["atom"], kl["delete"], kl["random"], path)
     drawn = {c: column for c, column in columns.items() if c in _DRAWN or c not in CONDITIONS}
     first = 1 if head["read"] == "after" else 0
-    out["horizon_curve"] = plots.horizon_curve(drawn, folder / "horizon_curve.png", first)
+    out["horizon_curve"] = plots.horizon_curve(drawn, folder / "horizon_curve.svg", first)
     population = headline(summary)["population"]
     if population["n"]:
         out["feature_win_rates"] = plots.feature_win_rates(
-            population["win_rates"], population["firings"], folder / "feature_win_rates.png"
+            population["win_rates"], population["firings"], folder / "feature_win_rates.svg"
         )
     out["win_rate_by_cosine"] = plots.win_rate_by(
-        table["cosine"], won, "cosine of atom and native write", folder / "win_rate_by_cosine.png"
+        table["cosine"], won, "cosine of atom and native write", folder / "win_rate_by_cosine.svg"
     )
-    path = folder / "activation_histogram.png"
+    path = folder / "activation_histogram.svg"
     out["activation_histogram"] = plots.activation_histogram(table["activation"], path)
     return out
 
@@ -222,7 +228,7 @@ def top_atoms(table: Mapping[str, np.ndarray]) -> list[tuple[tuple[int, int, int
     return [(tuple(unique[i].tolist()), np.flatnonzero(of.reshape(-1) == i)) for i in order]
 
 
-def _atoms(table: Mapping[str, np.ndarray], summary: Mapping) -> list[dict]:
+def _atoms(table: Mapping[str, np.ndarray], summary: Mapping, links: Links) -> list[dict]:
     """The features with most firings tested, each with its strongest contexts from different passages."""
     head = summary["headline"]
     atom, delete = (table[curve(head, c)][:, 1:].mean(1) for c in ("atom", "delete"))
@@ -237,36 +243,41 @@ def _atoms(table: Mapping[str, np.ndarray], summary: Mapping) -> list[dict]:
                 break
         blocks.append({
             "layer": layer, "head": at, "feature": feature, "n": len(mine), "contexts": contexts,
+            "href": links(layer, at, feature),
             "won": float((atom[mine] < delete[mine]).mean()), "ties": int((atom[mine] == delete[mine]).sum()),
             "cosine": float(np.median(table["cosine"][mine])),
-            "about": _about(summary.get("atoms", {}).get(f"{layer}:{at}", {}).get(str(feature))),
+            "about": _about(summary.get("atoms", {}).get(f"{layer}:{at}", {}).get(str(feature)), (layer, at), links),
         })  # fmt: skip
     return blocks
 
 
-def _about(found: Mapping | None) -> list[tuple[str, list[tuple[str, str]]]]:
-    """(what, [(token or atom, score)]) of what is known of an atom: see `atoms.describe`."""
+def _about(found: Mapping | None, site: tuple[int, int], links: Links) -> list[tuple[str, list]]:
+    """(what, [(token or atom, score, an atom's address or None)]) of what is known of an atom: see `atoms.describe`."""
     if found is None:
         return []
     told = {"promoted": "raises", "answers_to": "answers to", "neighbours": "beside"}
     return [
-        (word, [(_clean(str(x)), f"{score:+.2f}".replace("-", "−")) for x, score in found[name]])
+        (word, [
+            (clean(str(x)), f"{score:+.2f}".replace("-", "−"), links(*site, x) if name == "neighbours" else None)
+            for x, score in found[name]
+        ])
         for name, word in told.items() if found[name]
     ]  # fmt: skip
 
 
 def _context(table: Mapping[str, np.ndarray], i: int) -> dict:
     tokens, at = table["context"][i], int(table["context_at"][i])
-    before, after = "".join(map(_clean, tokens[max(at - BEFORE, 0) : at])), tokens[at + 1 : at + 1 + AFTER]
+    before, after = "".join(map(clean, tokens[max(at - BEFORE, 0) : at])), tokens[at + 1 : at + 1 + AFTER]
     return {
-        "activation": float(table["activation"][i]), "before": before, "token": _clean(tokens[at]),
-        "after": "".join(map(_clean, after)), "document": _clean(table["document"][i]),
+        "activation": float(table["activation"][i]), "before": before, "token": clean(tokens[at]),
+        "after": "".join(map(clean, after)), "document": clean(table["document"][i]),
     }  # fmt: skip
 
 
-def _clean(text: str) -> str:
-    """Text that may be shown: no control characters but line breaks and tabs, none of them without end."""
-    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "", text[:_TOKEN])
+def clean(text: str, most: int = _TOKEN) -> str:
+    """Text that may be shown: no control characters but line breaks and tabs, none that reorder what follows, and not
+    without end."""
+    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", "", text[:most])
 
 
 # ---- page -----------------------------------------------------------------------------------------------------
@@ -288,7 +299,9 @@ def template(name: str = "report.html.j2"):
     return made.get_template(name)
 
 
-def render(summary: Mapping, table: Mapping[str, np.ndarray], figures: Mapping[str, Path]) -> str:
+def render(
+    summary: Mapping, table: Mapping[str, np.ndarray], figures: Mapping[str, Path], links: Links | None = None
+) -> str:
     """The page as text."""
     from markupsafe import Markup
 
@@ -301,17 +314,31 @@ def render(summary: Mapping, table: Mapping[str, np.ndarray], figures: Mapping[s
     digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
     sites = {name: tuple(name.split(":")) for name in (*summary["settings"]["sites"], *summary.get("sites", ()))}
     return template().render(
-        s=summary, test=test, table=table, atoms=_atoms(table, summary), readings=_readings(summary), site=sites,
+        s=summary, test=test, table=table, atoms=_atoms(table, summary, links or Links()),
+        readings=_readings(summary), site=sites,
         found=_verdict(test), says=_says(_verdict(test)), elsewhere=_elsewhere(summary), names=CONDITIONS,
         against=against, matched=matched, reads=READS, scales=SCALES, rows=_sites(summary),
         unit=10.0**power, tens=f"10⁻{str(power).translate(_RAISED)}",
         codebook=None if against is None else _verdict(test, "codebook"),
         codebook_says=None if against is None else _says(_verdict(test, "codebook"), "an untrained codebook"),
         verdict=verdict,
-        figures=[(name, inlined(path), inlined(plots.dark(path))) for name, path in figures.items()],
+        figures=[(name, figure(path)) for name, path in figures.items()],
         style=Markup(STYLE), style_digest=digest, near=_NEAR_PERCENT,
     )  # fmt: skip
 
 
-def inlined(path: Path) -> str:
-    return base64.b64encode(Path(path).read_bytes()).decode()
+class Figure(NamedTuple):
+    """A figure on a page: its SVG in base64, and where its numbers are, seen from the page."""
+
+    svg: str
+    data: str | None
+
+
+def figure(path: Path, page: Path | None = None) -> Figure:
+    """A figure that `plots.draw` made, for a page in the folder `page`; None is that of `plots` itself."""
+    path = Path(path)
+    data = path.with_suffix(".csv")
+    link = os.path.relpath(data, path.parent.parent if page is None else page)
+    return Figure(
+        base64.b64encode(path.read_bytes()).decode(), quote(Path(link).as_posix()) if data.is_file() else None
+    )

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from ..files import make_folder, write_text
 from ..untrusted import is_number, read_json, regular_size
-from . import plots
-from .html import inlined, number, template
+from .html import Figure, figure, number, template
 from .schema import _ANY, COUNT, INTEGER, NUMBER, TEXT, _fields, _is, _list, _mapping, _one_of, _or_none
 from .style import STYLE
 
@@ -88,7 +89,8 @@ class _Section:
 
     summary: Mapping
     claims: Sequence[_Claim]
-    figures: Sequence[tuple[str, str, str, str]]  # name, caption, light and dark PNG in base64
+    figures: Sequence[tuple[Figure, str]]  # with captions
+    tables: Mapping[str, str]  # {name: where it is, seen from the page}
     statistics: Sequence[Mapping]
     more: int
     failed: str | None
@@ -110,7 +112,7 @@ def build(folder: str | Path, out: str | Path | None = None) -> Path:
         raise ValueError(f"run: expected a folder with studies of the paper that can be read, got {found} in {folder}")
     out = make_folder(folder if out is None else Path(out))
     page = out / "report.html"
-    write_text(page, render(known, summaries, unread, folder))
+    write_text(page, render(known, summaries, unread, folder, out))
     return page
 
 
@@ -127,8 +129,7 @@ def _read(folder: Path) -> tuple[list[Mapping], dict[str, Mapping], list[tuple[s
             summary = read_json(place / "summary.json", _LIMIT)
             check(summary)
             for name in summary["figures"]:
-                for path in _pictures(place, name):
-                    _check_picture(path)
+                _check_picture(_picture(place, name))
         except ValueError as error:
             unread.append((place.name, str(error).removeprefix("run: ")))
             continue
@@ -138,16 +139,16 @@ def _read(folder: Path) -> tuple[list[Mapping], dict[str, Mapping], list[tuple[s
     return known, {name: found[name] for name in names}, unread
 
 
-def _pictures(place: Path, name: str) -> tuple[Path, Path]:
-    light = place / "plots" / f"{name}.png"
-    return light, plots.dark(light)
+def _picture(place: Path, name: str) -> Path:
+    return place / "plots" / f"{name}.svg"
 
 
 def _check_picture(path: Path) -> None:
+    """It is shown as a picture, in which a browser runs no script and fetches nothing."""
     size = regular_size(path)
     with path.open("rb") as file:
-        if size > _PICTURE or file.read(8) != b"\x89PNG\r\n\x1a\n":
-            raise ValueError(f"{path}: expected a PNG picture of at most {_PICTURE:,} bytes")
+        if size > _PICTURE or not file.read(200).lstrip().startswith(b"<svg "):
+            raise ValueError(f"{path}: expected an SVG picture of at most {_PICTURE:,} bytes")
 
 
 # ---- statistics -----------------------------------------------------------------------------------------------------
@@ -205,9 +206,13 @@ def span(pair: Sequence[float] | None) -> str:
 
 
 def render(
-    known: Sequence[Mapping], summaries: Mapping[str, Mapping], unread: Sequence[tuple[str, str]], folder: Path
+    known: Sequence[Mapping],
+    summaries: Mapping[str, Mapping],
+    unread: Sequence[tuple[str, str]],
+    folder: Path,
+    page: Path,
 ) -> str:
-    """The page as text."""
+    """The page as text, for a file in the folder `page`."""
     from markupsafe import Markup
 
     failed = {study["name"]: study["failed"] for study in known if study["failed"] is not None}
@@ -218,10 +223,15 @@ def render(
         count += len(claims)
         rows = statistics(summary["statistics"])
         pictures = [
-            (figure, caption, *map(inlined, _pictures(folder / name, figure)))
-            for figure, caption in summary["figures"].items()
+            (figure(_picture(folder / name, drawn), page), caption) for drawn, caption in summary["figures"].items()
         ]
-        sections.append(_Section(summary, claims, pictures, rows[:_ROWS], max(0, len(rows) - _ROWS), failed.get(name)))
+        tables = {
+            table: quote(Path(os.path.relpath(folder / name / f"{table}.csv", page)).as_posix())
+            for table in summary["tables"] if (folder / name / f"{table}.csv").is_file()
+        }  # fmt: skip
+        sections.append(
+            _Section(summary, claims, pictures, tables, rows[:_ROWS], max(0, len(rows) - _ROWS), failed.get(name))
+        )
     every = [claim for section in sections for claim in section.claims]
     broken = {name for name, _ in unread}
     never = [study for study in known if study["name"] not in summaries and study["name"] not in broken]

@@ -1,13 +1,21 @@
-"""The pictures of a replacement test. Plain arrays in, PNG files out; nothing here loads a model."""
+"""The pictures of reports. Plain arrays in, SVG files out, each with its numbers in a CSV file beside it.
+
+One file serves light and dark paper: it is drawn in the light colours, and a style sheet inside it puts the dark ones
+in their place where the reader's theme asks for them. Nothing here loads a model.
+"""
 
 from __future__ import annotations
 
+import csv
+import io
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ..files import make_folder, whole_file
+from ..files import make_folder, whole_file, write_text
 from .schema import CONDITIONS as NAMES
 
 # Okabe-Ito: told apart with any colour vision, and in grey; on dark paper the same hues, lighter.
@@ -27,7 +35,7 @@ _STYLE = {
     "axes.labelcolor": "#333333", "text.color": "#222222", "xtick.color": "#555555", "ytick.color": "#555555",
     "axes.grid": True, "grid.color": "#e9e9e9", "grid.linewidth": 0.7, "axes.axisbelow": True,
     "legend.frameon": False, "figure.dpi": 100, "savefig.dpi": 170,
-    "axes.facecolor": "none",
+    "axes.facecolor": "none", "svg.fonttype": "none", "svg.hashsalt": "writesae",
 }  # fmt: skip
 _DARK_STYLE = {
     **_STYLE, "axes.edgecolor": "#6b7480", "axes.labelcolor": "#cfd4da", "text.color": "#dfe3e8",
@@ -36,13 +44,25 @@ _DARK_STYLE = {
 PAPER, DARK_PAPER = "#ffffff", "#14171b"
 
 
-def dark(path: Path) -> Path:
-    """Where a figure's twin for dark paper is."""
-    return Path(path).parent / "dark" / Path(path).name
+_POINTS = 2000  # of a scatter; more are a picture inside the figure, or its file would be slow to show
 
 
-def draw(path: Path, size: tuple[float, float], paint) -> Path:
-    """Runs `paint(axes, colours)` on fresh figures of `size` inches, and writes them to `path` and `dark(path)`."""
+def _dark_style() -> str:
+    """CSS that turns every light colour of a figure, wherever matplotlib wrote it, into its dark one."""
+    light = {**COLOURS, **{name: _STYLE[name] for name in _DARK_STYLE}, "paper": PAPER}
+    night = {**DARK_COLOURS, **_DARK_STYLE, "paper": DARK_PAPER}
+    pairs = {str(light[name]).lower(): str(night[name]).lower() for name in light if str(light[name]).startswith("#")}
+    rules = [f'[style*="{what}: {a}"]{{{what}:{b}!important}}' for a, b in pairs.items() for what in ("fill", "stroke")]
+    return "@media (prefers-color-scheme:dark){" + "".join(rules) + "}"
+
+
+def draw(path: Path, size: tuple[float, float], paint, data: Mapping[str, Any] | None = None) -> Path:
+    """Runs `paint(axes, colours)` on a fresh figure of `size` inches, and writes it to `path`.
+
+    Args:
+        path: an .svg, for either theme; or a .png, with its twin for dark paper in the folder `dark`.
+        data: what is drawn, as columns of one length, for `path` with .csv; None writes none.
+    """
     try:
         from matplotlib import rc_context
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -50,17 +70,48 @@ def draw(path: Path, size: tuple[float, float], paint) -> Path:
     except ImportError as error:
         raise ImportError("matplotlib is needed to draw a report: pip install writesae[experiments]") from error
     path = Path(path)
-    themes = ((path, _STYLE, COLOURS, PAPER), (dark(path), _DARK_STYLE, DARK_COLOURS, DARK_PAPER))
-    make_folder(path.parent.parent, path.parent.name, "dark")
+    themes = [(path, _STYLE, COLOURS, PAPER)]
+    if path.suffix != ".svg":
+        themes.append((path.parent / "dark" / path.name, _DARK_STYLE, DARK_COLOURS, DARK_PAPER))
+    make_folder(path.parent.parent, path.parent.name, *(["dark"] if len(themes) > 1 else []))
     for to, style, colours, paper in themes:
         with rc_context(style):
             # No pyplot: a figure of our own needs no global state and no display.
             figure = Figure(figsize=size, layout="constrained")
             FigureCanvasAgg(figure)
             paint(figure.add_subplot(), colours)
+            if path.suffix == ".svg":
+                text = io.StringIO()
+                figure.savefig(text, format="svg", facecolor=paper, metadata={"Date": None, "Creator": "writesae"})
+                write_text(to, _for_either_theme(text.getvalue()))
+                continue
             with whole_file(to) as temporary:
                 figure.savefig(temporary, format="png", facecolor=paper, metadata={"Software": "writesae"})
+    if data is not None:
+        write_text(path.with_suffix(".csv"), table(data))
     return path
+
+
+def _for_either_theme(svg: str) -> str:
+    svg = re.sub(r"<\?xml[^>]*>\s*|<!DOCTYPE[^>]*>\s*", "", svg, count=2)
+    return svg.replace("</style>", f"{_dark_style()}</style>", 1)
+
+
+def table(columns: Mapping[str, Any]) -> str:
+    """CSV of columns of one length; a text that a spreadsheet would run as a formula is quoted."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    values = [x.tolist() if isinstance(x, np.ndarray) else x for x in columns.values()]
+    for row in zip(*values, strict=True):
+        writer.writerow(f"'{x}" if isinstance(x, str) and x[:1] in ("=", "+", "-", "@", "\t") else x for x in row)
+    return text.getvalue()
+
+
+def plain(text: str, most: int = 32) -> str:
+    """A name for a figure: short, and what matplotlib would take for mathematics taken as it is."""
+    text = text.replace("$", r"\$")
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _no_narrower(axes, least: float) -> None:
@@ -89,7 +140,7 @@ def kl_scatter(atom: np.ndarray, delete: np.ndarray, path: Path) -> Path:
             if colour != "tie" or mask.any():
                 axes.scatter(
                     x[mask], y[mask], s=size, alpha=alpha, color=colours[colour], linewidths=0,
-                    label=f"{label}  ({mask.mean():.0%})",
+                    label=f"{label}  ({mask.mean():.0%})", rasterized=len(x) > _POINTS,
                 )  # fmt: skip
         low, high = np.percentile(np.concatenate([x, y]), [0, 100])
         span = [low * 0.7, high * 1.4]
@@ -99,11 +150,13 @@ def kl_scatter(atom: np.ndarray, delete: np.ndarray, path: Path) -> Path:
         axes.set_ylabel("KL with the atom in its place (nats)")
         axes.legend(loc="upper left", markerscale=2.2, handletextpad=0.2)
 
-    return draw(path, (4.9, 4.7), paint)
+    return draw(path, (4.9, 4.7), paint, {"kl_delete": delete, "kl_atom": atom})
 
 
 def ratio_densities(atom: np.ndarray, delete: np.ndarray, random: np.ndarray, path: Path) -> Path:
     """Densities of log10 KL_atom / KL_delete and log10 KL_delete / KL_random over firings (`[n]` each)."""
+
+    data = {"kl_atom": atom, "kl_delete": delete, "kl_random": random}
 
     def paint(axes, colours):
         floor = _floor(atom, delete, random)
@@ -132,7 +185,7 @@ def ratio_densities(atom: np.ndarray, delete: np.ndarray, random: np.ndarray, pa
         axes.set_xlabel("ratio of KLs (logarithmic)")
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)  # above: the curves fill the frame
 
-    return draw(path, (5.0, 3.3), paint)
+    return draw(path, (5.0, 3.3), paint, data)
 
 
 def _density(values: np.ndarray, grid: np.ndarray) -> np.ndarray:
@@ -160,7 +213,7 @@ def activation_histogram(activation: np.ndarray, path: Path) -> Path:
         axes.set(xlim=(0, None), xlabel="activation of the replaced write's atom", ylabel="firings")
         axes.margins(y=0.12)  # room for the label
 
-    return draw(path, (5.0, 2.9), paint)
+    return draw(path, (5.0, 2.9), paint, {"activation": activation})
 
 
 def horizon_curve(curves: Mapping[str, np.ndarray], path: Path, first: int = 0) -> Path:
@@ -190,7 +243,16 @@ def horizon_curve(curves: Mapping[str, np.ndarray], path: Path, first: int = 0) 
         if np.isfinite(lowest):
             axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, ncols=2, columnspacing=1.2)
 
-    return draw(path, (5.0, 3.9), paint)
+    rows = []
+    for name, whole in curves.items():
+        for h in range(first, whole.shape[1]):
+            rows.append((name, h, *np.nanpercentile(whole[:, h], [25, 50, 75]).tolist()))
+    names = ("condition", "tokens_after", "kl_quarter", "kl_median", "kl_three_quarters")
+    return draw(path, (5.0, 3.9), paint, _columns(names, rows))
+
+
+def _columns(names: Sequence[str], rows: Sequence[Sequence]) -> dict[str, list]:
+    return {name: [row[i] for row in rows] for i, name in enumerate(names)}
 
 
 def null_models(rows: Sequence[tuple[str, Mapping[str, tuple[float, float, float]]]], path: Path) -> Path:
@@ -218,9 +280,11 @@ def null_models(rows: Sequence[tuple[str, Mapping[str, tuple[float, float, float
         axes.set(xlim=(-0.02, 1.02), ylim=(len(rows) - 0.5, -0.5), xlabel="share of firings with the atom closer")
         axes.grid(False, axis="y")
         axes.xaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, ncols=2, columnspacing=1.2)
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0, ncols=2, columnspacing=1.2)
 
-    return draw(path, (5.6, 1.3 + 0.31 * max(len(rows), 3)), paint)
+    flat = [(name, scale, *found) for name, shares in rows for scale, found in shares.items()]
+    data = _columns(("condition", "scale", "share", "low", "high"), flat)
+    return draw(path, (5.6, 1.3 + 0.31 * max(len(rows), 3)), paint, data)
 
 
 def feature_win_rates(win_rates: Sequence[float], firings: int, path: Path) -> Path:
@@ -243,7 +307,7 @@ def feature_win_rates(win_rates: Sequence[float], firings: int, path: Path) -> P
             axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel("share of its firings won")
 
-    return draw(path, (5.0, 2.9), paint)
+    return draw(path, (5.0, 2.9), paint, {"win_rate": sorted(win_rates)})
 
 
 def win_rate_by(value: np.ndarray, won: np.ndarray, label: str, path: Path, bins: int = 10) -> Path:
@@ -263,7 +327,7 @@ def win_rate_by(value: np.ndarray, won: np.ndarray, label: str, path: Path, bins
         axes.set(ylim=(-0.02, 1.02), xlabel=label, ylabel="win rate against deletion")
         _no_narrower(axes, 0.2)
 
-    return draw(path, (5.0, 2.9), paint)
+    return draw(path, (5.0, 2.9), paint, {label.replace(" ", "_"): value, "atom_closer": won})
 
 
 def recovered(rows: Sequence[tuple[str, Sequence[tuple]]], path: Path) -> Path:
@@ -296,10 +360,13 @@ def recovered(rows: Sequence[tuple[str, Sequence[tuple]]], path: Path) -> Path:
             axes.axvline(at, color=colours["line"], linewidth=0.9, linestyle=(0, (4, 3)))
         axes.set_yticks(range(len(rows)), [name for name, _ in rows])
         axes.set(xlim=(low - 0.04, high + 0.04), ylim=(len(rows) - 0.5, -0.5))
-        axes.set_xlabel("share of the deletion’s loss recovered (0: all writes deleted, 100 %: the plain model)")
+        axes.set_xlabel("share of the loss recovered (0: writes deleted, 100 %: plain model)")
         axes.grid(False, axis="y")
         axes.xaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, ncols=2, columnspacing=1.2)
 
     many = len(rows[0][1])
-    return draw(path, (6.6, 1.0 + 0.1 * many + len(rows) * (0.1 + 0.085 * many)), paint)
+    flat = [(name, condition, label, share, *(interval or (None, None)))
+            for name, arms in rows for condition, label, share, interval in arms]  # fmt: skip
+    data = _columns(("changed", "condition", "label", "share", "low", "high"), flat)
+    return draw(path, (6.6, 1.0 + 0.1 * many + len(rows) * (0.1 + 0.085 * many)), paint, data)

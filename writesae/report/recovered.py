@@ -11,7 +11,7 @@ from pathlib import Path
 from ..files import make_folder, write_text
 from ..untrusted import is_integer
 from . import plots
-from .html import inlined, template
+from .html import figure, template
 from .load import is_test, summary_of
 from .schema import _CONDITION, COUNT, INTEGER, NUMBER, SITE, TEXT, _fields, _is, _list, _mapping, _one_of, _or_none
 from .style import STYLE
@@ -91,7 +91,7 @@ def build(source: str | Path | Mapping, out: str | Path) -> Path:
 
     Args:
         source: the folder of a finished run, or its summary.
-        out: folder for `report.html` and `plots/recovered*.png`, with twins for dark paper in `plots/dark`.
+        out: folder for `report.html` and `plots/recovered*.svg`, each with its numbers in a .csv beside it.
     Returns:
         Path of the page.
     Raises:
@@ -103,7 +103,7 @@ def build(source: str | Path | Mapping, out: str | Path) -> Path:
     for read in _reads(summary):
         rows = [_row(group) for group in summary["groups"] if group["read"] == read and group["note"] is None]
         if rows:
-            name = "recovered.png" if read is None else f"recovered_{read}.png"
+            name = "recovered.svg" if read is None else f"recovered_{read}.svg"
             figures.append((read, plots.recovered(rows, out / "plots" / name)))
     page = out / "report.html"
     write_text(page, render(summary, figures))
@@ -151,11 +151,11 @@ def render(summary: Mapping, figures: Sequence[tuple[str | None, Path]]) -> str:
     for read in _reads(summary):
         mine = [group for group in groups if group["read"] == read]
         whole = [group for group in mine if group["note"] is None]
-        figure = next((path for when, path in figures if when == read), None)
+        drawn = next((path for when, path in figures if when == read), None)
         parts.append({
             "read": read, "whole": whole, "apart": [group for group in mine if group["note"] is not None],
             "headline": max(whole, key=lambda group: (group["heads"], group["cost"]), default=None),
-            "figure": None if figure is None else (inlined(figure), inlined(plots.dark(figure))),
+            "figure": None if drawn is None else figure(drawn),
         })  # fmt: skip
     return template("recovered.html.j2").render(
         s=summary, parts=parts, named=named, label=label, says=says, conditions=_arms(groups[0]), words=WORDS,

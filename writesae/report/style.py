@@ -28,7 +28,7 @@ p{max-width:74ch}
 .figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,430px),1fr));gap:28px 32px;margin:32px 0;
 align-items:start}
 figure{margin:0;break-inside:avoid}
-figure img{display:block;width:100%;height:auto}
+figure img{display:block;width:100%;max-width:760px;height:auto}
 figcaption{font-size:14px;color:var(--soft);line-height:1.45;margin-top:6px}
 figcaption b{color:var(--ink)}
 .scroll{overflow-x:auto}
@@ -90,7 +90,8 @@ footer{margin-top:44px;border-top:1px solid var(--rule);padding-top:12px;color:v
 @media (max-width:720px){.claims,.claims tbody,.claims tr,.claims th,.claims td,.claims th:first-child{display:block;
 width:auto}.claims thead{display:none}.claims tr{padding:8px 0}.claims th,.claims td{padding:2px 0}
 .claims td:before{content:attr(data-label) ": ";color:var(--soft)}}
-@media (max-width:640px){main{padding:22px 16px 40px}h1{font-size:26px}.context .doc{display:none}}
+@media (max-width:640px){table.narrow{display:block;overflow-x:auto;min-width:0}
+main{padding:22px 16px 40px}h1{font-size:26px}.context .doc{display:none}}
 @media print{main{max-width:none;padding:0}body{font-size:10.5pt}.card,.context code,tr.here,
 mark{-webkit-print-color-adjust:exact;
 print-color-adjust:exact}.scroll{overflow:visible}h2{break-after:avoid}}
