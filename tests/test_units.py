@@ -509,5 +509,7 @@ def test_a_collection_that_died_at_its_digests_goes_on(text, tmp_path):  # noqa:
     (tmp_path / "out" / ".corpus").mkdir(parents=True)
     (tmp_path / "out" / ".corpus" / "000000.lock").touch()
     assert make(text, tmp_path / "out")["complete"]
+    with pytest.raises(ValueError, match="seed is 0 there, 1 here"):
+        make(text, tmp_path / "out", seed=1)
     assert not (tmp_path / "out" / ".corpus").exists() and not (tmp_path / "out" / ".plan").exists()
     assert verify(tmp_path / "out").sound
