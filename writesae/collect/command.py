@@ -37,7 +37,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="run all the model's recurrences on this package's op, not only the dictionaries' layers",
     )
     what = parser.add_argument_group("what is kept")
-    what.add_argument("--out", metavar="DIR", required=True, help="folder to write to; the same command on it resumes")
+    what.add_argument("--out", metavar="DIR", required=True, help="folder to write to, or s3://BUCKET/PREFIX; the same "
+                      "command on it resumes")  # fmt: skip
     what.add_argument("--mode", choices=MODES, default="all", help="keep all firings, the largest of a feature, or a "
                       "random sample of a feature")  # fmt: skip
     what.add_argument("--n", type=int, help="firings kept of a feature in the modes top and reservoir (default: 1000), "

@@ -105,6 +105,8 @@ def prepare(store: Store, repo: str, *, license: str, base_model: str | None = N
         raise ValueError(f"license: expected an identifier of the hub such as apache-2.0, got {shown(license)}")
     if base_model is not None and not is_repository(base_model):
         raise ValueError(f"base_model: expected a repository such as owner/name, got {shown(base_model)}")
+    if store.where.remote:
+        raise ValueError(f"path: expected a store in a folder, got {store}: copy it into one first")
     if not store.complete:
         raise ValueError(f"path: {store.path} is not finished: run its `writesae collect` again before it is uploaded")
     found = store.verify()
