@@ -100,6 +100,7 @@ MAY_IMPORT = {
     "report": {"firings", "files", "collect", "untrusted"},
     "bridges": {
         "atoms",
+        "browse",
         "collect",
         "default",
         "edits",
@@ -125,6 +126,7 @@ MAY_IMPORT = {
         "text",
         "untrusted",
         "firings",
+        "progress",
     },
 }
 EXTRAS = {

@@ -100,7 +100,8 @@ def _ray(engine: str):
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ImportError) as error:
-            raise ValueError(f"engine: cannot connect to {engine}: {error}") from error
+            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]  # of a server's whole traceback
+            raise ValueError(f"engine: cannot connect to {engine}: {reason}") from error
     return ray
 
 
