@@ -36,7 +36,7 @@ from .manifest import FORMAT, VERSION
 from .marks import damaged, mark, part_name
 from .shard import ROWS
 from .store import Store
-from .unit_marks import mark_unit, marker_path, unit_marker
+from .unit_marks import mark_unit, marker_path, unit_marker, without_blocks
 from .units import machine
 from .verify import verify
 
@@ -167,7 +167,7 @@ def _copy(store: Store, out: Path, first: int, number: int, digest: str, step: C
         try:
             done = unit_marker(out, number + at, digest)
             if not damaged(out, done):
-                made.append(done)
+                made.append(without_blocks(done))
                 continue
         except ValueError:
             pass
@@ -188,7 +188,7 @@ def _copy(store: Store, out: Path, first: int, number: int, digest: str, step: C
         inside = folder.relative_to(out).as_posix()
         entries = {path.relative_to(out).as_posix(): entry(path) for path in written}
         mark_unit(out, number + at, inside, digest, store.counted(at), entries)
-        made.append(unit_marker(out, number + at, digest))
+        made.append(without_blocks(unit_marker(out, number + at, digest)))
     return made
 
 
