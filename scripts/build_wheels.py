@@ -111,7 +111,8 @@ def finished(wheel: Path, kind: str, architecture: str, out: Path) -> Path:
     if unwanted or sum(name.endswith(".so") for name in names) != 1:
         sys.exit(f"build_wheels.py: {made.name}: expected one library and nothing of the repository's, got {unwanted}")
     target = out / made.name
-    shutil.move(made, target)
+    shutil.copy(made, target)
+    made.unlink()
     to.rmdir()
     print(f"{target}: {target.stat().st_size / 1e6:.1f} MB", flush=True)
     return target

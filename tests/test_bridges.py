@@ -16,7 +16,6 @@ from tiny_models import tiny_kda, tiny_mamba, tiny_mamba2, tokens
 
 import writesae
 from writesae.bridges import circuit_tracer, delphi, neuronpedia, stored
-from writesae.bridges.features import Texts
 from writesae.cli import main
 from writesae.collect import Corpus, Store, collect
 from writesae.models.sites import layers
@@ -147,6 +146,20 @@ def test_delphi_has_every_firing_and_token(made, tmp_path, splits):
     assert told["firings"] == total and told["padded"] == tokens.size - store.summary()["tokens"]
 
 
+def test_what_several_workers_filled_gives_the_same(made, tmp_path):
+    """Units, each with shards of its own."""
+    text = Corpus.from_path(made / "text")
+    collect(text, Tokenizer(), FakeSource(), tmp_path / "units", n=20, context=32, shard_passages=3, unit=400)
+    assert len(Store(tmp_path / "units").pieces) > 2
+    for name in ("all", "units"):
+        store = (made if name == "all" else tmp_path) / name
+        delphi.export(store, tmp_path / f"of {name}", sites=[(1, 0)], splits=2)
+    files = sorted(p.name for p in (tmp_path / "of all" / "layers.1.head.0").glob("*.safetensors"))
+    for name in files:
+        a, b = (load_file(tmp_path / f"of {x}" / "layers.1.head.0" / name) for x in ("all", "units"))
+        assert all(np.array_equal(a[column], b[column]) for column in a)
+
+
 def test_what_a_collection_cannot_give_is_refused(made, tmp_path):
     with pytest.raises(ValueError, match="mode all, got mode top"):
         delphi.export(made / "top", tmp_path / "x")
@@ -158,8 +171,11 @@ def test_what_a_collection_cannot_give_is_refused(made, tmp_path):
         delphi.export(made / "all", tmp_path / "x", pad=-1)
     with pytest.raises(ValueError, match="tokenizer: expected"):
         neuronpedia.export(made / "all", tmp_path / "x", model="m")
-    with pytest.raises(ValueError, match="name: expected a name without slashes, got '../x'"):
-        neuronpedia.export(made / "all", tmp_path / "x", model="m", name="../x")
+    for name in ("../x", "", "a/b", ".x"):
+        with pytest.raises(ValueError, match="name: expected letters"):
+            neuronpedia.export(made / "all", tmp_path / "x", model="m", name=name)
+        with pytest.raises(ValueError, match="model: expected letters"):
+            neuronpedia.export(made / "all", tmp_path / "x", model=name)
     unfinished = tmp_path / "unfinished"
     shutil.copytree(made / "all", unfinished)
     (unfinished / "summary.json").unlink()
@@ -210,7 +226,7 @@ def test_pages_show_what_is_stored(layout, tmp_path):
 def test_promoted_tokens_are_those_of_the_atoms(tmp_path):
     model, tokenizer, _ = writesae.load_default()
     sae = writesae.SAE.from_pretrained("default")
-    neuronpedia.export(real_store(), tmp_path, features=3, writes=(model, tokenizer, {SITE: sae}))
+    neuronpedia.export(real_store(), tmp_path, features=3, writes=(model, {SITE: sae}))
     [path] = (tmp_path / "5-writesae-h3").iterdir()
     for page in json.loads(path.read_text())["features"]:
         for name, least in (("topLogits", False), ("bottomLogits", True)):
@@ -218,29 +234,10 @@ def test_promoted_tokens_are_those_of_the_atoms(tmp_path):
             assert [x["token"] for x in page[name]] == [x.text for x in expected]
             np.testing.assert_allclose([x["value"] for x in page[name]], [x.score for x in expected], rtol=1e-3)
     with pytest.raises(ValueError, match="sae: expected a dictionary for 5:3, got none"):
-        neuronpedia.export(real_store(), tmp_path / "x", writes=(model, tokenizer, {}))
+        neuronpedia.export(real_store(), tmp_path / "x", writes=(model, {}))
     other = {SITE: writesae.SAE(32, 64, F=8, k=4)}
-    with pytest.raises(ValueError, match="of 4096 features, got one of 8"):
-        neuronpedia.export(real_store(), tmp_path / "x", writes=(model, tokenizer, other))
-
-
-def test_texts_of_tokens_make_the_text():
-    """Of bytes as tokens, where a character takes several, and broken ones stay broken."""
-
-    def decode(ids):
-        return bytes(ids).decode(errors="replace")
-
-    texts = Texts(decode)
-    for text in ("plain", "naïve – 日本語", "日", ""):
-        found = texts(list(text.encode()))
-        assert "".join(found) == text and len(found) == len(text.encode())
-    assert texts(list("ï".encode())) == ["ï", ""]
-    assert "".join(texts([0x61, 0xFF, 0x62])) == "a\ufffdb"
-
-    def words_alone(ids):  # as sentencepiece: the first word's space is left out
-        return "".join(("a", " b", " c")[i] for i in ids).removeprefix(" ")
-
-    assert Texts(words_alone)([0, 1, 2]) == ["a", " b", " c"]
+    with pytest.raises(ValueError, match="expected the dictionary of 5:3 that the store was collected with"):
+        neuronpedia.export(real_store(), tmp_path / "x", writes=(model, other))
 
 
 # ---- a prompt -------------------------------------------------------------------------------------------------------
@@ -280,6 +277,15 @@ def test_that_of_every_gate(tiny):
     total = graph.written.sum(1) + bias.detach()[graph.firings.feature.long()]
     assert len(graph.firings)
     torch.testing.assert_close(total, graph.firings.activation, rtol=1e-3, atol=1e-5)
+
+
+def test_an_atom_of_a_write_is_of_its_own_token(traced):
+    model, _, _, before = traced
+    (place, path), *_ = writesae.default.dictionaries("write").items()
+    graph = circuit_tracer.trace(model, before.ids, {place: writesae.SAE.from_pretrained(path)}, logits=1)
+    f = graph.firings
+    assert len(f) and torch.equal(graph.written.sum(1), f.activation)
+    assert torch.equal(graph.written.argmax(1), f.position.long()) and graph.effects.abs().max() > 0
 
 
 def test_effects_are_those_of_small_edits(traced):
@@ -341,6 +347,20 @@ def test_the_command_writes_all_or_nothing(made, tmp_path, capsys):
         err = capsys.readouterr().err
         assert err.startswith("writesae export: ") and said in err and err.count("\n") == 1, err
         assert sorted(p.name for p in tmp_path.rglob("*")) == before
+
+
+def test_the_command_runs_a_model(tmp_path, capsys):
+    real_store()
+    capsys.readouterr()
+    store, pages, graph = str(real_store().path), str(tmp_path / "pages"), str(tmp_path / "graph")
+    assert main(["export", "neuronpedia", store, pages, "--features", "2", "--model", "default", "--name", "x"]) == 0
+    assert json.loads(capsys.readouterr().out)["features"] == 2
+    body = json.loads((tmp_path / "pages" / "5-x-h3" / "batch-0000.json").read_text())
+    assert body["modelId"] == "default" and len(body["features"][0]["topLogits"]) == 10
+    assert main(["export", "circuit-tracer", "def f(x):", graph, "--top", "3", "--logits", "2", "--name", "g"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    nodes = json.loads((tmp_path / "graph" / "g.json").read_text())["nodes"]
+    assert told["nodes"] == len(nodes) and sum(x["feature_type"] == "logit" for x in nodes) == 2
 
 
 def test_the_command_writes_dictionaries(tmp_path, capsys):

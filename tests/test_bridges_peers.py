@@ -13,6 +13,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from bridge_cases import SITE, real_store
+from fake_hub import Hub, Repo
 
 import writesae
 from writesae.bridges import circuit_tracer, delphi, neuronpedia
@@ -127,6 +128,31 @@ def test_saelens_encodes_ours_alike(sae_lens, kind, tmp_path):
     assert from_saelens(made) is ours
 
 
+@torch.no_grad()
+def test_both_read_a_repository_of_saelens_folders(sae_lens, tmp_path, monkeypatch):
+    """Its own call by a folder of the repository, and ours by a subfolder."""
+    from huggingface_hub import constants
+
+    hub = Hub()
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    url = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    try:
+        ours, X = dictionary("bilinear")
+        saelens_layout.save(ours, tmp_path / "L1H2")
+        hub.repos["someone/lens"] = Repo()
+        hub.repos["someone/lens"].commit({f"L1H2/{p.name}": p.read_bytes() for p in (tmp_path / "L1H2").iterdir()})
+        mine = writesae.SAE.from_pretrained("someone/lens", subfolder="L1H2")
+        assert torch.equal(dense(mine, X), dense(ours, X)) and "hub" in mine.training_record
+        theirs = sae_lens.SAE.from_pretrained("someone/lens", "L1H2")
+        assert torch.equal(theirs.encode(X.flatten(-2)), dense(ours, X))
+    finally:
+        hub.close()
+
+
 def test_saelens_hooks_see_codes(sae_lens):
     """And what is put in their place is decoded."""
     from writesae.bridges.saelens import to_saelens
@@ -233,8 +259,8 @@ def test_neuronpedia_would_send_what_is_written(tmp_path, monkeypatch):
     from neuronpedia.np_feature import Feature, Logit
     from neuronpedia.requests.feature_request import MAX_FEATURES_PER_BATCH, FeatureRequest
 
-    model, tokenizer, saes = writesae.load_default()
-    writes = (model, tokenizer, {SITE: writesae.SAE.from_pretrained("default")})
+    model = writesae.load_default()[0]
+    writes = (model, {SITE: writesae.SAE.from_pretrained("default")})
     neuronpedia.export(real_store(), tmp_path, features=140, writes=writes)
     files = sorted((tmp_path / "5-writesae-h3").iterdir())
     assert len(files) == 2 and neuronpedia.BATCH == MAX_FEATURES_PER_BATCH

@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "edits": {"_arguments"},
     "files": set(),
     "interrupt": set(),
+    "objects": {"files", "untrusted"},
     "progress": set(),
     "console": set(),
     "completion": set(),
@@ -37,7 +38,7 @@ MAY_IMPORT = {
     "options": {"_library", "default", "sae"},
     "ranks": set(),
     "ops": {"writes", "firings", "edits", "_library", "_arguments", "_autocast"},
-    "text": {"default", "files", "untrusted"},
+    "text": {"default", "files", "objects", "untrusted"},
     "sae": {
         "ops",
         "writes",
@@ -60,6 +61,7 @@ MAY_IMPORT = {
     "models": {"ops", "writes", "firings", "edits", "files", "default", "untrusted", "policies"},
     "collect": {
         "_installed",
+        "objects",
         "models",
         "ranks",
         "sae",
@@ -98,6 +100,7 @@ MAY_IMPORT = {
     "report": {"firings", "files", "collect", "untrusted"},
     "bridges": {
         "atoms",
+        "browse",
         "collect",
         "default",
         "edits",
@@ -123,6 +126,7 @@ MAY_IMPORT = {
         "text",
         "untrusted",
         "firings",
+        "progress",
     },
 }
 EXTRAS = {

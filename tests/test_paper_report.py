@@ -114,7 +114,8 @@ def test_every_claim_is_told_with_what_was_found(folder, capsys):
                   "Not run: All about never (never)", "sites · 5:3 · share", "rate 0.648", "0.62 to"):  # fmt: skip
         assert words in text, words
     assert text.index("All about second") < text.index("All about first")  # the studies' order, not the alphabet's
-    assert [tag for tag, _ in Tags(page).found].count("img") == 2 == page.count("<source")
+    assert [tag for tag, _ in Tags(page).found].count("img") == 2
+    assert page.count('href="second/rows.csv"') == 1 == page.count('href="first/rows.csv"')
     assert set(paper.VERDICTS) == set(VERDICTS)
 
 

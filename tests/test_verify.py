@@ -50,7 +50,7 @@ def test_random_damage_is_never_believed(made):
 
 def test_the_damage_test_can_fail(made, monkeypatch):
     """Digests that always agree are what it would be like without them."""
-    for where in ("collect.marks", "collect.verify", "collect.folder", "collect.shard"):
+    for where in ("collect.marks", "collect.mirror", "collect.folder", "collect.shard"):
         monkeypatch.setattr(f"writesae.{where}.problem", lambda path, expected, progress=None: None)
     with pytest.raises(damage.Defect):
         damage.check(0, 12, scratch(made), made=made[1])

@@ -126,6 +126,7 @@ COMMANDS = {
         "the files to OUT, all or none, and prints what they hold as JSON; sends nothing.",
         "writesae export delphi runs/notes runs/delphi",
         "nothing was written; the same command begins anew",
+        group="share", then=("see docs/bridges.md for how the other tool reads {out}",),
     ),
     "replace": Command(
         "writesae.experiments.command",
@@ -188,11 +189,13 @@ COMMANDS = {
         "Serves web pages to this machine's own browser until Ctrl-C, and writes a table of the features beside the "
         "store (STORE.browse) first; with --static it writes the pages to a folder instead, for any host.",
         "writesae browse runs/notes --model default --open",
+        group="look", then=("python -m http.server --directory {static}", "writesae report {store}"),
     ),
     "report": Command(
         "writesae.report.command",
-        "draw the pictures and the page of a finished run again",
-        "Writes report.html and plots/ from the files of replace, loss-recovered, audit or paper, without a model.",
+        "write the page of a finished run of any kind, or draw it again",
+        "Writes report.html, and plots/ with the numbers of every figure, from a run of collect, train, replace, "
+        "loss-recovered, audit, paper or demo, without a model.",
         "writesae report runs/replace",
         group="look", then=(_PAGE, "open {run}/report.html in a browser"),
     ),
@@ -285,9 +288,6 @@ def main(argv: list[str] | None = None) -> int:
 def then(command: Command, given: dict[str, Any]) -> str | None:
     """The first of a command's next steps that these arguments tell all of, with them in it."""
     for step in command.then:
-        words = step.split()
-        if words[0] == "writesae" and words[1] not in COMMANDS:
-            continue
         names = [name for _, name, _, _ in string.Formatter().parse(step) if name is not None]
         if all(isinstance(given.get(name), (str, Path)) for name in names):
             return step.format(**{name: shlex.quote(str(given[name])) for name in names})

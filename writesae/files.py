@@ -17,7 +17,7 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -200,6 +200,13 @@ def write_bytes(path: Path, data: bytes, root: Path | None = None, argument: str
         temporary.write_bytes(data)
 
 
+def write_blocks(path: Path, blocks: Iterable[bytes], root: Path | None = None) -> None:
+    """Writes a file from pieces as they come, whole or not at all, through no link."""
+    with whole_file(path, root) as temporary, open(temporary, "wb") as file:
+        for block in blocks:
+            file.write(block)
+
+
 def write_first(path: Path, data: bytes, root: Path | None = None) -> bool:
     """Writes a file where none stands, whole or not at all; of several who do so at once, one does. Whether it was."""
     try:
@@ -282,6 +289,8 @@ def open_plain(path: Path):
     Raises:
         ValueError: it is something else. OSError: as `open`.
     """
+    if not isinstance(path, (str, Path)):  # an object elsewhere, see `objects.RemoteFile`
+        return path.open("rb")
     file = open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb")
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
@@ -398,6 +407,8 @@ class ComparedFile(io.RawIOBase):
 
 def stamp(path: Path) -> tuple:
     """What changes when a file's content does: path, device, inode, size, and times of content and status in ns."""
+    if (ask := getattr(path, "stamp", None)) is not None:  # an object elsewhere, see `objects.RemoteFile`
+        return ask()
     s = os.stat(path)
     return os.path.realpath(path), s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns
 

@@ -6,6 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
+from tqdm import tqdm
+
 from ..files import refuse_file, whole_folder
 from ..options import add_dictionaries, add_model, dictionaries
 
@@ -102,7 +104,7 @@ def _saelens(args: argparse.Namespace, out: Path) -> dict:
         if not source.is_dir():
             raise FileNotFoundError(f"source: expected a dictionary or a folder of them, got {source}: no such folder")
         folders = inside(source) if not (source / "cfg.json").exists() else []
-    for folder in folders:
+    for folder in tqdm(folders, unit="dictionary", disable=len(folders) < 2, leave=False):
         save(SAE.from_pretrained(folder), out / folder.name)
     if not folders:
         save(SAE.from_pretrained(args.source), out)
@@ -122,7 +124,7 @@ def _pages(args: argparse.Namespace, out: Path) -> dict:
     if args.model is not None:
         from ..models import load
 
-        writes = (*load(args.model, trust_remote_code=args.trust_remote_code), dictionaries(args))
+        writes = (load(args.model, trust_remote_code=args.trust_remote_code)[0], dictionaries(args))
     elif args.sae:
         raise ValueError("sae: expected it with --model, got it alone")
     options = _given(args, "features", "width", "name", sites="site", model="model_id")
@@ -138,7 +140,7 @@ def _circuit_tracer(args: argparse.Namespace, out: Path) -> dict:
     args.model = args.model or "default"
     model, tokenizer = load(args.model, trust_remote_code=args.trust_remote_code)
     options = _given(args, "top", "logits", slug="name", scan="model_id")
-    return export(args.source, out, model, tokenizer, dictionaries(args), **{"scan": args.model, **options})
+    return export(args.source, out, model, tokenizer, dictionaries(args), **{"scan": Path(args.model).name, **options})
 
 
 _EXPORTERS = {

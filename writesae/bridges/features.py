@@ -9,14 +9,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..collect import Store
+from ..browse.words import Words
 from .stored import Passages, SiteFirings
 
 BINS = 50  # of histograms, as many as sae-dashboard's
 
 
 class Shown(NamedTuple):
-    """A piece of text around a firing: texts of its tokens, the feature's activation at each, and which is meant."""
+    """A piece of text around a firing: of its tokens, which joined are the text, the feature's activation at each, and
+    which is meant."""
 
     tokens: list[str]
     values: list[float]
@@ -64,57 +65,10 @@ class Feature:
     logits: tuple[list[float], list[int]] | None = None
 
 
-class Texts:
-    """Texts of tokens whose concatenation is the text: one of several tokens that make one character has all of it, the
-    others "".
-
-    Args:
-        decode: from a list of ids to text.
-    """
-
-    def __init__(self, decode: Callable[[list[int]], str]):
-        self._decode = decode
-        self._known: dict[int, str] = {}
-        self._before = next((i for i in range(256) if len(decode([i])) == 1 and "\ufffd" not in decode([i])), None)
-
-    def _one(self, token: int) -> str:
-        if token not in self._known:
-            if self._before is None:
-                text = self._decode([token])
-            else:  # behind another, or tokenizers that mark the beginning of words leave its space out
-                text = self._decode([self._before, token])[len(self._decode([self._before])) :]
-            self._known[token] = text
-        return self._known[token]
-
-    def __call__(self, ids: Sequence[int]) -> list[str]:
-        """One text a token."""
-        texts = [self._one(token) for token in ids]
-        at = 0
-        while at < len(texts):
-            end = at
-            while end < len(texts) and "\ufffd" in texts[end]:
-                end += 1
-            if end > at:
-                texts[at:end] = self._joined(list(ids[at:end]))
-            at = end + 1
-        return texts
-
-    def _joined(self, ids: list[int]) -> list[str]:
-        """Of tokens that are no characters of their own."""
-        found, begun = [], 0
-        for at in range(1, len(ids) + 1):
-            text = self._decode(ids[begun:at])
-            if "\ufffd" not in text or at == len(ids):
-                found += [text, *[""] * (at - begun - 1)]
-                begun = at
-        return found
-
-
 def pages(
-    store: Store,
     found: SiteFirings,
     where: Passages,
-    decode: Callable[[list[int]], str],
+    words: Words,
     chosen: Sequence[int],
     top: int = 20,
     levels: int = 5,
@@ -125,14 +79,14 @@ def pages(
     """What is shown of features that fired, in the order of `chosen`.
 
     Args:
-        decode: from token ids to text.
+        words: from token ids to text.
         chosen: features.
         top: firings with the largest activations. levels, each: even parts of the range from 0 to the maximum, and how
             many firings of each, evenly spaced by activation.
         width: tokens either side.
         promotes: from some features to (promoted, suppressed, logits) of each; None leaves them out.
     """
-    texts, tokens = Texts(decode), int(where.lengths.sum())
+    tokens = int(where.lengths.sum())
     for start in range(0, len(chosen), 32):
         some = [int(x) for x in chosen[start : start + 32]]
         written = promotes(some) if promotes is not None else [(None, None, None)] * len(some)
@@ -140,7 +94,7 @@ def pages(
             at = found.of(feature)
             yield Feature(
                 feature, at.stop - at.start, (at.stop - at.start) / max(tokens, 1),
-                _levels(found, where, texts, at, top, levels, each, width), histogram(found.activation[at]), *logits
+                _levels(found, where, words, at, top, levels, each, width), histogram(found.activation[at]), *logits
             )  # fmt: skip
 
 
@@ -159,7 +113,7 @@ def short(value) -> float:
 
 
 def _levels(
-    found: SiteFirings, where: Passages, texts: Texts, at: slice, top: int, levels: int, each: int, width: int
+    found: SiteFirings, where: Passages, words: Words, at: slice, top: int, levels: int, each: int, width: int
 ) -> list[Level]:
     activation = found.activation[at]
     falling = np.argsort(-activation, kind="stable")  # the first in the text where equal
@@ -172,7 +126,7 @@ def _levels(
         values = np.zeros(high - low, np.float32)
         inside = slice(*np.searchsorted(place, (begin + low, begin + high)).tolist())
         values[place[inside] - begin - low] = activation[inside]
-        return Shown(texts(where.tokens[passage, low:high].tolist()), [short(x) for x in values], position - low)
+        return Shown(words.split(where.tokens[passage, low:high].tolist()), [short(x) for x in values], position - low)
 
     def level(order: np.ndarray, some: np.ndarray, low, high, is_top: bool) -> Level:
         pieces = [shown(int(x)) for x in some]
@@ -201,7 +155,7 @@ def most_frequent(found: SiteFirings, most: int | None = None) -> list[int]:
     return fired.tolist()
 
 
-def promoter(model, tokenizer, sae, layer: int, head: int, k: int = 10) -> Callable[[list[int]], list[tuple]]:
+def promoter(model, words: Words, sae, layer: int, head: int, k: int = 10) -> Callable[[list[int]], list[tuple]]:
     """`promotes` of `pages`: by the direct path, as `writesae.atoms.promoted_tokens` says.
 
     Raises:
@@ -214,13 +168,13 @@ def promoter(model, tokenizer, sae, layer: int, head: int, k: int = 10) -> Calla
 
     def promotes(features: list[int]) -> list[tuple]:
         values = np.stack([sides(sae, feature)[1].cpu().numpy() for feature in features])
-        logits = to_logits(model, through.new_tensor(values) @ through).double().cpu()
+        logits = to_logits(model, through.new_tensor(values) @ through)[:, : len(words)].double().cpu()
         scores = (logits - logits.mean(1, keepdim=True)) / logits.std(1, keepdim=True).clamp_min(1e-300)
         made = []
         for score in scores:
             ends = score.topk(min(k, len(score))), (-score).topk(min(k, len(score)))
             named = [
-                [Logit(tokenizer.decode([int(i)]), short(score[i])) for i in end.indices] for end in ends
+                [Logit(words.token(int(i)), short(score[i])) for i in end.indices] for end in ends
             ]  # fmt: skip
             made.append((*named, histogram(score.numpy(), None)))
         return made

@@ -10,20 +10,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from ..browse.sources import require_own, vocabulary
+from ..browse.words import Words
 from ..collect import Store
 from ..files import write_json
 from ..untrusted import is_integer, shown
 from .features import Feature, Level, most_frequent, pages, promoter
-from .stored import chosen_sites, features_of, firings, model_name, open_store, passages
+from .stored import chosen_sites, firings, model_name, open_store, passages
 
 BATCH = 128  # features of one upload, at most
 FORMATS = ("neuronpedia", "sae-dashboard")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,99}")  # of addresses and folders
 
 
 def source_name(layer: int, head: int, name: str) -> str:
@@ -40,7 +44,7 @@ def export(
     model: str | None = None,
     name: str = "writesae",
     width: int = 16,
-    writes: tuple[Any, Any, Mapping[tuple[int, int], Any]] | None = None,
+    writes: tuple[Any, Mapping[tuple[int, int], Any]] | None = None,
     progress: bool = False,
 ) -> dict:
     """Writes the features of a finished collection of mode "all" that fired.
@@ -50,11 +54,10 @@ def export(
         layout: "neuronpedia" or "sae-dashboard".
         sites: (layer, head)s; all by default.
         features: of a site at most so many, the most frequent ones; all that fired by default.
-        model: what Neuronpedia calls the model; by default as the collection calls it.
+        model: what Neuronpedia calls the model; by default as the collection calls it, without its owner.
         name: of the set of dictionaries.
         width: tokens shown either side of a firing.
-        writes: (model, tokenizer, {(layer, head): dictionary}), from which the promoted tokens come; None leaves them
-            out.
+        writes: (model, {(layer, head): dictionary}), from which the promoted tokens come; None leaves them out.
     Returns:
         {features, files, sites}.
     Raises:
@@ -68,18 +71,20 @@ def export(
     for argument, value in (("features", 1 if features is None else features), ("width", width)):
         if not is_integer(value, 1, 2**31):
             raise ValueError(f"{argument}: expected a whole number >= 1, got {shown(value)}")
-    model = model_name(store) if model is None else model
+    model = model_name(store).rpartition("/")[2] if model is None else model
     for argument, text in (("model", model), ("name", name)):
-        if not text or "/" in text or text.startswith("."):
-            raise ValueError(f"{argument}: expected a name without slashes, got {shown(text)}")
-    decode, where = store.tokenizer(), passages(store, progress=progress)
+        if not _NAME.fullmatch(text):
+            raise ValueError(f"{argument}: expected letters, digits and _ . + -, got {shown(text)}")
+    words, where = vocabulary(store), passages(store, progress=progress)
+    if not len(words):
+        raise ValueError(f"tokenizer: expected one in {store.path}, whose tokens can be shown as text, got none")
     made = {"features": 0, "files": 0, "sites": len(wanted)}
     for layer, head in wanted:
         found = firings(store, layer, head, where, progress)
-        promotes = None if writes is None else _promotes(store, writes, layer, head)
+        promotes = None if writes is None else _promotes(store, words, writes, layer, head)
         chosen, folder = most_frequent(found, features), out / source_name(layer, head, name)
         folder.mkdir(parents=True, exist_ok=True)
-        shown_pages = pages(store, found, where, decode, chosen, width=width, promotes=promotes)
+        shown_pages = pages(found, where, words, chosen, width=width, promotes=promotes)
         with tqdm(total=len(chosen), desc=folder.name, unit="feature", disable=not progress, leave=False) as bar:
             for number, start in enumerate(range(0, len(chosen), BATCH)):
                 batch: list[Feature] = []
@@ -102,14 +107,13 @@ def export(
     return made
 
 
-def _promotes(store: Store, writes: tuple, layer: int, head: int) -> Callable[[list[int]], list[tuple]]:
-    model, tokenizer, dictionaries = writes
+def _promotes(store: Store, words: Words, writes: tuple, layer: int, head: int) -> Callable[[list[int]], list[tuple]]:
+    model, dictionaries = writes
     if (layer, head) not in dictionaries:
         raise ValueError(f"sae: expected a dictionary for {layer}:{head}, got none")
-    sae, size = dictionaries[layer, head], features_of(store, layer, head)
-    if sae.F != size:
-        raise ValueError(f"sae: expected the dictionary of {layer}:{head} of {size} features, got one of {sae.F}")
-    return promoter(model, tokenizer, sae, layer, head)
+    sae = dictionaries[layer, head]
+    require_own(store, sae, (layer, head))
+    return promoter(model, words, sae, layer, head)
 
 
 def for_neuronpedia(feature: Feature) -> dict:

@@ -152,7 +152,10 @@ def passages(store: Store, pad: int = 0, progress: bool = False) -> Passages:
         except ValueError as error:
             raise ValueError(f"{store.path / name}: {error}") from error
         tokens[passage, position] = token
-        lengths += np.bincount(passage, minlength=count).astype(np.int32)
+        if len(passage):  # a file's passages follow one another
+            low = int(passage.min())
+            counts = np.bincount(passage - low)
+            lengths[low : low + len(counts)] += counts.astype(np.int32)
     return made
 
 

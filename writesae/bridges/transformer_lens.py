@@ -111,7 +111,7 @@ def _computes(component: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def _calling_its_own(component: nn.Module) -> Iterator[None]:
+def _calling_its_own(component: Any) -> Iterator[None]:
     """Has a component call the layer it is around, between its hook_in and its hook_out."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -119,7 +119,7 @@ def _calling_its_own(component: nn.Module) -> Iterator[None]:
             kwargs["hidden_states"] = component.hook_in(kwargs["hidden_states"])
         else:
             args = (component.hook_in(args[0]), *args[1:])
-        output = component._modules["_original_component"](*args, **kwargs)  # type: ignore[misc]
+        output = component._modules["_original_component"](*args, **kwargs)
         if isinstance(output, torch.Tensor):
             return component.hook_out(output)
         return (component.hook_out(output[0]), *output[1:])

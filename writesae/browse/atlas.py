@@ -23,12 +23,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from ..collect.store import Store
-from ..files import cached_digests, make_folder, sha256, whole_file
-from ..untrusted import first_line, is_integer
-from . import contexts, promoted, sources
+from ..files import cached_digests, sha256, whole_file
+from ..untrusted import is_integer
+from . import contexts, native, promoted, sources
 from . import table as tables
 from .links import link
 from .results import Results
@@ -134,7 +133,9 @@ class Atlas:
         if not opened.complete:
             raise ValueError(f"store: {opened.path} is not finished: run the same `writesae collect` again")
         atlas = cls(opened, sae, model, results, cache)
-        atlas._build(progress)
+        from .build import build
+
+        build(atlas, progress)
         return atlas
 
     # ---- what is known ---------------------------------------------------------------------------------------------
@@ -169,7 +170,7 @@ class Atlas:
     @cached_property
     def table(self) -> FeatureTable:
         """All features."""
-        return tables.read(self._table_path, self.sites, self._partitions, self.words.tokens())
+        return tables.read(self.table_path, self.sites, self._partitions, self.words.tokens())
 
     @property
     def partitions(self) -> tuple[str, ...]:
@@ -185,20 +186,20 @@ class Atlas:
         Raises:
             ValueError: no such site or feature; a damaged file, by name.
         """
-        site = self._site(layer, head)
+        site = self.site(layer, head)
         F = self.sizes[site]
         if not is_integer(feature, 0, F - 1):
             raise ValueError(f"feature: expected 0 <= feature < {F}, got {feature!r}")
-        columns = tables.read_row(self._table_path, int(self.first[site]) + feature)
+        columns = tables.read_row(self.table_path, int(self.first[site]) + feature)
         row = tables.row_of(columns, self)
         if (row["layer"], row["head"], row["feature"]) != (layer, head, feature):
-            raise ValueError(f"cache: {self._table_path} is of another store; remove it")
+            raise ValueError(f"cache: {self.table_path} is of another store; remove it")
         largest = row["max"] or 0.0
-        found = contexts.read_scan(self._scan_path(site), feature)
+        found = contexts.read_scan(self.scan_path(site), feature)
         writes, atoms = self._writes(site, feature)
         pairs = []
         if len(found["together"]):
-            pairs = contexts.cofiring(found, row["count"], self._counts(site), self._tokens_seen, (layer, head))
+            pairs = contexts.cofiring(found, row["count"], self._counts(site), self.tokens_seen, (layer, head))
         counted = zip(found["token"].tolist(), found["token_count"].tolist(), strict=True)
         return FeaturePage(
             row=row, link=link(layer, head, feature),
@@ -206,7 +207,7 @@ class Atlas:
             histogram=contexts.histogram(found, largest), writes=writes,
             answers={
                 "tokens": [{"token": self.token(t), "id": t, "count": n} for t, n in counted],
-                "keys": self.results.keys(layer, head, feature), "neighbours": atoms["key_neighbour"],
+                "keys": self._keys(site, feature), "neighbours": atoms["key_neighbour"],
             },
             neighbours=atoms["neighbour"], cofiring=pairs, replacement=self.results.of(layer, head, feature),
         )  # fmt: skip
@@ -226,12 +227,15 @@ class Atlas:
 
     def load_dictionaries(self) -> dict[tuple[int, int], Any]:
         """{(layer, head): SAE} of the sites."""
-        return {site: sources.load(path, site, self._F(site)) for site, path in self.dictionaries.items()}
+        return {site: self.dictionary(site) for site in self.dictionaries}
+
+    def dictionary(self, site: tuple[int, int]):
+        return sources.load(self.dictionaries[site], site, self._F(site))
 
     def _F(self, site: tuple[int, int]) -> int:
         return self.sizes[self.sites.index(site)]
 
-    def _site(self, layer: int, head: int) -> int:
+    def site(self, layer: int, head: int) -> int:
         try:
             return self.sites.index((layer, head))
         except ValueError:
@@ -243,18 +247,28 @@ class Atlas:
         if self.sites[site] not in self.dictionaries:
             why = f"no dictionary of layer {layer} head {head}"
             return {"promoted": [], "suppressed": [], "why": why}, {"neighbour": [], "key_neighbour": []}
-        path = self._atoms_path(site)
+        path = self.atoms_path(site)
         found = contexts.read_lists(path, feature, promoted.LISTS)
         writes: dict[str, Any] = {}
         for name in ("promoted", "suppressed"):
             pairs = zip(found[name].tolist(), found[f"{name}_value"].tolist(), strict=False)
             writes[name] = [{"token": self.token(i), "id": i, "value": x} for i, x in pairs]
-        writes["why"] = None if writes["promoted"] else _about(path).get("why", {}).get("promoted", "not known")
+        writes["why"] = None if writes["promoted"] else contexts.about(path).get("why", {}).get("promoted", "not known")
         atoms = {}
         for name in ("neighbour", "key_neighbour"):
             pairs = zip(found[name].tolist(), found[f"{name}_value"].tolist(), strict=False)
             atoms[name] = [{"layer": layer, "head": head, "feature": i, "cosine": x} for i, x in pairs]
         return writes, atoms
+
+    def _keys(self, site: int, feature: int) -> list[dict]:
+        """Tokens whose keys lie nearest to the key side: measured here, else by a run."""
+        layer, head = self.sites[site]
+        path = self.native_path(site)
+        if path is None or not path.is_file():
+            return self.results.keys(layer, head, feature)
+        found = contexts.read_lists(path, feature, native.LISTS)
+        triples = zip(*(found[name].tolist() for name in native.LISTS), strict=False)
+        return [{"token": self.token(i), "id": i, "cosine": x, "count": n} for i, x, n in triples]
 
     def _counts(self, site: int) -> np.ndarray:
         """`[F]` firings of a site's features."""
@@ -266,23 +280,31 @@ class Atlas:
         return self._all_counts[self.first[site] : self.first[site + 1]]
 
     @cached_property
-    def _tokens_seen(self) -> int:
+    def tokens_seen(self) -> int:
         return int(self.store.summary().get("tokens", 0))
 
     # ---- what is kept ----------------------------------------------------------------------------------------------
 
     @cached_property
-    def _store_digest(self) -> str:
+    def store_digest(self) -> str:
         names = ("manifest.json", "summary.json")
         return _digest([_VERSION, *(sha256(self.store.path / name) for name in names)])
 
-    def _scan_path(self, site: int) -> Path:
+    def scan_path(self, site: int) -> Path:
         layer, head = self.sites[site]
-        return self.folder / f"firings-{self._store_digest}" / f"L{layer}H{head}.parquet"
+        return self.folder / f"firings-{self.store_digest}" / f"L{layer}H{head}.parquet"
 
-    def _atoms_path(self, site: int) -> Path:
+    def atoms_path(self, site: int) -> Path:
         layer, head = self.sites[site]
         return self.folder / f"atoms-{self._atoms_digests[site]}" / f"L{layer}H{head}.parquet"
+
+    def native_path(self, site: int) -> Path | None:
+        """None without a dictionary or a model."""
+        if self.model is None or self.sites[site] not in self.dictionaries:
+            return None
+        layer, head = self.sites[site]
+        digest = _digest([self.store_digest, self._atoms_digests[site]])
+        return self.folder / f"native-{digest}" / f"L{layer}H{head}.parquet"
 
     @cached_property
     def _atoms_digests(self) -> list[str | None]:
@@ -299,13 +321,14 @@ class Atlas:
         return found
 
     @cached_property
-    def _table_path(self) -> Path:
+    def table_path(self) -> Path:
         results = [sha256(path) for path in self.results.files()]
-        return self.folder / f"table-{_digest([self._store_digest, self._atoms_digests, results])}.parquet"
+        natives = [path.name for i in range(len(self.sites)) if (path := self.native_path(i)) and path.is_file()]
+        return self.folder / f"table-{_digest([self.store_digest, self._atoms_digests, natives, results])}.parquet"
 
     @cached_property
     def _about(self) -> dict:
-        return tables.about(self._table_path) or {}
+        return tables.about(self.table_path) or {}
 
     @cached_property
     def _partitions(self) -> tuple[str, ...]:
@@ -315,7 +338,7 @@ class Atlas:
     @cached_property
     def words(self) -> Words:
         """The vocabulary, as bytes."""
-        path = self.folder / f"words-{self._store_digest}.parquet"
+        path = self.folder / f"words-{self.store_digest}.parquet"
         try:
             column = pq.ParquetFile(path).read(use_threads=False)["bytes"].combine_chunks()
             if pa.types.is_binary(column.type):
@@ -326,126 +349,6 @@ class Atlas:
         with whole_file(path, self.folder, "cache") as temporary:
             pq.write_table(pa.table({"bytes": made.array()}), temporary, compression="lz4", use_dictionary=False)
         return made
-
-    # ---- making it -------------------------------------------------------------------------------------------------
-
-    def _build(self, progress: bool) -> None:
-        try:
-            make_folder(self.folder, argument="cache")
-            self.words  # noqa: B018 - made where it is not there
-            self._build_scans(progress)
-            self._build_atoms(progress)
-            known = tables.about(self._table_path)
-            if known is None or known["rows"] != self.first[-1]:
-                self._build_table()
-        except PermissionError as error:
-            raise ValueError(
-                f"cache: nothing can be written to {self.folder} ({error.strerror}): name another folder with cache"
-            ) from error
-
-    def _build_scans(self, progress: bool) -> None:
-        left = [i for i in range(len(self.sites)) if not self._scan_path(i).is_file()]
-        if not left:
-            return
-        from . import scan
-
-        largest = np.from_dlpack(self.store.counts()["max"].combine_chunks())
-        asked = {self.sites[i]: scan.SiteOf(*self.sites[i], self.sizes[i]) for i in left}
-        parts = len(list(scan.groups(list(asked.values()))))
-        shards = sum(piece.shards for piece in self.store.pieces) if self.store.mode == "all" else 1
-        make_folder(self.folder, f"firings-{self._store_digest}", argument="cache")
-        with tqdm(total=2 * parts * shards, desc="reading the store", unit="shard", disable=not progress) as bar:
-            for group in scan.groups(list(asked.values())):
-                mine = np.concatenate([largest[self._slice((s.layer, s.head))] for s in group])
-                for site, made in scan.Scan(self.store, group, mine, bar.update).run():
-                    scan.write(self._scan_path(self._site(site.layer, site.head)), made, {}, self.folder)
-
-    def _slice(self, site: tuple[int, int]) -> slice:
-        at = self.sites.index(site)
-        return slice(int(self.first[at]), int(self.first[at + 1]))
-
-    def _build_atoms(self, progress: bool) -> None:
-        left = [
-            i for i, site in enumerate(self.sites) if site in self.dictionaries and not self._atoms_path(i).is_file()
-        ]
-        if not left:
-            return
-        from . import scan
-
-        model = None
-        if self.model is not None:
-            from ..models import load
-
-            model, _ = load(self.model)
-        for i in tqdm(left, desc="what atoms write", unit="site", disable=not progress):
-            site = self.sites[i]
-            sae = sources.load(self.dictionaries[site], site, self.sizes[i])
-            sources.require_own(self.store, sae, site)
-            if model is not None:
-                from ..models.identity import require_same_model
-
-                require_same_model(model, {site: sae}, False, str(self.model))
-            made, why = promoted.facts(sae, model, site[0], site[1], len(self.words))
-            path = self._atoms_path(i)
-            make_folder(self.folder, path.parent.name, argument="cache")
-            scan.write(path, made, {"why": why}, self.folder)
-
-    def _build_table(self) -> None:
-        n = int(self.first[-1])
-        found = self.store.counts()
-        if len(found) != n:
-            raise ValueError(f"store: {self.store.path}: expected {n} rows in features.parquet, got {len(found)}")
-        columns = {name: np.from_dlpack(found[name].combine_chunks()) for name in ("count", "sum", "max")}
-        count: np.ndarray = columns["count"]
-        win_rate, cosine = self.results.columns(self.sites, self.first)
-        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-            density = (count / max(1, self._tokens_seen)).astype(np.float32)
-            mean = np.where(count > 0, columns["sum"] / count, 0).astype(np.float32)
-        partition, names = tables.partitioned(count, density, cosine)
-        tokens = {
-            name: np.full((n, tables.SHOWN), tables.UNKNOWN, np.uint32) for name in ("promoted", "suppressed", "token")
-        }
-        why: dict[str, None] = {}
-        for i, site in enumerate(self.sites):
-            rows = slice(int(self.first[i]), int(self.first[i + 1]))
-            _fill(tokens["token"][rows], self._scan_path(i), "token")
-            if site in self.dictionaries:
-                for name in ("promoted", "suppressed"):
-                    _fill(tokens[name][rows], self._atoms_path(i), name)
-                for what, reason in _about(self._atoms_path(i)).get("why", {}).items():
-                    why[f"{what}: {reason}"] = None
-        made = FeatureTable(
-            np.repeat(np.arange(len(self.sites), dtype=np.uint16), self.sizes),
-            np.concatenate([np.arange(F, dtype=np.uint32) for F in self.sizes]), count, density, mean,
-            columns["max"], win_rate, cosine, partition, tokens["promoted"], tokens["suppressed"], tokens["token"],
-            self.sites, names, (),
-        )  # fmt: skip
-        made.save(self._table_path, {"why": list(why)[:20]}, self.folder)
-
-
-def _fill(out: np.ndarray, path: Path, name: str) -> None:
-    """Puts the first tokens of every feature of a site's table into `[F, SHOWN]`."""
-    try:
-        with pq.ParquetFile(path) as file:
-            column = file.read([name], use_threads=False)[name].combine_chunks()
-        offsets, values = (np.from_dlpack(x) for x in (column.offsets, column.values))
-        size = np.diff(offsets)
-        if len(size) != len(out):
-            raise ValueError(f"expected {len(out)} rows, got {len(size)}")
-        for slot in range(out.shape[1]):
-            some = size > slot
-            out[some, slot] = values[offsets[:-1][some] + slot]
-    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-        raise ValueError(f"cache: {path} cannot be read: {first_line(error)}; remove it") from error
-
-
-def _about(path: Path) -> dict:
-    try:
-        with pq.ParquetFile(path) as file:
-            found = json.loads((file.schema_arrow.metadata or {}).get(b"writesae", b"{}"))
-    except (pa.ArrowException, OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _digest(of) -> str:

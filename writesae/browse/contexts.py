@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -145,3 +146,13 @@ def cofiring(found: Mapping[str, np.ndarray], count: int, counts, tokens: int, s
             "lift": lift if np.isfinite(lift) else None, "npmi": npmi if np.isfinite(npmi) else None,
         })  # fmt: skip
     return out
+
+
+def about(path: Path) -> dict:
+    """What a table of the cache says of how it was made."""
+    try:
+        with pq.ParquetFile(path) as file:
+            found = json.loads((file.schema_arrow.metadata or {}).get(b"writesae", b"{}"))
+    except (pa.ArrowException, OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -41,7 +41,8 @@ class FeatureTable:
         site `[n]` uint16 (index into `sites`), feature `[n]` uint32.
         count `[n]` int64 firings, density `[n]` float32 (share of the tokens), mean, max `[n]` float32 activation.
         win_rate `[n]` float32: share of tested firings where the atom disturbs less than deletion; NaN: not tested.
-        cosine `[n]` float32: of atom and native write, mean over its firings; NaN: not known.
+        cosine `[n]` float32: of atom and native write, mean over its firings in a test, else in some of the store's
+            passages; NaN: not known.
         partition `[n]` uint8: index into `partitions`, which are the paper's, by cosine, where any is known, else by
             density.
         promoted, suppressed `[n, 5]` uint32: tokens whose logits the value side raises and lowers most.

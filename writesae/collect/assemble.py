@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import numpy as np
 
-from ..files import discard, discard_left_over, entry, problem, write_sealed
+from ..files import discard, discard_left_over, entry, problem, sealed
 from ..interrupt import Stop
 from ..progress import tqdm
 from . import files
 from .finish import Assembled, Piece, Selecting, assemble
+from .mirror import Place
 from .modes import Features
 from .plan import PLAN
 from .shared_digests import FOLDER as DIGESTS
@@ -26,25 +26,32 @@ def features_of(content: dict) -> Features:
     return Features([Site(*site) for site in content["sites"]])
 
 
-def ready(out: Path, made: dict, content: dict) -> Piece:
+def ready(where: Place, made: dict, content: dict) -> Piece:
     """A unit's tables, checked; in mode all its firings, where it has no sound index.
 
     Raises:
         ValueError: one is damaged or missing; names it.
     """
-    index = f"{made['folder']}/index.parquet"
+    out, index = where.path, f"{made['folder']}/index.parquet"
+    tables = [f"{made['folder']}/{table}" for table in TABLES]
+    for name in (*tables, index):
+        where.need(name, made["files"].get(name))
     kept = [index]
     if content["mode"] == "all" and (index not in made["files"] or problem(out / index, made["files"][index])):
         kept = shards_of(made)
-    for name in (*(f"{made['folder']}/{table}" for table in TABLES), *kept):
+        for name in kept:
+            where.need(name, made["files"].get(name))
+    for name in (*tables, *kept):
         found = problem(out / name, made["files"][name]) if name in made["files"] else "missing"
         if found is not None:
-            raise ValueError(f"{out / name}: {found}: run the same `writesae collect` again to have it made again")
+            raise ValueError(
+                f"{where.shown(name)}: {found}: run the same `writesae collect` again to have it made again"
+            )
     return piece(out, made, [out / name for name in kept])
 
 
 def conclude(
-    out: Path,
+    where: Place,
     content: dict,
     digest: str,
     markers: list[dict],
@@ -58,6 +65,7 @@ def conclude(
         content, digest: the manifest and its digest. markers: of the units, in order.
         own: what the summary says of the run that did it. step: shows progress, or raises an interrupt.
     """
+    out = where.path
     state = Assembled(out, features_of(content), digest, chain(markers))
     totals = assemble(state, pieces, Selecting.of(content), step)
     sums = {name: sum(made[name] for made in markers) for name in ("shards", "documents", "tokens", "firings")}
@@ -73,23 +81,31 @@ def conclude(
         "bytes_per_firing": size / max(kept, 1), **own, "layout": layout,
         "integrity": {"manifest": digest, "shards": state.digest, "files": entries},
     }  # fmt: skip
-    write_sealed(out / "summary.json", summary)
-    sweep(out, content, digest)
+    sites = [f"layer-{layer}-head-{head}" for layer, head, *_ in content["sites"]]
+    where.send(*entries, *(f"index/{site}.parquet" for site in sites), *(f"done/{site}.json" for site in sites))
+    where.write("summary.json", sealed(summary).encode())
+    sweep(where, content, digest)
 
 
 def put_together(
-    out: Path, content: dict, digest: str, numbers: Iterable[int], own: Callable[[], dict], progress: bool, stop: Stop
+    where: Place,
+    content: dict,
+    digest: str,
+    numbers: Iterable[int],
+    own: Callable[[], dict],
+    progress: bool,
+    stop: Stop,
 ) -> None:
     """`conclude` of units that are all done, under a bar. own: says it when the pieces are ready."""
-    markers = [without_blocks(unit_marker(out, number, digest)) for number in numbers]
-    pieces = [ready(out, made, content) for made in markers]
+    markers = [without_blocks(unit_marker(where.path, number, digest)) for number in numbers]
+    pieces = [ready(where, made, content) for made in markers]
     with tqdm(unit="step", disable=not progress, desc="indexing") as bar:
 
         def step() -> None:
             bar.update()
             stop.check()
 
-        conclude(out, content, digest, markers, pieces, own(), step)
+        conclude(where, content, digest, markers, pieces, own(), step)
 
 
 def _spent(name: str) -> bool:
@@ -97,9 +113,9 @@ def _spent(name: str) -> bool:
     return name.endswith("/index.parquet")
 
 
-def sweep(out: Path, content: dict, digest: str) -> None:
+def sweep(where: Place, content: dict, digest: str) -> None:
     """Removes what is no part of a finished collection: indexes of units, and what workers that died left."""
-    named = {}
+    out, named = where.path, {}
     for number in unit_numbers(out):
         folder = unit_marker(out, number, digest)["folder"]
         named[folder] = number
@@ -122,3 +138,4 @@ def sweep(out: Path, content: dict, digest: str) -> None:
     discard(out / ".plan")
     for folder in (out, out / "done", out / "index", out / "tokenizer"):
         discard_left_over(folder)
+    where.keep_only(set(named))

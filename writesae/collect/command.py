@@ -8,7 +8,6 @@ import os
 import sys
 from contextlib import redirect_stdout
 from functools import partial
-from pathlib import Path
 
 from ..files import SEAL
 from ..interrupt import INTERRUPTED
@@ -18,6 +17,7 @@ from ..text.arguments import NAMED, add_options, named, tell_empty
 from . import manifest
 from .estimate import Estimate, readable
 from .manifest import MODES
+from .mirror import place_of
 
 _PATHS = ("corpus", "model", "sae", "out")  # arguments that may name a file here
 
@@ -37,7 +37,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="run all the model's recurrences on this package's op, not only the dictionaries' layers",
     )
     what = parser.add_argument_group("what is kept")
-    what.add_argument("--out", metavar="DIR", required=True, help="folder to write to; the same command on it resumes")
+    what.add_argument("--out", metavar="DIR", required=True, help="folder to write to, or s3://BUCKET/PREFIX; the same "
+                      "command on it resumes")  # fmt: skip
     what.add_argument("--mode", choices=MODES, default="all", help="keep all firings, the largest of a feature, or a "
                       "random sample of a feature")  # fmt: skip
     what.add_argument("--n", type=int, help="firings kept of a feature in the modes top and reservoir (default: 1000), "
@@ -136,9 +137,12 @@ def _activations(args: argparse.Namespace, saes) -> str:
     """What is asked for; else what a folder that was begun has; else what the help says."""
     if args.activations is not None:
         return args.activations
-    for path in (Path(args.out, "manifest.json"), Path(args.out, manifest.COPY)):
+    where = place_of(args.out)
+    with where.beginning():
+        pass  # of an object store the manifest is fetched, if it has one
+    for name in ("manifest.json", manifest.COPY):
         try:
-            return manifest.activations(manifest.read(path))
+            return manifest.activations(manifest.read(where.path / name))
         except ValueError:
             continue
     from ..models.grid import check_activations

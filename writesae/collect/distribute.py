@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from ..files import discard, read_sealed, sync_folder
+from ..files import read_sealed, sync_folder
 from ..interrupt import Stop, finishing
 from ..progress import tqdm
 from ..text.passages import BLOCK, Cursor, passages
@@ -23,11 +23,9 @@ from . import files, plan
 from .assemble import put_together, sweep
 from .plan import Unit
 from .run import Job, keep_tokenizer
-from .unit_marks import marker_path, unit_marker, unit_numbers
+from .unit_marks import marker_name, unit_marker, unit_numbers
 from .units import Worker
 from .verify import verify
-
-_POLL = 0.5  # seconds between two looks at what other workers do
 
 
 def collect_units(job: Job, rank: int = 0, world_size: int = 1) -> dict:
@@ -40,7 +38,7 @@ def collect_units(job: Job, rank: int = 0, world_size: int = 1) -> dict:
             tell_idle(len(worker.units), world_size)
         share = [unit for unit in worker.units if unit.number % world_size == rank]
         for unit in share:
-            worker.forget_damaged(unit, digests=True)
+            worker.forget_damaged(unit)
         at = share[0].number if share else 0
         others = [unit for unit in (*worker.units[at:], *worker.units[:at]) if unit.number % world_size != rank]
         if not work(worker, [*share, *others], stop):
@@ -81,7 +79,7 @@ def _plan(job: Job) -> list[Unit]:
     try:
         return plan.read(job.out, job.digest)  # another worker was first
     except ValueError:
-        discard(job.out / plan.PLAN)
+        job.where.discard(plan.PLAN)
     session, content = job.session, job.content
 
     def read(corpus, limit: int | None, start: Cursor):
@@ -92,8 +90,9 @@ def _plan(job: Job) -> list[Unit]:
     for number in unit_numbers(job.out):
         with suppress(ValueError):  # damaged: it will be found out
             if not unit_marker(job.out, number)["folder"].startswith(f"units/{names.get(number)}-"):
-                discard(marker_path(job.out, number))  # done by the plan of another release, which cut elsewhere
-    plan.write(job.out, units, job.digest)
+                # Done by the plan of another release, which cut elsewhere.
+                job.where.discard(f"done/{marker_name(number)}.json")
+    plan.write(job.where, units, job.digest)
     return plan.read(job.out, job.digest)
 
 
@@ -147,7 +146,8 @@ def work(worker: Worker, units: list[Unit], stop: Stop) -> bool:
             if stop:
                 return False
         if not did:
-            time.sleep(_POLL)
+            time.sleep(worker.job.where.poll)
+            worker.look()
 
 
 def finished(job: Job) -> dict | None:
@@ -156,17 +156,17 @@ def finished(job: Job) -> dict | None:
     if not (out / "summary.json").exists():
         return None
     with files.claimed(out / ".finish", wait=True):
-        found = verify(out)
+        found = verify(job.where)
         for problem in found.lines() if job.progress else ():
-            tqdm.write(f"{out}: {problem}", file=sys.stderr)
+            tqdm.write(f"{job.where}: {problem}", file=sys.stderr)
         if not (found.damaged or found.missing):
-            sweep(out, job.content, job.digest)
+            sweep(job.where, job.content, job.digest)
             return read_sealed(out / "summary.json")
-        discard(out / "summary.json")
+        job.where.discard("summary.json")
         sync_folder(out)
         worker = Worker(job, planned(job))
         for unit in worker.units:
-            worker.forget_damaged(unit, digests=True)
+            worker.forget_damaged(unit)
     return None
 
 
@@ -174,12 +174,19 @@ def end(worker: Worker, began: float) -> dict:
     """Puts the units together, or waits for who does."""
     job = worker.job
     with finishing("part of the index") as stop, files.claimed(job.out / ".finish", wait=True):
+        worker.look()
         if not (job.out / "summary.json").exists():
             numbers = range(len(worker.units))
             own_part = partial(own, worker, began)
-            put_together(job.out, job.content, job.digest, numbers, own_part, job.progress, stop)
+            try:
+                put_together(job.where, job.content, job.digest, numbers, own_part, job.progress, stop)
+            except ValueError:
+                # In an object store, where nothing holds others back, one may have ended it, and removed what is spent.
+                worker.look()
+                if not job.where.remote or not (job.out / "summary.json").exists():
+                    raise
         else:  # another worker did; this one may have touched locks since
-            sweep(job.out, job.content, job.digest)
+            sweep(job.where, job.content, job.digest)
         return read_sealed(job.out / "summary.json")
 
 

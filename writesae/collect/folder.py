@@ -23,6 +23,7 @@ from ..untrusted import is_integer
 from . import manifest
 from .files import DOCUMENTS, checked, numbers, parquet
 from .marks import entries_sound, marked, part_name, shard_marker, shard_numbers
+from .mirror import place_of
 from .unit_marks import marker_path, unit_marker, unit_numbers
 
 
@@ -44,12 +45,15 @@ class Folder:
     """See `Store`, which asks it."""
 
     def __init__(self, path):
-        self.path = Path(path)
+        self.where = place_of(path, "path", "store")
+        self.path = self.where.path
+        with self.where.beginning():
+            pass  # what says where things are is fetched
         try:
             self.manifest = manifest.read(self.path / "manifest.json")
         except ValueError as error:
             raise ValueError(
-                f"path: expected a folder made by `writesae collect`, got {self.path} ({error})"
+                f"path: expected a folder made by `writesae collect`, got {self} ({self._shown(error)})"
             ) from error
         self.mode = self.manifest["mode"]
         self.context = self.manifest["context"]
@@ -61,12 +65,19 @@ class Folder:
         self._sound: dict[str, set[int]] = {}  # blocks compared, of files read in parts
         self._units: dict[int, dict] = {}  # markers read
         if not self._sealed:
-            warnings.warn(f"{self.path} was made by an older writesae: its files have no digests", stacklevel=2)
+            warnings.warn(f"{self} was made by an older writesae: its files have no digests", stacklevel=2)
         if not self.complete and self.mode != "all":
             raise ValueError(
-                f"path: the collection in {self.path} is not finished, and mode {self.mode} stores its firings at the "
+                f"path: the collection in {self} is not finished, and mode {self.mode} stores its firings at the "
                 "end: run the same `writesae collect` again"
             )
+
+    def __str__(self) -> str:
+        return str(self.where)
+
+    def _shown(self, error: ValueError) -> str:
+        """What an error of a file says, of the file where it lies."""
+        return str(error).replace(str(self.path), str(self))
 
     @cached_property
     def _tokenizer_files(self) -> dict:
@@ -127,7 +138,10 @@ class Folder:
 
     def _unit(self, number: int) -> dict:
         if number not in self._units:
-            self._units[number] = unit_marker(self.path, number, self._manifest_digest)
+            try:
+                self._units[number] = unit_marker(self.path, number, self._manifest_digest)
+            except ValueError as error:
+                raise ValueError(self._shown(error)) from error
         return self._units[number]
 
     @cached_property
@@ -155,9 +169,11 @@ class Folder:
         """
         path, expected = self.path / name, self._entry(name)
         if expected is not None and name not in self._known:
+            self.where.need(name, expected)
             found = problem(path, expected)
             if found is not None:
-                raise ValueError(f"{path} is {found}" if found == "missing" else f"{path} is damaged: {found}")
+                shown = self.where.shown(name)
+                raise ValueError(f"{shown} is {found}" if found == "missing" else f"{shown} is damaged: {found}")
             self._known.add(name)
         return path
 
@@ -177,7 +193,7 @@ class Folder:
         else:
             listed = marked(self.path, stem, self._manifest_digest)["files"]
         if name not in listed:
-            raise ValueError(f"{self.path / name} is no file of this collection")
+            raise ValueError(f"{self.where.shown(name)} is no file of this collection")
         return listed[name]
 
     @contextmanager
@@ -196,7 +212,7 @@ class Folder:
             def compared(path: Path) -> ComparedFile:
                 return stack.enter_context(ComparedFile(path, expected, self._sound.setdefault(name, set())))
 
-            yield stack.enter_context(parquet(self.path / name, schema, compared))
+            yield stack.enter_context(parquet(self.where.opened(name), schema, compared))
 
     def _read(self, name: str, schema: pa.Schema) -> pa.Table:
         with self._table(name, schema) as file:
@@ -207,7 +223,7 @@ class Folder:
 
     def _part(self, table: str, passage: int) -> str:
         if not 0 <= passage < self._first_passages[-1]:
-            raise ValueError(f"{self.path}: passage {passage} is asked for, of {int(self._first_passages[-1])} it has")
+            raise ValueError(f"{self}: passage {passage} is asked for, of {int(self._first_passages[-1])} it has")
         at = int(np.searchsorted(self._first_passages, passage, side="right")) - 1
         piece = self.pieces[at]
         number = (passage - int(self._first_passages[at])) // piece.shard_passages

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from ..files import COMPARED, SEAL, entry, problem, read_sealed, write_sealed
+from ..files import COMPARED, SEAL, entry, problem, read_sealed, sealed, write_bytes
 from ..untrusted import is_integer
 
 PARTS = ("firings", "tokens", "documents", "counts")
@@ -19,8 +19,13 @@ def part_name(number: int, ending: str = "parquet") -> str:
 
 def mark(out: Path, name: str, paths: list[Path], manifest: str, **more) -> None:
     """Writes `done/name.json`: these files are whole."""
+    write_bytes(out / "done" / f"{name}.json", marker(out, paths, manifest, **more), out)
+
+
+def marker(out: Path, paths: list[Path], manifest: str, **more) -> bytes:
+    """What `mark` writes."""
     entries = {path.relative_to(out).as_posix(): entry(path) for path in paths}
-    write_sealed(out / "done" / f"{name}.json", {**more, "manifest": manifest, "files": entries}, out)
+    return sealed({**more, "manifest": manifest, "files": entries}).encode()
 
 
 def marked(out: Path, name: str, manifest: str | None = None) -> dict:

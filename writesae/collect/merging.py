@@ -18,7 +18,6 @@ from pathlib import Path
 
 from ..files import (
     SEAL,
-    discard,
     entry,
     make_folder,
     refuse_links,
@@ -33,10 +32,11 @@ from ..progress import tqdm
 from . import assemble, files, manifest, plan
 from .finish import Piece
 from .manifest import FORMAT, VERSION
-from .marks import damaged, mark, part_name
+from .marks import marker, part_name
+from .mirror import Place, place_of
 from .shard import ROWS
 from .store import Store
-from .unit_marks import mark_unit, marker_path, unit_marker, without_blocks
+from .unit_marks import mark_unit, marker_name, marker_path, unit_marker, without_blocks
 from .units import machine
 from .verify import verify
 
@@ -48,33 +48,36 @@ def merge(stores: list, out, progress: bool = False) -> dict:
     summary.
 
     Args:
-        stores: folders of collections, at least two, whose documents are numbered in this order.
-        out: a new or empty folder, or one that this very merge was begun in.
+        stores: folders of collections, or their URLs, at least two, whose documents are numbered in this order.
+        out: a new or empty folder, or one that this very merge was begun in; or the URL of one.
         progress: show a bar.
 
     Raises:
         ValueError: a store is unfinished, damaged, or differs in what must agree, by name; two are of the same text.
     """
     began = time.perf_counter()
-    out = Path(out)
+    where = place_of(out)
+    out = where.path
     if len(stores) < 2:
         raise ValueError(f"stores: expected at least two, got {len(stores)}")
-    found = [_finished(Path(path)) for path in stores]
+    found = [_finished(path) for path in stores]
     content, firsts = _content(found)
-    manifest.refuse_foreign(out)
-    refuse_links(out)
-    make_folder(out)
+    with where.beginning():
+        manifest.refuse_foreign(out)
+        refuse_links(out)
+        make_folder(out)
     with files.locked(out), finishing("shard") as stop:
         write_first(out / "manifest.json", sealed(content).encode(), out)
         for name in ("units", "done", "index"):
             make_folder(out, name)
         manifest.restore(out)
+        where.publish()
         _, digest = manifest.check(out, content)
         if (out / "summary.json").exists():
-            problems = verify(out)
+            problems = verify(where)
             if not (problems.damaged or problems.missing):
-                return Store(out).summary()
-            discard(out / "summary.json")
+                return Store(where).summary()
+            where.discard("summary.json")
             sync_folder(out)
         with tqdm(unit="step", disable=not progress, desc="merging") as bar:
 
@@ -82,17 +85,17 @@ def merge(stores: list, out, progress: bool = False) -> dict:
                 bar.update()
                 stop.check()
 
-            _copy_tokenizer(found[0], out, digest)
+            _copy_tokenizer(found[0], where, digest)
             markers: list[dict] = []
             pieces = []
             for store, first in zip(found, firsts, strict=True):
-                markers += _copy(store, out, first, len(markers), digest, step)
+                markers += _copy(store, where, first, len(markers), digest, step)
                 pieces.append(_piece(store, first))
-            assemble.conclude(out, content, digest, markers, pieces, {"seconds": time.perf_counter() - began}, step)
-        return Store(out).summary()
+            assemble.conclude(where, content, digest, markers, pieces, {"seconds": time.perf_counter() - began}, step)
+        return Store(where).summary()
 
 
-def _finished(path: Path) -> Store:
+def _finished(path) -> Store:
     store = Store(path)
     if not store.complete:
         raise ValueError(f"stores: expected finished collections, got {path}: run its `writesae collect` again")
@@ -118,8 +121,8 @@ def _content(stores: list[Store]) -> tuple[dict, list[int]]:
         for name in SAME:
             if store.manifest.get(name) != first.get(name):
                 raise ValueError(
-                    f"stores: expected the same {name} in all, got {_short(first.get(name))} in {stores[0].path} and "
-                    f"{_short(store.manifest.get(name))} in {store.path}"
+                    f"stores: expected the same {name} in all, got {_short(first.get(name))} in {stores[0]} and "
+                    f"{_short(store.manifest.get(name))} in {store}"
                 )
     corpora: list[list] = []  # first document, salt, digest
     firsts: list[int] = []
@@ -149,30 +152,31 @@ def _short(value) -> str:
     return text if len(text) <= 80 else f"one with SHA-256 {hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
-def _copy_tokenizer(store: Store, out: Path, digest: str) -> None:
-    names = store.tokenizer_files()
+def _copy_tokenizer(store: Store, where: Place, digest: str) -> None:
+    names, out = store.tokenizer_files(), where.path
     folder = make_folder(out, "tokenizer")
     for name in names:
         with whole_file(out / name, out) as temporary:
             shutil.copyfile(store.file(name), temporary)
-    mark(out, "tokenizer", [folder / Path(name).name for name in names], digest)
+    where.send(*names)
+    where.write("done/tokenizer.json", marker(out, [folder / Path(name).name for name in names], digest))
 
 
-def _copy(store: Store, out: Path, first: int, number: int, digest: str, step: Callable[[], None]) -> list[dict]:
+def _copy(store: Store, where: Place, first: int, number: int, digest: str, step: Callable[[], None]) -> list[dict]:
     """Copies a store's units (one that has none is one), documents numbered from `first` on; returns their markers."""
-    made = []
+    out, made = where.path, []
     for at, piece in enumerate(store.pieces):
         what = json.dumps([digest, sha256(store.path / "manifest.json"), at])
-        name = f"{number + at:06d}-{hashlib.sha256(what.encode()).hexdigest()[:12]}-{machine()}"
+        unit = f"{number + at:06d}-{hashlib.sha256(what.encode()).hexdigest()[:12]}"
         try:
             done = unit_marker(out, number + at, digest)
-            if not damaged(out, done):
+            if not any(where.problem(name, expected) for name, expected in done["files"].items()):
                 made.append(without_blocks(done))
                 continue
         except ValueError:
             pass
-        discard(marker_path(out, number + at))
-        folder = make_folder(out, "units", name)
+        where.discard(f"done/{marker_name(number + at)}.json")
+        folder = make_folder(out, "units", f"{unit}-{machine()}")
         written = []
         for kind in ("firings", "tokens") if store.mode == "all" else ("tokens",):
             make_folder(folder, kind)
@@ -187,8 +191,11 @@ def _copy(store: Store, out: Path, first: int, number: int, digest: str, step: C
             _renumbered(store.file(f"{piece.folder}{table}"), written[-1], by, schema, out)
         inside = folder.relative_to(out).as_posix()
         entries = {path.relative_to(out).as_posix(): entry(path) for path in written}
-        mark_unit(out, number + at, inside, digest, store.counted(at), entries)
+        there, entries = where.placed(unit, inside, entries)
+        mark_unit(where, number + at, there, digest, store.counted(at), entries)
         made.append(without_blocks(unit_marker(out, number + at, digest)))
+        if there != inside:
+            shutil.rmtree(folder, ignore_errors=True)
     return made
 
 
@@ -216,19 +223,21 @@ def put_together(out, progress: bool = False) -> dict:
         ValueError: some are not done, or damaged; says how many, or which file.
     """
     began = time.perf_counter()
-    out = Path(out)
-    content = manifest.read(out / "manifest.json")
+    where = place_of(out)
+    out = where.path
+    with where.beginning():
+        content = manifest.read(out / "manifest.json")
     if "unit" not in content:
-        raise ValueError(f"stores: expected two stores or more, or one filled by several workers, got {out} alone")
+        raise ValueError(f"stores: expected two stores or more, or one filled by several workers, got {where} alone")
     digest = sha256(out / "manifest.json")
     with files.locked(out, shared=True), files.claimed(out / ".finish", wait=True):
         if (out / "summary.json").exists():
-            return Store(out).summary()
+            return Store(where).summary()
         made = [unit.number for unit in plan.read(out, digest)]
         left = [number for number in made if not marker_path(out, number).exists()]
         if left:
             raise ValueError(
-                f"stores: {len(left)} of the {len(made)} units of {out} are not done (first: {left[0]}): run its "
+                f"stores: {len(left)} of the {len(made)} units of {where} are not done (first: {left[0]}): run its "
                 "`writesae collect` again"
             )
         for name in ("index", "done"):
@@ -238,8 +247,8 @@ def put_together(out, progress: bool = False) -> dict:
             def own() -> dict:
                 return {"seconds": time.perf_counter() - began}
 
-            assemble.put_together(out, content, digest, made, own, progress, stop)
-        return Store(out).summary()
+            assemble.put_together(where, content, digest, made, own, progress, stop)
+        return Store(where).summary()
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from ..interrupt import Stop
+from ..objects import is_url
 from .distribute import end, finished, open_worker, so_far, tell_idle, working
 from .estimate import Estimate
 from .run import DEFAULTS, opened
@@ -43,7 +44,7 @@ def collect_on_ray(
     Args:
         prepare: gives (corpus, tokenizer, source) for a device; called here, for "cpu", and once in every worker. Ray
             sends it there: a function of an installed module, or a `functools.partial` of one.
-        out: a folder that all nodes see under this path.
+        out: a folder that all nodes see under this path, or the URL of one in an object store.
         engine: "ray": the cluster that runs here (or that RAY_ADDRESS names), else one of this machine alone, or that
             of `ray.init`, where it was called; "ray://HOST:PORT": a cluster elsewhere, through its client port.
         device: what workers run on; one that is no "cpu" takes a whole GPU of Ray's.
@@ -57,7 +58,7 @@ def collect_on_ray(
         RuntimeError: a unit's worker was lost too often.
     """
     ray = _ray(engine)
-    out = Path(out).resolve()
+    out = out if is_url(out) else Path(out).resolve()
     unknown = sorted(set(settings) - set(DEFAULTS))
     if unknown:
         raise ValueError(f"settings: expected some of {', '.join(DEFAULTS)}, got {', '.join(unknown)}")
@@ -99,7 +100,8 @@ def _ray(engine: str):
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ImportError) as error:
-            raise ValueError(f"engine: cannot connect to {engine}: {error}") from error
+            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]  # of a server's whole traceback
+            raise ValueError(f"engine: cannot connect to {engine}: {reason}") from error
     return ray
 
 
@@ -156,8 +158,9 @@ def do_unit(recipe: tuple, number: int) -> int:
         _workers[out, digest] = open_worker(job, _open)
     worker = _workers[out, digest]
     unit = worker.units[number]
-    worker.forget_damaged(unit, digests=True)
+    worker.forget_damaged(unit)
     while not worker.done(unit):
         if not worker.do(unit, Stop()):
+            worker.look()
             time.sleep(_POLL)  # a worker that was thought lost is at it; should it be, its lock goes with it
     return number

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..files import read_sealed, sealed, write_first
+from ..files import read_sealed, sealed
 from ..text import passages as text
 from ..text.corpus import Corpus, Document
 from ..text.passages import Cursor, DocumentEnd
@@ -183,10 +183,10 @@ def _bytes(corpus: Corpus, document: Document) -> int:
         return stream.seek(0, 2)
 
 
-def write(out: Path, units: list[Unit], manifest: str) -> None:
-    """Puts the plan down, unless another worker was first: of one manifest they are equal."""
+def write(where, units: list[Unit], manifest: str) -> None:
+    """Puts the plan down, unless another worker was first: of one manifest they are equal. where: a `mirror.Place`."""
     content = {"manifest": manifest, "units": [unit.to_json() for unit in units]}
-    write_first(out / PLAN, sealed(content).encode(), out)
+    where.write(PLAN, sealed(content).encode(), first=True)
 
 
 def read(out: Path, manifest: str) -> list[Unit]:

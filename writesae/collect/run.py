@@ -27,11 +27,12 @@ from ..progress import tqdm
 from ..text.corpus import Corpus
 from ..text.passages import Passage, passages
 from ..text.tokens import tokenizing
-from . import files, manifest
+from . import files, manifest, mirror
 from .estimate import Estimate, estimate
 from .finish import Selecting
 from .manifest import MODES, Watched, tokenizer_files
-from .marks import PARTS, damaged, mark, marked
+from .marks import PARTS, marked, marker
+from .mirror import Place
 from .modes import Features, Selection
 from .session import Session
 from .shard import Progress, Shard
@@ -50,7 +51,7 @@ def collect(
     corpus: Corpus,
     tokenizer,
     source: Source,
-    out: str | os.PathLike,
+    out: str | os.PathLike | mirror.Place,
     *,
     mode: str = "all",
     n: int | None = None,
@@ -77,7 +78,8 @@ def collect(
         corpus: what to read.
         tokenizer: a Hugging Face tokenizer, or a function from text to token ids.
         source: where firings come from, usually a `ModelSource`.
-        out: the folder; new, empty, or holding an unfinished (or finished) collection of the same arguments.
+        out: the folder; new, empty, or holding an unfinished (or finished) collection of the same arguments. Or the
+            URL of one in an object store, see `mirror`, which is filled by units, by one worker too.
         mode: "all"; "top": the n largest of each feature; "reservoir": a uniform sample of n firings of each feature.
         n: firings kept a feature: for "top" and "reservoir" what is stored (default 1,000), for "all" the firings in
             the index by (feature, -activation) beside the complete log (default 100).
@@ -122,20 +124,24 @@ class Job:
     """A collection's folder, open, and all that it takes to fill it.
 
     Attributes:
-        content, digest: the manifest and its digest.
+        where: the folder, or the object store that it stands for. content, digest: the manifest and its digest.
         watched: the corpus's files, which must stay as they are.
     """
 
     corpus: Corpus
     tokenizer: object
     source: Source
-    out: Path
+    where: Place
     content: dict
     digest: str
     watched: Watched
     features: Features
     session: Session
     progress: bool
+
+    @property
+    def out(self) -> Path:
+        return self.where.path
 
     @property
     def n(self) -> int:
@@ -154,7 +160,7 @@ def opened(
     corpus: Corpus,
     tokenizer,
     source: Source,
-    out: str | os.PathLike,
+    out: str | os.PathLike | mirror.Place,
     settings: dict,
     several: bool,
     confirm: Callable[[Estimate], bool] | None = None,
@@ -177,9 +183,12 @@ def opened(
         if asked[name] is not None and asked[name] < 1:
             raise ValueError(f"{name}: expected at least 1, got {asked[name]}")
     tokenize, first = tokenizing(tokenizer, asked["bos"], getattr(source, "model", None))
-    out = Path(out)
-    manifest.refuse_foreign(out)
-    refuse_links(out)
+    where = mirror.place_of(out)
+    out = where.path
+    several |= where.remote
+    with where.beginning():
+        manifest.refuse_foreign(out)
+        refuse_links(out)
     measured = None
     if not manifest.begun(out):
         if next((x for x in passages(corpus, tokenize, context, first) if isinstance(x, Passage)), None) is None:
@@ -200,20 +209,22 @@ def opened(
             "tokenizer": {"sha256": tokenizer_digest(tokenizer, tokenize)},
             "sites": [list(vars(site).values()) for site in source.sites],
         }  # fmt: skip
-        manifest.refuse_foreign(out)
-        refuse_links(out)
-        if not manifest.begun(out):
-            sizes = {"shard_passages": asked["shard_passages"], "unit": asked["unit"] or (0 if shared else None)}
-            _create(out, pinned, sizes, source, measured, _named(source, tokenizer))
-        for folder in ("units", "done", "index") if shared else (*PARTS, "done", "index"):
-            make_folder(out, folder)
-        manifest.restore(out)
+        with where.beginning():
+            manifest.refuse_foreign(out)
+            refuse_links(out)
+            if not manifest.begun(out):
+                sizes = {"shard_passages": asked["shard_passages"], "unit": asked["unit"] or (0 if shared else None)}
+                _create(out, pinned, sizes, source, measured, _named(source, tokenizer))
+            for folder in ("units", "done", "index") if shared else (*PARTS, "done", "index"):
+                make_folder(out, folder)
+            manifest.restore(out)
+            where.publish()
         pinned |= {name: asked[name] for name in ("shard_passages", "unit") if asked[name] is not None}
         content, digest = manifest.check(out, pinned)
         if shared and content.get("unit") is None:
-            raise ValueError(f"out: {out} holds a collection of one process; several workers need another folder")
+            raise ValueError(f"out: {where} holds a collection of one process; several workers need another folder")
         session = Session(tokenize, first, source, context, batch, limit, progress)
-        job = Job(corpus, tokenizer, source, out, content, digest, watched, Features(source.sites), session, progress)
+        job = Job(corpus, tokenizer, source, where, content, digest, watched, Features(source.sites), session, progress)
         yield job
 
 
@@ -282,7 +293,7 @@ def keep_tokenizer(job: Job) -> None:
     out = job.out
     try:
         made = marked(out, "tokenizer", job.digest)
-        if not damaged(out, made):
+        if not any(job.where.problem(name, expected) for name, expected in made["files"].items()):
             return
     except ValueError:
         pass
@@ -293,7 +304,8 @@ def keep_tokenizer(job: Job) -> None:
             discard(path)
     for name, data in content.items():
         write_bytes(folder / name, data, out)
-    mark(out, "tokenizer", [folder / name for name in content], job.digest)
+    job.where.send(*(f"tokenizer/{name}" for name in content))
+    job.where.write("done/tokenizer.json", marker(out, [folder / name for name in content], job.digest))
 
 
 def _remove_spent(out: Path, mode: str) -> None:

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ..objects import is_url
 from .files import DOCUMENTS, FEATURES, FIRINGS, TOKENS, checked, numbers, row_groups, shifted
 from .folder import Documents, Folder
 from .unit_marks import unit_numbers
@@ -55,11 +56,12 @@ class Context:
 
 
 class Store(Folder):
-    """A folder that `writesae collect` made.
+    """A folder that `writesae collect` made, or one in an object store, given by its URL.
 
     Attributes:
-        path: the folder. manifest: what was collected. mode: "all", "top" or "reservoir". context: tokens a passage.
-        sites: (layer, head) in order. complete: whether the collection ended.
+        path: the folder; of a URL, one of this machine's cache, into which files are fetched as they are needed.
+        where: the folder, or what it stands for. manifest: what was collected. mode: "all", "top" or "reservoir".
+        context: tokens a passage. sites: (layer, head) in order. complete: whether the collection ended.
         activations: "exact", or "packed": rounded, F features by at most 2^-(25 - ceil(log2 F)) of the activation.
 
     Raises:
@@ -71,7 +73,7 @@ class Store(Folder):
         """The store in a folder, or in a dataset repository of the Hugging Face hub, which is downloaded to its cache.
 
         Args:
-            path_or_repo: a folder, or a repository such as "owner/name".
+            path_or_repo: a folder, a URL of an object store, or a repository such as "owner/name".
             revision: branch, tag or commit of a repository.
             firings: download the log of all firings, most of a store of mode "all". Without it `top` (up to the index's
                 n), `contexts`, `counts` and `tokens` answer, and what needs the log says that a file of it is missing.
@@ -81,7 +83,7 @@ class Store(Folder):
             FileNotFoundError, PermissionError, ConnectionError: no such repository, no access, no network.
             ValueError: no store there.
         """
-        if Path(path_or_repo).is_dir():
+        if is_url(path_or_repo) or Path(path_or_repo).is_dir():
             return cls(path_or_repo)
         from .hub import fetch
 
@@ -149,7 +151,7 @@ class Store(Folder):
         """Compares every file with its digest; returns what is wrong, see `collect.verify.Verified`."""
         from .verify import verify
 
-        return verify(self.path)
+        return verify(self.where)
 
     @cached_property
     def documents(self) -> pa.Table:
@@ -176,7 +178,7 @@ class Store(Folder):
             ValueError: the collection is not finished, or has no such site.
         """
         if not self.complete:
-            raise ValueError(f"counts: the collection in {self.path} is not finished")
+            raise ValueError(f"counts: the collection in {self} is not finished")
         self._check(layer, head)
         return _where(self._read("features.parquet", FEATURES), layer=layer, head=head)
 
@@ -324,7 +326,7 @@ class Store(Folder):
         found = numbers(_where(pa.concat_tables(tables), document=document)["token"])
         if len(found) != record["tokens"]:
             raise ValueError(
-                f"{self.path}: document {document} has {record['tokens']} tokens by documents.parquet, and "
+                f"{self}: document {document} has {record['tokens']} tokens by documents.parquet, and "
                 f"{len(found)} in {', '.join(names)}"
             )
         return found
@@ -346,7 +348,7 @@ class Store(Folder):
             ids, source = passages[f["document"], f["row"]]
             if f["position"] >= len(ids):
                 raise ValueError(
-                    f"{self.path}: a firing of {layer}:{head} feature {feature} is on token {f['position']} of "
+                    f"{self}: a firing of {layer}:{head} feature {feature} is on token {f['position']} of "
                     f"document {f['document']} row {f['row']}, which has {len(ids)}"
                 )
             low = max(f["position"] - width, 0)
@@ -366,7 +368,7 @@ class Store(Folder):
             try:
                 record = self._document(document)
             except ValueError as error:
-                raise ValueError(f"{self.path}: a firing is in a document that is not there: {error}") from error
+                raise ValueError(f"{self}: a firing is in a document that is not there: {error}") from error
             sources[document] = record["source"]
             shards.setdefault(self._part("tokens", record["first_passage"] + row), []).append((document, row))
         # Each of the strongest may be in another shard: several at once, since most of it is waiting for a disk.
@@ -404,7 +406,7 @@ class Store(Folder):
         most = int(self._first_passages[-1])
         if min(first, passages, found["tokens"]) < 0 or first + passages > most:
             raise ValueError(
-                f"{self.path}: by its table document {document} has {passages} passages from number {first} on, which "
+                f"{self}: by its table document {document} has {passages} passages from number {first} on, which "
                 f"{self._shards} shards cannot hold"
             )
         return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from ..files import SEAL, sealed, write_first
+from ..files import SEAL, sealed
 from ..untrusted import is_integer
 from .marks import marked
 
@@ -44,10 +44,10 @@ def unit_numbers(out: Path) -> list[int]:
     return sorted(int(stem) for stem in stems if stem.isdecimal() and len(stem) < 10)
 
 
-def mark_unit(out: Path, number: int, folder: str, manifest: str, counted: dict, entries: dict) -> bool:
-    """Makes a folder the unit's, unless another one is already. Whether it did."""
+def mark_unit(where, number: int, folder: str, manifest: str, counted: dict, entries: dict) -> bool:
+    """Makes a folder the unit's, unless another one is already. Whether it did. where: a `mirror.Place`."""
     value = {"unit": number, "folder": folder, **counted, "manifest": manifest, "files": entries}
-    return write_first(marker_path(out, number), sealed(value).encode(), out)
+    return where.write(f"done/{marker_name(number)}.json", sealed(value).encode(), first=True)
 
 
 def without_blocks(made: dict) -> dict:

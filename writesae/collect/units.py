@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import discard, entry, make_folder, problem
+from ..files import entry, make_folder
 from ..interrupt import Stop
 from . import files
 from .finish import INDEX_ROWS, Piece, Selecting, write_documents, write_features
@@ -83,11 +83,12 @@ class Worker:
             self._done.add(unit.number)
         return unit.number in self._done
 
-    def forget_damaged(self, unit: Unit, digests: bool) -> None:
-        """Takes a unit's marker away if it, or a file it names, is not what was written: the unit is to be done again.
+    def look(self) -> None:
+        """Sees what other workers have done since."""
+        self.job.where.refresh()
 
-        Args: digests: compare the files' too, not their sizes alone.
-        """
+    def forget_damaged(self, unit: Unit) -> None:
+        """Takes a unit's marker away, so that it is done again, if it or a file it names is not what was written."""
         job = self.job
         path = marker_path(job.out, unit.number)
         if not path.exists():
@@ -101,24 +102,21 @@ class Worker:
                     # In mode all the shards take its place.
                     if name.endswith("/index.parquet") and job.mode == "all":
                         continue
-                    self._compare(name, expected, digests)
+                    found = job.where.problem(name, expected)
+                    if found is not None:
+                        raise ValueError(f"{job.where.shown(name)}: {found}")
             except FileNotFoundError:
                 return
             except ValueError as error:
                 self.repaired.append(str(error))
-                discard(path)
+                job.where.discard(f"done/{path.name}")
                 self._done.discard(unit.number)
-
-    def _compare(self, name: str, expected: dict, digests: bool) -> None:
-        path = self.job.out / name
-        size = path.stat().st_size if path.is_file() else None
-        found = problem(path, expected) if digests else None if size == expected["bytes"] else f"has {size} bytes"
-        if found is not None:
-            raise ValueError(f"{path}: {found}")
 
     def do(self, unit: Unit, stop: Stop) -> bool:
         """Does a unit, unless it is done or another worker is at it. Whether it did anything."""
         out = self.job.out
+        if not self.done(unit):
+            self.look()
         if self.done(unit):
             return False
         with files.claimed(out / "units" / f"{unit.name}.lock") as mine:
@@ -171,11 +169,12 @@ class Worker:
             "passages": (state.cursor or unit.start).passages, "documents": state.documents, "tokens": state.tokens,
             "firings": state.firings, "kept": kept_in_all(state),
         }  # fmt: skip
-        first = mark_unit(job.out, unit.number, inside, job.digest, counted, entries)
+        there, entries = job.where.placed(unit.name, inside, entries)
+        mark_unit(job.where, unit.number, there, job.digest, counted, entries)
         self._done.add(unit.number)
-        if first:
+        if unit_marker(job.out, unit.number, job.digest)["folder"] == inside:
             remove_spent(folder, job.mode)
-        elif unit_marker(job.out, unit.number, job.digest)["folder"] != inside:
+        else:  # another worker's counts, or it is elsewhere now
             shutil.rmtree(folder, ignore_errors=True)
 
 

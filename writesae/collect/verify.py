@@ -11,11 +11,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from ..files import left_over, problem, read_sealed, sha256
+from ..files import left_over, read_sealed, sha256
+from ..objects import is_url
 from . import manifest as manifest_file
 from . import unit_marks
 from .files import digest_bar
 from .marks import PARTS, chain, entries_sound, marked, part_name, shard_marker, shard_numbers
+from .mirror import Place, place_of
 
 TABLES = ("documents.parquet", "features.parquet")
 PLAN = "plan.json"
@@ -60,22 +62,26 @@ class Verified:
         ]
 
 
-def verify(folder: str | os.PathLike, progress: Callable[[int], object] | None = None) -> Verified:
+def verify(folder: str | os.PathLike | Place, progress: Callable[[int], object] | None = None) -> Verified:
     """Compares every file of a collection, finished or not, with its digest.
 
     Args:
-        folder: the store. progress: told the bytes of each block read.
+        folder: the store, or its URL. progress: told the bytes of each block read.
 
     Raises:
         ValueError: no such folder, one that holds no collection, or one made without digests.
     """
-    out = Path(folder)
+    where = place_of(folder, "store", "store")
+    out = where.path
+    if not isinstance(folder, Place):
+        with where.beginning():
+            pass
     if not out.is_dir():
-        raise ValueError(f"store: expected a folder made by `writesae collect`, got {out}")
+        raise ValueError(f"store: expected a folder made by `writesae collect`, got {where}")
     if not (out / "manifest.json").is_file() and not (out / "done").is_dir():
-        raise ValueError(f"store: expected a folder made by `writesae collect`, got {out} without manifest.json")
-    _refuse_old(out)
-    check = _Check(out, progress)
+        raise ValueError(f"store: expected a folder made by `writesae collect`, got {where} without manifest.json")
+    _refuse_old(where)
+    check = _Check(where, progress)
     check.manifest()
     if check.in_units:
         check.units()
@@ -86,20 +92,21 @@ def verify(folder: str | os.PathLike, progress: Callable[[int], object] | None =
     return check.found
 
 
-def _refuse_old(out: Path) -> None:
+def _refuse_old(where: Place) -> None:
     try:
-        version = manifest_file.read(out / "manifest.json")["version"]
+        version = manifest_file.read(where.path / "manifest.json")["version"]
     except ValueError:
         return
     if version == 1:
-        raise ValueError(f"store: {out} was made by an older writesae, without digests: nothing to verify by")
+        raise ValueError(f"store: {where} was made by an older writesae, without digests: nothing to verify by")
 
 
 class _Check:
-    def __init__(self, out: Path, progress):
-        self.out, self.progress = out, progress
-        self.complete = os.path.lexists(out / "summary.json")
-        self.found = Verified(str(out), self.complete)
+    def __init__(self, where: Place, progress):
+        self.where, self.out, self.progress = where, where.path, progress
+        self.all = where.names()
+        self.complete = where.exists("summary.json")
+        self.found = Verified(str(where), self.complete)
         self.known = {".lock", ".finish", ".plan", *CARD}
         self.in_units = False
         self.markers: list[dict] = []
@@ -161,7 +168,7 @@ class _Check:
             self._good(name)
             self.markers.append(made)
             for file, expected in made["files"].items():
-                if file.split("/")[0] in spent and not os.path.lexists(self.out / file):
+                if file.split("/")[0] in spent and not self.where.exists(file):
                     continue  # the files written at the end took its place
                 self._compare(file, expected)
 
@@ -169,7 +176,7 @@ class _Check:
         numbers = set(unit_marks.unit_numbers(self.out))
         if self.summary is not None and isinstance(self.summary.get("layout"), list):
             numbers |= set(range(len(self.summary["layout"])))
-        elif os.path.lexists(self.out / PLAN):
+        elif self.where.exists(PLAN):
             try:
                 if read_sealed(self.out / PLAN).get("manifest") != self.digest:
                     raise ValueError("of another collection")
@@ -188,7 +195,7 @@ class _Check:
             self.markers.append(made)
             self.found.shards += made["shards"]
             for file, expected in made["files"].items():
-                if self.complete and file.endswith("/index.parquet") and not os.path.lexists(self.out / file):
+                if self.complete and file.endswith("/index.parquet") and not self.where.exists(file):
                     continue  # the whole's took its place
                 self._compare(file, expected)
 
@@ -221,18 +228,16 @@ class _Check:
             self.found.damaged["summary.json"] = "its digest of the shards' markers is of others"
 
     def others(self) -> None:
-        for here, folders, names in os.walk(self.out):
-            for name in sorted((*names, *(f for f in folders if os.path.islink(Path(here, f))))):
-                file = Path(here, name).relative_to(self.out).as_posix()
-                if file in self.known:
-                    continue
-                ours = left_over(Path(name)) is not None or file in TABLES or file.split("/")[0] in (*PARTS, *FOLDERS)
-                (self.found.left_over if ours and not self.complete else self.found.unexpected).append(file)
+        for file in self.all:
+            if file in self.known:
+                continue
+            ours = left_over(Path(file)) is not None or file in TABLES or file.split("/")[0] in (*PARTS, *FOLDERS)
+            (self.found.left_over if ours and not self.complete else self.found.unexpected).append(file)
 
     def _compare(self, file: str, expected: dict) -> None:
         if file in self.known:
             return
-        found = problem(self.out / file, expected, self.progress)
+        found = self.where.problem(file, expected, self.progress)
         self.known.add(file)
         if found == "missing":
             self.found.missing.append(file)
@@ -244,11 +249,11 @@ class _Check:
     def _good(self, file: str) -> None:
         self.known.add(file)
         self.found.files += 1
-        self.found.bytes += (self.out / file).stat().st_size
+        self.found.bytes += self.where.size(file)
 
     def _bad(self, file: str, error: ValueError) -> None:
         self.known.add(file)
-        if os.path.lexists(self.out / file):
+        if self.where.exists(file):
             text = str(error).removeprefix(str(self.out / file)).removeprefix(" is damaged").lstrip(": ")
             self.found.damaged[file] = text
         else:
@@ -259,16 +264,19 @@ class _Check:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("store", help="folder made by `writesae collect`, finished or not")
+    parser.add_argument("store", help="folder made by `writesae collect`, finished or not, or its URL in an object "
+                        "store")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print what was found as JSON")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints every damaged, missing or unexpected file. Returns 0 if there is none, else 1."""
-    out = Path(args.store)
-    _refuse_busy(out)
-    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) if out.is_dir() else 0
+    out = args.store if is_url(args.store) else Path(args.store)
+    size = 0
+    if isinstance(out, Path):
+        _refuse_busy(out)
+        size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) if out.is_dir() else 0
     with digest_bar("verifying", size, not args.quiet and sys.stderr.isatty()) as tell:
         found = verify(out, tell)
     if args.json:

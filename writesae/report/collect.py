@@ -207,7 +207,7 @@ def by_site(sites: list[dict], path: Path) -> Path:
         above.set_xlim(0, 1)
         above.grid(False)
         above.xaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
-        axes.barh([], [], color=colours["delete"], label="atoms that fired (above)")
+        axes.barh([0], [0], color=colours["delete"], label="atoms that fired (above)")
         axes.set_yticks(at, [f"layer {site['layer']}, head {site['head']}" for site in sites])
         axes.set(ylim=(len(sites) - 0.5, -0.5), xlabel="firings a token")
         axes.grid(False, axis="y")

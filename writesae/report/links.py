@@ -50,5 +50,6 @@ class Links:
         """The address of a feature's page, or None."""
         if self._base is None:
             return None
+        # As `writesae.browse.link` says, which this folder may not import: it must run where nothing is compiled.
         place = f"L{layer}H{head}/{feature}.html" if self._static else f"{layer}/{head}/{feature}"
         return f"{self._base}/{place}"

@@ -90,7 +90,7 @@ class _Section:
     summary: Mapping
     claims: Sequence[_Claim]
     figures: Sequence[tuple[Figure, str]]  # with captions
-    tables: Sequence[tuple[str, str]]  # name, and where it is, seen from the page
+    tables: Mapping[str, str]  # {name: where it is, seen from the page}
     statistics: Sequence[Mapping]
     more: int
     failed: str | None
@@ -225,10 +225,10 @@ def render(
         pictures = [
             (figure(_picture(folder / name, drawn), page), caption) for drawn, caption in summary["figures"].items()
         ]
-        tables = [
-            (table, quote(Path(os.path.relpath(folder / name / f"{table}.csv", page)).as_posix()))
+        tables = {
+            table: quote(Path(os.path.relpath(folder / name / f"{table}.csv", page)).as_posix())
             for table in summary["tables"] if (folder / name / f"{table}.csv").is_file()
-        ]  # fmt: skip
+        }  # fmt: skip
         sections.append(
             _Section(summary, claims, pictures, tables, rows[:_ROWS], max(0, len(rows) - _ROWS), failed.get(name))
         )

@@ -280,7 +280,7 @@ def null_models(rows: Sequence[tuple[str, Mapping[str, tuple[float, float, float
         axes.set(xlim=(-0.02, 1.02), ylim=(len(rows) - 0.5, -0.5), xlabel="share of firings with the atom closer")
         axes.grid(False, axis="y")
         axes.xaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, ncols=2, columnspacing=1.2)
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0, ncols=2, columnspacing=1.2)
 
     flat = [(name, scale, *found) for name, shares in rows for scale, found in shares.items()]
     data = _columns(("condition", "scale", "share", "low", "high"), flat)
@@ -360,7 +360,7 @@ def recovered(rows: Sequence[tuple[str, Sequence[tuple]]], path: Path) -> Path:
             axes.axvline(at, color=colours["line"], linewidth=0.9, linestyle=(0, (4, 3)))
         axes.set_yticks(range(len(rows)), [name for name, _ in rows])
         axes.set(xlim=(low - 0.04, high + 0.04), ylim=(len(rows) - 0.5, -0.5))
-        axes.set_xlabel("share of the deletion’s loss recovered (0: all writes deleted, 100 %: the plain model)")
+        axes.set_xlabel("share of the loss recovered (0: writes deleted, 100 %: plain model)")
         axes.grid(False, axis="y")
         axes.xaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, ncols=2, columnspacing=1.2)

@@ -28,7 +28,7 @@ p{max-width:74ch}
 .figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,430px),1fr));gap:28px 32px;margin:32px 0;
 align-items:start}
 figure{margin:0;break-inside:avoid}
-figure img{display:block;width:100%;height:auto}
+figure img{display:block;width:100%;max-width:760px;height:auto}
 figcaption{font-size:14px;color:var(--soft);line-height:1.45;margin-top:6px}
 figcaption b{color:var(--ink)}
 .scroll{overflow-x:auto}

@@ -8,7 +8,8 @@ import sys
 from .corpus import FORMATS, Corpus
 
 NAMED = (
-    f"a file or a folder (links followed) of {FORMATS}; stdlib:SPLIT (train, validation or test), the Python standard "
+    f"a file or a folder (links followed), or s3://BUCKET/PREFIX, gs:// or hf://, of {FORMATS}; "
+    "stdlib:SPLIT (train, validation or test), the Python standard "
     "library's sources; or dataset:NAME[:CONFIG][@SPLIT]"
 )
 _EXAMPLES = 3

@@ -14,10 +14,11 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import numpy as np
 
+from .. import objects
 from ..default.corpus import SPLITS, stdlib_files, stdlib_folder
 from . import hub
 from .folder import Skipped, shown, walk
@@ -68,7 +69,8 @@ class Corpus:
         """What a command's `argument` names.
 
         Args:
-            name: a path; `stdlib:SPLIT`, the Python standard library's sources; `dataset:NAME[:CONFIG][@SPLIT]`.
+            name: a path or a URL, see `from_path`; `stdlib:SPLIT`, the Python standard library's sources;
+                `dataset:NAME[:CONFIG][@SPLIT]`.
 
         Raises:
             ValueError: no such split, and what `from_path` and `from_dataset` raise.
@@ -102,7 +104,8 @@ class Corpus:
 
     @classmethod
     def from_path(cls, path: str | os.PathLike, text_field: str = "text") -> Corpus:
-        """A file, or a folder of files in sorted order, links followed; see `FORMATS` and `folder.walk`.
+        """A file, or a folder of files in sorted order, links followed; see `FORMATS` and `folder.walk`. Of a URL
+        (`s3://…`, see `objects`) the object, or all below it, read over the connection, nothing kept.
 
         Left out of a folder, and counted in `skipped`: names that begin with a dot, files that are not text, .json
         files without records, links that lead nowhere, in a circle, or to what is read anyway.
@@ -111,12 +114,17 @@ class Corpus:
             FileNotFoundError: no such path.
             ValueError: nothing readable in it, a file that is not text, a damaged one, or a missing column.
         """
-        path = Path(path)
-        if path.is_file():
-            return cls.from_files([path], text_field)
-        if not path.is_dir():
-            raise FileNotFoundError(f"corpus: no file or folder {shown(path)} (a datasets name goes to --dataset)")
-        found, skipped = walk(path)
+        if objects.is_url(path):
+            objects_found, hidden = objects.walk(os.fspath(path))
+            found = cast(list[tuple[Path, str]], objects_found)  # they stand for paths where text is read
+            skipped = [Skipped(shown(name), "hidden") for name in hidden]
+        else:
+            path = Path(path)
+            if path.is_file():
+                return cls.from_files([path], text_field)
+            if not path.is_dir():
+                raise FileNotFoundError(f"corpus: no file or folder {shown(path)} (a datasets name goes to --dataset)")
+            found, skipped = walk(path)
         files = []
         for file, name in found:
             try:
@@ -130,7 +138,7 @@ class Corpus:
             others = f", such as {'; '.join(map(str, skipped[-3:]))}" if skipped else ""
             got = "no files" if skipped else "an empty folder"
             got = f"{len(found)} files and no text among them" if found else got
-            raise ValueError(f"corpus: expected text in {shown(path)}, got {got}{others}")
+            raise ValueError(f"corpus: expected text in {shown(os.fspath(path))}, got {got}{others}")
         return cls(files, text_field, skipped)._checked()
 
     @classmethod
@@ -202,7 +210,7 @@ class Corpus:
         digest = hashlib.sha256()
         for path, name, kind in self.files:
             size = path.stat().st_size
-            with open(path, "rb") as file:
+            with path.open("rb") as file:
                 head = file.read(SNIFF)
                 file.seek(max(size - SNIFF, 0))
                 digest.update(repr((name, kind, size)).encode() + head + file.read(SNIFF))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..files import sha256
+from ..objects import RemoteFile
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class FileIdentity:
 
     @classmethod
     def of(cls, path: Path, name: str) -> FileIdentity:
+        if isinstance(path, RemoteFile):
+            path.stamp()  # asks the store anew
         at = path.stat()
         return cls(name, path, at.st_size, at.st_mtime_ns, at.st_ino)
 

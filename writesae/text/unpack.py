@@ -48,7 +48,7 @@ def open_text(path: Path, name: str) -> BinaryIO:
     """
     packed, _ = packing(path)
     if packed is None:
-        file = open(path, "rb")
+        file = path.open("rb")
         mark, _ = _mark(file.read(4))
         if not mark:
             file.seek(0)
@@ -61,7 +61,7 @@ def open_bytes(path: Path, name: str) -> BinaryIO:
     """The file unpacked, for formats that are read from any place: a packed one goes through a temporary file."""
     packed, _ = packing(path)
     if packed is None:
-        return open(path, "rb")
+        return path.open("rb")
     unpacked = tempfile.TemporaryFile()
     try:
         with _unpacking(path, name, packed) as stream:
@@ -108,7 +108,7 @@ def _mark(head: bytes) -> tuple[bytes, str]:
 def _unpacking(path: Path, name: str, packed: str | None, raw: io.BufferedReader | None = None) -> Iterator:
     """Something with `read(n)`; what goes wrong in it, or in the block within, is told with the file's name."""
     try:
-        with raw or open(path, "rb") as raw:
+        with raw or path.open("rb") as raw:
             if packed == "gzip":
                 with gzip.GzipFile(fileobj=raw) as stream:
                     yield stream
@@ -141,7 +141,7 @@ class _Unpacked(io.RawIOBase):
 
     def _read(self) -> Generator[bytes]:
         path, name, packed = self._arguments
-        self._file = open(path, "rb")
+        self._file = path.open("rb")
         with _unpacking(path, name, packed, self._file) as stream:
             piece = b""
             while len(piece) < 4 and (more := stream.read(_PIECE)):
