@@ -46,12 +46,12 @@ class Live:
         if "refuse" in prompt:
             raise ValueError("prompt: expected at most 10 tokens, got 11")
         try:
-            for i in range(max_new_tokens):
-                time.sleep(self.pause)
-                yield {"side": "plain", "token": WORDS[i % 30], "id": i % 30}
-                j = i % 30 if i < 3 or not edits else (i + 1) % 30
-                yield {"side": "edited", "token": WORDS[j] + self.extra("generated"), "id": j}
-            yield {"done": {"applied": 3, "seconds": 1.25}}
+            for side in ("plain", "edited"):
+                for i in range(max_new_tokens):
+                    time.sleep(self.pause)
+                    j = i % 30 if i < 3 or side == "plain" else (i + 1) % 30
+                    yield {"side": side, "token": WORDS[j] + self.extra("generated"), "id": j}
+            yield {"done": {"applied": [3] + [0] * (len(edits) - 1), "kl": [0.01, 0.5, 0.0], "first_difference": 3}}
         finally:
             self.closed += 1
 
@@ -123,11 +123,14 @@ class Atlas:
                           "counts": (1000 * np.exp(-np.arange(30) / 5)).astype(int).tolist()},
             "writes": {"promoted": [token(i + feature, 3.2 - i / 4) for i in range(10)],
                        "suppressed": [token(i + 7, -2.1 + i / 5) for i in range(10)]},
-            "answers": {"tokens": [token(i + 3, 410 - 40 * i) for i in range(8)]},
+            "answers": {"tokens": [token(i + 3, 410 - 40 * i) for i in range(8)],
+                        "keys": [{"token": WORDS[i] + t("key"), "cosine": 0.9 - i / 9, "count": 40} for i in range(4)],
+                        "neighbours": [{"layer": layer, "head": head, "feature": i, "cosine": 0.9} for i in range(3)]},
             "neighbours": [{"layer": layer, "head": head, "feature": i, "cosine": 0.9 - i / 10} for i in range(6)],
             "cofiring": [{"layer": first[0], "head": first[1], "feature": i + 9, "together": 1200 - i, "expected": 40.0,
                           "lift": 30.5 - i, "npmi": 0.4} for i in range(6)],
-            "replacement": [{"run": "replace" + t("run"), "firings": 30, "win rate": 0.93, "KL atom": 0.0012,
-                             "KL deleted": 0.0041}] if feature % 2 == 0 else None,
+            "replacement": [{"run": "replace" + t("run"), "n": 30, "cosine": 0.8, "win_rate": 0.93,
+                             "kl_median": {"delete": 0.0041, "atom": 0.0012, "made up" + t("condition"): None},
+                             "closer_than": {"delete": 0.93}}] if feature % 2 == 0 else None,
         }  # fmt: skip
         return SimpleNamespace(as_dict=lambda: page)

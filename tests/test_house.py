@@ -126,6 +126,7 @@ MAY_IMPORT = {
         "text",
         "untrusted",
         "firings",
+        "progress",
     },
 }
 EXTRAS = {

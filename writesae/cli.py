@@ -189,7 +189,7 @@ COMMANDS = {
         "Serves web pages to this machine's own browser until Ctrl-C, and writes a table of the features beside the "
         "store (STORE.browse) first; with --static it writes the pages to a folder instead, for any host.",
         "writesae browse runs/notes --model default --open",
-        group="look", then=("writesae report {store} --browse {static}", "writesae report {store}"),
+        group="look", then=("python -m http.server --directory {static}", "writesae report {store}"),
     ),
     "report": Command(
         "writesae.report.command",

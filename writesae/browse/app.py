@@ -58,8 +58,11 @@ def make_app(atlas: Any, host: str = "127.0.0.1"):
         return request.path_params["layer"], request.path_params["head"], request.path_params["feature"]
 
     def feature(request: Request) -> Response:
-        with one:  # a store's files are read by one thread at a time
-            return HTMLResponse(pages.feature(*where(request)))
+        try:
+            with one:  # a store's files are read by one thread at a time
+                return HTMLResponse(pages.feature(*where(request)))
+        except (ValueError, OSError) as error:  # a damaged file
+            return broken(request, error)
 
     def exported(request: Request) -> Response:
         to = link(*where(request))
@@ -119,9 +122,7 @@ def make_app(atlas: Any, host: str = "127.0.0.1"):
 
         try:
             asked = await body_of(request)
-            sites = asked.get("sites")
-            if sites is not None:
-                sites = [_site(x) for x in sites]
+            sites = None if asked.get("sites") is None else [_site(x) for x in _list(asked, "sites")]
             found = await run_in_threadpool(atlas.live.text, _string(asked, "text"), sites=sites)
         except ValueError as error:
             return refused(error)
@@ -130,7 +131,7 @@ def make_app(atlas: Any, host: str = "127.0.0.1"):
     async def compare(request: Request) -> Response:
         try:
             asked = await body_of(request)
-            prompt, edits = _string(asked, "prompt"), [_edit(x) for x in asked.get("edits") or ()]
+            prompt, edits = _string(asked, "prompt"), [_edit(x) for x in _list(asked, "edits")]
             length = asked.get("max_new_tokens", 32)
             if not isinstance(length, int) or isinstance(length, bool):
                 raise ValueError(f"max_new_tokens: expected an integer, got {type(length).__name__}")
@@ -212,6 +213,13 @@ def _string(asked: dict, name: str) -> str:
     value = asked.get(name)
     if not isinstance(value, str):
         raise ValueError(f"{name}: expected text, got {type(value).__name__}")
+    return value
+
+
+def _list(asked: dict, name: str) -> list:
+    value = asked.get(name)
+    if not isinstance(value, list):
+        raise ValueError(f"{name}: expected a list, got {type(value).__name__}")
     return value
 
 

@@ -113,20 +113,24 @@ def address(listening: socket.socket) -> str:
     return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
 
-def make_server(atlas, listening: socket.socket):
-    """A uvicorn server of an atlas; `server.run(sockets=[listening])` serves until `server.should_exit`."""
+def make_server(atlas, listening: socket.socket, host: str | None = None):
+    """A uvicorn server of an atlas; `server.run(sockets=[listening])` serves until `server.should_exit`.
+
+    Args:
+        host: as it was asked for, a name perhaps (default: the socket's address).
+    """
     from .app import make_app
 
     uvicorn = _uvicorn()
     settings = uvicorn.Config(
-        make_app(atlas, listening.getsockname()[0]), log_level="warning", access_log=False, lifespan="off",
+        make_app(atlas, host or listening.getsockname()[0]), log_level="warning", access_log=False, lifespan="off",
         timeout_graceful_shutdown=_CLOSING, server_header=False,
     )  # fmt: skip
     return uvicorn.Server(settings)
 
 
 def _serve(atlas, listening: socket.socket, args: argparse.Namespace) -> int:
-    server, url = make_server(atlas, listening), address(listening)
+    server, url = make_server(atlas, listening, args.host), address(listening)
     if not is_loopback(args.host):
         also = " and run the model" if atlas.live is not None else ""
         print(

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ..report.schema import CONDITIONS
 from . import show
 from .columns import Columns
 from .guard import POLICY
@@ -20,9 +21,10 @@ from .links import link
 
 HERE = Path(__file__).parent
 FIRST_ROWS = 100  # of the list, in the page itself: seen before any script or data has come
-KINDS = {"erase": "take the feature's write away wherever it fires",
-         "scale": "multiply the feature's part of the write",
-         "install": "add the feature's atom at every token"}  # fmt: skip
+KINDS = {"erase": "take the whole write away wherever the feature fires",
+         "scale": "multiply the feature's part of the write by a number wherever it fires",
+         "install": "write the feature's atom, of a strength in units of its activation, at the "
+                    "prompt's last token"}  # fmt: skip
 # What a list's column is called, and what it means.
 HEADINGS = {
     "feature": ("feature", "layer, head and number of the feature; a link to its page"),
@@ -136,7 +138,8 @@ class Pages:
             answers=_answers(page.get("answers")), neighbours=self._others(page.get("neighbours")),
             key_neighbours=self._others((page.get("answers") or {}).get("neighbours")),
             cofiring=self._others(page.get("cofiring")), replacement=_replacement(page.get("replacement")),
-            before=before, after=after, largest=largest, count=int(self.atlas.table.count[row]), kinds=KINDS,
+            before=before, after=after, strength=_strength(largest),
+            count=int(self.atlas.table.count[row]), kinds=KINDS,
         )  # fmt: skip
 
     def text(self) -> str:
@@ -226,7 +229,7 @@ def _bars(items: Iterable[Mapping]) -> list[dict]:
 
 
 def _value(item: Mapping) -> float:
-    for name in ("value", "count", "cosine"):
+    for name in ("value", "cosine", "count"):
         if item.get(name) is not None:
             return item[name]
     return math.nan
@@ -241,13 +244,19 @@ def _answers(found: Mapping | None) -> dict:
     return {name: _bars((found or {}).get(name) or ()) for name in ("tokens", "keys")}
 
 
-def _replacement(found: Iterable[Mapping] | None) -> tuple[list[str], list[list[str]]] | None:
-    """(names, rows) of what the runs given with --results say of a feature."""
-    rows = list(found or ())
-    if not rows:
-        return None
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    return [x.replace("_", " ") for x in names], [[_fact(row.get(x)) for x in names] for row in rows]
+def _replacement(found: Iterable[Mapping] | None) -> list[dict]:
+    """What each run given with --results says of a feature: a row a condition, the atom first, then by median KL."""
+    out = []
+    for run in found or ():
+        medians, closer = run.get("kl_median") or {}, run.get("closer_than") or {}
+        names = sorted(medians, key=lambda x: (x != "atom", math.inf if medians[x] is None else medians[x]))
+        rows = [
+            {"condition": CONDITIONS.get(x, show.plain(str(x))), "kl": show.number(medians[x]),
+             "closer": show.percent(closer[x]) if x in closer else ""} for x in names
+        ]  # fmt: skip
+        about = {"run": show.plain(str(run.get("run", ""))), "n": show.count(run.get("n") or 0), "rows": rows}
+        out.append({**about, "win_rate": show.percent(run.get("win_rate")), "cosine": show.number(run.get("cosine"))})
+    return out
 
 
 def _histogram(found: Mapping | None) -> dict | None:
@@ -262,6 +271,11 @@ def _histogram(found: Mapping | None) -> dict | None:
     ]  # fmt: skip
     return {"bars": bars, "low": show.number(edges[0]), "high": show.number(edges[-1]), "most": show.count(largest),
             "total": show.count(sum(counts))}  # fmt: skip
+
+
+def _strength(largest: float) -> float:
+    """How much of an atom is installed unless said otherwise: its largest activation, in two digits."""
+    return float(f"{largest:.2g}") if 0 < largest < math.inf else 1.0
 
 
 def _is_fact(x: object) -> bool:

@@ -21,6 +21,7 @@ import numpy as np
 from .. import __version__
 from ..files import make_folder, read_sealed, refuse_link, write_bytes, write_sealed, write_text
 from ..interrupt import INTERRUPTED, finishing
+from ..progress import tqdm
 from .app import assets
 from .links import link
 from .pages import HERE, Pages
@@ -64,8 +65,6 @@ def write(atlas: Any, folder: str | Path, most: int | None = None) -> int:
     Raises:
         ValueError: the folder holds something else.
     """
-    from tqdm import tqdm
-
     rows = chosen(atlas.table, most)
     pages = Pages(atlas, static=True, linked=rows)
     out, mine = Path(folder), identity(pages, most)

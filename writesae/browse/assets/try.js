@@ -68,7 +68,7 @@
         return item;
       }),
     );
-    if (!edits.length) list.appendChild(make("li", "none", "None yet: both sides will be the same."));
+    if (!edits.length) list.appendChild(make("li", "none", "None yet."));
   }
 
   function kind() {
@@ -100,6 +100,11 @@
 
   async function run() {
     if (!$("prompt").value || stop) return;
+    if (!edits.length) {
+      say("changes: expected at least one, got none", true);
+      $("feature").focus();
+      return;
+    }
     address();
     stop = new AbortController();
     $("go").disabled = true;
@@ -138,7 +143,7 @@
           if (event.side in sides) token(event);
           if (event.done) {
             end = "done";
-            facts(event.done);
+            facts(event.done, sides);
           }
         }
         const many = Math.max(sides.plain.length, sides.edited.length);
@@ -184,13 +189,22 @@
     while (j < m) flag(edited[j++], !stop);
   }
 
-  function facts(done) {
-    const shown = Object.entries(done || {}).filter(([, x]) => ["string", "number", "boolean"].includes(typeof x));
+  // What the model's side adds at the end: where each change acted, and how far predictions moved (KL, in nats).
+  function facts({ applied, kl }, { plain }) {
+    const shown = [];
+    (applied || []).forEach((n, i) => {
+      if (edits[i]) shown.push([`${edits[i].kind} ${place(edits[i])}`, n ? `at ${W.count(n)} token${n === 1 ? "" : "s"}` : "never fired"]);
+    });
+    if (kl && kl.length) {
+      const most = kl.indexOf(Math.max(...kl));
+      shown.push(["KL, mean", `${W.number(kl.reduce((a, b) => a + b, 0) / kl.length)} nats`]);
+      shown.push(["KL, largest", `${W.number(kl[most])} nats at token ${most + 1}`]);
+      plain.forEach(({ element }, i) => i < kl.length && (element.dataset.v = `KL ${W.number(kl[i])} nats`));
+    }
     $("done").replaceChildren(
       ...shown.map(([name, x]) => {
         const pair = make("div");
-        const value = typeof x === "number" && !Number.isInteger(x) ? W.number(x) : String(x);
-        pair.append(make("dt", "", name.replaceAll("_", " ")), make("dd", "", W.plain(value).slice(0, 200)));
+        pair.append(make("dt", "", name), make("dd", "", x));
         return pair;
       }),
     );
