@@ -30,9 +30,9 @@ from cuda_check import unstable_symbols
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = platform.machine()
-# What every wheel may ask of the system at most; torch's own wheels ask 2.28 of glibc. The static CUDA runtime is
-# linked against the glibc of the machine that builds, whose thread functions moved in 2.34.
-GLIBC = {"cpu": "2_28", "cuda": "2_34"}
+# The glibc that a wheel asks for at most. torch's own wheels ask for 2.28. 2.34 is what Debian 12's compiler asks for: for
+# ARM, string streams of GCC 11, which torch for x86_64 brings itself; with CUDA, threads, in its static runtime.
+GLIBC = {("cpu", "x86_64"): "2_28", ("cpu", "aarch64"): "2_34", ("cuda", "x86_64"): "2_34", ("cuda", "aarch64"): "2_34"}
 OLDEST = "2.10.0"  # torch, whose aarch64 wheel is small: without CUDA
 
 
@@ -62,8 +62,8 @@ def source(work: Path) -> Path:
 def torch_of(architecture: str, work: Path) -> Path:
     """The folder of libraries of the oldest torch that is supported, for another processor; downloaded."""
     folder = work / f"torch-{architecture}"
-    python("-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", "--platform",
-           f"manylinux_2_28_{architecture}", "--python-version", "3.10", "-d", str(folder), f"torch=={OLDEST}")  # fmt: skip
+    pip = ("-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", "--python-version", "3.10")
+    python(*pip, "--platform", f"manylinux_2_28_{architecture}", "-d", str(folder), f"torch=={OLDEST}")
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as file:
         file.extractall(folder, [name for name in file.namelist() if name.startswith("torch/lib/")])
@@ -95,7 +95,7 @@ def finished(wheel: Path, kind: str, architecture: str, out: Path) -> Path:
     """The wheel as auditwheel leaves it, named by the glibc it needs."""
     to = out / "audited"
     excluded = [part for name in ("torch", "torch_cpu", "c10") for part in ("--exclude", f"lib{name}.so")]
-    plat = f"manylinux_{GLIBC[kind]}_{architecture}"
+    plat = f"manylinux_{GLIBC[kind, architecture]}_{architecture}"
     asked = plat if architecture == HERE else "auto"  # auditwheel knows by name only what is for its own processor
     python("-m", "auditwheel", "repair", "--only-plat", "--plat", asked, *excluded, "-w", str(to), str(wheel))
     (made,) = to.glob("*.whl")
