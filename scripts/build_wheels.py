@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 HERE = platform.machine()
 # The glibc that a wheel asks for at most. torch's own wheels ask for 2.28. 2.34 is what Debian 12's compiler asks for: for
 # ARM, string streams of GCC 11, which torch for x86_64 brings itself; with CUDA, threads, in its static runtime.
-GLIBC = {("cpu", "x86_64"): "2_28", ("cpu", "aarch64"): "2_34", ("cuda", "x86_64"): "2_34", ("cuda", "aarch64"): "2_34"}
+GLIBC = {"cpu": {"x86_64": "2_28", "aarch64": "2_34"}, "cuda": {"x86_64": "2_34", "aarch64": "2_34"}}
 OLDEST = "2.10.0"  # torch, whose aarch64 wheel is small: without CUDA
 
 
@@ -95,7 +95,7 @@ def finished(wheel: Path, kind: str, architecture: str, out: Path) -> Path:
     """The wheel as auditwheel leaves it, named by the glibc it needs."""
     to = out / "audited"
     excluded = [part for name in ("torch", "torch_cpu", "c10") for part in ("--exclude", f"lib{name}.so")]
-    plat = f"manylinux_{GLIBC[kind, architecture]}_{architecture}"
+    plat = f"manylinux_{GLIBC[kind][architecture]}_{architecture}"
     asked = plat if architecture == HERE else "auto"  # auditwheel knows by name only what is for its own processor
     python("-m", "auditwheel", "repair", "--only-plat", "--plat", asked, *excluded, "-w", str(to), str(wheel))
     (made,) = to.glob("*.whl")
