@@ -18,7 +18,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, CellTimeoutError
 
 from writesae.files import make_folder, write_bytes
 
@@ -43,8 +43,8 @@ def run(path: Path) -> nbformat.NotebookNode:
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as sockets:
         client = NotebookClient(
             notebook,
-            timeout=300,
-            startup_timeout=300,
+            timeout=1800,  # of a cell, in seconds of the clock; a machine may be busy
+            startup_timeout=600,
             resources={"metadata": {"path": folder}},
             extra_arguments=[
                 "--InlineBackend.figure_formats=svg",
@@ -81,7 +81,7 @@ def main() -> int:
         before = seconds()
         try:
             ran = run(every[name])
-        except CellExecutionError as error:
+        except (CellExecutionError, CellTimeoutError) as error:
             print(f"{name}: {error}", file=sys.stderr)
             status = 1
             continue

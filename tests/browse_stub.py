@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 import time
 from types import SimpleNamespace
 
@@ -134,3 +136,25 @@ class Atlas:
                              "closer_than": {"delete": 0.93}}] if feature % 2 == 0 else None,
         }  # fmt: skip
         return SimpleNamespace(as_dict=lambda: page)
+
+
+class Served:
+    """A server of an atlas in a thread."""
+
+    def __init__(self, atlas):
+        self.atlas = atlas
+        from writesae.browse.command import address, make_server
+
+        self.listening = socket.create_server(("127.0.0.1", 0))
+        self.url = address(self.listening).rstrip("/")
+        self.server = make_server(atlas, self.listening)
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listening]}, daemon=True)
+        self.thread.start()
+        while not self.server.started:
+            assert self.thread.is_alive()
+            time.sleep(0.01)
+
+    def close(self):
+        self.server.should_exit = True
+        self.thread.join(10)
+        self.listening.close()

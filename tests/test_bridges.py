@@ -192,8 +192,13 @@ def test_what_a_collection_cannot_give_is_refused(made, tmp_path):
 
 
 def test_a_hostile_collection_stays_in_its_folder(tmp_path):
-    """Tokens that would be markup, paths or scripts are text; a size that would fill the memory is refused."""
-    path, _ = sample_store(tmp_path / "sample", F=16, firings=2_000, context=64, dictionaries=False, hostile=True)
+    """Tokens that would be markup, paths or scripts are text; what is no number, and a size that would fill the memory,
+    is refused."""
+    options = {"firings": 2_000, "context": 64, "dictionaries": False, "hostile": True}
+    path, _ = sample_store(tmp_path / "numbers", F=16, **options)
+    with pytest.raises(ValueError, match="expected finite activations, got a NaN or infinity of 0:0 feature [56]"):
+        neuronpedia.export(path, tmp_path / "x", model="m")
+    path, _ = sample_store(tmp_path / "text", F=5, k=4, **options)  # whose numbers are plain
     store = Store(path)
     for layout in neuronpedia.FORMATS:
         neuronpedia.export(store, tmp_path / layout, layout, model="m")

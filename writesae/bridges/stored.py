@@ -171,7 +171,7 @@ def firings(store: Store, layer: int, head: int, where: Passages, progress: bool
     """All firings of a site.
 
     Raises:
-        ValueError: a damaged file, or a firing on a token or of a feature that is not there.
+        ValueError: a damaged file, or a firing on a token or of a feature that is not there, or that is no number.
     """
     size, parts = features_of(store, layer, head), []
     total = int(np.sum(store.counts(layer, head)["count"].to_numpy()))
@@ -190,5 +190,10 @@ def firings(store: Store, layer: int, head: int, where: Passages, progress: bool
             raise ValueError(f"{store.path}: a firing of {layer}:{head} is of no feature of its {size}")
         if int(position.min()) < 0 or (position >= where.lengths[passage]).any():
             raise ValueError(f"{store.path}: a firing of {layer}:{head} is behind the end of its passage")
+        if not np.isfinite(activation).all():
+            odd = int(feature[~np.isfinite(activation)][0])
+            raise ValueError(
+                f"{store.path}: expected finite activations, got a NaN or infinity of {layer}:{head} feature {odd}"
+            )
     order = np.lexsort((position, passage, feature))
     return SiteFirings(layer, head, size, *(x[order] for x in (passage, position, feature, activation)))

@@ -17,7 +17,7 @@ from .modes import Features
 from .plan import PLAN
 from .shared_digests import FOLDER as DIGESTS
 from .source import Site
-from .unit_marks import TABLES, chain, unit_marker, unit_numbers
+from .unit_marks import TABLES, chain, unit_marker, unit_numbers, without_blocks
 from .units import piece, remove_spent, shards_of
 
 
@@ -97,7 +97,7 @@ def put_together(
     stop: Stop,
 ) -> None:
     """`conclude` of units that are all done, under a bar. own: says it when the pieces are ready."""
-    markers = [unit_marker(where.path, number, digest) for number in numbers]
+    markers = [without_blocks(unit_marker(where.path, number, digest)) for number in numbers]
     pieces = [ready(where, made, content) for made in markers]
     with tqdm(unit="step", disable=not progress, desc="indexing") as bar:
 

@@ -8,7 +8,6 @@ import os
 import sys
 from contextlib import redirect_stdout
 from functools import partial
-from pathlib import Path
 
 from ..files import SEAL
 from ..interrupt import INTERRUPTED
@@ -18,6 +17,7 @@ from ..text.arguments import NAMED, add_options, named, tell_empty
 from . import manifest
 from .estimate import Estimate, readable
 from .manifest import MODES
+from .mirror import place_of
 
 _PATHS = ("corpus", "model", "sae", "out")  # arguments that may name a file here
 
@@ -137,9 +137,12 @@ def _activations(args: argparse.Namespace, saes) -> str:
     """What is asked for; else what a folder that was begun has; else what the help says."""
     if args.activations is not None:
         return args.activations
-    for path in (Path(args.out, "manifest.json"), Path(args.out, manifest.COPY)):
+    where = place_of(args.out)
+    with where.beginning():
+        pass  # of an object store the manifest is fetched, if it has one
+    for name in ("manifest.json", manifest.COPY):
         try:
-            return manifest.activations(manifest.read(path))
+            return manifest.activations(manifest.read(where.path / name))
         except ValueError:
             continue
     from ..models.grid import check_activations

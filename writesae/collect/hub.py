@@ -66,7 +66,9 @@ def push(
             "revision, or say replace=True, which takes them away"
         )
     operations: list = [CommitOperationDelete(name) for name in sorted(there - set(names))]
-    operations += [CommitOperationAdd(name, str(store.path / name)) for name in names]
+    for name in names:  # of a store that lies elsewhere the tables are fetched
+        path = store.path / name
+        operations.append(CommitOperationAdd(name, str(path if path.exists() else store.file(name))))
     operations.append(CommitOperationAdd(CARD[0], text.encode()))
     with told(repo, revision, sending=True):
         done = api.create_commit(
@@ -108,13 +110,12 @@ def prepare(store: Store, repo: str, *, license: str, base_model: str | None = N
     if store.where.remote:
         raise ValueError(f"path: expected a store in a folder, got {store}: copy it into one first")
     if not store.complete:
-        raise ValueError(f"path: {store.path} is not finished: run its `writesae collect` again before it is uploaded")
+        raise ValueError(f"path: {store} is not finished: run its `writesae collect` again before it is uploaded")
     found = store.verify()
     if not found.sound:
-        raise ValueError(f"path: {store.path} is not sound: {'; '.join(found.lines()[:3])}")
-    paths = (path for path in store.path.rglob("*") if path.is_file())
-    names = sorted(path.relative_to(store.path).as_posix() for path in paths)
-    return [name for name in names if name not in _OWN], card_of(store, repo, license, base_model)
+        raise ValueError(f"path: {store} is not sound: {'; '.join(found.lines()[:3])}")
+    names = [name for name in store.where.names() if name not in _OWN]
+    return names, card_of(store, repo, license, base_model)
 
 
 # ---- the card --------------------------------------------------------------------------------------------------------

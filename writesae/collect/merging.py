@@ -36,7 +36,7 @@ from .marks import marker, part_name
 from .mirror import Place, place_of
 from .shard import ROWS
 from .store import Store
-from .unit_marks import mark_unit, marker_name, marker_path, unit_marker
+from .unit_marks import mark_unit, marker_name, marker_path, unit_marker, without_blocks
 from .units import machine
 from .verify import verify
 
@@ -171,7 +171,7 @@ def _copy(store: Store, where: Place, first: int, number: int, digest: str, step
         try:
             done = unit_marker(out, number + at, digest)
             if not any(where.problem(name, expected) for name, expected in done["files"].items()):
-                made.append(done)
+                made.append(without_blocks(done))
                 continue
         except ValueError:
             pass
@@ -193,7 +193,7 @@ def _copy(store: Store, where: Place, first: int, number: int, digest: str, step
         entries = {path.relative_to(out).as_posix(): entry(path) for path in written}
         there, entries = where.placed(unit, inside, entries)
         mark_unit(where, number + at, there, digest, store.counted(at), entries)
-        made.append(unit_marker(out, number + at, digest))
+        made.append(without_blocks(unit_marker(out, number + at, digest)))
         if there != inside:
             shutil.rmtree(folder, ignore_errors=True)
     return made

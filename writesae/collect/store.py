@@ -12,6 +12,7 @@ What is read of a file is compared with its digest, so that a damaged one is nam
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -28,6 +29,7 @@ from .folder import Documents, Folder
 from .unit_marks import unit_numbers
 
 _PLACE = ("document", "row", "position")
+_READERS = 8  # threads
 
 
 @dataclass(frozen=True)
@@ -123,9 +125,6 @@ class Store(Folder):
             self, repo, license=license, base_model=base_model, private=private, revision=revision, message=message,
             replace=replace,
         )  # fmt: skip
-
-    def __str__(self) -> str:
-        return str(self.where)
 
     def summary(self) -> dict:
         """The run's summary; of an unfinished collection the sums of its finished shards."""
@@ -372,8 +371,11 @@ class Store(Folder):
                 raise ValueError(f"{self}: a firing is in a document that is not there: {error}") from error
             sources[document] = record["source"]
             shards.setdefault(self._part("tokens", record["first_passage"] + row), []).append((document, row))
-        for name, places in shards.items():
-            table = self._tokens(name, [{"document": document, "row": row} for document, row in places])
+        # Each of the strongest may be in another shard: several at once, since most of it is waiting for a disk.
+        with ThreadPoolExecutor(_READERS) as pool:
+            asked = [[{"document": document, "row": row} for document, row in places] for places in shards.values()]
+            tables = list(pool.map(self._tokens, shards, asked))
+        for table, places in zip(tables, shards.values(), strict=True):
             key = (numbers(table["document"]).astype(np.int64) << 32) | numbers(table["row"])
             token = numbers(table["token"])
             for document, row in places:

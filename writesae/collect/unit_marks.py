@@ -50,6 +50,12 @@ def mark_unit(where, number: int, folder: str, manifest: str, counted: dict, ent
     return where.write(f"done/{marker_name(number)}.json", sealed(value).encode(), first=True)
 
 
+def without_blocks(made: dict) -> dict:
+    """A marker without the digests of its files' blocks, most of it: what is held of many."""
+    files = {name: {part: x[part] for part in ("bytes", SEAL)} for name, x in made["files"].items()}
+    return {**made, "files": files}
+
+
 def chain(markers: list[dict]) -> str:
     """One digest of the units, by what they hold, whoever made them where."""
     digest = hashlib.sha256()
