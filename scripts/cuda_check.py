@@ -103,14 +103,22 @@ def library() -> None:
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(LIBRARIES)]
     run(command, env={**os.environ, "WRITESAE_CUDA": "1"})
     for path in sorted(LIBRARIES.glob("writesae/_C_*")):
-        nm = ["nm", "-D", "--undefined-only", str(path)]
-        text = subprocess.run(nm, capture_output=True, text=True, check=True).stdout
-        names = [line.split()[-1] for line in text.splitlines()]
-        unstable = [name for name in names if re.match(r"_ZNK?(2at|3c10|5torch)", name)]
-        if unstable:
+        if unstable := unstable_symbols(path):
             sys.exit(f"{path.name} needs C++ symbols of torch, which change from release to release: {unstable[:5]}")
-        stable = sum(name.startswith(("aoti_", "torch_")) for name in names)
+        stable = sum(name.startswith(("aoti_", "torch_")) for name in undefined(path))
         print(f"{path.name}: {path.stat().st_size:,} bytes, {stable} functions of torch's stable interface")
+
+
+def undefined(path: Path) -> list[str]:
+    """What a library expects others to define."""
+    nm = ["nm", "-D", "--undefined-only", str(path)]
+    text = subprocess.run(nm, capture_output=True, text=True, check=True).stdout
+    return [line.split()[-1] for line in text.splitlines()]
+
+
+def unstable_symbols(path: Path) -> list[str]:
+    """C++ symbols of torch that a library needs; they change from release to release."""
+    return [name for name in undefined(path) if re.match(r"_ZNK?(2at|3c10|5torch)", name)]
 
 
 def ptxas() -> None:

@@ -32,8 +32,10 @@ log = logging.getLogger("mkdocs.hooks.docs_site")
 
 
 def on_config(config):
-    section = next(entry for entry in config.nav if "Reference" in entry)
-    section["Reference"] = [reference_path(name) for name in public_modules()]
+    section = {name: pages for entry in config.nav for name, pages in entry.items()}
+    section["Reference"] += [reference_path(name) for name in public_modules()]
+    placed = re.findall(r"[\w/-]+\.md", str(config.nav))
+    section["Guides"] += sorted(x.name for x in (ROOT / "docs").glob("*.md") if x.name not in placed)
     return config
 
 

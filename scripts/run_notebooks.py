@@ -18,7 +18,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, CellTimeoutError
 
 from writesae.files import make_folder, write_bytes
 
@@ -43,10 +43,14 @@ def run(path: Path) -> nbformat.NotebookNode:
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as sockets:
         client = NotebookClient(
             notebook,
-            timeout=300,
-            startup_timeout=300,
+            timeout=1800,  # of a cell, in seconds of the clock; a machine may be busy
+            startup_timeout=600,
             resources={"metadata": {"path": folder}},
-            extra_arguments=["--InlineBackend.figure_formats=svg", "--HistoryManager.enabled=False"],
+            extra_arguments=[
+                "--InlineBackend.figure_formats=svg",
+                "--HistoryManager.enabled=False",
+                "--ZMQInteractiveShell.system_raise_on_error=True",  # a command that fails ends the run, too
+            ],
         )
         kernel = client.create_kernel_manager()
         kernel.transport, kernel.ip = "ipc", str(Path(sockets) / "kernel")  # no port that others could connect to
@@ -63,7 +67,9 @@ def seconds() -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="notebooks, without .ipynb (default: all)")
-    parser.add_argument("--most", type=float, default=40, help="seconds of processor time that one may take")
+    parser.add_argument(
+        "--most", type=float, default=120, help="seconds of processor time that one may take (busy cores count too)"
+    )
     args = parser.parse_args()
     every = {path.stem: path for path in sorted(SOURCES.glob("*.ipynb"))}
     unknown = [name for name in args.names if name not in every]
@@ -75,7 +81,7 @@ def main() -> int:
         before = seconds()
         try:
             ran = run(every[name])
-        except CellExecutionError as error:
+        except (CellExecutionError, CellTimeoutError) as error:
             print(f"{name}: {error}", file=sys.stderr)
             status = 1
             continue

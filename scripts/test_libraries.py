@@ -32,8 +32,8 @@ _SIGNS = ("tiny_models", "load_default", "models import", "writesae.attach")
 _ONCE = (
     "cli", "house", "quiet", "report", "strangers", "text_commands", "verify", "nulls", "recovered", "replace",
     "sae_gates", "sae_training", "write_dictionary", "families", "binding", "collect_model", "policies", "edits_after",
-    "bridges", "bridges_attach", "bridges_peers",
-    "atoms", "audit", "browse_atlas", "browse_web", "notebooks", "library", "paper", "paper_analyses", "paper_analyses_of_states", "paper_interventions", "paper_losses",
+    "bridges", "bridges_attach", "bridges_peers", "browse_atlas", "browse_web", "notebooks", "library",
+    "atoms", "audit", "paper", "paper_analyses", "paper_analyses_of_states", "paper_interventions", "paper_losses",
 )  # fmt: skip
 _OWN = ("transformers", "tokenizers", "huggingface_hub")  # pinned for the environment's own release
 _TRITON = () if find_spec("triton") else ("triton==3.9.0",)

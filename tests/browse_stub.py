@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 import time
 from types import SimpleNamespace
 
@@ -123,7 +125,9 @@ class Atlas:
                           "counts": (1000 * np.exp(-np.arange(30) / 5)).astype(int).tolist()},
             "writes": {"promoted": [token(i + feature, 3.2 - i / 4) for i in range(10)],
                        "suppressed": [token(i + 7, -2.1 + i / 5) for i in range(10)]},
-            "answers": {"tokens": [token(i + 3, 410 - 40 * i) for i in range(8)]},
+            "answers": {"tokens": [token(i + 3, 410 - 40 * i) for i in range(8)],
+                        "keys": [{"token": WORDS[i] + t("key"), "cosine": 0.9 - i / 9, "count": 40} for i in range(4)],
+                        "neighbours": [{"layer": layer, "head": head, "feature": i, "cosine": 0.9} for i in range(3)]},
             "neighbours": [{"layer": layer, "head": head, "feature": i, "cosine": 0.9 - i / 10} for i in range(6)],
             "cofiring": [{"layer": first[0], "head": first[1], "feature": i + 9, "together": 1200 - i, "expected": 40.0,
                           "lift": 30.5 - i, "npmi": 0.4} for i in range(6)],
@@ -132,3 +136,25 @@ class Atlas:
                              "closer_than": {"delete": 0.93}}] if feature % 2 == 0 else None,
         }  # fmt: skip
         return SimpleNamespace(as_dict=lambda: page)
+
+
+class Served:
+    """A server of an atlas in a thread."""
+
+    def __init__(self, atlas):
+        self.atlas = atlas
+        from writesae.browse.command import address, make_server
+
+        self.listening = socket.create_server(("127.0.0.1", 0))
+        self.url = address(self.listening).rstrip("/")
+        self.server = make_server(atlas, self.listening)
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listening]}, daemon=True)
+        self.thread.start()
+        while not self.server.started:
+            assert self.thread.is_alive()
+            time.sleep(0.01)
+
+    def close(self):
+        self.server.should_exit = True
+        self.thread.join(10)
+        self.listening.close()

@@ -16,6 +16,7 @@ from tiny_models import tiny_kda, tiny_mamba, tiny_mamba2, tokens
 
 import writesae
 from writesae.bridges import circuit_tracer, delphi, neuronpedia, stored
+from writesae.browse.sample import HOSTILE, sample_store
 from writesae.cli import main
 from writesae.collect import Corpus, Store, collect
 from writesae.models.sites import layers
@@ -188,6 +189,27 @@ def test_what_a_collection_cannot_give_is_refused(made, tmp_path):
     with pytest.raises(ValueError, match="part-000001.parquet is damaged"):
         delphi.export(damaged, tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+def test_a_hostile_collection_stays_in_its_folder(tmp_path):
+    """Tokens that would be markup, paths or scripts are text; what is no number, and a size that would fill the memory,
+    is refused."""
+    options = {"firings": 2_000, "context": 64, "dictionaries": False, "hostile": True}
+    path, _ = sample_store(tmp_path / "numbers", F=16, **options)
+    with pytest.raises(ValueError, match="expected finite activations, got a NaN or infinity of 0:0 feature [56]"):
+        neuronpedia.export(path, tmp_path / "x", model="m")
+    path, _ = sample_store(tmp_path / "text", F=5, k=4, **options)  # whose numbers are plain
+    store = Store(path)
+    for layout in neuronpedia.FORMATS:
+        neuronpedia.export(store, tmp_path / layout, layout, model="m")
+        files = [p for p in (tmp_path / layout).rglob("*") if p.is_file()]
+        assert {p.parent.name for p in files} == {f"{layer}-writesae-h{head}" for layer, head in store.sites}
+        texts = {t for p in files for f in json.loads(p.read_text())["features"] for x in f["activations"]
+                 for t in x["tokens"]}  # fmt: skip
+        assert len(set(HOSTILE) & texts) > 3
+    store.context = 2**40
+    with pytest.raises(ValueError, match="expected passages that are mostly text"):
+        delphi.export(store, tmp_path / "x")
 
 
 @pytest.mark.parametrize("layout", neuronpedia.FORMATS)

@@ -12,16 +12,20 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from fake_source import FakeSource
+from fake_source import words as letters
 from test_report import made_up
 
 import writesae
-from writesae.browse import Atlas, link, native, sample_store, table, words
+from writesae.browse import Atlas, link, native, promoted, sample_store, table, words
 from writesae.browse import scan as scan_module
 from writesae.browse.contexts import LEVELS, WIDTH
 from writesae.browse.results import Results
 from writesae.collect import Corpus, ModelSource, collect
+from writesae.default import families
 from writesae.experiments.parts import write_table
 from writesae.files import write_json
+from writesae.models.sites import layers as model_layers
 
 ROOT = Path(__file__).parents[1]
 SITES, F, K = ((0, 1), (2, 0), (2, 5)), 48, 4
@@ -151,6 +155,26 @@ def test_stores_that_keep_some(tmp_path, mode):
     assert any("the store keeps" in note for note in atlas.info["notes"])
 
 
+def test_stores_of_several_workers_and_without_a_tokenizer(tmp_path):
+    (tmp_path / "text").mkdir()
+    for i in range(5):
+        (tmp_path / "text" / f"{i}.txt").write_text("abc def\n" * (9 + 20 * i))
+    found = []
+    for unit in (None, 300):
+        out = tmp_path / f"out-{unit}"
+        collect(
+            Corpus.from_path(tmp_path / "text"), letters, FakeSource(), out, context=32, shard_passages=7, unit=unit
+        )
+        atlas = Atlas.open(out, progress=False)
+        found.append((atlas.table, atlas.feature(1, 3, 12).as_dict()))
+    assert len(list((tmp_path / "out-300" / "units").iterdir())) > 2
+    (one, page), (other, same) = found
+    assert page == same and page["levels"] and page["cofiring"]
+    assert (one.count == other.count).all() and (one.key_tokens == other.key_tokens).all() and one.count.sum() > 0
+    assert page["levels"][0]["contexts"][0]["tokens"][0].startswith("<")  # no vocabulary: numbers
+    assert page["writes"]["why"] == "no dictionary of layer 1 head 3"
+
+
 def test_page_needs_no_torch(made):
     store, sae, *_ = made
     code = (
@@ -196,7 +220,7 @@ def test_hostile_store_stays_data(tmp_path):
     bad.save_pretrained(sae / "L2H0")
     atlas = Atlas.open(store, sae, progress=False)
     texts = set()
-    for feature in range(0, F, 3):
+    for feature in range(0, F, 4):
         page = atlas.feature(2, 0, feature).as_dict()
         text = json.dumps(page, allow_nan=False)
         assert json.loads(text) == page
@@ -204,6 +228,8 @@ def test_hostile_store_stays_data(tmp_path):
         texts |= {c["source"] for x in page["levels"] for c in x["contexts"]}
     assert "<script>document.title='ran'</script>" in texts  # as it is: whoever shows it escapes it
     json.dumps(atlas.info, allow_nan=False)
+    assert not np.isfinite(atlas.table.max[5]) and atlas.feature(0, 1, 5).row["max"] is None
+    assert all(json.dumps(atlas.feature(0, 1, i).as_dict(), allow_nan=False) for i in (5, 6, 7))
 
 
 @pytest.mark.parametrize("damage", ["cut", "other columns", "lists"])
@@ -352,6 +378,23 @@ def test_cosine_and_keys_of_the_embedded_model(embedded):
         found = page.answers["keys"]
         assert [x["cosine"] for x in found] == pytest.approx([mean[t] for t in best], abs=1e-4)
         assert all(x["token"] == tokenizer.decode([x["id"]]) and x["count"] == len(keys[x["id"]]) for x in found)
+
+
+def test_promoted_tokens_of_another_family(monkeypatch):
+    model, tokenizer = writesae.models.load(families()["mamba2"])
+    site = model_layers(model)[1]
+    sae = writesae.SAE(site.K, site.V, 8, 2, layer=site.layer_index, head=1)
+    found, why = promoted.facts(sae, model, site.layer_index, 1, 4096)
+    expected = writesae.atoms.promoted_tokens(model, tokenizer, sae, 5, 10)
+    assert found["promoted"][5].as_py() == [x.token for x in expected] and not why
+
+    def unknown(*_):
+        raise ValueError("model: expected an output projection, got none")
+
+    monkeypatch.setattr(writesae.atoms, "output_map", unknown)
+    found, why = promoted.facts(sae, model, site.layer_index, 1, 4096)
+    assert found["promoted"][5].as_py() == [] and found["neighbour"][5].as_py()
+    assert why == {"promoted": "model: expected an output projection, got none"}
 
 
 def test_dictionaries_of_another_store_are_refused(embedded, tmp_path):

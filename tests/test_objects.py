@@ -175,6 +175,23 @@ def test_workers_that_see_nothing_of_one_another_but_the_bucket(server, text, al
     assert_same(server, "out", tmp_path / "here", alone[mode][1])
 
 
+def test_a_worker_that_comes_while_another_begins(server, text, monkeypatch):
+    """Its list of the bucket is from before; what is there now is no stranger's."""
+    make(text, "s3://bucket/begun")
+    begun, listed = server.names("begun/"), objects.Objects.names
+
+    def names(self, under="", deep=True):
+        found = listed(self, under, deep)
+        if under == "done" and not found:
+            for name in begun:
+                server.put(name.replace("begun/", "late/"), server.objects["bucket", name][0])
+        return found
+
+    monkeypatch.setattr(objects.Objects, "names", names)
+    source = FakeSource()
+    assert make(text, "s3://bucket/late", source, rank=1, world_size=2)["complete"] and source.calls == 0
+
+
 class Stop(Exception):
     pass
 

@@ -347,18 +347,21 @@ def test_what_an_engine_says_stays_out_of_the_answer(tmp_path, monkeypatch, caps
     assert json.loads(said.out)["units"] == 1 and "raylet" in said.err
 
 
-def test_a_launcher_starts_two(tmp_path):
-    """The line of docs/collecting.md, as torchrun starts it; any of them ends it."""
+def test_a_launcher_starts_two(tmp_path, monkeypatch, capsys):
+    """As srun starts the line of docs/collecting.md: one is this process, the other the command."""
     out = tmp_path / "out"
-    line = ["collect", "stdlib:test", "--max-tokens", "3000", "--unit", "3kB", "--context", "128", "--distributed"]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
-         "writesae.cli", *line, "--yes", "--out", str(out)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = Store(out)
-    assert found.complete and found.summary()["units"] == 2 and found.summary()["tokens"] == 3000
+    line = ["collect", "stdlib:test", "--max-tokens", "3000", "--unit", "3kB", "--context", "128", "--distributed",
+            "--yes", "--out", str(out)]  # fmt: skip
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    other = subprocess.Popen([sys.executable, "-m", "writesae.cli", *line], stdout=subprocess.PIPE, text=True)
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    assert main(line) == 0
+    here, there = json.loads(capsys.readouterr().out), json.loads(other.communicate(timeout=300)[0])
+    assert other.returncode == 0 and here["complete"] and here["units"] == there["units"] == 2
+    assert here["tokens"] == there["tokens"] == Store(out).summary()["tokens"] == 3000
     assert verify(out).sound
 
 
@@ -395,12 +398,12 @@ def long(tmp_path, monkeypatch):
     return folder
 
 
-@pytest.mark.parametrize("limit", [None, 40, 700, 1539, 1540, 1541, 10_000])
+@pytest.mark.parametrize("limit", [None, 700, 1540])
 def test_a_long_document_is_cut_between_passages(long, tmp_path, limit):
     """What is left is what one process leaves: rows, first passages, digests of documents."""
     make(long, tmp_path / "one", max_tokens=limit, unit=None)
     summary = make(long, tmp_path / "units", max_tokens=limit)
-    assert summary["units"] > (15 if limit in (None, 10_000) else 0)
+    assert summary["units"] > (15 if limit is None else 4)
     one, several = Store(tmp_path / "one"), Store(tmp_path / "units")
     assert everything(one) == everything(several) and one.documents.equals(several.documents)
     assert summary["tokens"] == one.summary()["tokens"]
@@ -506,5 +509,7 @@ def test_a_collection_that_died_at_its_digests_goes_on(text, tmp_path):  # noqa:
     (tmp_path / "out" / ".corpus").mkdir(parents=True)
     (tmp_path / "out" / ".corpus" / "000000.lock").touch()
     assert make(text, tmp_path / "out")["complete"]
+    with pytest.raises(ValueError, match="seed is 0 there, 1 here"):
+        make(text, tmp_path / "out", seed=1)
     assert not (tmp_path / "out" / ".corpus").exists() and not (tmp_path / "out" / ".plan").exists()
     assert verify(tmp_path / "out").sound

@@ -53,7 +53,7 @@ def refuse_links(folder: Path, argument: str = "out") -> None:
 
 def refuse_file(path: Path, argument: str = "out") -> None:
     """Raises ValueError if something that is no folder stands where one should be; a link to one is one."""
-    # In this order: another thread or process may make the folder in between.
+    # In this order: another worker may make the folder meanwhile.
     if os.path.lexists(path) and not os.path.isdir(path):
         kind = "a link that leads nowhere" if os.path.islink(path) and not os.path.exists(path) else "the file"
         raise ValueError(f"{argument}: expected a folder, got {kind} {path}")

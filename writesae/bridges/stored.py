@@ -17,6 +17,7 @@ from ..collect import Store
 from ..collect.files import TOKENS, read_table
 from ..untrusted import is_integer, shown
 
+_PADDED, _SMALL = 64, 2**26  # times the tokens, and entries, up to which a matrix of passages is made
 _COLUMNS = ("document", "row", "position", "feature", "activation")
 
 
@@ -131,13 +132,20 @@ def passages(store: Store, pad: int = 0, progress: bool = False) -> Passages:
     Args:
         pad: stands behind the end of shorter passages.
     Raises:
-        ValueError: a damaged file, or tokens that its documents table does not tell of.
+        ValueError: a damaged file, tokens that its documents table does not tell of, or next to none for the size of
+            the passages.
     """
     if not is_integer(pad, 0, 2**31 - 1):
         raise ValueError(f"pad: expected a token id, got {shown(pad)}")
     documents = store.documents
     numbers, first = (documents[name].to_numpy().astype(np.int64) for name in ("document", "first_passage"))
-    count, T = int(documents["passages"].to_numpy().sum()), store.context
+    count, T = int(documents["passages"].to_numpy().sum(dtype=np.int64)), store.context
+    held = int(documents["tokens"].to_numpy().sum(dtype=np.int64))
+    if count * T > max(_PADDED * held, _SMALL):
+        raise ValueError(
+            f"store: expected passages that are mostly text, got {count:,} of {T:,} tokens for {held:,} in "
+            f"{store.path}: collect with a --context nearer to the length of the documents"
+        )
     tokens, lengths = np.full((count, T), pad, np.int32), np.zeros(count, np.int32)
     made = Passages(tokens, lengths, numbers, first, pad)
     names = [name for piece in store.pieces for name in piece.names("tokens")]
@@ -163,7 +171,7 @@ def firings(store: Store, layer: int, head: int, where: Passages, progress: bool
     """All firings of a site.
 
     Raises:
-        ValueError: a damaged file, or a firing on a token or of a feature that is not there.
+        ValueError: a damaged file, or a firing on a token or of a feature that is not there, or that is no number.
     """
     size, parts = features_of(store, layer, head), []
     total = int(np.sum(store.counts(layer, head)["count"].to_numpy()))
@@ -182,5 +190,10 @@ def firings(store: Store, layer: int, head: int, where: Passages, progress: bool
             raise ValueError(f"{store.path}: a firing of {layer}:{head} is of no feature of its {size}")
         if int(position.min()) < 0 or (position >= where.lengths[passage]).any():
             raise ValueError(f"{store.path}: a firing of {layer}:{head} is behind the end of its passage")
+        if not np.isfinite(activation).all():
+            odd = int(feature[~np.isfinite(activation)][0])
+            raise ValueError(
+                f"{store.path}: expected finite activations, got a NaN or infinity of {layer}:{head} feature {odd}"
+            )
     order = np.lexsort((position, passage, feature))
     return SiteFirings(layer, head, size, *(x[order] for x in (passage, position, feature, activation)))

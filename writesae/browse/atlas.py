@@ -151,7 +151,7 @@ class Atlas:
             "title": self.store.path.name, "model": sources.text(named.get("model")),
             "tokenizer": sources.text(named.get("tokenizer")),
             "sites": [list(site) for site in self.sites], "F": max(self.sizes), "features": int(self.first[-1]),
-            **{name: int(summary.get(name, 0)) for name in ("firings", "tokens", "documents")},
+            **{name: sources.count(summary.get(name)) for name in ("firings", "tokens", "documents")},
             "mode": self.store.mode, "context": self.store.context, "has_model": self.has_model,
             "corpus": sources.text(corpus.get("sha256")), "has_dictionaries": bool(self.dictionaries),
             "has_promoted": self.model is not None and bool(self.dictionaries), "partitions": list(self._partitions),
@@ -281,7 +281,7 @@ class Atlas:
 
     @cached_property
     def tokens_seen(self) -> int:
-        return int(self.store.summary().get("tokens", 0))
+        return sources.count(self.store.summary().get("tokens"))
 
     # ---- what is kept ----------------------------------------------------------------------------------------------
 

@@ -47,7 +47,7 @@ def _build_scans(atlas: Atlas, progress: bool) -> None:
         return
     from . import scan
 
-    largest = np.from_dlpack(atlas.store.counts()["max"].combine_chunks())
+    largest = np.from_dlpack(_counts(atlas)["max"].combine_chunks())
     asked = {atlas.sites[i]: scan.SiteOf(*atlas.sites[i], atlas.sizes[i]) for i in left}
     parts = len(list(scan.groups(list(asked.values()))))
     shards = sum(piece.shards for piece in atlas.store.pieces) if atlas.store.mode == "all" else 1
@@ -57,6 +57,14 @@ def _build_scans(atlas: Atlas, progress: bool) -> None:
             mine = np.concatenate([largest[_slice(atlas, (s.layer, s.head))] for s in group])
             for site, made in scan.Scan(atlas.store, group, mine, bar.update).run():
                 scan.write(atlas.scan_path(atlas.site(site.layer, site.head)), made, {}, atlas.folder)
+
+
+def _counts(atlas: Atlas) -> pa.Table:
+    """The store's totals, as many as its manifest says before anything of that size is made."""
+    n, found = int(atlas.first[-1]), atlas.store.counts()
+    if len(found) != n:
+        raise ValueError(f"store: {atlas.store.path}: expected {n} rows in features.parquet, got {len(found)}")
+    return found
 
 
 def _slice(atlas: Atlas, site: tuple[int, int]) -> slice:
@@ -118,9 +126,7 @@ def _build_native(atlas: Atlas, model, progress: bool) -> None:
 
 def _build_table(atlas: Atlas) -> None:
     n = int(atlas.first[-1])
-    found = atlas.store.counts()
-    if len(found) != n:
-        raise ValueError(f"store: {atlas.store.path}: expected {n} rows in features.parquet, got {len(found)}")
+    found = _counts(atlas)
     columns = {name: np.from_dlpack(found[name].combine_chunks()) for name in ("count", "sum", "max")}
     count: np.ndarray = columns["count"]
     win_rate, cosine = atlas.results.columns(atlas.sites, atlas.first)

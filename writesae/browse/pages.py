@@ -229,7 +229,7 @@ def _bars(items: Iterable[Mapping]) -> list[dict]:
 
 
 def _value(item: Mapping) -> float:
-    for name in ("value", "count", "cosine"):
+    for name in ("value", "cosine", "count"):
         if item.get(name) is not None:
             return item[name]
     return math.nan

@@ -74,14 +74,13 @@ def _tokens(model, layer: int, head: int, values, vocabulary: int):
     lowered: list = []
     for part in values.to(out).split(_ROWS):
         logits = to_logits(model, part @ out)[:, :vocabulary]
-        score = logits - logits.mean(1, keepdim=True)
-        score = score / score.std(1, keepdim=True).clamp_min(1e-30)
-        silent = ~score.isfinite().all(1) | (part.abs().amax(1) == 0)
-        n = min(TOKENS, score.shape[1])
-        for found, sign in ((raised, 1), (lowered, -1)):
-            best = (score.nan_to_num() * sign).topk(n, dim=1)
-            ids = torch.where(silent[:, None], -1, best.indices)
-            found.append((ids.int().cpu().numpy(), (best.values * sign).float().cpu().numpy()))
+        mean, std = logits.mean(1, keepdim=True), logits.std(1, keepdim=True)
+        silent = ~(mean.isfinite() & std.isfinite() & (std > 0))
+        for found, largest in ((raised, True), (lowered, False)):
+            best = logits.topk(min(TOKENS, logits.shape[1]), dim=1, largest=largest)
+            ids = torch.where(silent, -1, best.indices)
+            score = (best.values - mean) / std.clamp_min(1e-30)
+            found.append((ids.int().cpu().numpy(), score.float().cpu().numpy()))
     return tuple(tuple(np.concatenate(x) for x in zip(*found, strict=True)) for found in (raised, lowered))
 
 

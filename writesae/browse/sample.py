@@ -93,7 +93,7 @@ def sample_store(
                     DocumentEnd(document, source, None, length, row + 1, number - row)
                 )  # fmt: skip
         made += len(part.passages)
-        part.stored = _fired(rng, part.passages, features, F, k, weight)
+        part.stored = _fired(rng, part.passages, features, F, k, weight, hostile)
         state.write(part)
     finishing.finish(state, n, lambda: None)
     integrity = {
@@ -137,7 +137,7 @@ def _text(rng, length: int, hostile: bool) -> np.ndarray:
     return tokens
 
 
-def _fired(rng, passages, features, F: int, k: int, weight):
+def _fired(rng, passages, features, F: int, k: int, weight, hostile: bool):
     """Firings of a shard, sorted as a collection's are."""
     from ..collect.modes import Columns
 
@@ -158,6 +158,9 @@ def _fired(rng, passages, features, F: int, k: int, weight):
     key = np.concatenate(parts)
     place = np.tile(np.repeat(np.arange(total), k), len(parts))
     activation = rng.gamma(2.0, 1.0, len(key)).astype(np.float32) + np.float32(1e-3)
+    if hostile:  # that no encoder gives
+        for odd, number in ((5, np.nan), (6, np.inf), (7, 3e38)):
+            activation[np.flatnonzero(key % F == odd)[:3]] = number
     order = np.argsort(key * np.int64(total) + place, kind="stable")
     key, place, activation = key[order], place[order], activation[order]
     return Columns(key, document[place], row[place], position[place], activation)

@@ -20,6 +20,7 @@ from ..collect.files import FIRINGS, TOKENS, checked, parquet, read_table, row_g
 from ..collect.modes import Columns, Selection
 from ..collect.store import Store
 from ..files import whole_file
+from . import sources
 from .contexts import BINS, LEVELS, ROWS, WIDTH
 
 TOP, EACH = 8, 4
@@ -155,7 +156,7 @@ class Scan:
 
     @property
     def _seen(self) -> int:
-        return max(1, int(self.store.summary()["tokens"]))
+        return max(1, sources.count(self.store.summary().get("tokens")))
 
     # ---- reading ------------------------------------------------------------------------------------------------
 

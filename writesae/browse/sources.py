@@ -19,6 +19,11 @@ def text(x) -> str | None:
     return x if isinstance(x, str) else None
 
 
+def count(x) -> int:
+    """A number that a summary should hold; 0 where a damaged one holds something else."""
+    return x if is_integer(x) else 0
+
+
 def mapping(x) -> Mapping:
     return x if isinstance(x, Mapping) else {}
 

@@ -54,7 +54,8 @@ class Words:
 
     def tokens(self) -> list[str]:
         """All of them, by id."""
-        return [self.token(token) for token in range(len(self))]
+        pieces = self._pieces.to_pylist()  # one by one they take a second of a large vocabulary
+        return [f"<{i}>" if x is None else x.decode("utf-8", "backslashreplace") for i, x in enumerate(pieces)]
 
     def split(self, tokens: Iterable[int]) -> list[str]:
         """The text of tokens, a piece each; joined, they are the text.

@@ -151,7 +151,9 @@ class Mirror(Place):
         control = {name: x for name, x in top.items() if name.endswith(".json")}
         control |= {name: x for name, x in self.objects.names("done").items() if name.endswith(".json")}
         if not control.keys() & set(MANIFESTS):
-            others = list(top) or list(self.objects.names())
+            others = list(self.objects.names())
+            if set(MANIFESTS) & set(others):  # another worker began it between these lists
+                return self.pull()
             if others:
                 raise ValueError(
                     f"{self.objects.argument}: expected nothing or a collection of writesae in {self}, got "

@@ -202,7 +202,7 @@ def opened(
     make_folder(out)
     shared = several or asked["unit"] is not None or manifest.in_units(out)
     with files.locked(out, shared=shared):
-        watched = Watched(corpus, progress, out if shared else None)
+        watched = Watched(corpus, progress, out if shared and not (out / "summary.json").exists() else None)
         pinned = {
             "mode": mode, "n": n, "seed": asked["seed"], "context": context, "batch": batch, "max_tokens": limit,
             "bos": first, "corpus": watched.pinned, "source": source.fingerprint,

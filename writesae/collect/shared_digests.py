@@ -56,7 +56,8 @@ def _digests(group: list[tuple[Path, str]], path: Path, own: DigestCache, progre
     with DigestCache(path) as shared:
         for file, name in group:
             before = stamp(file)
-            seen = (name, 0, 0, *before[3:])  # as other machines see it: size and times
+            # As other machines see it: size and times, of an object elsewhere also its tag.
+            seen = (name, *(before[1:] if hasattr(file, "stamp") else (0, 0, *before[3:])))
             found[name] = shared.get([seen]) or ""
             if found[name]:
                 progress(before[3])

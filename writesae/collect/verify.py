@@ -18,10 +18,11 @@ from . import unit_marks
 from .files import digest_bar
 from .marks import PARTS, chain, entries_sound, marked, part_name, shard_marker, shard_numbers
 from .mirror import Place, place_of
+from .shared_digests import FOLDER as DIGESTS
 
 TABLES = ("documents.parquet", "features.parquet")
 PLAN = "plan.json"
-FOLDERS = ("index", "tokenizer", "done", "units", ".corpus")
+FOLDERS = ("index", "tokenizer", "done", "units")
 CARD = ("README.md", ".gitattributes")  # what a repository of the Hugging Face hub has beside
 
 
@@ -229,7 +230,7 @@ class _Check:
 
     def others(self) -> None:
         for file in self.all:
-            if file in self.known:
+            if file in self.known or file.startswith(f"{DIGESTS}/"):  # which a worker that came late may have left
                 continue
             ours = left_over(Path(file)) is not None or file in TABLES or file.split("/")[0] in (*PARTS, *FOLDERS)
             (self.found.left_over if ours and not self.complete else self.found.unexpected).append(file)
