@@ -34,8 +34,11 @@ log = logging.getLogger("mkdocs.hooks.docs_site")
 def on_config(config):
     section = {name: pages for entry in config.nav for name, pages in entry.items()}
     section["Reference"] += [reference_path(name) for name in public_modules()]
-    placed = re.findall(r"[\w/-]+\.md", str(config.nav))
-    section["Guides"] += sorted(x.name for x in (ROOT / "docs").glob("*.md") if x.name not in placed)
+    placed = re.findall(r"[\w/-]+\.md", str(config.nav))  # others' place follows
+    decisions = next(entry["Decisions"] for entry in section["Development"] if "Decisions" in entry)
+    for path in sorted((ROOT / "docs").rglob("*.md")):
+        if (name := path.relative_to(ROOT / "docs").as_posix()) not in placed:
+            (decisions if name.startswith("decisions/") else section["Guides"]).append(name)
     return config
 
 
