@@ -30,8 +30,9 @@ from cuda_check import unstable_symbols
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = platform.machine()
-# The glibc that a wheel asks for at most. torch's own wheels ask for 2.28. 2.34 is what Debian 12's compiler asks for: for
-# ARM, string streams of GCC 11, which torch for x86_64 brings itself; with CUDA, threads, in its static runtime.
+# The glibc that a wheel asks for at most. torch's own wheels ask for 2.28. Debian 12's compiler asks for 2.34: for ARM
+# because of the string streams of GCC 11, which torch for x86_64 brings itself; with CUDA because of threads, in its
+# static runtime.
 GLIBC = {"cpu": {"x86_64": "2_28", "aarch64": "2_34"}, "cuda": {"x86_64": "2_34", "aarch64": "2_34"}}
 OLDEST = "2.10.0"  # torch, whose aarch64 wheel is small: without CUDA
 

@@ -377,7 +377,7 @@ def test_cosine_and_keys_of_the_embedded_model(embedded):
         best = sorted(mean, key=lambda t: -abs(mean[t]))[: native.KEYS]
         found = page.answers["keys"]
         assert [x["cosine"] for x in found] == pytest.approx([mean[t] for t in best], abs=1e-4)
-        assert all(x["token"] == tokenizer.decode([x["id"]]) and x["count"] == len(keys[x["id"]]) for x in found)
+        assert all(x["token"] == tokenizer.decode([x["id"]]) and x["n"] == len(keys[x["id"]]) for x in found)
 
 
 def test_promoted_tokens_of_another_family(monkeypatch):

@@ -150,7 +150,7 @@ def test_every_command_ends_with_what_to_look_at_next(name):
         return
     given = vars(cli.parser(name).parse_args(command.example.replace("'", "").split()[1:]))
     step = cli.then(command, given)
-    assert step is not None and "{" not in step and step.split()[0] in ("writesae", "open")
+    assert step is not None and "{" not in step and step.split()[0] in ("writesae", "open", "see")
     for template in command.then:
         words = template.split()
         for _, field, _, _ in string.Formatter().parse(template):

@@ -108,6 +108,7 @@ MAY_IMPORT = {
         "firings",
         "models",
         "options",
+        "progress",
         "sae",
         "untrusted",
         "writes",
@@ -358,6 +359,15 @@ def test_signals_are_handled_in_one_place():
     for path in sorted(PACKAGE.rglob("*.py")):
         found = calls(path) & {"signal.signal", "signal.pthread_sigmask"}
         assert bool(found) == (path == PACKAGE / "interrupt.py"), f"{path.relative_to(PACKAGE)}: use writesae.interrupt"
+
+
+def test_progress_is_shown_in_one_way():
+    """By `writesae.progress`: what is left writes between bars, or silences those of the hub's library."""
+    bars = {
+        path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")
+        if any(name.split(".")[0] == "tqdm" or name.startswith("rich.progress") for name in imports(path))
+    }  # fmt: skip
+    assert bars == {"progress.py", "interrupt.py", "sae/repository.py"}
 
 
 def test_the_two_folders_of_benchmarks():

@@ -6,10 +6,9 @@ import argparse
 import json
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ..files import refuse_file, whole_folder
 from ..options import add_dictionaries, add_model, dictionaries
+from ..progress import tqdm
 
 FORMATS = {  # what SOURCE is, and the options that each takes
     "saelens": ("a dictionary, or a folder of them", ()),

@@ -15,12 +15,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from ..browse.sources import require_own, vocabulary
 from ..browse.words import Words
 from ..collect import Store
 from ..files import write_json
+from ..progress import tqdm
 from ..untrusted import is_integer, shown
 from .features import Feature, Level, most_frequent, pages, promoter
 from .stored import chosen_sites, firings, model_name, open_store, passages

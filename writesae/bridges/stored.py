@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from tqdm import tqdm
 
 from ..collect import Store
 from ..collect.files import TOKENS, read_table
+from ..progress import tqdm
 from ..untrusted import is_integer, shown
 
 _PADDED, _SMALL = 64, 2**26  # times the tokens, and entries, up to which a matrix of passages is made

@@ -47,8 +47,8 @@ class FeaturePage:
             is the text), activations (of this feature, a token), at (index of the firing token), activation}.
         histogram: {edges, counts} of all firings that the store holds.
         writes: {promoted, suppressed: [{token, id, value}], why: what is unknown, or None}.
-        answers: {tokens: [{token, id, count}] it fires on most, keys: [{token, cosine}] nearest by key, neighbours:
-            [{layer, head, feature, cosine}] atoms of the nearest key side}.
+        answers: {tokens: [{token, id, count}] it fires on most, keys: [{token, id, cosine, n (keys)}] nearest by key,
+            neighbours: [{layer, head, feature, cosine}] atoms of the nearest key side}.
         neighbours: [{layer, head, feature, cosine}] nearest atoms of the site.
         cofiring: [{layer, head, feature, together, expected, lift, npmi}] of the site.
         replacement: what replacement tests found of it, an entry a run; None if none tested it.
@@ -268,7 +268,7 @@ class Atlas:
             return self.results.keys(layer, head, feature)
         found = contexts.read_lists(path, feature, native.LISTS)
         triples = zip(*(found[name].tolist() for name in native.LISTS), strict=False)
-        return [{"token": self.token(i), "id": i, "cosine": x, "count": n} for i, x, n in triples]
+        return [{"token": self.token(i), "id": i, "cosine": x, "n": n} for i, x, n in triples]
 
     def _counts(self, site: int) -> np.ndarray:
         """`[F]` firings of a site's features."""

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from ..files import make_folder
+from ..progress import tqdm
 from ..untrusted import first_line
 from . import native, promoted, sources
 from . import table as tables

@@ -217,15 +217,16 @@ class Scan:
         site = np.searchsorted(self.first, part.columns.key, side="right") - 1
         feature = part.columns.key - self.first[site]
         place = site * (part.place.max(initial=0) + 1) + part.place
-        order = np.argsort(place, kind="stable")  # features of a token rise
-        place, feature, site = place[order], feature[order], site[order]
         size = np.array([s.features if _pairs(s) else 0 for s in self.sites])
+        order = np.argsort(place, kind="stable")  # features of a token rise
+        order = order[size[site[order]] > 0]
+        place, feature, site = place[order], feature[order], site[order]
+        base = first[site] + feature * size[site]
         for step in range(1, min(_STEPS, len(place))):
-            same = np.flatnonzero((place[step:] == place[:-step]) & (size[site[step:]] > 0))
+            same = np.flatnonzero(place[step:] == place[:-step])
             if not len(same):
                 break
-            at = site[same]
-            np.add.at(pairs, first[at] + feature[same] * size[at] + feature[same + step], 1)
+            np.add.at(pairs, base[same] + feature[same + step], 1)
 
     def _around(self, top: Columns, drawn: Columns) -> dict[str, np.ndarray]:
         """The chosen firings by (key, level, -activation), each with the feature's activations around it."""
