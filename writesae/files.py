@@ -342,7 +342,33 @@ def problem(path: Path, expected: dict, progress: Callable[[int], object] | None
     return None if got == expected[SEAL] else "its content and its digest disagree"
 
 
-class ComparedFile(io.RawIOBase):
+class SizedReader(io.RawIOBase):
+    """A stream for reading whose size is known: says where it is, and moves. For those that have `_size` and `_at`."""
+
+    _size: int
+    _at: int
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        to = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence])
+        if to != self._at:
+            self._at = to
+            self._moved()
+        return to
+
+    def _moved(self) -> None:
+        """What was read ahead is of another place."""
+
+
+class ComparedFile(SizedReader):
     """A file for reading, of which what is read is compared first: in blocks of `COMPARED` bytes, each once.
 
     Args:
@@ -369,19 +395,6 @@ class ComparedFile(io.RawIOBase):
         if not self.closed and hasattr(self, "_file"):
             self._file.close()
         super().close()
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence])
-        return self._at
 
     def read(self, size: int | None = -1) -> bytes:
         end = self._size if size is None or size < 0 else min(self._at + size, self._size)

@@ -22,7 +22,7 @@ from types import SimpleNamespace
 from typing import TypeVar
 from urllib.parse import urlsplit
 
-from .files import SEAL, write_blocks
+from .files import SEAL, SizedReader, write_blocks
 from .untrusted import first_line
 
 TRIES = 8  # of a call; about 15 s with the pauses between them
@@ -360,7 +360,7 @@ class RemoteFile(os.PathLike):
         return io.BufferedReader(_Reader(self._objects, self._name, self._now()[0]), 1 << 20)
 
 
-class _Reader(io.RawIOBase):
+class _Reader(SizedReader):
     """An object's bytes, from any place; one request a block that is read on."""
 
     def __init__(self, objects: Objects, name: str, size: int):
@@ -369,20 +369,8 @@ class _Reader(io.RawIOBase):
         self._blocks: Iterator[bytes] | None = None
         self._rest = memoryview(b"")
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, position: int, whence: int = io.SEEK_SET) -> int:
-        position += {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        if position != self._at:
-            self._at, self._blocks, self._rest = position, None, memoryview(b"")
-        return position
+    def _moved(self) -> None:
+        self._blocks, self._rest = None, memoryview(b"")
 
     def readinto(self, buffer) -> int:
         if not self._rest:
