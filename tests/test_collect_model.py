@@ -152,7 +152,7 @@ def test_question_on_a_terminal(folder, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "more, named",
     [
-        (["--device", "cuda"], "device: cuda cannot be used: not built"),
+        (["--device", "cuda"], "device: cuda cannot be used: not installed"),
         (["--device", "tpu"], "device: tpu cannot be used: expected cpu or cuda"),
         (["--dataset", "x"], "expected a path or --dataset, got both"),
         (["--sae", "text"], "sae: expected a dictionary"),

@@ -45,7 +45,8 @@ def machine(tmp_path):
                  "dirname", "sha256sum", "nproc", "sleep", "env", "echo", "tar"):  # fmt: skip
         found = subprocess.run(["bash", "-c", f"type -P {name}"], capture_output=True, text=True).stdout.strip()
         (tools / name).symlink_to(found)
-    program(tools / "python3", 'case "$1" in -c) echo 90; exit;; -) exit;; esac\neval "$FAKE"')
+    answers = 'case "$1" in -c) case "$2" in *capability*) echo 90;; esac; exit;; -) exit;; esac'
+    program(tools / "python3", f'{answers}\neval "$FAKE"')
     environment = {"PATH": str(tools), "GPU_GRACE": "1", "HOME": str(tmp_path), "FAKE": "true"}
     return tools, environment
 

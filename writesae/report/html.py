@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -113,6 +114,8 @@ def number(x: float | None) -> str:
     """Three significant digits, scientific below a thousandth."""
     if x is None:
         return "–"
+    if not math.isfinite(x):
+        return str(x)
     if x == 0:
         return "0"
     if 1e-3 <= abs(x) < 1e5:
