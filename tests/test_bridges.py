@@ -134,7 +134,7 @@ def test_delphi_has_every_firing_and_token(made, tmp_path, splits):
         assert expected and read_delphi(folder, store.documents) == expected
         total += len(expected)
         edges = sorted(tuple(map(int, p.stem.split("_"))) for p in folder.glob("*.safetensors"))
-        size = stored.features_of(store, layer, head)
+        size = store.features_of(layer, head)
         assert len(edges) == min(splits, size) and edges[0][0] == 0 and edges[-1][1] == size - 1
         assert all(a[1] + 1 == b[0] for a, b in zip(edges[:-1], edges[1:], strict=True))  # no feature in no file
         tokens = load_file(next(folder.glob("*.safetensors")))["tokens"]

@@ -342,10 +342,9 @@ def problem(path: Path, expected: dict, progress: Callable[[int], object] | None
     return None if got == expected[SEAL] else "its content and its digest disagree"
 
 
-class SizedReader(io.RawIOBase):
-    """A stream for reading whose size is known: says where it is, and moves. For those that have `_size` and `_at`."""
+class PositionedReader(io.RawIOBase):
+    """A stream for reading that says where it is, `_at`; how it moves is its own."""
 
-    _size: int
     _at: int
 
     def readable(self) -> bool:
@@ -356,6 +355,12 @@ class SizedReader(io.RawIOBase):
 
     def tell(self) -> int:
         return self._at
+
+
+class SizedReader(PositionedReader):
+    """One whose size is known, `_size`: moves to anywhere."""
+
+    _size: int
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         to = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence])

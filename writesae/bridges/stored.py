@@ -115,11 +115,6 @@ def chosen_sites(store: Store, sites: Iterable[tuple[int, int]] | None) -> list[
     return wanted
 
 
-def features_of(store: Store, layer: int, head: int) -> int:
-    """Size of a site's dictionary."""
-    return next(site[2] for site in store.manifest["sites"] if tuple(site[:2]) == (layer, head))
-
-
 def model_name(store: Store) -> str:
     """What the store calls its model, "" where it does not say."""
     named = store.manifest.get("named")
@@ -173,7 +168,7 @@ def firings(store: Store, layer: int, head: int, where: Passages, progress: bool
     Raises:
         ValueError: a damaged file, or a firing on a token or of a feature that is not there, or that is no number.
     """
-    size, parts = features_of(store, layer, head), []
+    size, parts = store.features_of(layer, head), []
     total = int(np.sum(store.counts(layer, head)["count"].to_numpy()))
     with tqdm(total=total, desc=f"{layer}:{head}", unit="firing", unit_scale=True, disable=not progress,
               leave=False) as bar:  # fmt: skip

@@ -24,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..collect.files import numbers
 from ..collect.store import Store
 from ..files import cached_digests, sha256, whole_file
 from ..untrusted import is_integer
@@ -276,7 +277,7 @@ class Atlas:
             found = self.store.counts()
             if len(found) != self.first[-1]:
                 raise ValueError(f"store: {self.store.path}: expected {self.first[-1]} rows in features.parquet")
-            self._all_counts = np.from_dlpack(found["count"].combine_chunks())
+            self._all_counts = numbers(found["count"])
         return self._all_counts[self.first[site] : self.first[site + 1]]
 
     @cached_property

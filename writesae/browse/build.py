@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..collect.files import numbers
 from ..files import make_folder
 from ..progress import tqdm
 from ..untrusted import first_line
@@ -47,7 +48,7 @@ def _build_scans(atlas: Atlas, progress: bool) -> None:
         return
     from . import scan
 
-    largest = np.from_dlpack(_counts(atlas)["max"].combine_chunks())
+    largest = numbers(_counts(atlas)["max"])
     asked = {atlas.sites[i]: scan.SiteOf(*atlas.sites[i], atlas.sizes[i]) for i in left}
     parts = len(list(scan.groups(list(asked.values()))))
     shards = sum(piece.shards for piece in atlas.store.pieces) if atlas.store.mode == "all" else 1
@@ -127,7 +128,7 @@ def _build_native(atlas: Atlas, model, progress: bool) -> None:
 def _build_table(atlas: Atlas) -> None:
     n = int(atlas.first[-1])
     found = _counts(atlas)
-    columns = {name: np.from_dlpack(found[name].combine_chunks()) for name in ("count", "sum", "max")}
+    columns = {name: numbers(found[name]) for name in ("count", "sum", "max")}
     count: np.ndarray = columns["count"]
     win_rate, cosine = atlas.results.columns(atlas.sites, atlas.first)
     for i in range(len(atlas.sites)):
@@ -163,7 +164,7 @@ def _build_table(atlas: Atlas) -> None:
 def _column(path: Path, name: str, size: int) -> np.ndarray:
     try:
         with pq.ParquetFile(path) as file:
-            found = np.from_dlpack(file.read([name], use_threads=False)[name].combine_chunks())
+            found = numbers(file.read([name], use_threads=False)[name])
         if found.shape != (size,) or found.dtype != np.float32:
             raise ValueError(f"expected {size} numbers, got {found.shape} of {found.dtype}")
         return found

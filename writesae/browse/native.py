@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from ..collect.files import numbers
 from ..collect.store import Store
 
 TOKENS = 16_384  # that the model reads
@@ -22,7 +23,7 @@ LISTS: dict[str, Any] = {"key": np.int32, "key_cosine": np.float32, "key_count":
 def passages(store: Store) -> list[np.ndarray]:
     """Token ids of whole documents' first passages, spread over the store, of `TOKENS` tokens at most."""
     documents = store.documents
-    number, held = (np.from_dlpack(documents[name].combine_chunks()) for name in ("document", "passages"))
+    number, held = (numbers(documents[name]) for name in ("document", "passages"))
     every = number[held > 0]
     few = max(1, TOKENS // store.context)
     chosen = every[np.unique(np.linspace(0, len(every) - 1, min(few, len(every))).astype(int))] if len(every) else every

@@ -84,7 +84,7 @@ def dictionaries(store: Store, sae, notes: list[str]) -> dict[tuple[int, int], P
 def _all_own(store: Store, found: Mapping[tuple[int, int], Path], source: Mapping) -> bool:
     """Whether these are what the store was collected with, by what their configuration says."""
     for (layer, head), folder in found.items():
-        size = next(site[2] for site in store.manifest["sites"] if tuple(site[:2]) == (layer, head))
+        size = store.features_of(layer, head)
         if f"dictionary {layer}:{head}" not in source or read_json(folder / "cfg.json").get("d_sae") != size:
             return False
     return True

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..collect.files import numbers
 from ..files import whole_file
 from ..untrusted import first_line
 
@@ -117,7 +118,7 @@ def _columns(path: Path, group: int | None) -> dict[str, np.ndarray]:
     try:
         with pq.ParquetFile(path) as file:
             table = file.read() if group is None else file.read_row_group(group, use_threads=False)
-            c = {name: np.from_dlpack(table[name].combine_chunks()) for name in _SCHEMA.names}
+            c = {name: numbers(table[name]) for name in _SCHEMA.names}
     except (pa.ArrowException, OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise ValueError(f"cache: {path} cannot be read: {first_line(error)}; remove it") from error
     found = {name: c[name] for name in _PLAIN}

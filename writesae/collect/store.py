@@ -182,6 +182,15 @@ class Store(Folder):
         self._check(layer, head)
         return _where(self._read("features.parquet", FEATURES), layer=layer, head=head)
 
+    def features_of(self, layer: int, head: int) -> int:
+        """Features of a site's dictionary, those that never fired too.
+
+        Raises:
+            ValueError: no such site.
+        """
+        self._check(layer, head)
+        return next(site[2] for site in self.manifest["sites"] if tuple(site[:2]) == (layer, head))
+
     def top(self, layer: int, head: int, feature: int, n: int = 100) -> pa.Table:
         """The n firings of a feature with the largest activations, first in document order where equal.
 
@@ -476,7 +485,7 @@ class Store(Folder):
             names = ", ".join(f"{a}:{b}" for a, b in self.sites)
             raise ValueError(f"layer, head: expected a site of this collection ({names}), got {layer}:{head}")
         if feature is not None:
-            size = next(site[2] for site in self.manifest["sites"] if tuple(site[:2]) == (layer, head))
+            size = self.features_of(layer, head)
             if not 0 <= feature < size:
                 raise ValueError(f"feature: expected 0 <= feature < {size}, got {feature}")
 

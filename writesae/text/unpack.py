@@ -14,6 +14,8 @@ from typing import BinaryIO
 
 import pyarrow as pa
 
+from ..files import PositionedReader
+
 PACKED = {".gz": "gzip", ".zst": "zstd"}
 SNIFF = 65_536
 _PIECE = 1 << 18
@@ -125,7 +127,7 @@ def _unpacking(path: Path, name: str, packed: str | None, raw: io.BufferedReader
         raise
 
 
-class _Unpacked(io.RawIOBase):
+class _Unpacked(PositionedReader):
     """Bytes of UTF-8 from a file that is packed or has a byte order mark; read forwards, seeks back from the start."""
 
     def __init__(self, path: Path, name: str, packed: str | None):
@@ -162,15 +164,6 @@ class _Unpacked(io.RawIOBase):
             except UnicodeError as error:
                 known = error if isinstance(error, UnicodeDecodeError) else None
                 raise Damaged(f"corpus: {name} is not {encoding.upper()} as its first bytes say: {error}") from known
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
 
     def readinto(self, buffer) -> int:
         while not self._rest:
