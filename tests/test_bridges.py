@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from tiny_models import tiny_kda, tiny_mamba, tiny_mamba2, tokens
 
 import writesae
-from writesae.bridges import circuit_tracer, delphi, neuronpedia, stored
+from writesae.bridges import circuit_tracer, delphi, neuronpedia
 from writesae.browse.sample import HOSTILE, sample_store
 from writesae.cli import main
 from writesae.collect import Corpus, Store, collect
